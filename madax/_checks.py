@@ -1,0 +1,98 @@
+"""Checks of what users pass in: hyperparameters, parameter trees and their leaves."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_number(
+    name: str, value: Any, ok: Callable[[float], bool], condition: str, default: Any
+) -> None:
+    """Raises unless ``value`` is a real scalar that satisfies ``ok``.
+
+    Traced values (a rate under ``vmap``, ``optax.inject_hyperparams`` under
+    ``jit``) have a type but no value yet: only their type and shape are checked.
+    """
+    remedy = f"pass a number with {condition} (default: {default})"
+    if isinstance(value, (bool, np.bool_)) or not isinstance(
+        value, (int, float, np.number, np.ndarray, jax.Array)
+    ):
+        raise TypeError(
+            f"{name} must be a number, got {value!r} of type "
+            f"{type(value).__name__}; {remedy}."
+        )
+    if np.shape(value) != ():
+        raise ValueError(
+            f"{name} must be a scalar, got an array of shape {np.shape(value)}; "
+            "use jax.vmap to train with many values at once."
+        )
+    if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+        raise TypeError(f"{name} must be real, got {value!r}; {remedy}.")
+    if isinstance(value, jax.core.Tracer):
+        return
+    if math.isnan(value) or not ok(float(value)):
+        raise ValueError(f"{name} must satisfy {condition}, got {value}; {remedy}.")
+
+
+def check_learning_rate(learning_rate: Any, default: float) -> None:
+    """Raises unless ``learning_rate`` is a schedule or a finite number >= 0."""
+    if not callable(learning_rate):
+        check_number(
+            "learning_rate",
+            learning_rate,
+            lambda x: 0 <= x < math.inf,
+            "0 <= learning_rate < inf, or an optax schedule",
+            default,
+        )
+
+
+def check_b1(b1: Any) -> None:
+    """Raises unless ``b1`` is None or a decay rate in [0, 1)."""
+    if b1 is not None:
+        check_number("b1", b1, lambda x: 0 <= x < 1, "0 <= b1 < 1, or None", None)
+
+
+def check_decay(name: str, value: Any, default: float) -> None:
+    """Raises unless ``value`` is the decay rate of a moment, in [0, 1)."""
+    check_number(name, value, lambda x: 0 <= x < 1, f"0 <= {name} < 1", default)
+
+
+def check_non_negative(name: str, value: Any, default: float) -> None:
+    """Raises unless ``value`` is a finite number that is not negative."""
+    check_number(
+        name, value, lambda x: 0 <= x < math.inf, f"0 <= {name} < inf", default
+    )
+
+
+def check_positive(name: str, value: Any, default: float) -> None:
+    """Raises unless ``value`` is positive; ``inf`` stands for no bound at all."""
+    check_number(name, value, lambda x: x > 0, f"{name} > 0", default)
+
+
+def check_float_leaf(tree_name: str, path: str, leaf: Any) -> None:
+    """Raises unless ``leaf`` is a real floating-point array."""
+    where = f"{tree_name}[{path!r}]" if path else tree_name
+    if not isinstance(
+        leaf, (jax.Array, np.ndarray, np.generic, float, jax.ShapeDtypeStruct)
+    ):
+        raise TypeError(
+            f"{where} must be a floating-point array, got {leaf!r} of type "
+            f"{type(leaf).__name__}; train only the arrays, with optax.masked or "
+            "optax.partition."
+        )
+    dtype = jnp.result_type(leaf)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{where} is complex ({dtype}): a multiplicative update needs the sign "
+            "of a real weight; split it into real and imaginary leaves (see "
+            "optax.contrib.split_real_and_imaginary)."
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{where} has dtype {dtype}, but only floating-point leaves can be "
+            "trained; leave it out with optax.masked or optax.partition."
+        )

@@ -1,0 +1,135 @@
+"""Layer 2, geometry: an additive step in log|w|."""
+
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from madax._checks import check_non_negative
+from madax._leaves import known_values, leaf_rms, map_leaves, widen
+
+
+class ScaleBySignLogState(NamedTuple):
+    """State of :func:`scale_by_sign_log`: one entry a leaf, in flatten order.
+
+    Attributes:
+      rms0: root mean square of each leaf at init, or ``zero_init_scale`` where the
+        leaf was all zeros; float32, shape (number of leaves,).
+      zero_init: which leaves were all zeros at init; bool, same shape.
+    """
+
+    rms0: jax.Array
+    zero_init: jax.Array
+
+
+def scale_by_sign_log(
+    *,
+    floor: jax.typing.ArrayLike = 0.0,
+    zero_init_scale: jax.typing.ArrayLike = 0.1,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Turns log-steps into additive updates that multiply the weights.
+
+    .. math::
+
+      u = w \,\mathrm{expm1}(\mathrm{sign}(w)\, d)
+      \qquad\Longrightarrow\qquad
+      w + u = w \, e^{\mathrm{sign}(w)\, d}
+
+    A positive log-step ``d`` (nats) moves the weight upwards: it grows a positive
+    weight and shrinks a negative one. A weight keeps its sign and never leaves 0.
+
+    Real networks have leaves that must: biases, gates and last layers that start
+    at zero. So up to a magnitude :math:`f` the step is additive,
+
+    .. math:: u = f d \quad\text{where}\quad |w| \le f = \text{floor} \cdot
+        \mathrm{rms}_0
+
+    and the step in weight space is :math:`\max(|w|, f)` times the log-step. A leaf
+    that is all zeros at init gets :math:`\mathrm{rms}_0` := ``zero_init_scale`` and
+    floor 1. With ``floor=0`` an exact zero in any other leaf stays zero, so pruning
+    masks survive; ``floor=0, zero_init_scale=0`` is the paper's rule to the letter.
+
+    A log-step that is not finite leaves its weight unchanged.
+
+    .. warning::
+      Only :func:`clip_log_weights` and storage transforms may come after this one:
+      anything that rescales ``u`` breaks the exponential law. Scale the log-step,
+      before this transform, instead.
+
+    Args:
+      floor: magnitude below which steps are additive, relative to the root mean
+        square of the leaf at init; 0 is the paper.
+      zero_init_scale: the scale given to a leaf of zeros, in units of the weights.
+
+    Returns:
+      A gradient transformation from log-steps to updates of the parameters' dtype.
+
+    Raises:
+      ValueError: if an argument is negative or not finite, ``params`` are missing
+        or do not match.
+      TypeError: if an argument is not a number, or a leaf is not real floating.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, madax
+      >>> tx = madax.scale_by_sign_log()
+      >>> w = jnp.array([2.0, -2.0, 0.0])
+      >>> log_step = jnp.full(3, jnp.log(1.5))
+      >>> updates, _ = tx.update(log_step, tx.init(w), w)
+      >>> print(optax.apply_updates(w, updates))
+      [ 3.        -1.3333334  0.       ]
+
+    References:
+      Bernstein et al., `Learning compositional functions via multiplicative
+      weight updates <https://arxiv.org/abs/2006.14560>`_, 2020, Algorithm 1.
+    """
+    check_non_negative("floor", floor, 0.0)
+    check_non_negative("zero_init_scale", zero_init_scale, 0.1)
+
+    def init_fn(params):
+        paths, rms = leaf_rms(params)
+        zero_init = rms == 0
+        rms0 = jnp.where(zero_init, jnp.asarray(zero_init_scale, rms.dtype), rms)
+        _warn_of_stuck_leaves(params, paths, rms0)
+        return ScaleBySignLogState(rms0, zero_init)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        floors = jnp.where(state.zero_init, 1.0, floor) * state.rms0
+        return map_leaves(sign_log_update, params, updates, floors), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def sign_log_update(w: jax.Array, d: jax.Array, floor: jax.Array) -> jax.Array:
+    """The update that takes log-step ``d`` from ``w``; additive up to ``floor``."""
+    x = widen(w)
+    d = widen(d)
+    d = jnp.where(jnp.isfinite(d), d, 0)
+    u = jnp.where(
+        jnp.abs(x) > floor,
+        x * jnp.expm1(jnp.where(x < 0, -d, d)),
+        floor * d,
+    )
+    return u.astype(jnp.result_type(w))
+
+
+def _warn_of_stuck_leaves(params, paths, rms0) -> None:
+    stuck = [
+        path
+        for path, leaf, scale in zip(
+            paths, jax.tree.leaves(params), known_values(rms0), strict=False
+        )
+        if scale == 0 and np.size(leaf)
+    ]
+    if stuck:
+        warnings.warn(
+            f"{', '.join(stuck)}: all zeros at init, so a multiplicative update with "
+            "zero_init_scale=0 can never move them; initialise them with non-zero "
+            "values, leave zero_init_scale at its default, or train them with "
+            "another optimizer through optax.partition.",
+            UserWarning,
+            stacklevel=3,
+        )

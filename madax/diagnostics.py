@@ -1,0 +1,254 @@
+"""What a multiplicative update does to a network: small, pure, jit-friendly.
+
+Every function returns scalars, or small vectors, keyed by the path of a leaf
+(``"Dense_0/kernel"``), ready for a logger.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from madax._checks import check_positive
+from madax._clip import ClipLogWeightsState
+from madax._leaves import flatten, flatten_like, widen
+
+__all__ = [
+    "descent_bound",
+    "fraction_at_bound",
+    "fraction_sign_changed",
+    "fraction_zero",
+    "log_weight_histogram",
+    "relative_update_size",
+]
+
+
+def relative_update_size(params: Any, updates: Any) -> dict[str, jax.Array]:
+    r"""The size of an update relative to the weights, leaf by leaf.
+
+    .. math:: \|u\| / \|w\|
+
+    Args:
+      params: tree of floating-point arrays, before the update.
+      updates: what ``tx.update`` returned; same structure and shapes.
+
+    Returns:
+      A scalar for each leaf; 0 for a zero update, inf for a leaf that leaves zero.
+
+    Raises:
+      ValueError: if the trees do not match.
+
+    Example:
+      >>> import jax.numpy as jnp, madax
+      >>> params, updates = {"w": jnp.full(4, 2.0)}, {"w": jnp.full(4, 0.02)}
+      >>> sizes = madax.diagnostics.relative_update_size(params, updates)
+      >>> print(f"{sizes['w']:.3f}")
+      0.010
+    """
+    return _by_path(
+        lambda w, u: jnp.where(_norm(u) > 0, _norm(u) / _norm(w), 0), params, updates
+    )
+
+
+def fraction_at_bound(
+    params: Any, state: Any, p_scale: jax.typing.ArrayLike = 3.0
+) -> dict[str, jax.Array]:
+    r"""The fraction of weights at the bound of ``clip_log_weights``, leaf by leaf.
+
+    A weight counts as at the bound when :math:`|w| \ge (1 - 2^{-6})\,
+    p_\text{scale}\,\mathrm{rms}_0`, which any dtype can tell.
+
+    Args:
+      params: tree of floating-point arrays.
+      state: optimizer state that holds one ``ClipLogWeightsState`` for ``params``.
+      p_scale: the optimizer's ``p_scale``.
+
+    Returns:
+      A scalar in [0, 1] for each leaf.
+
+    Raises:
+      ValueError: if ``state`` does not hold the bounds of these ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp, madax
+      >>> params = {"w": jnp.array([1.0, -1.0])}
+      >>> state = madax.madam().init(params)
+      >>> print(madax.diagnostics.fraction_at_bound({"w": jnp.array([3.0, 1])}, state))
+      {'w': Array(0.5, dtype=float32)}
+    """
+    check_positive("p_scale", p_scale, 3.0)
+    found = [
+        node
+        for node in jax.tree.leaves(
+            state, is_leaf=lambda node: isinstance(node, ClipLogWeightsState)
+        )
+        if isinstance(node, ClipLogWeightsState)
+    ]
+    paths, leaves, _ = flatten(params)
+    if len(found) != 1 or found[0].rms0.shape != (len(leaves),):
+        raise ValueError(
+            f"state must hold one ClipLogWeightsState for the {len(leaves)} leaves of "
+            f"params, got {[s.rms0.shape for s in found]}; pass the state of madam, "
+            "and with optax.masked or optax.partition only its share of the params."
+        )
+    edge = (1 - 2**-6) * p_scale * found[0].rms0
+    return {
+        path: _fraction(jnp.abs(widen(w)) >= b)
+        for path, w, b in zip(paths, leaves, edge, strict=True)
+    }
+
+
+def fraction_zero(params: Any) -> dict[str, jax.Array]:
+    """The fraction of weights that are exactly zero, leaf by leaf.
+
+    Args:
+      params: tree of floating-point arrays.
+
+    Returns:
+      A scalar in [0, 1] for each leaf.
+
+    Raises:
+      TypeError: if a leaf is not real floating.
+
+    Example:
+      >>> import jax.numpy as jnp, madax
+      >>> print(madax.diagnostics.fraction_zero({"b": jnp.array([0.0, 1.0])}))
+      {'b': Array(0.5, dtype=float32)}
+    """
+    return _by_path(lambda w, _: _fraction(w == 0), params, params)
+
+
+def fraction_sign_changed(params: Any, previous: Any) -> dict[str, jax.Array]:
+    """The fraction of weights whose sign differs from an earlier one's.
+
+    Args:
+      params: tree of floating-point arrays.
+      previous: the parameters at an earlier step; same structure and shapes.
+
+    Returns:
+      A scalar in [0, 1] for each leaf; leaving or reaching zero counts as a change.
+
+    Raises:
+      ValueError: if the trees do not match.
+
+    Example:
+      >>> import jax.numpy as jnp, madax
+      >>> now, then = {"w": jnp.array([1.0, 1.0])}, {"w": jnp.array([-1.0, 2.0])}
+      >>> print(madax.diagnostics.fraction_sign_changed(now, then))
+      {'w': Array(0.5, dtype=float32)}
+    """
+    return _by_path(
+        lambda w, p: _fraction(jnp.sign(w) != jnp.sign(p)), params, previous
+    )
+
+
+def log_weight_histogram(
+    params: Any, *, bins: int = 60, lowest: float = -15.0, highest: float = 5.0
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    r"""Histograms of :math:`\ln|w|`, leaf by leaf.
+
+    Args:
+      params: tree of floating-point arrays.
+      bins: number of bins.
+      lowest: lower edge of the first bin, in nats.
+      highest: upper edge of the last bin, in nats.
+
+    Returns:
+      The counts, shape (bins,) for each leaf, and the bin edges, shape (bins + 1,).
+      Zeros are in no bin; magnitudes beyond the edges are in the first or last.
+
+    Raises:
+      ValueError: if the edges are not in order, or ``bins`` is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, madax
+      >>> counts, edges = madax.diagnostics.log_weight_histogram(
+      ...     {"w": jnp.array([1.0, -1.0, 0.0, 1e-9])}, bins=4)
+      >>> print(counts["w"], edges)
+      [1 0 0 2] [-15. -10.  -5.   0.   5.]
+    """
+    check_positive("bins", bins, 60)
+    if not lowest < highest:
+        raise ValueError(
+            f"lowest must be below highest, got lowest={lowest} and "
+            f"highest={highest}; pass the edges in nats, in order."
+        )
+    edges = jnp.linspace(lowest, highest, bins + 1)
+
+    def histogram(w, _):
+        log_w = jnp.clip(jnp.log(jnp.abs(widen(w))), lowest, highest).ravel()
+        # ln 0 = -inf was clipped into the first bin: weights of 0 take it out again.
+        nonzero = (w != 0).astype(jnp.int32).ravel()
+        return jnp.histogram(log_w, edges, weights=nonzero)[0].astype(jnp.int32)
+
+    return _by_path(histogram, params, params), edges
+
+
+def descent_bound(params: Any, grads: Any) -> jax.Array:
+    r"""The rate below which a multiplicative sign step is sure to descend.
+
+    .. math::
+
+      \eta < \Bigl(1 + \min_l \cos\gamma_l\Bigr)^{1/L} - 1, \qquad
+      \cos\gamma_l = \frac{\langle |g_l|, |w_l| \rangle}{\|g_l\|\,\|w_l\|}
+
+    under deep relative trust, for :math:`w \leftarrow w - \eta |w|
+    \mathrm{sign}(g)`. A diagnostic of how steep the ground is, not a schedule.
+
+    Args:
+      params: tree of floating-point arrays; each leaf counts as a layer, so pass
+        only the weight matrices to follow the paper.
+      grads: gradients; same structure and shapes.
+
+    Returns:
+      The bound, in nats a step, a float32 scalar. Leaves whose weights or
+      gradients are all zero do not count; 0 if none counts.
+
+    Raises:
+      ValueError: if the trees do not match.
+
+    Example:
+      >>> import jax.numpy as jnp, madax
+      >>> params = {"w1": jnp.ones((2, 2)), "w2": jnp.ones(2)}
+      >>> grads = {"w1": jnp.full((2, 2), 1e-6), "w2": jnp.full(2, -5.0)}
+      >>> print(f"{madax.diagnostics.descent_bound(params, grads):.4f}")  # 2**0.5 - 1
+      0.4142
+
+    References:
+      Bernstein et al., `Learning compositional functions via multiplicative
+      weight updates <https://arxiv.org/abs/2006.14560>`_, 2020, Theorem 1.
+    """
+
+    cosines = _by_path(
+        lambda w, g: jnp.sum(jnp.abs(_unit(w)) * jnp.abs(_unit(g))), params, grads
+    )
+    cosines = jnp.asarray([*cosines.values(), jnp.nan])
+    layers = jnp.sum(~jnp.isnan(cosines))
+    bound = jnp.expm1(jnp.log1p(jnp.nanmin(cosines)) / layers)
+    return jnp.where(layers > 0, bound, 0).astype(jnp.float32)
+
+
+def _by_path(fn: Callable[..., Any], params: Any, other: Any) -> dict[str, Any]:
+    """``{path: fn(leaf of params, leaf of other)}``."""
+    paths, leaves, treedef = flatten(params)
+    others = flatten_like(other, treedef, "params", paths, leaves)
+    return {p: fn(w, o) for p, w, o in zip(paths, leaves, others, strict=True)}
+
+
+def _fraction(condition: jax.Array) -> jax.Array:
+    return jnp.sum(condition) / jnp.float32(max(condition.size, 1))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """``x`` over its norm, or NaN if that is zero."""
+    x = widen(x)
+    x = x / jnp.max(jnp.abs(x), initial=0)
+    return x / jnp.sqrt(jnp.sum(x * x))
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    x = widen(x)
+    peak = jnp.max(jnp.abs(x), initial=0)
+    unit = jnp.where(peak > 0, peak, 1)
+    return peak * jnp.sqrt(jnp.sum((x / unit) ** 2))
