@@ -1,22 +1,47 @@
-"""Multiplicative weight updates for JAX: Madam as optax transforms."""
+"""Multiplicative weight updates for JAX, and training on weights of a few bits."""
 
 from importlib.metadata import version as _version
 
 from madax import diagnostics
-from madax._aliases import madam
+from madax._aliases import bbit_madam, lns_madam, madam
 from madax._clip import ClipLogWeightsState, clip_log_weights
+from madax._fake_quantize import fake_quantize
+from madax._formats import Format, LogFormat, SymlogFormat, UniformFormat
+from madax._lns_quantize import LnsQuantizeState, lns_quantize
+from madax._moments import MomentFormat
+from madax._quantize_params import dequantize_params, quantize_params
+from madax._quantized_array import QuantizedArray
 from madax._second_moment import ScaleBySecondMomentState, scale_by_second_moment
 from madax._sign_log import ScaleBySignLogState, scale_by_sign_log
+from madax._with_quantized_params import (
+    WithQuantizedParamsState,
+    with_quantized_params,
+)
 
 __version__ = _version("madax")
 
 __all__ = [
     "ClipLogWeightsState",
+    "Format",
+    "LnsQuantizeState",
+    "LogFormat",
+    "MomentFormat",
+    "QuantizedArray",
     "ScaleBySecondMomentState",
     "ScaleBySignLogState",
+    "SymlogFormat",
+    "UniformFormat",
+    "WithQuantizedParamsState",
+    "bbit_madam",
     "clip_log_weights",
+    "dequantize_params",
     "diagnostics",
+    "fake_quantize",
+    "lns_madam",
+    "lns_quantize",
     "madam",
+    "quantize_params",
     "scale_by_second_moment",
     "scale_by_sign_log",
+    "with_quantized_params",
 ]

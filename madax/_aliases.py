@@ -1,12 +1,21 @@
 """The optimizers: chains of the transforms, one screen long each."""
 
+import math
+
 import jax
+import jax.numpy as jnp
 import optax
 
-from madax._checks import check_learning_rate, check_positive
+from madax._checks import check_format_field, check_learning_rate, check_positive
 from madax._clip import clip_log_weights
+from madax._formats import Format, LogFormat
+from madax._lns_quantize import lns_quantize
+from madax._moments import MomentFormat
+from madax._rounding import Rounding
 from madax._second_moment import scale_by_second_moment
 from madax._sign_log import scale_by_sign_log
+
+_UPDATE_GRID = LogFormat.from_gamma(bits=16, gamma=2048)
 
 
 def madam(
@@ -18,6 +27,9 @@ def madam(
     b1: jax.typing.ArrayLike | None = None,
     floor: jax.typing.ArrayLike = 0.0,
     zero_init_scale: jax.typing.ArrayLike = 0.1,
+    moment_format: MomentFormat | None = None,
+    rounding: Rounding = "stochastic",
+    seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Madam, the multiplicative adaptive moments optimizer.
 
@@ -33,7 +45,11 @@ def madam(
     So one learning rate suits very different networks: start at 0.01, and decay it.
 
     The chain is ``scale_by_second_moment``, ``optax.clip``,
-    ``optax.scale_by_learning_rate``, ``scale_by_sign_log``, ``clip_log_weights``.
+    ``optax.scale_by_learning_rate``, ``scale_by_sign_log``, ``clip_log_weights``,
+    ``lns_quantize``.
+
+    Leaves that are codes, from :func:`quantize_params`, are trained natively, by
+    additions of integers; float leaves beside them as ever.
 
     .. warning::
       Transforms of the gradient (clipping, weight decay) go before ``madam`` in a
@@ -52,6 +68,10 @@ def madam(
       zero_init_scale: scale given to leaves that are all zeros at init, such as
         biases, which are trained additively up to that size; 0, the paper, leaves
         them at zero for good.
+      moment_format: how moments are stored, such as ``MomentFormat(bits=8)``; None
+        for float32 or wider.
+      rounding: rounding of code steps, "stochastic" or "nearest".
+      seed: seed of the stochastic rounding.
 
     Returns:
       The optimizer, a gradient transformation; its updates have the dtype of the
@@ -82,9 +102,167 @@ def madam(
     check_learning_rate(learning_rate, 0.01)
     check_positive("g_bound", g_bound, 10.0)
     return optax.chain(
-        scale_by_second_moment(b2, b1=b1),
+        scale_by_second_moment(b2, b1=b1, moment_format=moment_format, seed=seed),
         optax.clip(g_bound),
         optax.scale_by_learning_rate(learning_rate),
         scale_by_sign_log(floor=floor, zero_init_scale=zero_init_scale),
         clip_log_weights(p_scale, zero_init_scale=zero_init_scale),
+        lns_quantize(rounding=rounding, seed=seed),
+    )
+
+
+def bbit_madam(
+    learning_rate: optax.ScalarOrSchedule = 0.01,
+    bits: int = 12,
+    base_precision: float = 0.001,
+    b2: jax.typing.ArrayLike = 0.999,
+    p_scale: jax.typing.ArrayLike = 3.0,
+    g_bound: jax.typing.ArrayLike = 10.0,
+    *,
+    zero_init_scale: jax.typing.ArrayLike = 0.1,
+) -> optax.GradientTransformationExtraArgs:
+    r"""B-bit Madam: Madam on a grid of log-spaced weights, with nearest rounding.
+
+    .. math::
+
+      |w| &= p_\text{scale} \mathrm{rms}_0\, e^{-n \beta}, \qquad
+        n \in \{0, \dots, 2^B - 2\} \\
+      n &\leftarrow n + \mathrm{round}(k\, \mathrm{clip}(g / \sqrt{\hat v},
+        \pm g_\text{bound}))\, \mathrm{sign}(w), \qquad k = \eta / \beta
+
+    with the base precision :math:`\beta`, and the rate :math:`k` a whole number of
+    codes, 1 at least: a schedule that decays the rate is rounded to it.
+
+    Float leaves stay float arrays, whose values are on the grid. To store codes,
+    use ``quantize_params(params, LogFormat(bits + 1, base_precision))``: the extra
+    bit is the sign. The paper has one magnitude more, as its codes have no zero, and
+    starts from random magnitudes; here each weight starts at its nearest.
+
+    Args:
+      learning_rate: :math:`\eta`, in nats a step, or a schedule of it.
+      bits: :math:`B`, bits of a magnitude; the sign is one more. 1 to 15.
+      base_precision: :math:`\beta`, spacing of the grid, in nats.
+      b2: decay rate of the second moment, in [0, 1).
+      p_scale: largest magnitude, relative to the root mean square of its leaf at
+        init.
+      g_bound: bound on the normalised gradient.
+      zero_init_scale: scale given to leaves that are all zeros at init.
+
+    Returns:
+      The optimizer, a gradient transformation.
+
+    Raises:
+      ValueError: if an argument is out of range, ``params`` are missing or do not
+        match.
+      TypeError: if an argument is not a number, or a leaf is not real floating.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, madax
+      >>> w = jnp.array([[1.0, -2.0]])
+      >>> tx = madax.bbit_madam(learning_rate=0.01, bits=12, base_precision=0.001)
+      >>> updates, _ = tx.update(jnp.array([[5.0, 5.0]]), tx.init(w), w)
+      >>> print(jnp.log(optax.apply_updates(w, updates) / w).round(3))
+      [[-0.01  0.01]]
+
+    References:
+      Bernstein et al., `Learning compositional functions via multiplicative
+      weight updates <https://arxiv.org/abs/2006.14560>`_, 2020, Section 5.
+    """
+    check_learning_rate(learning_rate, 0.01)
+    check_positive("g_bound", g_bound, 10.0)
+    check_format_field("base_precision", base_precision, 1e-6, 1.0, "nats")
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 15:
+        raise ValueError(f"bits must be an int in 1 to 15, got {bits!r} (default: 12).")
+
+    def whole_codes(rate):
+        codes = jnp.maximum(jnp.round(rate / base_precision), jnp.sign(rate))
+        return base_precision * codes
+
+    rate = (
+        (lambda count: whole_codes(learning_rate(count)))
+        if callable(learning_rate)
+        else whole_codes(learning_rate)
+    )
+    return optax.chain(
+        scale_by_second_moment(b2),
+        optax.clip(g_bound),
+        optax.scale_by_learning_rate(rate),
+        scale_by_sign_log(zero_init_scale=zero_init_scale),
+        clip_log_weights(p_scale, zero_init_scale=zero_init_scale),
+        lns_quantize(
+            LogFormat(bits + 1, base_precision),
+            rounding="nearest",
+            p_scale=p_scale,
+            zero_init_scale=zero_init_scale,
+        ),
+    )
+
+
+def lns_madam(
+    learning_rate: optax.ScalarOrSchedule = 2**-7,
+    format: Format = _UPDATE_GRID,
+    b2: jax.typing.ArrayLike = 0.999,
+    p_scale: jax.typing.ArrayLike = 3.0,
+    g_bound: jax.typing.ArrayLike = 10.0,
+    *,
+    zero_init_scale: jax.typing.ArrayLike = 0.1,
+) -> optax.GradientTransformationExtraArgs:
+    r"""LNS-Madam: Madam in base 2, its weights kept on a multi-base log grid.
+
+    .. math::
+
+      \log_2 |w| \leftarrow Q_U\bigl(\log_2 |w| - \eta\,
+        \mathrm{clip}(g / \sqrt{\hat v}, \pm g_\text{bound})\,
+        \mathrm{sign}(w)\bigr)
+
+    with the grid :math:`Q_U` of ``format`` and nearest rounding. The paper's
+    forward and backward passes run on a coarser grid: put :func:`fake_quantize`
+    with ``LogFormat.from_gamma(bits=8, gamma=8)`` into the network.
+
+    Args:
+      learning_rate: :math:`\eta`, in octaves (factors of 2) a step, or a schedule.
+      format: the grid of the weight update :math:`Q_U`; by default
+        ``LogFormat.from_gamma(bits=16, gamma=2048)``.
+      b2: decay rate of the second moment, in [0, 1).
+      p_scale: largest magnitude, relative to the root mean square of its leaf at
+        init.
+      g_bound: bound on the normalised gradient.
+      zero_init_scale: scale given to leaves that are all zeros at init.
+
+    Returns:
+      The optimizer, a gradient transformation.
+
+    Raises:
+      ValueError: if an argument is out of range, ``params`` are missing or do not
+        match.
+      TypeError: if an argument is of the wrong type, or a leaf is not real floating.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, madax
+      >>> w = jnp.array([[1.0, -2.0]])
+      >>> tx = madax.lns_madam(learning_rate=0.5)
+      >>> updates, _ = tx.update(jnp.array([[5.0, 5.0]]), tx.init(w), w)
+      >>> print(jnp.log2(optax.apply_updates(w, updates) / w).round(2))
+      [[-0.5  0.5]]
+
+    References:
+      Zhao et al., `LNS-Madam: low-precision training in logarithmic number system
+      using multiplicative weight update <https://arxiv.org/abs/2106.13914>`_, 2022,
+      Algorithm 1.
+    """
+    check_learning_rate(learning_rate, 2**-7)
+    check_positive("g_bound", g_bound, 10.0)
+    return optax.chain(
+        scale_by_second_moment(b2),
+        optax.clip(g_bound),
+        optax.scale_by_learning_rate(learning_rate),
+        optax.scale(math.log(2)),
+        scale_by_sign_log(zero_init_scale=zero_init_scale),
+        clip_log_weights(p_scale, zero_init_scale=zero_init_scale),
+        lns_quantize(
+            format,
+            rounding="nearest",
+            p_scale=p_scale,
+            zero_init_scale=zero_init_scale,
+        ),
     )

@@ -96,3 +96,42 @@ def check_float_leaf(tree_name: str, path: str, leaf: Any) -> None:
             f"{where} has dtype {dtype}, but only floating-point leaves can be "
             "trained; leave it out with optax.masked or optax.partition."
         )
+
+
+def check_format_field(
+    name: str, value: Any, lowest: float, highest: float, unit: str
+) -> None:
+    """Raises unless a static number of a format is a float in its range."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(
+            f"{name} must be a number known before tracing, got {value!r} of type "
+            f"{type(value).__name__}; pass a float ({unit}), and name it in the "
+            "static_args of optax.inject_hyperparams."
+        )
+    if not lowest <= value <= highest:
+        raise ValueError(
+            f"{name} must be in [{lowest:g}, {highest:g}] ({unit}), got {value}."
+        )
+
+
+def check_instance(name: str, value: Any, kind: type) -> None:
+    """Raises unless ``value`` is None or an instance of ``kind``."""
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(
+            f"{name} must be None or a madax.{kind.__name__}, got {value!r} of type "
+            f"{type(value).__name__}."
+        )
+
+
+def check_seed(seed: Any) -> None:
+    """Raises unless ``seed`` is an integer scalar."""
+    if (
+        isinstance(seed, (bool, np.bool_))
+        or not isinstance(seed, (int, np.integer, np.ndarray, jax.Array))
+        or np.shape(seed) != ()
+        or not jnp.issubdtype(jnp.result_type(seed), jnp.integer)
+    ):
+        raise TypeError(
+            f"seed must be an integer, got {seed!r} of type {type(seed).__name__}; "
+            "pass an int, not a jax.random key (default: 0)."
+        )

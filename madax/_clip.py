@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from madax._checks import check_non_negative, check_positive
-from madax._leaves import leaf_rms, map_leaves, widen
+from madax._leaves import flatten_both, float_leaf_rms, per_leaf, widen
+from madax._quantized_array import is_quantized
 
 
 class ClipLogWeightsState(NamedTuple):
@@ -33,7 +34,8 @@ def clip_log_weights(
     where :math:`\mathrm{rms}_0` is the root mean square of the weight's leaf at
     init. Exponential growth needs such a bound. An update that stays within it
     passes through bit for bit; one that does not lands on the bound, to within a
-    rounding of the parameters' dtype.
+    rounding of the parameters' dtype. Updates of quantised leaves pass through:
+    the range of their codes is the bound.
 
     .. warning::
       Comes after :func:`scale_by_sign_log`, and before nothing but storage.
@@ -69,14 +71,19 @@ def clip_log_weights(
     check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
-        _, rms = leaf_rms(params)
+        _, rms = float_leaf_rms(params)
         scale = jnp.asarray(zero_init_scale, rms.dtype)
         return ClipLogWeightsState(jnp.where(rms == 0, scale, rms))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
+        ws, us, treedef = flatten_both(params, updates)
         bounds = jnp.where(state.rms0 > 0, p_scale * state.rms0, 0)  # not inf * 0
-        return map_leaves(clip_update, params, updates, bounds), state
+        us = [
+            u if is_quantized(w) else clip_update(w, u, bound)
+            for w, u, bound in zip(ws, us, per_leaf(bounds, ws), strict=True)
+        ]
+        return treedef.unflatten(us), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -88,7 +95,5 @@ def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
     x = widen(w)
     moved = x + u
     # Not clip(moved) - x everywhere: that would round updates that need no clipping.
-    u = jnp.where(
-        jnp.abs(moved) <= bound, u, jnp.clip(moved, -bound, bound) - x
-    )
+    u = jnp.where(jnp.abs(moved) <= bound, u, jnp.clip(moved, -bound, bound) - x)
     return u.astype(dtype)

@@ -1,12 +1,13 @@
 """Walking over parameter trees, leaf by leaf, and their per-leaf scalars.
 
-A leaf is one array of the parameter tree. Scalars that belong to a leaf are
-kept in one float32 vector in flatten order rather than in a tree of scalars:
-wrappers that copy a parameter's sharding onto everything shaped like the
-parameter tree (``flax.nnx.Optimizer``) cannot shard a scalar.
+A leaf is one parameter: a floating-point array, or a :class:`QuantizedArray`.
+Scalars that belong to float leaves are kept in one float32 vector in flatten order
+rather than in a tree of scalars: wrappers that copy a parameter's sharding onto
+everything shaped like the parameter tree (``flax.nnx.Optimizer``) cannot shard a
+scalar.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,17 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from madax._checks import check_float_leaf
+from madax._quantized_array import is_quantized
 
 
-def compute_dtype(dtype: Any) -> Any:
-    """The dtype that arithmetic on ``dtype`` is done in: float32 or wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+def compute_dtype(leaf: Any) -> Any:
+    """The dtype that arithmetic on a leaf is done in: float32 or wider."""
+    if is_quantized(leaf):
+        return jnp.dtype(jnp.float32)
+    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
 
 
 def widen(x: jax.typing.ArrayLike) -> jax.Array:
     """Casts to the dtype of the arithmetic."""
-    x = jnp.asarray(x)
-    return x.astype(compute_dtype(x.dtype))
+    return jnp.asarray(x).astype(compute_dtype(x))
+
+
+def zeros_like(leaf: Any, dtype: Any = None) -> jax.Array:
+    """Zeros of a leaf's shape and sharding, by default to do arithmetic in."""
+    array = leaf.codes if is_quantized(leaf) else leaf
+    return jnp.zeros_like(array, compute_dtype(leaf) if dtype is None else dtype)
 
 
 def path_name(path: Any) -> str:
@@ -33,54 +42,26 @@ def path_name(path: Any) -> str:
 
 
 def flatten(params: Any, name: str = "params") -> tuple[list[str], list[Any], Any]:
-    """Flattens a tree into paths, leaves and treedef; rejects non-float leaves."""
-    with_path, treedef = jax.tree_util.tree_flatten_with_path(params)
+    """Flattens a tree of parameters into paths, leaves and treedef.
+
+    Raises:
+      TypeError: if a leaf is neither real floating nor quantised.
+    """
+    with_path, treedef = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=is_quantized
+    )
     paths = [path_name(path) for path, _ in with_path]
     leaves = [leaf for _, leaf in with_path]
     for path, leaf in zip(paths, leaves, strict=True):
-        check_float_leaf(name, path, leaf)
+        if not is_quantized(leaf):
+            check_float_leaf(name, path, leaf)
     return paths, leaves, treedef
-
-
-def map_leaves(
-    fn: Callable[..., Any], params: Any, updates: Any, *vectors: jax.Array
-) -> Any:
-    """Maps ``fn(w, u, *scalars)`` over the leaves of ``params`` and ``updates``.
-
-    Args:
-      fn: function of a weight leaf, its update and the leaf's own scalars.
-      params: tree of floating-point arrays.
-      updates: tree with the structure and shapes of ``params``.
-      *vectors: per-leaf scalars, shape ``(number of leaves,)``, flatten order.
-
-    Returns:
-      A tree with the structure of ``params``.
-
-    Raises:
-      ValueError: if ``params`` is None or the trees do not match.
-    """
-    if params is None:
-        raise ValueError(
-            "params is None, but a multiplicative update is relative to the "
-            "weights; call update(grads, state, params)."
-        )
-    paths, ws, treedef = flatten(params)
-    us = flatten_like(updates, treedef, "params", paths, ws)
-    for vector in vectors:
-        if vector.shape != (len(ws),):
-            raise ValueError(
-                f"the optimizer state was made for {vector.shape[0]} leaves, but "
-                f"params has {len(ws)}; call init again with these params."
-            )
-    scalars = zip(*vectors, strict=True) if vectors else ((),) * len(ws)
-    out = [fn(w, u, *s) for w, u, s in zip(ws, us, scalars, strict=True)]
-    return treedef.unflatten(out)
 
 
 def flatten_like(
     updates: Any, treedef: Any, like: str, paths: Sequence[str], leaves: Sequence[Any]
 ) -> list[Any]:
-    """Flattens ``updates``, which must match the tree called ``like``."""
+    """Flattens float ``updates``, which must match the tree called ``like``."""
     try:
         us = treedef.flatten_up_to(updates)
     except (ValueError, TypeError) as error:
@@ -100,20 +81,58 @@ def flatten_like(
     return us
 
 
-def leaf_rms(params: Any) -> tuple[list[str], jax.Array]:
-    """The paths of all leaves, and their root mean squares as one vector.
+def flatten_both(params: Any, updates: Any) -> tuple[list[Any], list[Any], Any]:
+    """The leaves of ``params``, those of matching ``updates``, and the treedef.
+
+    Raises:
+      ValueError: if ``params`` is None or the trees do not match.
+    """
+    if params is None:
+        raise ValueError(
+            "params is None, but a multiplicative update is relative to the "
+            "weights; call update(grads, state, params)."
+        )
+    paths, ws, treedef = flatten(params)
+    return ws, flatten_like(updates, treedef, "params", paths, ws), treedef
+
+
+def per_leaf(vector: jax.Array, leaves: Sequence[Any]) -> list[Any]:
+    """Spreads one scalar a float leaf over all leaves; None for quantised ones.
+
+    Raises:
+      ValueError: if ``vector`` was made for other leaves.
+    """
+    floats = [i for i, leaf in enumerate(leaves) if not is_quantized(leaf)]
+    if vector.shape != (len(floats),):
+        raise ValueError(
+            f"the optimizer state was made for {vector.shape[0]} float leaves, but "
+            f"params has {len(floats)}; call init again with these params."
+        )
+    scalars: list[Any] = [None] * len(leaves)
+    for i, scalar in zip(floats, vector, strict=True):
+        scalars[i] = scalar
+    return scalars
+
+
+def float_leaf_rms(params: Any) -> tuple[list[str], jax.Array]:
+    """The paths of the float leaves, and their root mean squares as one vector.
 
     Raises:
       TypeError: if ``params`` holds shapes (``jax.ShapeDtypeStruct``).
       ValueError: if a leaf is known to hold a NaN or an infinity.
     """
-    paths, leaves, _ = flatten(params)
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+    floats = [
+        (path, leaf)
+        for path, leaf in zip(*flatten(params)[:2], strict=True)
+        if not is_quantized(leaf)
+    ]
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for _, leaf in floats):
         raise TypeError(
             "init reads the values of params, got jax.ShapeDtypeStruct leaves; "
             "use jax.eval_shape(tx.init, params) for the shapes of the state."
         )
-    rms = _rms_vector([jnp.asarray(leaf) for leaf in leaves])
+    paths = [path for path, _ in floats]
+    rms = leaf_rms([jnp.asarray(leaf) for _, leaf in floats])
     for path, value in zip(paths, known_values(rms), strict=False):
         if not np.isfinite(value):
             raise ValueError(
@@ -129,13 +148,22 @@ def known_values(x: jax.Array) -> np.ndarray:
 
 
 @jax.jit
-def _rms_vector(leaves: Sequence[jax.Array]) -> jax.Array:
-    def rms(w: jax.Array) -> jax.Array:
-        w = jnp.abs(widen(w))
-        # Relative to the largest weight, so that squares neither over- nor underflow.
-        peak = jnp.max(w, initial=0)
-        unit = jnp.where(peak > 0, peak, 1)
-        mean = jnp.sum((w / unit) ** 2) / max(w.size, 1)
-        return (peak * jnp.sqrt(mean)).astype(jnp.float32)
+def leaf_rms(leaves: Sequence[jax.Array]) -> jax.Array:
+    """The root mean square of each array: float32, shape (number of arrays,).
 
-    return jnp.stack([rms(w) for w in leaves]) if leaves else jnp.zeros(0, jnp.float32)
+    An empty leaf counts as 1: there is nothing to scale, but it is not "all zeros".
+    """
+    rms = [root_mean_square(w) if w.size else jnp.float32(1) for w in leaves]
+    return jnp.stack(rms).astype(jnp.float32) if rms else jnp.zeros(0, jnp.float32)
+
+
+def root_mean_square(
+    w: jax.Array, axes: Sequence[int] | None = None, *, keepdims: bool = False
+) -> jax.Array:
+    """The root mean square over ``axes``, float32 or wider, at any scale of ``w``."""
+    w = jnp.abs(widen(w))
+    # Relative to the largest weight, so that squares neither over- nor underflow.
+    peak = jnp.max(w, axis=axes, keepdims=True)
+    mean = jnp.mean((w / jnp.where(peak > 0, peak, 1)) ** 2, axis=axes, keepdims=True)
+    rms = peak * jnp.sqrt(mean)
+    return rms if keepdims else jnp.squeeze(rms, axes)

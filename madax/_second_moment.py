@@ -1,13 +1,16 @@
 """Layer 1, direction: the gradient over the root of its second moment."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from madax._checks import check_b1, check_decay
-from madax._leaves import compute_dtype, flatten, flatten_like
+from madax._checks import check_b1, check_decay, check_instance, check_seed
+from madax._leaves import flatten, flatten_like, path_name, widen, zeros_like
+from madax._moments import MomentFormat
+from madax._rounding import leaf_keys, random_bits
 
 
 class ScaleBySecondMomentState(NamedTuple):
@@ -15,17 +18,25 @@ class ScaleBySecondMomentState(NamedTuple):
 
     Attributes:
       count: number of steps taken, int32 scalar.
-      v: second moment, a tree like the parameters, float32 or wider.
+      v: second moment, a tree like the parameters: float32 or wider, or the codes
+        of ``moment_format``.
       m: first moment, likewise; None unless ``b1`` is given.
+      window: where each leaf's codes were placed, int32, shape (number of leaves,);
+        None without ``moment_format``.
     """
 
     count: jax.Array
     v: Any
     m: Any
+    window: Any
 
 
 def scale_by_second_moment(
-    b2: jax.typing.ArrayLike = 0.999, *, b1: jax.typing.ArrayLike | None = None
+    b2: jax.typing.ArrayLike = 0.999,
+    *,
+    b1: jax.typing.ArrayLike | None = None,
+    moment_format: MomentFormat | None = None,
+    seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Normalises each gradient element by the root of its second moment.
 
@@ -45,6 +56,8 @@ def scale_by_second_moment(
     Args:
       b2: decay rate of the second moment, in [0, 1).
       b1: decay rate of the first moment, in [0, 1); None for no first moment.
+      moment_format: how moments are stored; None for float32 or wider.
+      seed: seed of the stochastic rounding of stored moments.
 
     Returns:
       A gradient transformation from gradients to :math:`\hat g`, in float32 or
@@ -70,53 +83,71 @@ def scale_by_second_moment(
     """
     check_decay("b2", b2, 0.999)
     check_b1(b1)
+    check_seed(seed)
+    check_instance("moment_format", moment_format, MomentFormat)
 
     def init_fn(params):
         _, leaves, treedef = flatten(params)
-
-        def zeros():
-            return treedef.unflatten(
-                [
-                    jnp.zeros_like(w, compute_dtype(jnp.result_type(w)))
-                    for w in leaves
-                ]
-            )
-
-        return ScaleBySecondMomentState(
-            count=jnp.zeros([], jnp.int32),
-            v=zeros(),
-            m=None if b1 is None else zeros(),
-        )
+        v_dtype, m_dtype, window = None, None, None
+        if moment_format is not None:
+            v_dtype, m_dtype = moment_format.v_dtype, moment_format.m_dtype
+            window = jnp.zeros(len(leaves), jnp.int32)
+        v = treedef.unflatten([zeros_like(w, v_dtype) for w in leaves])
+        m = None
+        if b1 is not None:
+            m = treedef.unflatten([zeros_like(w, m_dtype) for w in leaves])
+        return ScaleBySecondMomentState(jnp.zeros([], jnp.int32), v, m, window)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        paths, vs, treedef = flatten(state.v, "state.v")
+        with_path, treedef = jax.tree_util.tree_flatten_with_path(state.v)
+        paths, vs = (
+            [path_name(path) for path, _ in with_path],
+            [v for _, v in with_path],
+        )
         gs = flatten_like(updates, treedef, "state.v", paths, vs)
-        count = optax.safe_increment(state.count)
-        gs = [jnp.asarray(g).astype(v.dtype) for g, v in zip(gs, vs, strict=True)]
-        usable = [jnp.isfinite(g * g) for g in gs]
-        vs = [
-            _moment(v, g * g, b2, ok) for v, g, ok in zip(vs, gs, usable, strict=True)
-        ]
-        if b1 is None:
-            ms, numerators, correction = None, gs, 1.0
-        else:
-            ms = [
-                _moment(m, g, b1, ok)
-                for m, g, ok in zip(
-                    treedef.flatten_up_to(state.m), gs, usable, strict=True
+        ms: list[Any] = (
+            [None] * len(vs) if b1 is None else treedef.flatten_up_to(state.m)
+        )
+        window = state.window
+        if moment_format is not None:
+            window = _place(moment_format, window, gs)
+            vs = list(map(moment_format.decode_v, vs, window))
+            if b1 is not None:
+                ms = list(map(moment_format.decode_m, ms, window))
+
+        count = jnp.asarray(optax.safe_increment(state.count))
+        correction = jnp.sqrt(_bias_correction(b2, count))
+        if b1 is not None:
+            correction /= _bias_correction(b1, count)
+
+        directions = []
+        for i, (g, v, m) in enumerate(zip(gs, vs, ms, strict=True)):
+            g = jnp.asarray(g).astype(v.dtype)
+            ok = jnp.isfinite(g * g)
+            vs[i] = v = _moment(v, g * g, b2, ok)
+            if b1 is not None:
+                ms[i] = g = _moment(m, g, b1, ok)
+            # Not g / sqrt(v / correction**2): that quotient can overflow.
+            direction = g * (correction.astype(v.dtype) / jnp.sqrt(v))
+            directions.append(jnp.where(ok & (v > 0), direction, 0))
+
+        if moment_format is not None:
+            n = len(vs)
+            bits = [
+                random_bits(key, x.shape)
+                for key, x in zip(
+                    leaf_keys(seed, state.count, 2 * n), vs + vs, strict=True
                 )
             ]
-            numerators, correction = ms, 1 / _bias_correction(b1, count)
-        root = correction * jnp.sqrt(_bias_correction(b2, count))
-        directions = [
-            jnp.where(ok & (v > 0), n * (root.astype(v.dtype) / jnp.sqrt(v)), 0)
-            for n, v, ok in zip(numerators, vs, usable, strict=True)
-        ]
+            vs = list(map(moment_format.encode_v, vs, window, bits[:n]))
+            if b1 is not None:
+                ms = list(map(moment_format.encode_m, ms, window, bits[n:]))
         new_state = ScaleBySecondMomentState(
-            count=count,
-            v=treedef.unflatten(vs),
-            m=None if ms is None else treedef.unflatten(ms),
+            count,
+            treedef.unflatten(vs),
+            None if b1 is None else treedef.unflatten(ms),
+            window,
         )
         return treedef.unflatten(directions), new_state
 
@@ -133,3 +164,17 @@ def _bias_correction(decay: Any, count: jax.Array) -> jax.Array:
     """``1 - decay**count``, without the cancellation that loses digits near 1."""
     rate = jnp.asarray(1 - decay, jnp.result_type(float))
     return -jnp.expm1(count * jnp.log1p(-rate))
+
+
+def _place(
+    moment_format: MomentFormat, window: jax.Array, gs: Sequence[jax.Array]
+) -> jax.Array:
+    """Places the windows of leaves that see their first non-zero gradient."""
+
+    def place():
+        g2s = [jnp.square(widen(g)) for g in gs]
+        usable = [jnp.where(jnp.isfinite(g2), g2, 0) for g2 in g2s]
+        return jnp.stack(list(map(moment_format.place, window, usable)))
+
+    # Behind a branch, as it reads every gradient, and once is enough.
+    return jax.lax.cond(jnp.all(window > 0), lambda: window, place) if gs else window

@@ -5,11 +5,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from madax._checks import check_non_negative
-from madax._leaves import known_values, leaf_rms, map_leaves, widen
+from madax._leaves import (
+    flatten_both,
+    float_leaf_rms,
+    known_values,
+    per_leaf,
+    widen,
+)
+from madax._quantized_array import is_quantized
 
 
 class ScaleBySignLogState(NamedTuple):
@@ -52,6 +58,10 @@ def scale_by_sign_log(
     floor 1. With ``floor=0`` an exact zero in any other leaf stays zero, so pruning
     masks survive; ``floor=0, zero_init_scale=0`` is the paper's rule to the letter.
 
+    A quantised leaf needs no exponential: there the step becomes a number of codes,
+    still real-valued, ``d / base_step`` for a ``LogFormat``, to be rounded by
+    :func:`lns_quantize`. How it behaves near zero is its format's affair.
+
     A log-step that is not finite leaves its weight unchanged.
 
     .. warning::
@@ -89,16 +99,23 @@ def scale_by_sign_log(
     check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
-        paths, rms = leaf_rms(params)
+        paths, rms = float_leaf_rms(params)
         zero_init = rms == 0
         rms0 = jnp.where(zero_init, jnp.asarray(zero_init_scale, rms.dtype), rms)
-        _warn_of_stuck_leaves(params, paths, rms0)
+        _warn_of_stuck_leaves(paths, rms0)
         return ScaleBySignLogState(rms0, zero_init)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        floors = jnp.where(state.zero_init, 1.0, floor) * state.rms0
-        return map_leaves(sign_log_update, params, updates, floors), state
+        ws, ds, treedef = flatten_both(params, updates)
+        floors = per_leaf(jnp.where(state.zero_init, 1.0, floor) * state.rms0, ws)
+        us = [
+            w.format.log_step(w.codes, widen(d))
+            if is_quantized(w)
+            else sign_log_update(w, d, f)
+            for w, d, f in zip(ws, ds, floors, strict=True)
+        ]
+        return treedef.unflatten(us), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -116,14 +133,8 @@ def sign_log_update(w: jax.Array, d: jax.Array, floor: jax.Array) -> jax.Array:
     return u.astype(jnp.result_type(w))
 
 
-def _warn_of_stuck_leaves(params, paths, rms0) -> None:
-    stuck = [
-        path
-        for path, leaf, scale in zip(
-            paths, jax.tree.leaves(params), known_values(rms0), strict=False
-        )
-        if scale == 0 and np.size(leaf)
-    ]
+def _warn_of_stuck_leaves(paths, rms0) -> None:
+    stuck = [p for p, v in zip(paths, known_values(rms0), strict=False) if v == 0]
     if stuck:
         warnings.warn(
             f"{', '.join(stuck)}: all zeros at init, so a multiplicative update with "

@@ -219,7 +219,6 @@ def descent_bound(params: Any, grads: Any) -> jax.Array:
       Bernstein et al., `Learning compositional functions via multiplicative
       weight updates <https://arxiv.org/abs/2006.14560>`_, 2020, Theorem 1.
     """
-
     cosines = _by_path(
         lambda w, g: jnp.sum(jnp.abs(_unit(w)) * jnp.abs(_unit(g))), params, grads
     )

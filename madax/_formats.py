@@ -1,0 +1,323 @@
+"""Layer 3, storage: number formats, grids of signed integer codes.
+
+Everything here works on values relative to the scale, the value of the largest
+code, so in [-1, 1]; and on codes in [-levels, levels], odd and monotone in the
+value, 0 exactly zero. Formats know nothing of rounding, trees or optimizers.
+"""
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from madax._checks import check_format_field
+
+# What float32, which codes are decoded to, can hold of log|w|, in nats: it tells
+# apart values this close, and spans this much below 1.
+_FINEST = 1e-6
+_WIDEST = 80.0
+
+
+def _check_bits(bits: Any, lowest: int = 2) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise TypeError(
+            f"bits must be an int, got {bits!r} of type {type(bits).__name__}; "
+            f"formats are static, pass {lowest} to 16."
+        )
+    if not lowest <= bits <= 16:
+        raise ValueError(
+            f"bits must be in {lowest} to 16, got {bits}; wider codes would be finer "
+            "than the float32 they are decoded to, narrower ones have too few levels."
+        )
+
+
+def _levels(bits: int) -> int:
+    return 2 ** (bits - 1) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Format(ABC):
+    """A grid of ``2 * levels + 1`` codes; the base of all number formats.
+
+    Attributes:
+      bits: width of a code, sign included.
+    """
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        _check_bits(self.bits)
+
+    @property
+    def levels(self) -> int:
+        """Number of codes of each sign, ``2**(bits-1) - 1``."""
+        return _levels(self.bits)
+
+    @property
+    def storage_dtype(self) -> Any:
+        """The integer dtype that holds a code: int8 or int16."""
+        return jnp.dtype(jnp.int8 if self.bits <= 8 else jnp.int16)
+
+    @property
+    @abstractmethod
+    def dynamic_range(self) -> float:
+        """Ratio of the largest to the smallest non-zero magnitude."""
+
+    @abstractmethod
+    def encode(self, x: jax.Array) -> jax.Array:
+        """The real-valued code of a value relative to the scale."""
+
+    @abstractmethod
+    def decode(self, code: jax.Array) -> jax.Array:
+        """The value of a code, relative to the scale, float32."""
+
+    @abstractmethod
+    def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
+        """How many codes a log-step of ``d`` nats moves, real-valued."""
+
+    def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
+        """How many codes adding ``u``, relative to the scale, moves."""
+        return self.encode(self.decode(code) + u) - code.astype(jnp.float32)
+
+    def saturate(self, code: jax.Array, sign: jax.Array) -> jax.Array:
+        """The nearest code there is to an integer, for a value of that sign."""
+        del sign
+        return jnp.clip(code, -self.levels, self.levels)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogFormat(Format):
+    r"""Logarithmic number system (LNS): codes are equally spaced in log|w|.
+
+    .. math::
+
+      |w| = \text{scale} \cdot e^{-\text{base\_step}\,(\text{levels} - |c|)},
+      \qquad c = 0 \Leftrightarrow w = 0
+
+    A log-step is an addition of codes: with the sign in the code,
+    :math:`c' = c + d / \text{base\_step}` is
+    :math:`w' = w\, e^{\mathrm{sign}(w)\, d}`. A non-zero value never rounds to
+    zero; Madam never moves a zero, and never changes a sign.
+
+    Attributes:
+      bits: width of a code, sign included, 2 to 16.
+      base_step: spacing of the codes, in nats, 1e-6 or more.
+
+    Raises:
+      ValueError: if ``bits`` or ``base_step`` is out of range.
+      TypeError: if ``bits`` is not an int, or ``base_step`` not a float.
+
+    Example:
+      >>> import madax
+      >>> fmt = madax.LogFormat.from_dynamic_range(bits=8, ratio=1000)
+      >>> print(fmt.levels, fmt.storage_dtype, f"{fmt.base_step:.4f}")
+      127 int8 0.0548
+
+    References:
+      Zhao et al., `LNS-Madam: low-precision training in logarithmic number system
+      using multiplicative weight update <https://arxiv.org/abs/2106.13914>`_, 2022,
+      the multi-base LNS, with base factor ``gamma``.
+    """
+
+    base_step: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        highest = _WIDEST / self.levels
+        check_format_field("base_step", self.base_step, _FINEST, highest, "nats")
+
+    @classmethod
+    def from_gamma(cls, bits: int, gamma: float) -> "LogFormat":
+        """The base-2 format with ``gamma`` codes an octave, :math:`2^{1/γ}` apart.
+
+        Args:
+          bits: width of a code, sign included.
+          gamma: codes an octave, the base factor of the multi-base LNS.
+
+        Returns:
+          The format, with ``base_step = ln(2) / gamma``.
+
+        Raises:
+          ValueError: if an argument is out of range.
+
+        Example:
+          >>> import madax
+          >>> print(f"{madax.LogFormat.from_gamma(bits=8, gamma=8).base_step:.5f}")
+          0.08664
+        """
+        _check_bits(bits)
+        lowest, highest = math.log(2) * _levels(bits) / _WIDEST, math.log(2) / _FINEST
+        check_format_field("gamma", gamma, lowest, highest, "codes an octave")
+        return cls(bits, math.log(2) / gamma)
+
+    @classmethod
+    def from_dynamic_range(cls, bits: int, ratio: float) -> "LogFormat":
+        """The format whose largest magnitude is ``ratio`` times its smallest.
+
+        Args:
+          bits: width of a code, sign included, 3 to 16.
+          ratio: largest over smallest non-zero magnitude.
+
+        Returns:
+          The format, with ``base_step = ln(ratio) / (levels - 1)``.
+
+        Raises:
+          ValueError: if an argument is out of range.
+
+        Example:
+          >>> import madax
+          >>> fmt = madax.LogFormat.from_dynamic_range(bits=16, ratio=1e4)
+          >>> print(f"{fmt.dynamic_range:.1f}")
+          10000.0
+        """
+        _check_bits(bits, lowest=3)
+        steps = _levels(bits) - 1
+        lowest = math.exp(_FINEST * steps)
+        highest = math.exp(_WIDEST * steps / (steps + 1))
+        check_format_field("ratio", ratio, lowest, highest, "largest over smallest")
+        return cls(bits, math.log(ratio) / steps)
+
+    @property
+    def dynamic_range(self) -> float:
+        """Ratio of the largest to the smallest non-zero magnitude."""
+        return math.exp(self.base_step * (self.levels - 1))
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """The real-valued code, in [-levels, levels]; in [-1, 1] only for 0."""
+        magnitude = self.levels + jnp.log(jnp.abs(x)) * (1 / self.base_step)
+        return jnp.sign(x) * jnp.clip(magnitude, 1, self.levels)
+
+    def decode(self, code: jax.Array) -> jax.Array:
+        """The value of a code, relative to the scale."""
+        c = code.astype(jnp.float32)
+        value = jnp.exp(self.base_step * (jnp.abs(c) - self.levels))
+        return jnp.where(c < 0, -value, jnp.where(c > 0, value, 0))
+
+    def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
+        """``d / base_step``, whatever the code."""
+        del code
+        return d * (1 / self.base_step)
+
+    def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
+        """As ever, but exact for small steps: their log1p, not a difference of logs."""
+        x = self.decode(code)
+        ratio = jnp.where(x == 0, -1, u / x)
+        small = jnp.sign(x) * jnp.log1p(ratio) * (1 / self.base_step)
+        return jnp.where(jnp.abs(ratio) < 0.5, small, super().add_step(code, u))
+
+    def saturate(self, code: jax.Array, sign: jax.Array) -> jax.Array:
+        """The nearest code of that sign; 0 only for sign 0."""
+        magnitude = jnp.clip(jnp.where(sign < 0, -code, code), 1, self.levels)
+        return jnp.where(sign < 0, -magnitude, jnp.where(sign > 0, magnitude, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class SymlogFormat(Format):
+    r"""Uniform near zero, logarithmic far out: the codes of a hyperbolic sine.
+
+    .. math::
+
+      w = \text{scale} \cdot \text{linear\_range} \cdot \sinh(c \cdot \text{step}),
+      \qquad \text{step} = \mathrm{asinh}(1/\text{linear\_range}) / \text{levels}
+
+    Multiplicative where that matters, and able to cross zero: the native
+    counterpart of ``floor``. A log-step is again an addition of codes,
+    :math:`c' = c + d / \text{step}`: far out it multiplies by :math:`e^{\pm d}`,
+    near zero it adds ``scale * linear_range * d``.
+
+    Attributes:
+      bits: width of a code, sign included, 2 to 16.
+      linear_range: magnitude, relative to the scale, up to which the grid is about
+        uniform.
+
+    Raises:
+      ValueError: if ``bits`` or ``linear_range`` is out of range.
+      TypeError: if ``bits`` is not an int, or ``linear_range`` not a float.
+
+    Example:
+      >>> import madax
+      >>> fmt = madax.SymlogFormat(bits=8, linear_range=1 / 3)
+      >>> print(f"{fmt.step:.4f} {fmt.dynamic_range:.0f}")
+      0.0143 210
+    """
+
+    linear_range: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_format_field(
+            "linear_range", self.linear_range, 1e-6, 1e3, "relative to the scale"
+        )
+
+    @property
+    def step(self) -> float:
+        """Spacing of the codes, in nats where the grid is logarithmic."""
+        return math.asinh(1 / self.linear_range) / self.levels
+
+    @property
+    def dynamic_range(self) -> float:
+        """Ratio of the largest to the smallest non-zero magnitude."""
+        return 1 / (self.linear_range * math.sinh(self.step))
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """The real-valued code, in [-levels, levels]."""
+        code = jnp.arcsinh(x * (1 / self.linear_range)) * (1 / self.step)
+        return jnp.clip(code, -self.levels, self.levels)
+
+    def decode(self, code: jax.Array) -> jax.Array:
+        """The value of a code, relative to the scale."""
+        return self.linear_range * jnp.sinh(code.astype(jnp.float32) * self.step)
+
+    def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
+        """``d / step``, whatever the code."""
+        del code
+        return d * (1 / self.step)
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformFormat(Format):
+    r"""Equally spaced values: integer quantisation, the baseline to compare with.
+
+    .. math:: w = \text{scale} \cdot c / \text{levels}
+
+    A log-step is a multiplication of the code, :math:`c\,e^{\pm d}`; up to one
+    code from zero it is an addition, so that zero is not a trap.
+
+    Attributes:
+      bits: width of a code, sign included, 2 to 16.
+
+    Raises:
+      ValueError: if ``bits`` is out of range.
+      TypeError: if ``bits`` is not an int.
+
+    Example:
+      >>> import madax
+      >>> print(madax.UniformFormat(bits=8).dynamic_range)
+      127.0
+    """
+
+    @property
+    def dynamic_range(self) -> float:
+        """Ratio of the largest to the smallest non-zero magnitude."""
+        return float(self.levels)
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """The real-valued code, in [-levels, levels]."""
+        return jnp.clip(x * self.levels, -self.levels, self.levels)
+
+    def decode(self, code: jax.Array) -> jax.Array:
+        """The value of a code, relative to the scale."""
+        return code.astype(jnp.float32) * (1 / self.levels)
+
+    def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
+        """``code * expm1(sign(code) * d)``; ``d`` at zero."""
+        c = code.astype(jnp.float32)
+        return jnp.where(c == 0, d, c * jnp.expm1(jnp.where(c < 0, -d, d)))
+
+    def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
+        """``u`` in codes, whatever the code."""
+        del code
+        return u * self.levels

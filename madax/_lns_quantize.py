@@ -1,0 +1,196 @@
+"""Layer 3, storage: the transform that moves weights onto a grid of codes."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from madax._checks import (
+    check_instance,
+    check_non_negative,
+    check_positive,
+    check_seed,
+)
+from madax._formats import Format
+from madax._leaves import flatten_both, float_leaf_rms, per_leaf, widen
+from madax._quantized_array import QuantizedArray, is_quantized
+from madax._rounding import (
+    Rounding,
+    check_rounding,
+    leaf_keys,
+    random_bits,
+    round_steps,
+)
+
+
+class LnsQuantizeState(NamedTuple):
+    """State of :func:`lns_quantize`.
+
+    Attributes:
+      count: number of steps taken, int32 scalar.
+      scale: value of the largest code of each float leaf, float32, shape (number of
+        float leaves,).
+    """
+
+    count: jax.Array
+    scale: jax.Array
+
+
+def lns_quantize(
+    format: Format | None = None,
+    *,
+    rounding: Rounding = "stochastic",
+    seed: jax.typing.ArrayLike = 0,
+    p_scale: jax.typing.ArrayLike = 3.0,
+    zero_init_scale: jax.typing.ArrayLike = 0.1,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rounds updates so that weights stay on the grid of a number format.
+
+    A quantised leaf has a format of its own. Its update arrives as a real-valued
+    number of codes (from :func:`scale_by_sign_log`); it is rounded to an integer,
+    kept within the range of the codes, and leaves as a :class:`QuantizedArray` of
+    code steps, which adds to the parameters under ``optax.apply_updates``.
+
+    A float leaf, where ``format`` is given, is moved onto the format's grid:
+
+    .. math:: w + u = \text{scale} \cdot \mathrm{decode}(c), \qquad
+      \text{scale} = p_\text{scale} \cdot \mathrm{rms}_0
+
+    It lands on a grid point exactly where the step is by less than a factor of two,
+    and to within a rounding otherwise. Without ``format`` float leaves pass through.
+
+    Stochastic rounding is unbiased in code space: a step of 0.2 codes is one code,
+    one time in five. With nearest rounding, steps below half a code are lost.
+
+    .. warning::
+      Comes last in a chain, after :func:`clip_log_weights`.
+
+    Args:
+      format: the number format of float leaves; None to leave them alone.
+      rounding: "stochastic", or "nearest" (halves to even).
+      seed: seed of the stochastic rounding.
+      p_scale: scale of a float leaf's grid, relative to the root mean square of
+        the leaf at init.
+      zero_init_scale: stands in for the root mean square of a float leaf that is
+        all zeros at init, in units of the weights.
+
+    Returns:
+      A gradient transformation from updates to updates that end on the grid.
+
+    Raises:
+      ValueError: if an argument is out of range, ``params`` are missing or do not
+        match.
+      TypeError: if an argument is of the wrong type.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, madax
+      >>> fmt = madax.LogFormat(bits=8, base_step=0.1)
+      >>> tx = madax.lns_quantize(fmt, rounding="nearest", p_scale=1.0)
+      >>> w = jnp.array([1.0, -1.0])
+      >>> updates, _ = tx.update(jnp.array([-0.12, 0.6]), tx.init(w), w)
+      >>> on_grid = optax.apply_updates(w, updates)
+      >>> print([f"{code_nats:.1f}" for code_nats in jnp.log(jnp.abs(on_grid))])
+      ['-0.1', '-0.9']
+
+    References:
+      Zhao et al., `LNS-Madam: low-precision training in logarithmic number system
+      using multiplicative weight update <https://arxiv.org/abs/2106.13914>`_, 2022,
+      the quantised weight update.
+    """
+    check_instance("format", format, Format)
+    check_rounding(rounding)
+    check_seed(seed)
+    check_positive("p_scale", p_scale, 3.0)
+    check_non_negative("zero_init_scale", zero_init_scale, 0.1)
+
+    def init_fn(params):
+        _, rms = float_leaf_rms(params)
+        rms0 = jnp.where(rms == 0, jnp.asarray(zero_init_scale, rms.dtype), rms)
+        return LnsQuantizeState(jnp.zeros([], jnp.int32), jnp.asarray(p_scale * rms0))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        ws, us, treedef = flatten_both(params, updates)
+        keys = leaf_keys(seed, state.count, len(ws))
+        out: list[Any] = []
+        for w, u, scale, key in zip(
+            ws, us, per_leaf(state.scale, ws), keys, strict=True
+        ):
+            bits = random_bits(key, w.shape) if rounding == "stochastic" else None
+            if is_quantized(w):
+                out.append(step_codes(w, u, jnp.sign(w.codes), rounding, bits))
+            elif format is not None:
+                out.append(_step_on_grid(w, u, scale, format, rounding, bits))
+            else:
+                out.append(u)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return treedef.unflatten(out), LnsQuantizeState(count, state.scale)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def step_codes(
+    w: QuantizedArray,
+    steps: jax.Array,
+    sign: jax.Array,
+    rounding: Rounding,
+    bits: jax.Array | None,
+) -> QuantizedArray:
+    """Rounds a real-valued number of codes to the step that ``w`` will take.
+
+    Args:
+      w: the quantised leaf.
+      steps: real-valued steps, in codes.
+      sign: the sign that the weights will have.
+      rounding: the rounding mode.
+      bits: random bits of the leaf's shape, or None.
+
+    Returns:
+      The code steps, with a scale of zero: what has to be added to ``w``.
+    """
+    new = moved_codes(w.codes, w.format, steps, sign, rounding, bits)
+    # A step between codes of opposite sign may wrap around; adding it unwraps it.
+    delta = (new - w.codes.astype(jnp.int32)).astype(w.codes.dtype)
+    return QuantizedArray(delta, jnp.zeros_like(w.scale), w.format)
+
+
+def moved_codes(
+    codes: jax.Array,
+    format: Format,
+    steps: jax.Array,
+    sign: jax.Array,
+    rounding: Rounding,
+    bits: jax.Array | None,
+) -> jax.Array:
+    """The codes, int32, after real-valued ``steps`` are rounded and saturated."""
+    beyond = 2 * format.levels + 1  # further than any two codes are apart
+    steps = jnp.where(jnp.isnan(steps), 0, jnp.clip(steps, -beyond, beyond))
+    rounded = round_steps(steps, rounding, bits)
+    return format.saturate(codes.astype(jnp.int32) + rounded, sign)
+
+
+def _step_on_grid(
+    w: jax.Array,
+    u: jax.Array,
+    scale: jax.Array,
+    format: Format,
+    rounding: Rounding,
+    bits: jax.Array | None,
+) -> jax.Array:
+    """The update that takes ``w`` to a grid point near ``w + u``."""
+    dtype = jnp.result_type(w)
+    x, moved = widen(w) / scale, (widen(w) + u) / scale
+    code = format.saturate(jnp.round(format.encode(x)).astype(jnp.int32), jnp.sign(x))
+    point = (scale * format.decode(code)).astype(dtype)
+    # A weight that is on the grid to within float rounding is on the grid: its step
+    # is counted from there in codes, as for a quantised leaf. Any other is encoded.
+    on_grid = jnp.abs(w - point) <= 8 * jnp.finfo(dtype).eps * jnp.abs(point)
+    steps = jnp.where(
+        on_grid,
+        format.add_step(code, widen(u) / scale),
+        format.encode(moved) - code,
+    )
+    new = moved_codes(code, format, steps, jnp.sign(moved), rounding, bits)
+    target = scale * format.decode(new)
+    return jnp.where(scale > 0, target.astype(dtype) - w, u).astype(dtype)

@@ -1,0 +1,99 @@
+"""Any optax optimizer on parameters that are codes: decode, update, encode."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from madax._checks import check_seed
+from madax._leaves import flatten_both, widen
+from madax._lns_quantize import step_codes
+from madax._quantize_params import dequantize_params
+from madax._quantized_array import is_quantized
+from madax._rounding import Rounding, check_rounding, leaf_keys, random_bits
+
+
+class WithQuantizedParamsState(NamedTuple):
+    """State of :func:`with_quantized_params`.
+
+    Attributes:
+      count: number of steps taken, int32 scalar.
+      inner_state: state of the inner optimizer, for decoded parameters.
+    """
+
+    count: jax.Array
+    inner_state: Any
+
+
+def with_quantized_params(
+    inner: optax.GradientTransformation,
+    *,
+    rounding: Rounding = "stochastic",
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Lets an optimizer that knows nothing of codes train quantised parameters.
+
+    For every quantised leaf, the value is decoded, the inner optimizer proposes an
+    additive update :math:`u`, and :math:`w + u` is encoded and rounded. There is no
+    float copy of the weights between steps. Float leaves are the inner optimizer's.
+
+    :func:`madam` needs no such wrapper: it trains quantised leaves natively.
+
+    Args:
+      inner: any optax optimizer.
+      rounding: "stochastic", or "nearest" (halves to even).
+      seed: seed of the stochastic rounding.
+
+    Returns:
+      An optimizer for trees that mix arrays and :class:`QuantizedArray`; its updates
+      add to them under ``optax.apply_updates``.
+
+    Raises:
+      ValueError: if ``params`` are missing or do not match, or ``rounding`` is
+        unknown.
+      TypeError: if ``inner`` is not a gradient transformation.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, madax
+      >>> params = madax.quantize_params(jnp.ones((4, 4)), madax.UniformFormat(bits=8))
+      >>> tx = madax.with_quantized_params(optax.adam(0.1))
+      >>> state = tx.init(params)
+      >>> for _ in range(20):
+      ...     updates, state = tx.update(jnp.ones((4, 4)), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{params.dequantize().mean():.1f}")
+      -1.0
+    """
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"inner must be an optax.GradientTransformation, got {inner!r} of type "
+            f"{type(inner).__name__}; pass for example optax.adam(1e-3)."
+        )
+    check_rounding(rounding)
+    check_seed(seed)
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params):
+        decoded = dequantize_params(params)
+        return WithQuantizedParamsState(jnp.zeros([], jnp.int32), inner.init(decoded))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        flatten_both(params, updates)  # a clear error before the inner optimizer's
+        decoded = dequantize_params(params)
+        updates, inner_state = inner.update(
+            updates, state.inner_state, decoded, **extra_args
+        )
+        ws, us, treedef = flatten_both(params, updates)
+        keys = leaf_keys(seed, state.count, len(ws))
+        for i, (w, u) in enumerate(zip(ws, us, strict=True)):
+            if is_quantized(w):
+                bits = random_bits(keys[i], w.shape)
+                u = jnp.where(jnp.isfinite(u), widen(u), 0) / w.scale
+                steps = w.format.add_step(w.codes, u)
+                sign = jnp.sign(w.format.decode(w.codes) + u)
+                us[i] = step_codes(w, steps, sign, rounding, bits)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return treedef.unflatten(us), WithQuantizedParamsState(count, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
