@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from madax._checks import check_format_field
+from madax._numerics import expm1
 
 # What float32, which codes are decoded to, can hold of log|w|, in nats: it tells
 # apart values this close, and spans this much below 1.
@@ -315,7 +316,7 @@ class UniformFormat(Format):
     def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
         """``code * expm1(sign(code) * d)``; ``d`` at zero."""
         c = code.astype(jnp.float32)
-        return jnp.where(c == 0, d, c * jnp.expm1(jnp.where(c < 0, -d, d)))
+        return jnp.where(c == 0, d, c * expm1(jnp.where(c < 0, -d, d)))
 
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
         """``u`` in codes, whatever the code."""

@@ -15,6 +15,7 @@ from madax._leaves import (
     per_leaf,
     widen,
 )
+from madax._numerics import expm1
 from madax._quantized_array import is_quantized
 
 
@@ -127,7 +128,7 @@ def sign_log_update(w: jax.Array, d: jax.Array, floor: jax.Array) -> jax.Array:
     d = jnp.where(jnp.isfinite(d), d, 0)
     u = jnp.where(
         jnp.abs(x) > floor,
-        x * jnp.expm1(jnp.where(x < 0, -d, d)),
+        x * expm1(jnp.where(x < 0, -d, d)),
         floor * d,
     )
     return u.astype(jnp.result_type(w))

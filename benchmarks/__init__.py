@@ -1,0 +1,1 @@
+"""Benchmarks of madax: ``python -m benchmarks --help``."""

@@ -1,0 +1,87 @@
+"""What the image workloads share: two Flax networks, and classification."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from benchmarks.workloads import Batch, Workload
+
+
+class ConvNet(nnx.Module):
+    """Two strided convolutions and a linear layer, Flax's default initialisers."""
+
+    def __init__(self, size: int, rngs: nnx.Rngs):
+        options = {"strides": 2, "conv_general_dilated": conv_as_matmul, "rngs": rngs}
+        self.conv1 = nnx.Conv(1, 24, (3, 3), **options)
+        self.conv2 = nnx.Conv(24, 48, (3, 3), **options)
+        self.linear = nnx.Linear((size // 4) ** 2 * 48, 10, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns the logits of images of shape (batch, size, size, 1)."""
+        x = nnx.relu(self.conv1(images))
+        x = nnx.relu(self.conv2(x))
+        return self.linear(x.reshape(len(x), -1))
+
+
+class MLP(nnx.Module):
+    """Two hidden layers of 256, Flax's default initialisers."""
+
+    def __init__(self, size: int, rngs: nnx.Rngs):
+        self.linear1 = nnx.Linear(size**2, 256, rngs=rngs)
+        self.linear2 = nnx.Linear(256, 256, rngs=rngs)
+        self.linear3 = nnx.Linear(256, 10, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns the logits of images of shape (batch, size, size, 1)."""
+        x = nnx.relu(self.linear1(images.reshape(len(images), -1)))
+        x = nnx.relu(self.linear2(x))
+        return self.linear3(x)
+
+
+def classification(
+    name: str, make: Callable[[nnx.Rngs], nnx.Module], train: Batch, test: Batch
+) -> Workload:
+    """Returns the workload of classifying images, scored by accuracy.
+
+    Args:
+      name: as written in the records.
+      make: builds the network, images to logits.
+      train: images and integer labels.
+      test: the same, held out.
+    """
+    graph = nnx.graphdef(make(nnx.Rngs(0)))
+
+    def init(key: jax.Array) -> optax.Params:
+        return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)), nnx.Param))
+
+    def loss(params: optax.Params, batch: Batch) -> jax.Array:
+        images, labels = batch
+        logits = nnx.merge(graph, params)(images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def accuracy(params: optax.Params) -> jax.Array:
+        images, labels = test
+        return jnp.mean(nnx.merge(graph, params)(images).argmax(-1) == labels)
+
+    return Workload(name, train, init, loss, accuracy)
+
+
+def conv_as_matmul(images, kernel, strides, padding, **_) -> jax.Array:
+    """A 2-D convolution by gathering patches: the plain case of lax's.
+
+    Under ``vmap`` over kernels, lax's own convolution becomes a grouped one, which is
+    many times slower on CPU than the batched matrix product that this becomes.
+    """
+    (rows, columns), (down, right) = kernel.shape[:2], strides
+    pads = jax.lax.padtype_to_pads(images.shape[1:3], (rows, columns), strides, padding)
+    images = jnp.pad(images, [(0, 0), *pads, (0, 0)])
+    height, width = images.shape[1] - rows + 1, images.shape[2] - columns + 1
+    patches = [
+        images[:, i : i + height : down, j : j + width : right]
+        for i in range(rows)
+        for j in range(columns)
+    ]
+    return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
