@@ -4,22 +4,23 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-import madax
 import optax
 import pandas as pd
 import tyro
 from matplotlib.figure import Figure
 
+import madax
 from benchmarks import records
 from benchmarks.optimizers import OPTIMIZERS, Optimizer
 from benchmarks.train import Budget, train
 from benchmarks.workloads.fashion_mnist import NETWORKS, fashion_mnist
 
-# Fixed beforehand: three decades of weights at 8 and 16 bits, and what fewer levels
-# can span at steps that do not get too coarse.
+# A narrower range is a finer grid, of less rounding noise: two decades of weights at
+# 8 bits, and three, "wide", to see what the range costs.
 FORMATS: dict[str, madax.Format] = {
     "log 16": madax.LogFormat.from_dynamic_range(bits=16, ratio=1000),
-    "log 8": madax.LogFormat.from_dynamic_range(bits=8, ratio=1000),
+    "log 8": madax.LogFormat.from_dynamic_range(bits=8, ratio=100),
+    "wide log 8": madax.LogFormat.from_dynamic_range(bits=8, ratio=1000),
     "log 6": madax.LogFormat.from_dynamic_range(bits=6, ratio=100),
     "log 4": madax.LogFormat.from_dynamic_range(bits=4, ratio=30),
     "symlog 8": madax.SymlogFormat(bits=8, linear_range=1 / 3),
@@ -99,6 +100,7 @@ def bits(
                 "workload": workload.name,
                 "optimizer": name,
                 **dataclasses.asdict(storage),
+                "grid": repr(FORMATS.get(storage.format)),
                 "settings": settings,
             }
             if not records.holds(raw, fixed):
@@ -191,7 +193,9 @@ def bits_figure(runs: pd.DataFrame, path: Path) -> None:
             label = f"{optimizer}, {family}, {rounding}"
             axes.plot(median.index, median, label=label, **style)
         for optimizer, style in (("madam", "-"), ("adam", ":")):
-            floats = here[(here["format"] == "float32") & (here["optimizer"] == optimizer)]
+            floats = here[
+                (here["format"] == "float32") & (here["optimizer"] == optimizer)
+            ]
             level = 100 * floats["accuracy"].median()
             axes.axhline(level, c="0.6", ls=style, lw=1, label=f"{optimizer}, float32")
         axes.set(title=workload, xlabel="bits a weight", xticks=[4, 6, 8, 16])

@@ -71,10 +71,10 @@ def train(
         params = optimizer.quantize(weights)
         return params, transform(rate).init(params)
 
-    def advance(carry, rate, batches):
+    def advance(carry, rate, batches, examples):
         def step(carry, batch):
             params, state = carry
-            batch = jax.tree.map(lambda x: x[batch], workload.train)
+            batch = jax.tree.map(lambda x: x[batch], examples)
             # Stored codes, if any, are trained; the loss is a function of their values.
             weights = madax.dequantize_params(params)
             loss, grads = jax.value_and_grad(workload.loss)(weights, batch)
@@ -90,10 +90,10 @@ def train(
             "diverged": ~jnp.array(finite).all(),
         }
 
-    # A seed's rates share its batches, so those are gathered once.
     start_all = jax.vmap(jax.vmap(start, in_axes=(None, 0)), in_axes=(0, None))
-    every_rate = jax.vmap(advance, in_axes=(0, 0, None))
-    every_run = jax.vmap(every_rate, in_axes=(0, None, 0))
+    # A seed's rates share its batches, so those are gathered once.
+    every_rate = jax.vmap(advance, in_axes=(0, 0, None, None))
+    every_run = jax.vmap(every_rate, in_axes=(0, None, 0, None))
     advance_all = jax.jit(every_run, donate_argnums=0)
 
     seeds = range(budget.seeds)
@@ -104,10 +104,11 @@ def train(
     measured = []
     with tqdm(total=budget.steps, desc=label, unit="step") as bar:
         for batches in np.split(np.stack(order), budget.evaluations, axis=1):
-            carry, now = advance_all(carry, jnp.array(rates), batches)
+            carry, now = advance_all(carry, jnp.array(rates), batches, workload.train)
             measured.append(jax.device_get(now))
-            typical = np.nanmedian(measured[-1]["loss"])
-            bar.set_postfix(loss=f"{typical:.3g}", refresh=False)
+            losses = np.sort(measured[-1]["loss"], axis=None)  # NaN comes last.
+            median = losses[losses.size // 2]
+            bar.set_postfix(loss=f"{median:.3g}", refresh=False)
             bar.update(batches.shape[1])
     return list(_runs(measured, rates, budget))
 

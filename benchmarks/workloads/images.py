@@ -52,8 +52,9 @@ def classification(
       train: images and integer labels.
       test: the same, held out.
     """
-    graph = nnx.graphdef(make(nnx.Rngs(0)))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
+    @jax.jit
     def init(key: jax.Array) -> optax.Params:
         return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)), nnx.Param))
 
