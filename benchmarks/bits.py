@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import optax
 import pandas as pd
@@ -56,7 +57,7 @@ class Storage:
     """
 
     format: str
-    rounding: str
+    rounding: Literal["stochastic", "nearest", "-"]
     moments: int = 32
 
 

@@ -18,8 +18,11 @@ def check_number(
     ``jit``) have a type but no value yet: only their type and shape are checked.
     """
     remedy = f"pass a number with {condition} (default: {default})"
-    if isinstance(value, (bool, np.bool_)) or not isinstance(
-        value, (int, float, np.number, np.ndarray, jax.Array)
+    is_array = isinstance(value, (np.ndarray, np.generic, jax.Array))
+    if isinstance(value, bool) or not (
+        jnp.issubdtype(value.dtype, np.number)
+        if is_array
+        else isinstance(value, (int, float))
     ):
         raise TypeError(
             f"{name} must be a number, got {value!r} of type "
@@ -73,9 +76,14 @@ def check_positive(name: str, value: Any, default: float) -> None:
     check_number(name, value, lambda x: x > 0, f"{name} > 0", default)
 
 
+def leaf_name(tree_name: str, path: str) -> str:
+    """How messages call a leaf: ``params['Dense_0/kernel']``, or ``params``."""
+    return f"{tree_name}[{path!r}]" if path else tree_name
+
+
 def check_float_leaf(tree_name: str, path: str, leaf: Any) -> None:
     """Raises unless ``leaf`` is a real floating-point array."""
-    where = f"{tree_name}[{path!r}]" if path else tree_name
+    where = leaf_name(tree_name, path)
     if not isinstance(
         leaf, (jax.Array, np.ndarray, np.generic, float, jax.ShapeDtypeStruct)
     ):

@@ -12,11 +12,11 @@ from madax._quantized_array import is_quantized
 
 
 class ClipLogWeightsState(NamedTuple):
-    """State of :func:`clip_log_weights`: one entry a leaf, in flatten order.
+    """State of :func:`clip_log_weights`: an entry a float leaf, in flatten order.
 
     Attributes:
       rms0: root mean square of each leaf at init, or ``zero_init_scale`` where the
-        leaf was all zeros; float32, shape (number of leaves,).
+        leaf was all zeros; float32 or wider, shape (number of float leaves,).
     """
 
     rms0: jax.Array

@@ -1,10 +1,10 @@
 """Walking over parameter trees, leaf by leaf, and their per-leaf scalars.
 
 A leaf is one parameter: a floating-point array, or a :class:`QuantizedArray`.
-Scalars that belong to float leaves are kept in one float32 vector in flatten order
-rather than in a tree of scalars: wrappers that copy a parameter's sharding onto
-everything shaped like the parameter tree (``flax.nnx.Optimizer``) cannot shard a
-scalar.
+Scalars that belong to float leaves are kept in one vector in flatten order, float32
+or as wide as the widest leaf, rather than in a tree of scalars: wrappers that copy a
+parameter's sharding onto everything shaped like the parameter tree
+(``flax.nnx.Optimizer``) cannot shard a scalar.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madax._checks import check_float_leaf
+from madax._checks import check_float_leaf, leaf_name
 from madax._quantized_array import is_quantized
 
 
@@ -74,9 +74,9 @@ def flatten_like(
         check_float_leaf("updates", path, u)
         if np.shape(u) != np.shape(leaf):
             raise ValueError(
-                f"updates[{path!r}] has shape {np.shape(u)}, but {like}[{path!r}] "
-                f"has shape {np.shape(leaf)}; take the gradients with respect to "
-                "these params."
+                f"{leaf_name('updates', path)} has shape {np.shape(u)}, but "
+                f"{leaf_name(like, path)} has shape {np.shape(leaf)}; take the "
+                "gradients with respect to these params."
             )
     return us
 
@@ -136,8 +136,8 @@ def float_leaf_rms(params: Any) -> tuple[list[str], jax.Array]:
     for path, value in zip(paths, known_values(rms), strict=False):
         if not np.isfinite(value):
             raise ValueError(
-                f"params[{path!r}] holds a NaN or an infinity (root mean square "
-                f"{value}); initialise it with finite values."
+                f"{leaf_name('params', path)} holds a NaN or an infinity (root "
+                f"mean square {value}); initialise it with finite values."
             )
     return paths, rms
 
@@ -149,21 +149,31 @@ def known_values(x: jax.Array) -> np.ndarray:
 
 @jax.jit
 def leaf_rms(leaves: Sequence[jax.Array]) -> jax.Array:
-    """The root mean square of each array: float32, shape (number of arrays,).
+    """The root mean square of each array, float32 or wider, (number of arrays,).
 
     An empty leaf counts as 1: there is nothing to scale, but it is not "all zeros".
     """
     rms = [root_mean_square(w) if w.size else jnp.float32(1) for w in leaves]
-    return jnp.stack(rms).astype(jnp.float32) if rms else jnp.zeros(0, jnp.float32)
+    return jnp.stack(rms) if rms else jnp.zeros(0, jnp.float32)
 
 
 def root_mean_square(
     w: jax.Array, axes: Sequence[int] | None = None, *, keepdims: bool = False
 ) -> jax.Array:
     """The root mean square over ``axes``, float32 or wider, at any scale of ``w``."""
-    w = jnp.abs(widen(w))
-    # Relative to the largest weight, so that squares neither over- nor underflow.
-    peak = jnp.max(w, axis=axes, keepdims=True)
-    mean = jnp.mean((w / jnp.where(peak > 0, peak, 1)) ** 2, axis=axes, keepdims=True)
-    rms = peak * jnp.sqrt(mean)
+    peak, relative = split_peak(jnp.abs(widen(w)), axes)
+    rms = peak * jnp.sqrt(jnp.mean(relative**2, axis=axes, keepdims=True))
     return rms if keepdims else jnp.squeeze(rms, axes)
+
+
+def split_peak(
+    x: jax.Array, axes: Sequence[int] | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """A magnitude and ``x`` relative to it, so that squares of ``x`` do not overflow.
+
+    The magnitude is the largest there is over ``axes``, kept as axes of size 1; or 1
+    if that is zero, or somewhat less if its reciprocal would underflow.
+    """
+    peak = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+    peak = jnp.minimum(jnp.where(peak > 0, peak, 1), jnp.finfo(x.dtype).max / 8)
+    return peak, x / peak

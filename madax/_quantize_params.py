@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madax._checks import check_float_leaf, check_positive
+from madax._checks import check_float_leaf, check_positive, leaf_name
 from madax._formats import Format
 from madax._leaves import known_values, path_name, root_mean_square, widen
 from madax._quantized_array import QuantizedArray, is_quantized
@@ -66,11 +66,12 @@ def quantize_params(
 
     def quantize(path, leaf):
         name = path_name(path)
+        called = leaf_name("params", name)
         if not (_worth_quantizing if where is None else where)(name, leaf):
             return leaf
         if is_quantized(leaf):
             raise TypeError(
-                f"params[{name!r}] is a QuantizedArray already, {leaf!r}; call "
+                f"{called} is a QuantizedArray already, {leaf!r}; call "
                 "dequantize_params first to change its format."
             )
         check_float_leaf("params", name, leaf)
@@ -79,12 +80,12 @@ def quantize_params(
         if channel_axis is not None:
             if not -w.ndim <= channel_axis < w.ndim:
                 raise ValueError(
-                    f"channel_axis is {channel_axis}, but params[{name!r}] has shape "
+                    f"channel_axis is {channel_axis}, but {called} has shape "
                     f"{w.shape}; leave that leaf out with where."
                 )
             axes = tuple(a for a in axes if a != channel_axis % w.ndim)
         rms = root_mean_square(w, axes, keepdims=channel_axis is not None)
-        _check_scales(name, rms)
+        _check_scales(called, rms)
         scale = (p_scale * rms).astype(jnp.float32)
         x = w / jnp.where(scale > 0, scale, 1)
         code = format.saturate(
@@ -143,12 +144,12 @@ def _worth_quantizing(path: str, leaf: Any) -> bool:
     )
 
 
-def _check_scales(name: str, rms: jax.Array) -> None:
+def _check_scales(called: str, rms: jax.Array) -> None:
     for value in known_values(rms).ravel():
         if value == 0 or not np.isfinite(value):
             what = "all zeros" if value == 0 else "not finite"
             raise ValueError(
-                f"params[{name!r}] (or one of its channels) is {what}, so there is no "
-                "scale for its codes; initialise it with finite values that are not "
+                f"{called} (or one of its channels) is {what}, so there is no scale "
+                "for its codes; initialise it with finite values that are not "
                 "all zero, or leave it out with where."
             )

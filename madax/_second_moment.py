@@ -157,7 +157,8 @@ def scale_by_second_moment(
 def _moment(moment: jax.Array, x: jax.Array, decay: Any, ok: jax.Array) -> jax.Array:
     """``decay * moment + (1 - decay) * x`` where ``ok``, else unchanged."""
     rate = jnp.asarray(1 - decay, moment.dtype)
-    return moment + jnp.where(ok, rate * (x - moment), 0)
+    # In float32, decay and 1 - decay do not add up to 1; these coefficients do.
+    return jnp.where(ok, moment - rate * moment + rate * x, moment)
 
 
 def _bias_correction(decay: Any, count: jax.Array) -> jax.Array:

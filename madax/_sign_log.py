@@ -20,11 +20,11 @@ from madax._quantized_array import is_quantized
 
 
 class ScaleBySignLogState(NamedTuple):
-    """State of :func:`scale_by_sign_log`: one entry a leaf, in flatten order.
+    """State of :func:`scale_by_sign_log`: an entry a float leaf, in flatten order.
 
     Attributes:
       rms0: root mean square of each leaf at init, or ``zero_init_scale`` where the
-        leaf was all zeros; float32, shape (number of leaves,).
+        leaf was all zeros; float32 or wider, shape (number of float leaves,).
       zero_init: which leaves were all zeros at init; bool, same shape.
     """
 
@@ -135,7 +135,11 @@ def sign_log_update(w: jax.Array, d: jax.Array, floor: jax.Array) -> jax.Array:
 
 
 def _warn_of_stuck_leaves(paths, rms0) -> None:
-    stuck = [p for p, v in zip(paths, known_values(rms0), strict=False) if v == 0]
+    stuck = [
+        path or "params"
+        for path, scale in zip(paths, known_values(rms0), strict=False)
+        if scale == 0
+    ]
     if stuck:
         warnings.warn(
             f"{', '.join(stuck)}: all zeros at init, so a multiplicative update with "

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from madax._checks import check_positive
 from madax._clip import ClipLogWeightsState
-from madax._leaves import flatten, flatten_like, widen
+from madax._leaves import flatten, flatten_like, split_peak, widen
 
 __all__ = [
     "descent_bound",
@@ -46,9 +46,7 @@ def relative_update_size(params: Any, updates: Any) -> dict[str, jax.Array]:
       >>> print(f"{sizes['w']:.3f}")
       0.010
     """
-    return _by_path(
-        lambda w, u: jnp.where(_norm(u) > 0, _norm(u) / _norm(w), 0), params, updates
-    )
+    return _by_path(lambda w, u: _relative_norm(u, w), params, updates)
 
 
 def fraction_at_bound(
@@ -169,6 +167,8 @@ def log_weight_histogram(
       [1 0 0 2] [-15. -10.  -5.   0.   5.]
     """
     check_positive("bins", bins, 60)
+    if not isinstance(bins, int):
+        raise TypeError(f"bins must be an int, got {bins!r} (default: 60).")
     if not lowest < highest:
         raise ValueError(
             f"lowest must be below highest, got lowest={lowest} and "
@@ -177,7 +177,7 @@ def log_weight_histogram(
     edges = jnp.linspace(lowest, highest, bins + 1)
 
     def histogram(w, _):
-        log_w = jnp.clip(jnp.log(jnp.abs(widen(w))), lowest, highest).ravel()
+        log_w = jnp.clip(jnp.log(jnp.abs(w)), lowest, highest).ravel()
         # ln 0 = -inf was clipped into the first bin: weights of 0 take it out again.
         nonzero = (w != 0).astype(jnp.int32).ravel()
         return jnp.histogram(log_w, edges, weights=nonzero)[0].astype(jnp.int32)
@@ -219,9 +219,11 @@ def descent_bound(params: Any, grads: Any) -> jax.Array:
       Bernstein et al., `Learning compositional functions via multiplicative
       weight updates <https://arxiv.org/abs/2006.14560>`_, 2020, Theorem 1.
     """
-    cosines = _by_path(
-        lambda w, g: jnp.sum(jnp.abs(_unit(w)) * jnp.abs(_unit(g))), params, grads
-    )
+
+    def cosine(w, g):
+        return jnp.sum(jnp.abs(_unit(w) * _unit(g))) if w.size else jnp.nan
+
+    cosines = _by_path(cosine, params, grads)
     cosines = jnp.asarray([*cosines.values(), jnp.nan])
     layers = jnp.sum(~jnp.isnan(cosines))
     bound = jnp.expm1(jnp.log1p(jnp.nanmin(cosines)) / layers)
@@ -229,10 +231,13 @@ def descent_bound(params: Any, grads: Any) -> jax.Array:
 
 
 def _by_path(fn: Callable[..., Any], params: Any, other: Any) -> dict[str, Any]:
-    """``{path: fn(leaf of params, leaf of other)}``."""
+    """``{path: fn(leaf of params, leaf of other)}``, in float32 or wider."""
     paths, leaves, treedef = flatten(params)
     others = flatten_like(other, treedef, "params", paths, leaves)
-    return {p: fn(w, o) for p, w, o in zip(paths, leaves, others, strict=True)}
+    return {
+        path: fn(widen(w), widen(o))
+        for path, w, o in zip(paths, leaves, others, strict=True)
+    }
 
 
 def _fraction(condition: jax.Array) -> jax.Array:
@@ -241,13 +246,15 @@ def _fraction(condition: jax.Array) -> jax.Array:
 
 def _unit(x: jax.Array) -> jax.Array:
     """``x`` over its norm, or NaN if that is zero."""
-    x = widen(x)
-    x = x / jnp.max(jnp.abs(x), initial=0)
+    _, x = split_peak(x)
     return x / jnp.sqrt(jnp.sum(x * x))
 
 
-def _norm(x: jax.Array) -> jax.Array:
-    x = widen(x)
-    peak = jnp.max(jnp.abs(x), initial=0)
-    unit = jnp.where(peak > 0, peak, 1)
-    return peak * jnp.sqrt(jnp.sum((x / unit) ** 2))
+def _relative_norm(u: jax.Array, w: jax.Array) -> jax.Array:
+    """The norm of ``u`` over that of ``w``; 0/0 is 0."""
+    (peak_u, u), (peak_w, w) = split_peak(u), split_peak(w)
+    ratio = jnp.squeeze(peak_u / peak_w)
+    zero = jnp.all(u == 0)
+    return jnp.where(
+        zero, 0, ratio * jnp.sqrt(jnp.sum(u * u)) / jnp.sqrt(jnp.sum(w * w))
+    )

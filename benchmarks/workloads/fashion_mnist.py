@@ -106,15 +106,15 @@ def _idx_folder(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def _hugging_face() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     try:
-        import datasets
+        import datasets  # pyrefly: ignore[missing-import]
 
         loaded = datasets.load_dataset("zalando-datasets/fashion_mnist")
     except Exception as error:
         raise FileNotFoundError(
             f"Fashion-MNIST is not at {DEBIAN} and could not be loaded from Hugging "
             f"Face ({type(error).__name__}: {error}); run `apt install "
-            "dataset-fashion-mnist`, or `pip install datasets` with internet access, "
-            "or pass the folder of its IDX files."
+            "dataset-fashion-mnist`, or `pip install datasets` where the internet is "
+            "in reach, or pass the folder of its IDX files."
         ) from error
     return {
         split: (np.asarray(rows["image"]), np.asarray(rows["label"]))

@@ -1,0 +1,97 @@
+"""Madam in plain NumPy float64, one leaf at a time, written from the formulas.
+
+Imports neither jax nor madax, so that a mistake cannot be made twice in the same way.
+Each class is one transform: built from the leaf's first weights, called once a step.
+
+    v = b2 v + (1-b2) g^2                  g_hat = g / sqrt(v / (1 - b2^t)),   0/0 = 0
+    d = -lr clip(g_hat, -g_bound, g_bound)
+    u = w expm1(sign(w) d)   where |w| > floor rms0,   else   floor rms0 d
+    |w + u| <= p_scale rms0
+"""
+
+import numpy as np
+
+
+def first_rms(w0, zero_init_scale=0.1):
+    """Return rms0 and whether the leaf is all zeros (rms0 is then the option)."""
+    w0 = np.asarray(w0, np.float64)
+    all_zero = not np.any(w0)
+    if all_zero:
+        return float(zero_init_scale), True
+    return float(np.sqrt(np.mean(w0**2))), False
+
+
+class SecondMoment:
+    """g to g_hat; with b1, a bias-corrected first moment is the numerator."""
+
+    def __init__(self, shape, b2=0.999, b1=None):
+        self.b1, self.b2, self.t = b1, b2, 0
+        self.v, self.m = np.zeros(shape), np.zeros(shape)
+
+    def __call__(self, g):
+        g = np.asarray(g, np.float64)
+        ok = np.isfinite(g)
+        g = np.where(ok, g, 0.0)
+        self.t += 1
+        self.v = np.where(ok, self.b2 * self.v + (1 - self.b2) * g**2, self.v)
+        top = g
+        if self.b1 is not None:
+            self.m = np.where(ok, self.b1 * self.m + (1 - self.b1) * g, self.m)
+            top = self.m / (1 - self.b1**self.t)
+        v_hat = self.v / (1 - self.b2**self.t)
+        moves = ok & (v_hat > 0)
+        return np.where(moves, top / np.sqrt(np.where(moves, v_hat, 1.0)), 0.0)
+
+
+class SignLog:
+    """Log-step d to additive update u."""
+
+    def __init__(self, w0, floor=0.0, zero_init_scale=0.1):
+        rms, all_zero = first_rms(w0, zero_init_scale)
+        self.floor_abs = rms * (1.0 if all_zero else floor)
+
+    def __call__(self, d, w):
+        d, w = np.asarray(d, np.float64), np.asarray(w, np.float64)
+        far = np.abs(w) > self.floor_abs
+        return np.where(far, w * np.expm1(np.sign(w) * d), self.floor_abs * d)
+
+
+class ClipLogWeights:
+    """Shorten u so that w + u stays within the bound."""
+
+    def __init__(self, w0, p_scale=3.0, zero_init_scale=0.1):
+        self.bound = p_scale * first_rms(w0, zero_init_scale)[0]
+
+    def __call__(self, u, w):
+        new = np.asarray(w, np.float64) + np.asarray(u, np.float64)
+        return np.clip(new, -self.bound, self.bound) - w
+
+
+class Madam:
+    """The whole chain; `step(g)` moves `self.w` and returns it."""
+
+    def __init__(
+        self,
+        w0,
+        learning_rate=0.01,
+        b2=0.999,
+        p_scale=3.0,
+        g_bound=10.0,
+        *,
+        b1=None,
+        floor=0.0,
+        zero_init_scale=0.1,
+    ):
+        self.w = np.asarray(w0, np.float64)
+        self.learning_rate, self.g_bound = learning_rate, g_bound
+        self.direction = SecondMoment(self.w.shape, b2, b1)
+        self.sign_log = SignLog(self.w, floor, zero_init_scale)
+        self.clip = ClipLogWeights(self.w, p_scale, zero_init_scale)
+
+    def step(self, g):
+        lr = self.learning_rate
+        if callable(lr):  # optax schedules count from 0
+            lr = float(lr(self.direction.t))
+        g_hat = np.clip(self.direction(g), -self.g_bound, self.g_bound)
+        self.w = self.w + self.clip(self.sign_log(-lr * g_hat, self.w), self.w)
+        return self.w

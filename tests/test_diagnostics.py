@@ -1,0 +1,322 @@
+"""Diagnostics against NumPy, eager and compiled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import madax
+from madax import diagnostics
+
+
+def tree(seed, scale=1.0, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    return {
+        "dense": {"kernel": np.asarray(scale * rng.standard_normal((7, 5)), dtype)},
+        "gain": np.asarray(scale * rng.standard_normal(()), dtype),
+        "rest": [np.asarray(scale * rng.standard_normal(11), dtype)],
+    }
+
+
+PATHS = ["dense/kernel", "gain", "rest/0"]
+
+
+def leaves64(params):
+    return [np.asarray(x, np.float64) for x in jax.tree.leaves(params)]
+
+
+def norm(x):
+    return np.sqrt(np.sum(x**2))
+
+
+@pytest.fixture(params=["eager", "jit"])
+def compiled(request):
+    return (lambda f: f) if request.param == "eager" else jax.jit
+
+
+def assert_by_path(got, want, rtol=1e-6):
+    assert list(got) == PATHS
+    for path, value in zip(PATHS, want, strict=True):
+        np.testing.assert_allclose(got[path], value, rtol=rtol, err_msg=path)
+
+
+def test_all_lists_every_public_function():
+    functions = {
+        name
+        for name, value in vars(diagnostics).items()
+        if getattr(value, "__module__", "") == diagnostics.__name__
+        and not name.startswith("_")
+    }
+    assert functions <= set(diagnostics.__all__)
+
+
+SCALES = [(1e-30, 1e-32), (1.0, 1e-3), (1e30, 1e30), (1e-20, 1e10), (3e37, 3e35)]
+
+
+@pytest.mark.parametrize(("w_scale", "u_scale"), SCALES)
+def test_relative_update_size(compiled, w_scale, u_scale):
+    params, updates = tree(0, w_scale), tree(1, u_scale)
+    want = [
+        norm(u) / norm(w)
+        for w, u in zip(*map(leaves64, (params, updates)), strict=True)
+    ]
+    got = compiled(diagnostics.relative_update_size)(params, updates)
+    assert_by_path(got, want)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_relative_update_size_of_half_precision(compiled, dtype):
+    params, updates = tree(0, 1e3, dtype), tree(1, 10.0, dtype)
+    want = [
+        norm(u) / norm(w)
+        for w, u in zip(*map(leaves64, (params, updates)), strict=True)
+    ]
+    got = compiled(diagnostics.relative_update_size)(params, updates)
+    assert_by_path(got, want)
+
+
+RELATIVE_SIZES = {
+    "zero update": (np.ones(3), np.zeros(3), 0),
+    "leaves zero": (np.zeros(3), np.ones(3), np.inf),
+    "stays zero": (np.zeros(3), np.zeros(3), 0),
+    "one of many": (np.full(100, 2.0), np.eye(100)[0], 1 / 20),
+    "largest floats": (np.full(100, 3e38), np.full(100, 3e36), 0.01),
+    "empty": (np.zeros(0), np.zeros(0), 0),
+}
+
+
+@pytest.mark.parametrize("name", RELATIVE_SIZES)
+def test_relative_update_size_by_hand(compiled, name):
+    w, u, want = RELATIVE_SIZES[name]
+    params, updates = {"w": np.float32(w)}, {"w": np.float32(u)}
+    got = compiled(diagnostics.relative_update_size)(params, updates)
+    np.testing.assert_allclose(got["w"], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
+@pytest.mark.parametrize("p_scale", [0.5, 1.0, 3.0])
+def test_fraction_at_bound(compiled, p_scale, dtype):
+    params = tree(0, dtype=dtype)
+    tx = madax.madam(0.5, p_scale=p_scale)
+    state = tx.init(params)
+    bounds = [p_scale * np.sqrt(np.mean(w**2)) for w in leaves64(params)]
+    for seed in range(1, 4):
+        updates, state = tx.update(tree(seed, dtype=dtype), state, params)
+        params = optax.apply_updates(params, updates)
+    want = [
+        np.mean(np.abs(w) >= (1 - 2**-6) * b)
+        for w, b in zip(leaves64(params), bounds, strict=True)
+    ]
+    assert any(0 < fraction < 1 for fraction in want)
+    count = compiled(lambda p, s: diagnostics.fraction_at_bound(p, s, p_scale))
+    assert_by_path(count(params, state), want)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda tx: tx, optax.with_extra_args_support, optax.apply_if_finite]
+)
+def test_fraction_at_bound_finds_the_state(wrap):
+    args = (3,) if wrap is optax.apply_if_finite else ()
+    w = jnp.array([1.0, -1.0, 1.0, 1.0])
+    state = wrap(madax.madam(), *args).init(w)
+    now = jnp.array([3.0, -3.0, 2.9, 0.0])
+    assert diagnostics.fraction_at_bound(now, state) == {"": 0.5}
+
+
+def test_fraction_at_bound_of_zero_leaves():
+    params = {"b": jnp.zeros(4)}
+    now = {"b": jnp.array([0.3, -0.3, 0.1, 0.0])}
+    state = madax.madam().init(params)
+    assert diagnostics.fraction_at_bound(now, state) == {"b": 0.5}
+
+
+STATES = {
+    "no state": (),
+    "another transform": madax.scale_by_sign_log().init(jnp.ones(2)),
+    "other params": madax.madam().init([jnp.ones(2), jnp.ones(3)]),
+    "two of them": (madax.madam().init(jnp.ones(2)),) * 2,
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_fraction_at_bound_without_the_state(name):
+    with pytest.raises(ValueError, match="one ClipLogWeightsState for the 1 leaves"):
+        diagnostics.fraction_at_bound(jnp.ones(2), STATES[name])
+
+
+def with_zeros(seed, share):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda w: np.where(rng.random(w.shape) < share, 0, w).astype(w.dtype),
+        tree(seed),
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_fraction_zero(compiled, share):
+    params = with_zeros(0, share)
+    want = [np.mean(w == 0) for w in leaves64(params)]
+    assert_by_path(compiled(diagnostics.fraction_zero)(params), want)
+
+
+def test_fraction_sign_changed(compiled):
+    params, previous = with_zeros(0, 0.3), with_zeros(1, 0.3)
+    want = [
+        np.mean(np.sign(w) != np.sign(p))
+        for w, p in zip(*map(leaves64, (params, previous)), strict=True)
+    ]
+    assert any(0 < fraction < 1 for fraction in want)
+    got = compiled(diagnostics.fraction_sign_changed)(params, previous)
+    assert_by_path(got, want)
+
+
+def test_madam_without_a_floor_changes_no_sign():
+    params = with_zeros(0, 0.3)
+    params["gain"] = np.float32(2)  # a zero here would be a leaf of zeros, which moves
+    tx = madax.madam(0.3)
+    updates, _ = tx.update(tree(1), tx.init(params), params)
+    now = optax.apply_updates(params, updates)
+    assert_by_path(diagnostics.fraction_sign_changed(now, params), [0, 0, 0])
+    sizes = diagnostics.relative_update_size(params, updates)
+    assert all(np.expm1(0.3) * 0.5 < size <= np.expm1(0.3) for size in sizes.values())
+
+
+EDGES = {"default": {}, "narrow": {"bins": 7, "lowest": -2.0, "highest": 0.5}}
+
+
+@pytest.mark.parametrize("edges", EDGES)
+def test_log_weight_histogram(compiled, edges):
+    options = {"bins": 60, "lowest": -15.0, "highest": 5.0, **EDGES[edges]}
+    bins, lowest, highest = options.values()
+    params = with_zeros(2, 0.2)
+    histogram = compiled(lambda p: diagnostics.log_weight_histogram(p, **EDGES[edges]))
+    counts, got_edges = histogram(params)
+    want_edges = np.linspace(lowest, highest, bins + 1)
+    np.testing.assert_allclose(got_edges, want_edges, rtol=1e-6, atol=3e-6)
+    for path, w in zip(PATHS, leaves64(params), strict=True):
+        log_w = np.clip(np.log(np.abs(w[w != 0])), lowest, highest)
+        want, _ = np.histogram(log_w, want_edges)
+        np.testing.assert_array_equal(counts[path], want, err_msg=path)
+        assert counts[path].sum() == np.count_nonzero(w)
+        assert counts[path].dtype == jnp.int32
+
+
+def test_log_weight_histogram_clamps_what_is_beyond_the_edges(compiled):
+    w = np.float32([1e-37, 1e-20, 0, 0, 3e38, np.inf, np.exp(-7), -np.exp(-7)])
+    histogram = compiled(lambda p: diagnostics.log_weight_histogram(p, bins=4))
+    counts, _ = histogram({"w": w})
+    np.testing.assert_array_equal(counts["w"], [2, 2, 0, 2])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"bins": 0}, ValueError, "bins must satisfy bins > 0, got 0"),
+        ({"bins": -3}, ValueError, "bins must satisfy bins > 0, got -3"),
+        ({"bins": "6"}, TypeError, "bins must be a number, got '6'"),
+        ({"bins": 2.5}, (TypeError, ValueError), "bins must be .*got 2.5"),
+        ({"lowest": 5.0}, ValueError, "lowest must be below highest.*lowest=5.0"),
+        ({"highest": np.nan}, ValueError, "lowest must be below highest.*nan"),
+    ],
+    ids=str,
+)
+def test_log_weight_histogram_checks_its_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        diagnostics.log_weight_histogram(tree(0), **options)
+
+
+# The cosine of each counted leaf, by hand, and then (1 + min)^(1/L) - 1.
+DESCENT = {
+    "aligned": ([[1, 1]], [[2, 2]], 1.0),
+    "signs do not matter": ([[1, -1]], [[-3, 3]], 1.0),
+    "3-4-5": ([[3, 4]], [[1, 0]], 0.6),
+    "orthogonal": ([[1, 0]], [[0, 1]], 0.0),
+    "two layers": ([[3, 4], [1, 1]], [[1, 0], [1, 1]], np.sqrt(1.6) - 1),
+    "three layers": ([[3, 4]] * 3, [[1, 0], [0, 1], [3, 4]], 1.6 ** (1 / 3) - 1),
+    "zero weights": ([[3, 4], [0, 0]], [[1, 0], [1, 1]], 0.6),
+    "zero gradients": ([[3, 4], [1, 1]], [[0, 1], [0, 0]], 0.8),
+    "all zero": ([[0, 0]], [[0, 0]], 0.0),
+    "empty beside": ([[3, 4], []], [[1, 0], []], 0.6),
+    "no leaves": ([], [], 0.0),
+    "tiny gradients": ([[3, 4]], [[1e-30, 0]], 0.6),
+    "huge gradients": ([[3, 4]], [[1e30, 0]], 0.6),
+    "huge weights": ([[3e30, 4e30]], [[1, 0]], 0.6),
+    "tiny weights": ([[3e-30, 4e-30]], [[1, 0]], 0.6),
+    "largest floats": ([[3e38, 3e38]], [[3e38, 3e38]], 1.0),
+}
+
+
+@pytest.mark.parametrize("name", DESCENT)
+def test_descent_bound_by_hand(compiled, name):
+    params, grads, want = DESCENT[name]
+    params, grads = ([np.float32(x) for x in tree] for tree in (params, grads))
+    got = compiled(diagnostics.descent_bound)(params, grads)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+    assert got.shape == ()
+    assert got.dtype == jnp.float32
+
+
+def test_descent_bound_of_many_layers(compiled):
+    """50 layers at cosine 0.6 give about the default learning rate."""
+    w, g = [np.float32([3, 4])] * 50, [np.float32([1, 0])] * 50
+    got = compiled(diagnostics.descent_bound)(w, g)
+    np.testing.assert_allclose(got, 1.6**0.02 - 1, rtol=1e-5)
+
+
+def test_descent_bound_against_numpy(compiled):
+    params, grads = tree(0), tree(1, 1e-6)
+    cosines = [
+        np.sum(np.abs(w * g)) / (norm(w) * norm(g))
+        for w, g in zip(*map(leaves64, (params, grads)), strict=True)
+    ]
+    want = (1 + min(cosines)) ** (1 / 3) - 1
+    np.testing.assert_allclose(
+        compiled(diagnostics.descent_bound)(params, grads), want, rtol=1e-6
+    )
+
+
+TWO_TREES = [
+    diagnostics.relative_update_size,
+    diagnostics.fraction_sign_changed,
+    diagnostics.descent_bound,
+]
+
+
+@pytest.mark.parametrize("function", TWO_TREES)
+def test_trees_must_match(function):
+    with pytest.raises(ValueError, match="same tree structure"):
+        function(tree(0), {"gain": jnp.ones(())})
+    other = {**tree(0), "gain": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"updates\['gain'\] has shape \(3,\)"):
+        function(tree(0), other)
+
+
+def test_leaves_must_be_floats():
+    with pytest.raises(TypeError, match=r"params\['n'\] has dtype int32"):
+        diagnostics.fraction_zero({"n": jnp.arange(3, dtype=jnp.int32)})
+
+
+ONE_TREE = {
+    "fraction_zero": (lambda p: diagnostics.fraction_zero(p)["b"], 0.0),
+    "log_weight_histogram": (
+        lambda p: diagnostics.log_weight_histogram(p)[0]["b"].sum(),
+        1,
+    ),
+    "fraction_sign_changed": (
+        lambda p: diagnostics.fraction_sign_changed(p, p)["b"],
+        0.0,
+    ),
+    "relative_update_size": (
+        lambda p: diagnostics.relative_update_size(p, p)["b"],
+        1.0,
+    ),
+    "descent_bound": (lambda p: diagnostics.descent_bound(p, p), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", ONE_TREE)
+@pytest.mark.parametrize("scalar", [0.5, np.float32(0.5), np.float64(0.5)], ids=repr)
+def test_scalars_that_are_no_arrays(name, scalar):
+    function, want = ONE_TREE[name]
+    np.testing.assert_allclose(function({"b": scalar}), want)

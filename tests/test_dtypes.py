@@ -1,0 +1,199 @@
+"""Dtypes in, through and out; jit against eager; nothing compiles twice."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+import madax
+
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+OPTIONS = [{}, {"b1": 0.9, "floor": 0.1}]
+
+
+def enable_x64():
+    # The name moved; either warns or is missing in the other half of jax 0.6 to 0.10.
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64
+
+    return enable_x64()
+
+
+def x64_for(dtype):
+    return enable_x64() if dtype == "float64" else contextlib.nullcontext()
+
+
+def example_params(dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "w": jnp.asarray(rng.standard_normal((6, 5)), dtype),
+        "b": jnp.zeros(5, dtype),
+        "gain": jnp.asarray(1.5, dtype),
+    }
+
+
+def example_grads(dtype, seed):
+    grads = example_params(dtype, seed + 1)
+    grads["b"] = grads["w"][0]
+    return grads
+
+
+def dtypes(tree):
+    return jax.tree.map(lambda x: (x.dtype, x.weak_type), tree)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_updates_keep_the_dtype_and_states_never_drift(dtype, options):
+    with x64_for(dtype):
+        params = example_params(dtype)
+        tx = madax.madam(0.05, **options)
+        state = tx.init(params)
+        first = dtypes(state)
+        for step in range(5):
+            updates, state = tx.update(example_grads(dtype, step), state, params)
+            params = optax.apply_updates(params, updates)
+            assert {u.dtype.name for u in jax.tree.leaves(updates)} == {dtype}
+            assert dtypes(state) == first
+            assert all(np.all(np.isfinite(w)) for w in jax.tree.leaves(params))
+        wide = jnp.promote_types(dtype, jnp.float32)
+        moments = jax.tree.leaves((state[0].v, state[0].m))
+        assert {m.dtype for m in moments} == {wide}
+        for x in jax.tree.leaves(state):
+            assert not x.weak_type
+            assert not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize >= 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_follows_the_oracle(dtype):
+    """One step from the same weights errs by roundings of the dtype only."""
+    with x64_for(dtype):
+        params = example_params(dtype)
+        tx = madax.madam(0.05, p_scale=np.inf)
+        models = {
+            name: oracle.Madam(w, 0.05, p_scale=np.inf) for name, w in params.items()
+        }
+        state = tx.init(params)
+        for step in range(20):
+            grads = example_grads(dtype, step)
+            updates, state = tx.update(grads, state, params)
+            for name, model in models.items():
+                w = model.w = np.asarray(params[name], np.float64)
+                want = model.step(np.asarray(grads[name])) - w
+                # The floor of a leaf of zeros is a float32, in float64 too.
+                eps = max(float(jnp.finfo(dtype).eps), 2**-24 if name == "b" else 0)
+                got = np.asarray(updates[name], np.float64)
+                # The oracle's own cancellations cost it three digits.
+                rtol = 4 * eps + 1e-12
+                np.testing.assert_allclose(got, want, rtol=rtol, atol=eps * 1e-2)
+            params = optax.apply_updates(params, updates)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_jit_equals_eager(dtype, options):
+    """Within 2 ulp of the larger of weight and update, each step from the same state.
+
+    Not bit for bit: compiled, a product and a sum may fuse into one rounding.
+    """
+    params = example_params(dtype)
+    tx = madax.madam(0.05, **options)
+    state = tx.init(params)
+    assert jax.tree.all(
+        jax.tree.map(lambda x, y: jnp.all(x == y), state, jax.jit(tx.init)(params))
+    )
+    update = jax.jit(tx.update)
+    for step in range(20):
+        grads = example_grads(dtype, step)
+        eager = optax.apply_updates(params, tx.update(grads, state, params)[0])
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for name, u in updates.items():
+            u, w, want = (np.float64(x) for x in (u, params[name], eager[name]))
+            ulp = jnp.finfo(dtype).eps * np.maximum(np.abs(u), np.abs(want))
+            assert np.all(np.abs(w - want) <= 2 * ulp), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_later_steps_do_not_recompile(dtype):
+    traces = 0
+
+    @jax.jit
+    def step(params, state, grads):
+        nonlocal traces
+        traces += 1
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with x64_for(dtype):
+        tx = madax.madam(optax.linear_schedule(0.1, 0.0, 10), b1=0.9)
+        params = example_params(dtype)
+        state = tx.init(params)
+        for seed in range(5):
+            params, state = step(params, state, example_grads(dtype, seed))
+    assert traces == 1
+
+
+@pytest.mark.parametrize(
+    ("grad_dtype", "param_dtype"),
+    [
+        ("bfloat16", "float32"),
+        ("float16", "float32"),
+        ("float32", "bfloat16"),
+        ("float32", "float16"),
+    ],
+)
+def test_gradients_may_have_another_dtype(grad_dtype, param_dtype):
+    """Moments are as if the gradients had been cast to float32 first."""
+    params = example_params(param_dtype)
+    grads = example_grads(grad_dtype, 3)
+    tx = madax.madam(0.05, b1=0.9)
+    updates, state = tx.update(grads, tx.init(params), params)
+    cast = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    want, want_state = tx.update(cast, tx.init(params), params)
+    assert {u.dtype.name for u in jax.tree.leaves(updates)} == {param_dtype}
+    for one, other in zip(
+        jax.tree.leaves((updates, state)),
+        jax.tree.leaves((want, want_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == other.dtype
+
+
+def test_float16_gradients_whose_squares_underflow_float16_still_step():
+    w, g = jnp.ones(2, jnp.float16), jnp.array([6e-8, -6e-5], jnp.float16)
+    tx = madax.madam(0.1)
+    updates, _ = tx.update(g, tx.init(w), w)
+    want = np.exp([-0.1, 0.1])
+    np.testing.assert_allclose(w + updates, want, rtol=2 * jnp.finfo(w.dtype).eps)
+
+
+def test_float64_moments_keep_float64_range():
+    with enable_x64():
+        w = jnp.ones(3)
+        tx = madax.madam(0.1)
+        updates, state = tx.update(jnp.array([1e-100, -1e100, 0.0]), tx.init(w), w)
+        np.testing.assert_allclose(w + updates, np.exp([-0.1, 0.1, 0]), rtol=1e-14)
+        assert state[0].v.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e60])
+def test_float64_weights_keep_float64_range(scale):
+    with enable_x64():
+        w = jnp.array([1.0, -2.0, 0.5]) * scale
+        tx = madax.madam(0.1)
+        updates, _ = tx.update(jnp.ones(3), tx.init(w), w)
+        np.testing.assert_allclose(
+            (w + updates) / scale, np.exp([-0.1, 0.1, -0.1]) * [1, -2, 0.5], rtol=1e-14
+        )
+
+
+def test_rms_of_float16_weights_is_not_computed_in_float16():
+    w = jnp.full(1000, 300, jnp.float16)  # the sum of squares is 1400 times too large
+    np.testing.assert_allclose(madax.clip_log_weights().init(w).rms0, [300], rtol=1e-6)
