@@ -6,10 +6,14 @@ from tyro.extras import SubcommandApp
 
 from benchmarks.bits import bits
 from benchmarks.demo import demo
+from benchmarks.lns import lns
+from benchmarks.stall import stall
 
 app = SubcommandApp()
 app.command(demo)
 app.command(bits)
+app.command(lns)
+app.command(stall)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -15,11 +15,14 @@ from benchmarks.workloads.images import ConvNet, classification
 
 def digits() -> Workload:
     """Returns the workload: 1347 images to train on, 450 held out."""
-    return classification("digits", partial(ConvNet, 8), *_split())
+    return classification("digits", partial(ConvNet, 8), *split())
 
 
-def _split() -> tuple[Batch, Batch]:
-    """Splits the images by class, and standardises by the training pixels."""
+def split() -> tuple[Batch, Batch]:
+    """Returns data to train on and data held out, split by class.
+
+    Pixels are standardised by those to train on.
+    """
     images, labels = load_digits(return_X_y=True)
     train_x, test_x, train_y, test_y = train_test_split(
         images, labels, test_size=0.25, stratify=labels, random_state=0

@@ -27,12 +27,18 @@ class ConvNet(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two hidden layers of 256, Flax's default initialisers."""
+    """Two hidden layers of 256, Flax's default initialisers.
+
+    Attributes:
+      linear: the class of its layers.
+    """
+
+    linear: type[nnx.Linear] = nnx.Linear
 
     def __init__(self, size: int, rngs: nnx.Rngs):
-        self.linear1 = nnx.Linear(size**2, 256, rngs=rngs)
-        self.linear2 = nnx.Linear(256, 256, rngs=rngs)
-        self.linear3 = nnx.Linear(256, 10, rngs=rngs)
+        self.linear1 = self.linear(size**2, 256, rngs=rngs)
+        self.linear2 = self.linear(256, 256, rngs=rngs)
+        self.linear3 = self.linear(256, 10, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Returns the logits of images of shape (batch, size, size, 1)."""
