@@ -116,7 +116,8 @@ def check_format_field(
             f"{type(value).__name__}; pass a float ({unit}), and name it in the "
             "static_args of optax.inject_hyperparams."
         )
-    if not lowest <= value <= highest:
+    # The bounds are printed with six digits: what is printed is accepted.
+    if not lowest * (1 - 1e-5) <= value <= highest * (1 + 1e-5):
         raise ValueError(
             f"{name} must be in [{lowest:g}, {highest:g}] ({unit}), got {value}."
         )

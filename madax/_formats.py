@@ -79,9 +79,13 @@ class Format(ABC):
     def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
         """How many codes a log-step of ``d`` nats moves, real-valued."""
 
+    @abstractmethod
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
-        """How many codes adding ``u``, relative to the scale, moves."""
-        return self.encode(self.decode(code) + u) - code.astype(jnp.float32)
+        """How many codes adding ``u``, relative to the scale, moves, real-valued.
+
+        ``encode(decode(code) + u) - code``, with small steps exact: their digits
+        must not be lost in the width of the code.
+        """
 
     def saturate(self, code: jax.Array, sign: jax.Array) -> jax.Array:
         """The nearest code there is to an integer, for a value of that sign."""
@@ -129,6 +133,7 @@ class LogFormat(Format):
         super().__post_init__()
         highest = _WIDEST / self.levels
         check_format_field("base_step", self.base_step, _FINEST, highest, "nats")
+        object.__setattr__(self, "base_step", float(self.base_step))
 
     @classmethod
     def from_gamma(cls, bits: int, gamma: float) -> "LogFormat":
@@ -203,11 +208,11 @@ class LogFormat(Format):
         return d * (1 / self.base_step)
 
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
-        """As ever, but exact for small steps: their log1p, not a difference of logs."""
+        """``sign(x) * log1p(u / x) / base_step`` where u is small against x."""
         x = self.decode(code)
         ratio = jnp.where(x == 0, -1, u / x)
         small = jnp.sign(x) * jnp.log1p(ratio) * (1 / self.base_step)
-        return jnp.where(jnp.abs(ratio) < 0.5, small, super().add_step(code, u))
+        return jnp.where(jnp.abs(ratio) < 0.5, small, self.encode(x + u) - code)
 
     def saturate(self, code: jax.Array, sign: jax.Array) -> jax.Array:
         """The nearest code of that sign; 0 only for sign 0."""
@@ -252,6 +257,7 @@ class SymlogFormat(Format):
         check_format_field(
             "linear_range", self.linear_range, 1e-6, 1e3, "relative to the scale"
         )
+        object.__setattr__(self, "linear_range", float(self.linear_range))
 
     @property
     def step(self) -> float:
@@ -276,6 +282,24 @@ class SymlogFormat(Format):
         """``d / step``, whatever the code."""
         del code
         return d * (1 / self.step)
+
+    def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
+        """The difference of two inverse hyperbolic sines, as one log1p if small.
+
+        With y = x + u, both relative to the linear range, x >= 0 and s(x) the root
+        of 1 + x**2: asinh(y) - asinh(x) = log1p((u + s(y) - s(x)) / (x + s(x))), and
+        s(y) - s(x) = u * (x + y) / (s(x) + s(y)).
+        """
+        theta = jnp.abs(code.astype(jnp.float32)) * self.step
+        sign = jnp.where(code < 0, -1, 1)
+        x, u = jnp.sinh(theta), sign * u * (1 / self.linear_range)
+        y = x + u
+        slope = 1 + (x + y) / (jnp.cosh(theta) + jnp.sqrt(1 + y * y))
+        ratio = u * slope * jnp.exp(-theta)
+        change = jnp.where(
+            jnp.abs(ratio) < 0.5, jnp.log1p(ratio), jnp.arcsinh(y) - theta
+        )
+        return sign * change * (1 / self.step)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,7 +89,7 @@ def quantize_params(
         scale = (p_scale * rms).astype(jnp.float32)
         x = w / jnp.where(scale > 0, scale, 1)
         code = format.saturate(
-            jnp.round(format.encode(x)).astype(jnp.int32), jnp.sign(x)
+            jnp.round(format.encode(x)).astype(jnp.int32), jnp.sign(w)
         )
         return QuantizedArray(code.astype(format.storage_dtype), scale, format)
 

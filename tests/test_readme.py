@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import jax
-import madax
 import numpy as np
+
+import madax
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
