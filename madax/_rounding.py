@@ -69,7 +69,9 @@ def round_steps(
         return jnp.round(steps).astype(jnp.int32)
     # Halves of 16 bits convert to float32 exactly; + 0.5 centres them in [0, 1).
     uniform = ((bits >> 16).astype(jnp.int32).astype(jnp.float32) + 0.5) * 2.0**-16
-    return jnp.floor(steps + uniform).astype(jnp.int32)
+    # Fractions apart: a large whole step plus 0.99999 would round to the next.
+    whole = jnp.floor(steps)
+    return (whole + jnp.floor(steps - whole + uniform)).astype(jnp.int32)
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -1,0 +1,252 @@
+"""Stored moments: small floats, against their formula; and what training does to them.
+
+A code c > 0 of v stands for (1 + f / 2**M) 2**(window - 127 + e), where c - 1 = e 2**M
++ f and M = bits - 6; a code of m likewise, with half the octaves and a sign.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import madax
+from madax import MomentFormat
+
+BITS = range(8, 17)
+WINDOWS = [1, 2, 77, 100, 101, 190]
+SIGMAS = 5.0
+
+
+def oracle_decode(bits, code, lowest):
+    """Value of codes >= 0; the smallest is 2**lowest."""
+    m = bits - 6
+    k = np.asarray(code, np.float64) - 1
+    return np.where(
+        k >= 0, (1 + np.mod(k, 2**m) / 2**m) * 2.0 ** (lowest + k // 2**m), 0
+    )
+
+
+def lowest_v(window):
+    return window - 127
+
+
+def lowest_m(window):
+    """The highest octave of m squares to the highest of v, or to just above it."""
+    return -(-(window - 127 + 64) // 2) - 32
+
+
+def noise(shape, seed=0):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.integers(0, 2**32, shape, dtype=np.uint32))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("bits", BITS)
+def test_every_code_has_its_value_and_round_trips(bits, window):
+    fmt, where = MomentFormat(bits), jnp.int32(window)
+    # Codes of one length for all widths, so that XLA compiles once.
+    v = np.minimum(np.arange(2**16), 2**bits - 1)
+    assert fmt.v_dtype == (jnp.uint8 if bits == 8 else jnp.uint16)
+    assert fmt.m_dtype == (jnp.int8 if bits == 8 else jnp.int16)
+    values = fmt.decode_v(jnp.asarray(v, fmt.v_dtype), where)
+    np.testing.assert_array_equal(values, oracle_decode(bits, v, lowest_v(window)))
+    back = fmt.encode_v(values, where, noise(v.shape))
+    assert back.dtype == fmt.v_dtype
+    np.testing.assert_array_equal(back, v)
+    m = np.clip(np.arange(-(2**15), 2**15), 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
+    values = fmt.decode_m(jnp.asarray(m, fmt.m_dtype), where)
+    expected = np.sign(m) * oracle_decode(bits, np.abs(m), lowest_m(window))
+    np.testing.assert_array_equal(values, expected)
+    back = fmt.encode_m(values, where, noise(m.shape))
+    assert back.dtype == fmt.m_dtype
+    np.testing.assert_array_equal(back, m)
+
+
+@pytest.mark.parametrize("bits", [8, 9, 12, 16])
+def test_octaves_and_saturation(bits):
+    fmt, window = MomentFormat(bits), jnp.int32(100)
+    top = 2**bits - 1
+    lowest, highest = fmt.decode_v(jnp.array([1, top], fmt.v_dtype), window)
+    assert np.log2(highest / lowest) >= 60
+    lowest, highest = fmt.decode_m(jnp.array([1, top // 2], fmt.m_dtype), window)
+    assert np.log2(highest / lowest) >= 30
+    v = jnp.array([0.0, 1e-37, 1e-20, 1e30, 3e38], jnp.float32)
+    codes = fmt.encode_v(v, window, noise(v.shape))
+    np.testing.assert_array_equal(codes, [0, 1, 1, top, top])
+    m = jnp.array([-3e38, -1e30, 0.0, 1e30, 3e38], jnp.float32)
+    codes = fmt.encode_m(m, window, noise(m.shape))
+    np.testing.assert_array_equal(codes, np.array([-1, -1, 0, 1, 1]) * (top // 2))
+
+
+@pytest.mark.parametrize(
+    ("g2", "window"),
+    [
+        ([0.0], 0),
+        ([], 0),
+        ([0.0, 1.0], 127 - 40),
+        ([3.99, 1e-9], 128 - 40),
+        ([2.0**-80], 47 - 40),
+        ([1e-37], 1),
+        ([3e38], 190),
+    ],
+)
+def test_the_first_gradient_that_is_not_zero_places_the_window_for_good(g2, window):
+    fmt, g2 = MomentFormat(8), jnp.asarray(g2, jnp.float32)
+    assert fmt.place(jnp.int32(0), g2) == window
+    assert fmt.place(jnp.int32(55), g2) == 55
+
+
+VALUES = [1.0, 1.06, 1.9999, 2.3, 3e-9, 777.0]
+
+
+@pytest.mark.parametrize("bits", [8, 10, 16])
+@pytest.mark.parametrize("kind", ["v", "m"])
+def test_stochastic_rounding_is_unbiased(bits, kind):
+    fmt, window, n = MomentFormat(bits), jnp.int32(87), 2**20
+    encode, decode = getattr(fmt, f"encode_{kind}"), getattr(fmt, f"decode_{kind}")
+    values = list(VALUES)
+    if kind == "m":  # also between zero and the smallest code
+        smallest = 2.0 ** lowest_m(87)
+        values += [-1.06, -777.0, 0.3 * smallest, -0.01 * smallest, 1.01 * smallest]
+    random = noise(n)
+    for value in np.float32(values):
+        codes = encode(jnp.full(n, value), window, random)
+        drawn = np.asarray(decode(codes, window), np.float64)
+        grid = np.unique(drawn)
+        assert len(grid) <= 2
+        # 16 random bits leave a bias of one part of them at most.
+        bias = np.ptp(grid) * 2.0**-16
+        error = abs(drawn.mean() - float(value))
+        assert error <= bias + SIGMAS * drawn.std() / np.sqrt(n), value
+        assert grid[0] <= value <= grid[-1]
+
+
+def runner(**options):
+    """Gradients to final state and directions, compiled once a shape."""
+    tx = madax.scale_by_second_moment(**options)
+
+    def step(state, g):
+        direction, state = tx.update(g, state)
+        return state, direction
+
+    return jax.jit(lambda grads: jax.lax.scan(step, tx.init(grads[0]), grads))
+
+
+@pytest.mark.parametrize("bits", [8, 13])
+def test_gradient_scale_is_invisible(bits):
+    """Exactly, for powers of 2: the squares' octaves, and the window's, move by two."""
+    rng = np.random.default_rng(0)
+    grads = rng.standard_normal((30, 40)) * 10.0 ** rng.uniform(-3, 1, 40)
+    grads = jnp.asarray(grads * (rng.random((30, 40)) > 0.2), jnp.float32)
+    run = runner(b2=0.9, b1=0.9, moment_format=MomentFormat(bits))
+    plain, directions = run(grads)
+    for exponent in (-40, -39, -13, 1, 2, 19, 20):
+        scaled, scaled_directions = run(grads * np.float32(2.0**exponent))
+        np.testing.assert_array_equal(directions, scaled_directions)
+        np.testing.assert_array_equal(plain.v, scaled.v)
+        np.testing.assert_array_equal(plain.m, scaled.m)
+        np.testing.assert_array_equal(scaled.window, plain.window + 2 * exponent)
+
+
+def test_any_gradient_scale_is_invisible_in_distribution():
+    rng = np.random.default_rng(1)
+    grads = jnp.asarray(rng.standard_normal((200, 4000)), jnp.float32)
+    run = runner(b2=0.99, moment_format=MomentFormat(8))
+    for scale in (1, 1e-12, 3e-7, 1e6):
+        direction = np.asarray(run(grads * np.float32(scale))[1][-1])
+        assert np.mean(direction**2) == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize("bits", [8, 9, 16])
+def test_v_never_returns_to_zero(bits):
+    grads = np.zeros((1000, 64), np.float32)
+    grads[0] = 10.0 ** np.linspace(-12, 0, 64)
+    grads[800] = 1e-6
+    run = runner(b2=0.9, moment_format=MomentFormat(bits))
+    state, directions = run(jnp.asarray(grads))
+    assert np.all(np.asarray(state.v) >= 1)
+    assert np.all(np.isfinite(directions))
+    # And it still follows: after the pause, a gradient is a gradient again.
+    assert np.all(np.asarray(directions[800]) > 0.1)
+
+
+def test_v_is_zero_only_before_the_first_gradient():
+    grads = np.zeros((4, 3), np.float32)
+    grads[1, 0], grads[2, 1] = 1.0, 1e-9
+    tx = madax.scale_by_second_moment(moment_format=MomentFormat(8))
+    state, update = tx.init(jnp.zeros(3)), jax.jit(tx.update)
+    seen = np.zeros(3, bool)
+    for g in grads:
+        direction, state = update(jnp.asarray(g), state)
+        seen |= g != 0
+        np.testing.assert_array_equal(np.asarray(state.v) > 0, seen)
+        np.testing.assert_array_equal(np.asarray(direction) != 0, g != 0)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_gradient_that_is_not_finite_leaves_codes_unchanged(bits):
+    """Also one whose square overflows; also as the first gradient of all."""
+    rng = np.random.default_rng(0)
+    grads = rng.standard_normal((6, 50)).astype(np.float32)
+    bad = rng.random(50) < 0.5
+    poison = np.resize([np.nan, np.inf, -np.inf, 1e30], bad.sum())
+    grads[0, bad] = grads[5, bad] = poison
+    tx = madax.scale_by_second_moment(b1=0.9, moment_format=MomentFormat(bits))
+    state, update = tx.init(jnp.zeros(50)), jax.jit(tx.update)
+    for i, g in enumerate(grads):
+        before = state
+        direction, state = update(jnp.asarray(g), state)
+        assert np.all(np.isfinite(direction))
+        if i in (0, 5):
+            np.testing.assert_array_equal(state.v[bad], before.v[bad])
+            np.testing.assert_array_equal(state.m[bad], before.m[bad])
+            assert not np.any(np.asarray(direction)[bad])
+            assert np.all(np.asarray(direction)[~bad] != 0)
+    assert 80 <= int(state.window[0]) <= 90
+
+
+@pytest.mark.parametrize(("bits", "spread"), [(8, 0.4), (10, 0.15), (16, 0.03)])
+def test_codes_track_float_moments_in_distribution(bits, spread):
+    """Unbiased, and closer the wider the code; b2 = 0.999 needs thousands of steps."""
+    rng = np.random.default_rng(2)
+    scales = 10.0 ** rng.uniform(-2, 2, 1000)
+    grads = jnp.asarray(rng.standard_normal((2500, 1000)) * scales, jnp.float32)
+    options = {"b2": 0.999, "b1": 0.9}
+    exact, wanted = runner(**options)(grads)
+    fmt = MomentFormat(bits)
+    state, got = runner(moment_format=fmt, seed=1, **options)(grads)
+    ratio = np.asarray(fmt.decode_v(state.v, state.window[0]) / exact.v, np.float64)
+    assert abs(ratio.mean() - 1) < SIGMAS * ratio.std() / np.sqrt(ratio.size) + 2e-3
+    assert ratio.std() < spread
+    np.testing.assert_allclose(
+        np.quantile(got, [0.01, 0.25, 0.5, 0.75, 0.99]),
+        np.quantile(wanted, [0.01, 0.25, 0.5, 0.75, 0.99]),
+        rtol=0.1,
+        atol=0.01,
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_training_with_stored_moments_is_as_good(bits):
+    """Linear regression: the loss falls as with float32 moments."""
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.standard_normal((256, 30)), jnp.float32)
+    y = x @ jnp.asarray(rng.standard_normal((30, 1)), jnp.float32)
+    w0 = jnp.asarray(rng.standard_normal((30, 1)) * 0.5, jnp.float32)
+
+    def train(moment_format):
+        schedule = optax.cosine_decay_schedule(0.05, 600)
+        tx = madax.madam(schedule, floor=0.1, moment_format=moment_format, b1=0.9)
+
+        def step(carry, _):
+            w, state = carry
+            loss, g = jax.value_and_grad(lambda w: jnp.mean((x @ w - y) ** 2))(w)
+            updates, state = tx.update(g, state, w)
+            return (optax.apply_updates(w, updates), state), loss
+
+        return jax.lax.scan(step, (w0, tx.init(w0)), length=600)[1]
+
+    exact, stored = train(None), train(MomentFormat(bits))
+    assert exact[-1] < 0.01 * exact[0]
+    assert stored[-1] < 0.01 * exact[0]

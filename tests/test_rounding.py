@@ -1,0 +1,303 @@
+"""Rounding of code steps: unbiased, independent, the same numbers everywhere.
+
+Seeds are fixed, so nothing here is flaky: thresholds are those of a false alarm once
+in about a million tests. On eight devices: this file as a script, in a second process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from scipy import stats
+
+import madax
+from madax._rounding import leaf_keys, random_bits, round_steps
+
+SIGMAS = 5.0
+P_VALUE = 1e-6
+MILLION = 1 << 20
+
+
+def bits_of(seed, step, leaf, shape):
+    keys = leaf_keys(seed, jnp.int32(step), leaf + 1)
+    return np.asarray(random_bits(keys[leaf], shape))
+
+
+def uniform(bits):
+    """The high halves, centred: mean 0, variance 1."""
+    return ((bits >> 16) + 0.5) / 2**16 * np.sqrt(12) - np.sqrt(3)
+
+
+FRACTIONS = [1e-3, -1e-3, 0.02, 0.25, 0.5, -0.3, 0.999, -1.7, 5.0, 100.37, -2e-5]
+
+
+@pytest.mark.parametrize("step", FRACTIONS)
+def test_stochastic_rounding_is_unbiased(step):
+    bits = random_bits(leaf_keys(3, jnp.int32(7), 1)[0], (MILLION,))
+    rounded = np.asarray(round_steps(jnp.float32(step), "stochastic", bits))
+    assert rounded.dtype == np.int32
+    step = float(np.float32(step))
+    down = np.floor(step)
+    assert set(np.unique(rounded)) <= {down, down + 1}
+    p = step - down
+    error = rounded.mean() - step
+    # The bits are 16, which leaves a known bias of half their spacing at most.
+    assert abs(error) <= 2**-17 + SIGMAS * np.sqrt(p * (1 - p) / MILLION)
+
+
+def test_whole_steps_are_exact_and_nearest_rounds_halves_to_even():
+    whole = jnp.array([-32767, -4096, -128, -1, 0, 1, 127, 4096, 65535], jnp.float32)
+    for bits in (0, 2**32 - 1):
+        every = jnp.full(whole.shape, bits, jnp.uint32)
+        rounded = round_steps(whole, "stochastic", every)
+        np.testing.assert_array_equal(rounded, whole)
+    halves = jnp.array([-2.5, -1.5, -0.6, -0.5, 0.5, 0.6, 1.5, 2.5], jnp.float32)
+    nearest = [-2, -2, -1, 0, 0, 1, 2, 2]
+    np.testing.assert_array_equal(round_steps(halves, "nearest", None), nearest)
+
+
+@pytest.mark.parametrize("learning_rate", [1e-5, 0.003, 0.02])
+def test_weights_move_at_the_right_average_rate(learning_rate):
+    """A million weights, one native step from a gradient of constant size."""
+    rng = np.random.default_rng(0)
+    sign = rng.choice([-1.0, 1.0], (1024, 1024)).astype(np.float32)
+    fmt = madax.LogFormat(8, 0.05)
+    params = madax.quantize_params(jnp.asarray(sign), fmt)
+    tx = madax.madam(learning_rate, seed=11)
+    updates, _ = jax.jit(tx.update)(jnp.ones_like(sign), tx.init(params), params)
+    p = learning_rate / 0.05
+    error = -np.mean(np.asarray(updates.codes, np.float64)) - p
+    assert abs(error) <= 2**-17 + SIGMAS * np.sqrt(p * (1 - p) / MILLION)
+
+
+def table(axis, rows=256, columns=4096):
+    """Bits with steps, leaves or seeds as rows, elements as columns."""
+    one = {
+        "steps": lambda i: bits_of(0, i, 0, (columns,)),
+        "late_steps": lambda i: bits_of(5, 10**6 + i, 2, (columns,)),
+        "leaves": lambda i: np.asarray(random_bits(keys[i], (columns,))),
+        "seeds": lambda i: bits_of(i, 0, 0, (columns,)),
+    }[axis]
+    keys = leaf_keys(0, jnp.int32(0), rows)
+    return np.stack([one(i) for i in range(rows)])
+
+
+@pytest.fixture(scope="module", params=["steps", "late_steps", "leaves", "seeds"])
+def bits(request):
+    return table(request.param)
+
+
+def test_every_bit_is_set_half_the_time(bits):
+    ones = np.array([np.mean((bits >> k) & 1) for k in range(32)])
+    assert np.abs(ones - 0.5).max() * 2 * np.sqrt(bits.size) < SIGMAS
+
+
+def chi_square(values, bins):
+    counts = np.bincount(np.ravel(values), minlength=bins)
+    return stats.chisquare(counts).pvalue
+
+
+def test_both_halves_are_uniform_and_independent_of_each_other(bits):
+    high, low = bits >> 16, bits & 0xFFFF
+    for half in (high, low):
+        assert chi_square(half, 2**16) > P_VALUE
+    pairs = (high >> 9 << 7 | low >> 9, (high & 127) << 7 | low & 127)
+    for pair in pairs:
+        assert chi_square(pair, 2**14) > P_VALUE
+    r = np.corrcoef(high.ravel(), low.ravel())[0, 1]
+    assert abs(r) * np.sqrt(bits.size) < SIGMAS
+
+
+LAGS = [1, 2, 3, 4, 7, 8, 16, 64, 128, 255]
+
+
+def shifted(bits, axis, lag):
+    n = bits.shape[axis]
+    return bits.take(range(n - lag), axis), bits.take(range(lag, n), axis)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_neighbours_are_independent(bits, axis):
+    """Along elements, and along steps, leaves or seeds: no serial correlation."""
+    for half in (bits, bits << 16):
+        for lag in LAGS:
+            a, b = shifted(half, axis, lag)
+            r = np.mean(uniform(a) * uniform(b)) * np.sqrt(a.size)
+            assert abs(r) < SIGMAS, lag
+        for lag in (1, 2, 64):
+            a, b = shifted(half, axis, lag)
+            pairs = a >> 25 << 7 | b >> 25
+            assert chi_square(pairs, 2**14) > P_VALUE, lag
+            # What rounds and what does not: a rare event next to a rare event.
+            both = np.mean((a < 2**26) & (b < 2**26))
+            p = 2.0**-12
+            assert abs(both - p) * np.sqrt(a.size / p) < SIGMAS, lag
+
+
+def test_no_pattern_in_the_plane(bits):
+    """The spectrum of white noise: its largest peak is ln(n), give or take a few."""
+    for half in (bits, bits << 16):
+        power = np.abs(np.fft.rfft2(uniform(half))) ** 2 / half.size
+        assert power.max() < np.log(power.size) - np.log(P_VALUE)
+
+
+def test_seeds_steps_and_leaves_are_not_interchangeable():
+    rows = {}
+    for seed in range(6):
+        for step in range(6):
+            for leaf in range(6):
+                rows[seed, step, leaf] = bits_of(seed, step, leaf, (512,)).tobytes()
+    assert len(set(rows.values())) == 6**3
+
+
+def test_the_bits_belong_to_the_global_index():
+    """Whatever the shape; so a reshaped or sharded leaf has the same numbers."""
+    key = leaf_keys(0, jnp.int32(3), 1)[0]
+    flat = random_bits(key, (24,))
+    for shape in [(24, 1), (4, 6), (2, 3, 4), (1, 2, 1, 12)]:
+        np.testing.assert_array_equal(random_bits(key, shape).ravel(), flat)
+    assert random_bits(key, ()).shape == ()
+    np.testing.assert_array_equal(random_bits(key, ()), flat[0])
+    assert random_bits(key, (3, 0)).shape == (3, 0)
+    # More elements than a 32-bit product of strides may hold are still addressed.
+    shape = jax.eval_shape(lambda: random_bits(key, (2**20, 2**13)))
+    assert shape.shape == (2**20, 2**13)
+
+
+def test_jit_eager_and_vmap_agree():
+    seeds, steps = jnp.arange(5), jnp.arange(5) * 7
+
+    def draw(seed, step):
+        keys = leaf_keys(seed, step, 3)
+        return jax.vmap(lambda key: random_bits(key, (8, 5)))(keys)
+
+    eager = jnp.stack(
+        [
+            jnp.stack([random_bits(key, (8, 5)) for key in leaf_keys(s, t, 3)])
+            for s, t in zip(range(5), steps, strict=True)
+        ]
+    )
+    for transform in (jax.vmap(draw), jax.jit(jax.vmap(draw))):
+        np.testing.assert_array_equal(transform(seeds, steps), eager)
+    one = jax.jit(draw, static_argnums=0)(2, steps[2])
+    np.testing.assert_array_equal(one, eager[2])
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**31 - 1, np.int64(7), np.uint32(2**32 - 1)])
+def test_every_kind_of_seed_gives_its_own_numbers(seed):
+    keys = leaf_keys(seed, jnp.int32(0), 2)
+    assert not np.array_equal(keys, leaf_keys(12345, jnp.int32(0), 2))
+    assert keys.dtype == jnp.uint32 and keys.shape == (2, 2)
+
+
+# --- eight devices --------------------------------------------------------------------
+
+SPECS = {
+    "rows": (P("x", None), P(None)),
+    "columns": (P(None, "y"), P("y")),
+    "both": (P("x", "y"), P(("x", "y"))),
+    "replicated": (P(), P()),
+}
+
+
+def tree():
+    rng = np.random.default_rng(0)
+    params = {
+        "kernel": jnp.asarray(rng.standard_normal((16, 32)), jnp.float32),
+        "other": jnp.asarray(rng.standard_normal(64), jnp.float32),
+    }
+    grads = [
+        jax.tree.map(
+            lambda w: jnp.asarray(rng.standard_normal(w.shape), jnp.float32), params
+        )
+        for _ in range(3)
+    ]
+    return params, grads
+
+
+FORMATS = {"kernel": madax.LogFormat(8, 0.05), "other": madax.SymlogFormat(16, 0.3)}
+
+
+def train(place):
+    params, grads = tree()
+    # Quantised before it is sharded: the order of a sum may decide a scale's last bit.
+    params = {
+        k: madax.quantize_params(w, FORMATS[k], where=lambda p, w: True)
+        for k, w in params.items()
+    }
+    params, grads = place(params), [place(g) for g in grads]
+    moments = madax.MomentFormat(8)
+    tx = madax.madam(0.02, b1=0.9, moment_format=moments, seed=3)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for g in grads:
+        params, state = step(params, state, g)
+    codes = [w.codes for w in params.values()]
+    return [*codes, *jax.tree.leaves((state[0].v, state[0].m))], codes
+
+
+def run_on_mesh(axis_type, spec_name, alone):
+    """Empty if eight devices give the codes of one, else what differs."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    specs = dict(zip(("kernel", "other"), SPECS[spec_name], strict=True))
+
+    def place(tree):
+        def put(spec, x):
+            return jax.device_put(x, NamedSharding(mesh, spec if x.ndim else P()))
+
+        return {k: jax.tree.map(partial(put, specs[k]), x) for k, x in tree.items()}
+
+    with jax.set_mesh(mesh):
+        sharded, codes = train(place)
+    for i, (a, b) in enumerate(zip(alone, sharded, strict=True)):
+        if not np.array_equal(a, np.asarray(b)):
+            return f"array {i}: {np.mean(np.asarray(a) != np.asarray(b)):.3f} differ"
+    for code, spec in zip(codes, specs.values(), strict=True):
+        expected = NamedSharding(mesh, spec)
+        if not code.sharding.is_equivalent_to(expected, code.ndim):
+            return f"sharding {code.sharding} is not {expected}"
+    return ""
+
+
+CASES = [(kind, spec) for kind in ("Auto", "Explicit") for spec in SPECS]
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices():
+    flags = "--xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a_mesh_gives_the_codes_of_one_device(on_eight_devices, case):
+    assert on_eight_devices["-".join(case)] == ""
+
+
+if __name__ == "__main__":
+    report, (alone, _) = {}, train(lambda tree: tree)
+    for kind, spec in CASES:
+        try:
+            outcome = run_on_mesh(AxisType[kind], spec, alone)
+        except Exception as error:
+            outcome = f"{type(error).__name__}: {error}"[:500]
+        report[f"{kind}-{spec}"] = outcome
+    print(json.dumps(report))
