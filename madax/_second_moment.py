@@ -101,20 +101,13 @@ def scale_by_second_moment(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         with_path, treedef = jax.tree_util.tree_flatten_with_path(state.v)
-        paths, vs = (
-            [path_name(path) for path, _ in with_path],
-            [v for _, v in with_path],
-        )
+        paths, vs = [path_name(p) for p, _ in with_path], [v for _, v in with_path]
         gs = flatten_like(updates, treedef, "state.v", paths, vs)
-        ms: list[Any] = (
-            [None] * len(vs) if b1 is None else treedef.flatten_up_to(state.m)
-        )
+        ms = None if b1 is None else treedef.flatten_up_to(state.m)
         window = state.window
         if moment_format is not None:
             window = _place(moment_format, window, gs)
-            vs = list(map(moment_format.decode_v, vs, window))
-            if b1 is not None:
-                ms = list(map(moment_format.decode_m, ms, window))
+            vs, ms = _decode(moment_format, vs, ms, window)
 
         count = jnp.asarray(optax.safe_increment(state.count))
         correction = jnp.sqrt(_bias_correction(b2, count))
@@ -122,33 +115,21 @@ def scale_by_second_moment(
             correction /= _bias_correction(b1, count)
 
         directions = []
-        for i, (g, v, m) in enumerate(zip(gs, vs, ms, strict=True)):
+        for i, (g, v) in enumerate(zip(gs, vs, strict=True)):
             g = jnp.asarray(g).astype(v.dtype)
             ok = jnp.isfinite(g * g)
             vs[i] = v = _moment(v, g * g, b2, ok)
-            if b1 is not None:
-                ms[i] = g = _moment(m, g, b1, ok)
+            if ms is not None:
+                ms[i] = g = _moment(ms[i], g, b1, ok)
             # Not g / sqrt(v / correction**2): that quotient can overflow.
             direction = g * (correction.astype(v.dtype) / jnp.sqrt(v))
             directions.append(jnp.where(ok & (v > 0), direction, 0))
 
         if moment_format is not None:
-            n = len(vs)
-            bits = [
-                random_bits(key, x.shape)
-                for key, x in zip(
-                    leaf_keys(seed, state.count, 2 * n), vs + vs, strict=True
-                )
-            ]
-            vs = list(map(moment_format.encode_v, vs, window, bits[:n]))
-            if b1 is not None:
-                ms = list(map(moment_format.encode_m, ms, window, bits[n:]))
-        new_state = ScaleBySecondMomentState(
-            count,
-            treedef.unflatten(vs),
-            None if b1 is None else treedef.unflatten(ms),
-            window,
-        )
+            vs, ms = _encode(moment_format, vs, ms, window, seed, state.count)
+        v = treedef.unflatten(vs)
+        m = None if ms is None else treedef.unflatten(ms)
+        new_state = ScaleBySecondMomentState(count, v, m, window)
         return treedef.unflatten(directions), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -179,3 +160,31 @@ def _place(
 
     # Behind a branch, as it reads every gradient, and once is enough.
     return jax.lax.cond(jnp.all(window > 0), lambda: window, place) if gs else window
+
+
+def _decode(
+    moment_format: MomentFormat,
+    vs: list[jax.Array],
+    ms: list[jax.Array] | None,
+    window: jax.Array,
+) -> tuple[list[jax.Array], list[jax.Array] | None]:
+    """The float moments of the leaves' codes."""
+    vs = list(map(moment_format.decode_v, vs, window))
+    return vs, None if ms is None else list(map(moment_format.decode_m, ms, window))
+
+
+def _encode(
+    moment_format: MomentFormat,
+    vs: list[jax.Array],
+    ms: list[jax.Array] | None,
+    window: jax.Array,
+    seed: jax.typing.ArrayLike,
+    count: jax.Array,
+) -> tuple[list[jax.Array], list[jax.Array] | None]:
+    """The codes of the leaves' moments; each moment has random bits of its own."""
+    keys = leaf_keys(seed, count, 2 * len(vs))
+    bits = [random_bits(k, x.shape) for k, x in zip(keys, [*vs, *vs], strict=True)]
+    codes = list(map(moment_format.encode_v, vs, window, bits))
+    if ms is None:
+        return codes, None
+    return codes, list(map(moment_format.encode_m, ms, window, bits[len(vs) :]))

@@ -97,9 +97,10 @@ def test_every_dtype_follows_the_oracle(dtype):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_jit_equals_eager(dtype, options):
-    """Within 2 ulp of the larger of weight and update, each step from the same state.
+    """Within 2 ulp of weight or step, the larger, each step from the same state.
 
-    Not bit for bit: compiled, a product and a sum may fuse into one rounding.
+    Not bit for bit: compiled, a product and a sum may fuse into one rounding. The
+    typical step of "b" is 0.005; its first moment, a difference, can be less.
     """
     params = example_params(dtype)
     tx = madax.madam(0.05, **options)
@@ -115,7 +116,8 @@ def test_jit_equals_eager(dtype, options):
         params = optax.apply_updates(params, updates)
         for name, u in updates.items():
             u, w, want = (np.float64(x) for x in (u, params[name], eager[name]))
-            ulp = jnp.finfo(dtype).eps * np.maximum(np.abs(u), np.abs(want))
+            size = np.maximum(np.maximum(np.abs(u), np.abs(want)), 0.005)
+            ulp = float(jnp.finfo(dtype).eps) * size
             assert np.all(np.abs(w - want) <= 2 * ulp), name
 
 
