@@ -31,7 +31,7 @@ FORMATS: dict[str, madax.Format] = {
 }
 BUDGETS = {
     "mlp": Budget(steps=3000, evaluations=10, batch_size=128, seeds=3),
-    "cnn": Budget(steps=1500, evaluations=10, batch_size=64, seeds=3),
+    "cnn": Budget(steps=1000, evaluations=10, batch_size=64, seeds=3),
 }
 SMOKE = Budget(steps=20, evaluations=2, batch_size=64, seeds=1)
 

@@ -16,7 +16,7 @@ from benchmarks.workloads import Batch, Workload
 from benchmarks.workloads.images import MLP, ConvNet, classification
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-NETWORKS = {"mlp": MLP, "cnn": ConvNet}
+NETWORKS = {"mlp": partial(MLP, 28), "cnn": partial(ConvNet, 28, width=16)}
 
 
 def fashion_mnist(network: str, folder: Path | None = None) -> Workload:
@@ -32,8 +32,7 @@ def fashion_mnist(network: str, folder: Path | None = None) -> Workload:
       ValueError: if a file is not what it should be.
     """
     train, test = _load(folder)
-    make = partial(NETWORKS[network], 28)
-    return classification(f"fashion-mnist {network}", make, train, test)
+    return classification(f"fashion-mnist {network}", NETWORKS[network], train, test)
 
 
 def read_idx(path: Path) -> np.ndarray:

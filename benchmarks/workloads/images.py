@@ -13,11 +13,11 @@ from benchmarks.workloads import Batch, Workload
 class ConvNet(nnx.Module):
     """Two strided convolutions and a linear layer, Flax's default initialisers."""
 
-    def __init__(self, size: int, rngs: nnx.Rngs):
+    def __init__(self, size: int, rngs: nnx.Rngs, *, width: int = 24):
         options = {"strides": 2, "conv_general_dilated": conv_as_matmul, "rngs": rngs}
-        self.conv1 = nnx.Conv(1, 24, (3, 3), **options)
-        self.conv2 = nnx.Conv(24, 48, (3, 3), **options)
-        self.linear = nnx.Linear((size // 4) ** 2 * 48, 10, rngs=rngs)
+        self.conv1 = nnx.Conv(1, width, (3, 3), **options)
+        self.conv2 = nnx.Conv(width, 2 * width, (3, 3), **options)
+        self.linear = nnx.Linear((size // 4) ** 2 * 2 * width, 10, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Returns the logits of images of shape (batch, size, size, 1)."""
