@@ -48,7 +48,8 @@ def read_idx(path: Path) -> np.ndarray:
       ValueError: if the file is not IDX, not of bytes, or of the wrong length.
     """
     try:
-        data = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            data = file.read()
     except (EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is damaged ({error}); download it again.") from error
     # Two zeros, 8 for unsigned bytes, the rank; the shape, big-endian; the bytes.

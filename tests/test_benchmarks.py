@@ -1,0 +1,130 @@
+"""The benchmarks beside the demo: data files, resuming, tables from records."""
+
+import gzip
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from benchmarks import bits, records
+from benchmarks.__main__ import main
+from benchmarks.workloads import fashion_mnist
+
+
+def idx(array):
+    header = struct.pack(">HBB", 0, 8, array.ndim)
+    return header + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data set in the form of Fashion-MNIST, of squares in ten places."""
+    rng = np.random.default_rng(0)
+    for prefix, n in (("train", 256), ("t10k", 64)):
+        labels = rng.integers(0, 10, n).astype(np.uint8)
+        images = rng.integers(0, 30, (n, 28, 28)).astype(np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[2 * label : 2 * label + 6, 4:24] = 200
+        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(idx(images))
+        with gzip.open(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", "wb") as file:
+            file.write(idx(labels))
+    return tmp_path
+
+
+def test_idx_files_are_read_plain_and_gzipped(folder):
+    images = fashion_mnist.read_idx(folder / "train-images-idx3-ubyte")
+    assert images.shape == (256, 28, 28) and images.dtype == np.uint8
+    labels = fashion_mnist.read_idx(folder / "t10k-labels-idx1-ubyte.gz")
+    assert labels.shape == (64,) and labels.max() == 9
+    (x, y) = fashion_mnist.fashion_mnist("mlp", folder).train
+    assert x.shape == (256, 28, 28, 1) and abs(float(x.mean())) < 1e-3
+    assert y.shape == (256,)
+
+
+GOOD = idx(np.arange(12, dtype=np.uint8).reshape(3, 4))
+DAMAGED = {
+    "empty": (b"", "not an IDX file"),
+    "html": (b"<html>not found", "not an IDX file"),
+    "floats": (b"\0\0\x0d\x01" + b"\0" * 8, "not an IDX file"),
+    "no shape": (GOOD[:7], "not an IDX file"),
+    "cut short": (GOOD[:-1], r"holds 11 values, but its header says \(3, 4\)"),
+    "too long": (GOOD + b"\0", r"holds 13 values"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files_are_named_with_what_is_wrong(tmp_path, name):
+    data, message = DAMAGED[name]
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"train-images-idx3-ubyte.*{message}"):
+        fashion_mnist.read_idx(path)
+
+
+def test_truncated_gzip(tmp_path):
+    path = tmp_path / "x.gz"
+    path.write_bytes(gzip.compress(GOOD)[:-9])
+    with pytest.raises(ValueError, match=r"x\.gz is damaged"):
+        fashion_mnist.read_idx(path)
+
+
+def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="apt install dataset-fashion-mnist"):
+        fashion_mnist.fashion_mnist("mlp", tmp_path)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "nowhere")
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(FileNotFoundError, match="apt install dataset-fashion-mnist"):
+        fashion_mnist.fashion_mnist("mlp")
+
+
+@pytest.mark.skipif(
+    not fashion_mnist.DEBIAN.is_dir(), reason="dataset-fashion-mnist is not installed"
+)
+def test_debians_files():
+    workload = fashion_mnist.fashion_mnist("cnn")
+    assert workload.train[0].shape == (60_000, 28, 28, 1)
+    assert np.bincount(workload.train[1]).tolist() == [6000] * 10
+
+
+def test_bits_resumes_and_its_table_is_that_of_the_records(
+    folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(bits, "NETWORKS", {"mlp": fashion_mnist.NETWORKS["mlp"]})
+    rows = [bits.Storage("float32", "-"), bits.Storage("log 8", "stochastic")]
+    monkeypatch.setattr(bits, "STORAGES", rows)
+    out = tmp_path / "out"
+    command = ["bits", "--smoke", "--data", str(folder), "--out", str(out)]
+    main(command)
+    raw = out / "bits.jsonl"
+    lines = raw.read_text().splitlines()
+    assert len(lines) == 4
+    assert {json.loads(line)["grid"] for line in lines} == {
+        "None",
+        repr(bits.FORMATS["log 8"]),
+    }
+
+    # What a kill leaves behind: the records so far. Only the rest is run.
+    raw.write_text("\n".join(lines[:3]) + "\n")
+    main(command)
+    resumed = raw.read_text().splitlines()
+    assert resumed[:3] == lines[:3] and len(resumed) == 4
+    assert json.loads(resumed[3])["accuracy"] == json.loads(lines[3])["accuracy"]
+
+    table = (out / "bits.md").read_text()
+    assert table.strip() == bits.bits_table(records.read(raw))
+    median = 100 * json.loads(lines[0])["accuracy"]
+    assert f"{median:.2f}" in table
+    assert (out / "bits.png").stat().st_size > 10_000
+
+
+def test_stall_and_lns_run_from_the_command_line(tmp_path, capsys):
+    main(["stall", "--out", str(tmp_path)])
+    runs = records.read(tmp_path / "stall.jsonl").set_index(["storage", "rate"])
+    share = runs["share"].unstack("storage")
+    assert (share["bfloat16"][share.index < 1e-3] == 0).all()
+    for codes in ("int8 codes, stochastic", "int16 codes, stochastic"):
+        np.testing.assert_allclose(share[codes], 1, atol=0.05)
+    main(["lns", "--smoke", "--out", str(tmp_path)])
+    accuracy = records.read(tmp_path / "lns.jsonl").groupby("arithmetic")["accuracy"]
+    assert accuracy.median()["8-bit LNS"] > 0.8

@@ -1,0 +1,286 @@
+"""Madam in flax: linen and nnx, with networks as people write them.
+
+They start with leaves of zeros: biases, the last layer, the gate of a residual branch.
+"""
+
+import functools
+import re
+import warnings
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training import train_state
+
+import madax
+
+FLAX = tuple(int(n) for n in re.findall(r"\d+", flax.__version__)[:2])
+needs_flax_0_12 = pytest.mark.skipif(
+    FLAX < (0, 12), reason="nnx.Optimizer.update took no model, nnx.merge no copy"
+)
+STEPS = 12
+# Leaves that are zeros at init. Where they stay so, what they multiply has no gradient.
+ZEROS = ("bias", "gate", "last/kernel")
+PAPER = {"floor": 0.0, "zero_init_scale": 0.0}
+
+
+@functools.cache
+def data():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 8, 8, 1)).astype(np.float32)
+    y = 0.3 + np.stack([x[:, :4].mean((1, 2, 3)), x[:, :, 4:].mean((1, 2, 3))], -1)
+    return x, 4 * y
+
+
+def path_name(path):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return name.removesuffix("/value")
+
+
+def by_path(tree):
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_name(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def is_zero_leaf(name):
+    return name.endswith(ZEROS)
+
+
+class LinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(4, (3, 3), name="conv")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, name="batch_norm")(x))
+        x = nn.Dense(16, name="first")(x.reshape(x.shape[0], -1))
+        x = nn.LayerNorm(name="layer_norm")(x)
+        gate = self.param("gate", nn.initializers.zeros, ())
+        x = x + gate * nn.tanh(nn.Dense(16, name="branch")(x))
+        return nn.Dense(2, kernel_init=nn.initializers.zeros, name="last")(x)
+
+
+class TrainState(train_state.TrainState):
+    batch_stats: dict
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(1, 4, (3, 3), rngs=rngs)
+        self.batch_norm = nnx.BatchNorm(4, rngs=rngs)
+        self.first = nnx.Linear(256, 16, rngs=rngs)
+        self.layer_norm = nnx.LayerNorm(16, rngs=rngs)
+        self.branch = nnx.Linear(16, 16, rngs=rngs)
+        self.gate = nnx.Param(jnp.zeros(()))
+        zeros = nnx.initializers.zeros
+        self.last = nnx.Linear(16, 2, kernel_init=zeros, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.batch_norm(self.conv(x)))
+        x = self.layer_norm(self.first(x.reshape(x.shape[0], -1)))
+        x = x + self.gate[...] * nnx.tanh(self.branch(x))
+        return self.last(x)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def linen_step(state, x, y):
+    def loss(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        out, new = state.apply_fn(variables, x, True, mutable=["batch_stats"])
+        return jnp.mean((out - y) ** 2), new["batch_stats"]
+
+    (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    return state.apply_gradients(grads=grads, batch_stats=stats), value, grads
+
+
+def nnx_loss(model, x, y):
+    return jnp.mean((model(x) - y) ** 2)
+
+
+@nnx.jit
+def nnx_step(model, optimizer, x, y):
+    value, grads = nnx.value_and_grad(nnx_loss)(model, x, y)
+    optimizer.update(model, grads)
+    return value, grads
+
+
+class Run:
+    """What a training run did: leaves before and after, largest gradients, losses."""
+
+    def __init__(self, before):
+        self.before = by_path(before)
+        self.largest = dict.fromkeys(self.before, 0.0)
+        self.losses = []
+
+    def log(self, value, grads):
+        self.losses.append(float(value))
+        for name, g in by_path(grads).items():
+            self.largest[name] = max(self.largest[name], np.max(np.abs(g)))
+
+    def finish(self, after):
+        self.after = by_path(after)
+        assert self.after.keys() == self.before.keys()
+        return self
+
+    def moved(self, name):
+        return np.mean(self.after[name] != self.before[name])
+
+
+def train_linen(tx):
+    x, y = data()
+    net = LinenNet()
+    variables = net.init(jax.random.key(0), x, True)
+    state = TrainState.create(apply_fn=net.apply, tx=tx, **variables)
+    run = Run(state.params)
+    for _ in range(STEPS):
+        state, value, grads = linen_step(state, x, y)
+        run.log(value, grads)
+    return run.finish(state.params)
+
+
+def train_nnx(tx):
+    model = NnxNet(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    run = Run(nnx.state(model, nnx.Param))
+    for _ in range(STEPS):
+        run.log(*nnx_step(model, optimizer, *data()))
+    return run.finish(nnx.state(model, nnx.Param))
+
+
+TRAIN = {"linen": train_linen, "nnx": train_nnx}
+
+
+@pytest.fixture(params=["linen", pytest.param("nnx", marks=needs_flax_0_12)])
+def api(request):
+    return request.param
+
+
+def test_every_leaf_moves_at_defaults(api):
+    run = TRAIN[api](madax.madam(0.02))
+    zeros = [name for name, leaf in run.before.items() if not leaf.any()]
+    assert sorted(zeros) == sorted(filter(is_zero_leaf, run.before))
+    assert len(zeros) == 8
+    for name, largest in run.largest.items():
+        assert largest > 0, name
+        assert run.moved(name) > 0.9, name
+    assert run.losses[-1] < 0.8 * run.losses[0]
+
+
+def test_leaves_of_zeros_stay_zero_in_the_paper_with_a_warning(api):
+    with pytest.warns(UserWarning, match="all zeros at init") as caught:
+        run = TRAIN[api](madax.madam(0.02, **PAPER))
+    (message,) = [str(w.message) for w in caught]
+    named = message.split(": all zeros")[0].split(", ")
+    named = {name.removesuffix("/value") for name in named}
+    assert named == set(filter(is_zero_leaf, run.before))
+    for name in named:
+        assert run.moved(name) == 0, name
+    # The last bias has a gradient, and would learn the mean.
+    assert run.largest["last/bias"] > 0.1
+
+
+def test_ordinary_init_trains_under_the_papers_rule_too():
+    # Without zeros to hold it back: the last layer's kernel as by default, no gate.
+    net = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(2)])
+    x, y = data()
+    x = x.reshape(len(x), -1)
+    params = net.init(jax.random.key(0), x)["params"]
+    tx = madax.madam(0.02, **PAPER)
+    with pytest.warns(UserWarning, match="layers_0/bias, layers_2/bias: all zeros"):
+        state = train_state.TrainState.create(apply_fn=net.apply, params=params, tx=tx)
+
+    @jax.jit
+    def step(state):
+        def loss(params):
+            return jnp.mean((state.apply_fn({"params": params}, x) - y) ** 2)
+
+        value, grads = jax.value_and_grad(loss)(state.params)
+        return state.apply_gradients(grads=grads), value
+
+    losses = []
+    for _ in range(STEPS):
+        state, value = step(state)
+        losses.append(float(value))
+    assert losses[-1] < 0.9 * losses[0]
+    before, after = by_path(params), by_path(state.params)
+    for name, leaf in after.items():
+        assert np.all(np.sign(leaf) == np.sign(before[name])), name
+
+
+def test_no_warning_at_defaults():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        madax.madam().init({"bias": jnp.zeros(3)})
+        madax.madam(zero_init_scale=0.0).init({"kernel": jnp.ones(3)})
+
+
+@needs_flax_0_12
+def test_nnx_functional_loop_is_the_same():
+    # nnx.split and nnx.merge around jax.jit, with the transform used directly.
+    x, y = data()
+    tx = madax.madam(0.02)
+    graphdef, params, rest = nnx.split(NnxNet(nnx.Rngs(0)), nnx.Param, ...)
+    state = tx.init(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(params, rest, state):
+        def loss(params):
+            model = nnx.merge(graphdef, params, rest, copy=True)
+            return nnx_loss(model, x, y), nnx.split(model, nnx.Param, ...)[2]
+
+        (value, rest), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), rest, state, value
+
+    losses = []
+    for _ in range(STEPS):
+        params, rest, state, value = step(params, rest, state)
+        losses.append(float(value))
+    expected = train_nnx(tx)
+    np.testing.assert_allclose(losses, expected.losses, rtol=1e-4)
+    for name, leaf in by_path(params).items():
+        np.testing.assert_allclose(leaf, expected.after[name], rtol=1e-2, atol=1e-3)
+
+
+@needs_flax_0_12
+def test_nnx_wrappers_and_reading_the_rate():
+    model = NnxNet(nnx.Rngs(0))
+    tx = optax.inject_hyperparams(madax.madam)(
+        learning_rate=optax.linear_schedule(0.02, 0.0, 2)
+    )
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for rate in (0.02, 0.01, 0.0):
+        before = by_path(nnx.state(model, nnx.Param))
+        nnx_step(model, optimizer, *data())
+        after = by_path(nnx.state(model, nnx.Param))
+        injected = optimizer.opt_state.hyperparams["learning_rate"]
+        np.testing.assert_allclose(injected[...], rate, rtol=1e-6)
+        same = {name: np.array_equal(before[name], after[name]) for name in before}
+        assert all(same.values()) if rate == 0 else not same["last/bias"]
+
+
+@needs_flax_0_12
+def test_nnx_partition_adam_for_vectors():
+    model = NnxNet(nnx.Rngs(0))
+    tx = optax.partition(
+        {"madam": madax.madam(0.02), "adam": optax.adam(1e-2)},
+        lambda tree: jax.tree.map(lambda p: "madam" if p.ndim >= 2 else "adam", tree),
+    )
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    run = Run(nnx.state(model, nnx.Param))
+    for _ in range(STEPS):
+        run.log(*nnx_step(model, optimizer, *data()))
+    run.finish(nnx.state(model, nnx.Param))
+    assert all(run.moved(name) > 0.9 for name in run.before)
+    assert run.losses[-1] < 0.8 * run.losses[0]
+
+
+@needs_flax_0_12
+def test_low_bit_state_in_nnx():
+    tx = madax.madam(0.02, b1=0.9, moment_format=madax.MomentFormat(bits=8))
+    run = train_nnx(tx)
+    assert all(run.moved(name) > 0.9 for name in run.before)
+    assert run.losses[-1] < 0.8 * run.losses[0]

@@ -1,0 +1,191 @@
+"""optax's own tests of its contributed optimizers, run on madam.
+
+The module is shipped in optax's wheel. Its tables of optimizers are replaced just
+before its test class is built, so what runs is upstream's code, unchanged.
+"""
+
+import ast
+import collections
+import pathlib
+import re
+import types
+import unittest
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import madax
+
+# Madam as published: a weight keeps its sign and never leaves zero.
+PAPER = {"learning_rate": 0.01}
+# Additive up to the scale of a leaf at init, so a weight can cross zero. The bound
+# and the scale of leaves that start at zero make room for upstream's largest target,
+# 4. A constant rate ends in a jitter of its own size, well within upstream's 3e-2.
+FLOORED = {"learning_rate": 1e-3, "floor": 1.0, "p_scale": 5.0, "zero_init_scale": 1.0}
+FIRST_MOMENT = {**FLOORED, "b1": 0.9}
+LOW_BIT_MOMENTS = {**FIRST_MOMENT, "moment_format": madax.MomentFormat(bits=8)}
+
+# Cases an optimizer, by upstream's test, in optax 0.2.7 and 0.2.8.
+CASES = {
+    "test_optimizers_accept_extra_args": 2,
+    "test_optimizers": 4,
+    "test_optimizers_can_be_wrapped_in_inject_hyperparams": 1,
+    "test_preserve_dtype": 2,
+    "test_gradient_accumulation": 2,
+    "test_state_shape_dtype_shard_stability": 4,
+    "test_optimizers_accept_learning_rate_schedule_if_type_annotated_as_such": 1,
+}
+
+
+def optax_version():
+    return tuple(int(n) for n in re.findall(r"\d+", optax.__version__)[:3])
+
+
+def load_upstream(path, patch, transform=lambda tree: tree):
+    """Executes one of optax's test modules, patched just before its first class.
+
+    Returns None where the installed optax does not ship that module.
+    """
+    file = pathlib.Path(optax.__file__).parent / path
+    if not file.exists():
+        return None
+    tree = transform(ast.parse(file.read_text(), str(file)))
+    module = types.ModuleType(__name__)
+    patched = False
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not patched:
+            patch(module)
+            patched = True
+        code = compile(ast.Module([node], type_ignores=[]), str(file), "exec")
+        exec(code, vars(module))
+    return module
+
+
+def upstream_class(opt_kwargs, setup=lambda target: target):
+    row = {
+        "opt_name": "madam",
+        "opt_kwargs": opt_kwargs,
+        "wrapper_name": None,
+        "wrapper_kwargs": None,
+    }
+
+    def patch(module):
+        assert callable(module._get_opt_factory)
+        module._get_opt_factory = lambda name: getattr(madax, name)
+        for table in ("_ALL_OPTIMIZERS_UNDER_TEST", "_MAIN_OPTIMIZERS_UNDER_TEST"):
+            assert isinstance(getattr(module, table), tuple)
+            setattr(module, table, (row,))
+        for name in [name for name in vars(module) if name.startswith("_setup_")]:
+            setattr(module, name, setup(getattr(module, name)))
+
+    module = load_upstream("contrib/_common_test.py", patch)
+    if module is None:
+        return type("NotShipped", (unittest.TestCase,), {})
+
+    class NoSkips(module.ContribTest):
+        def skipTest(self, reason):  # noqa: N802
+            if "pmap" in reason:  # chex's variants, in optax < 0.2.7
+                super().skipTest(reason)
+            self.fail(f"upstream skipped a case: {reason}")
+
+    return NoSkips
+
+
+def cases(test_class):
+    return unittest.TestLoader().getTestCaseNames(test_class)
+
+
+def converges(case):
+    """Whether a case is one of upstream's four convergence targets."""
+    return re.fullmatch(r"test_optimizers\d+", case) is not None
+
+
+def only(test_class, keep):
+    """``test_class`` with no cases but those that ``keep`` accepts."""
+    dropped = {case: None for case in cases(test_class) if not keep(case)}
+    return type(test_class)(test_class.__name__, (test_class,), dropped)
+
+
+def same_signs(target):
+    """A target whose start a multiplicative update can leave for its end.
+
+    Magnitudes are upstream's and signs the end's: the parabola's start becomes
+    (1, -10, 1). What starts at zero, in the other three, starts at half its end, and
+    at 0.5 where the end is zero too, to be approached exponentially.
+    """
+
+    def start(initial, final):
+        magnitude = jnp.where(
+            initial != 0,
+            jnp.abs(initial),
+            jnp.where(final != 0, jnp.abs(final) / 2, 0.5),
+        )
+        return jnp.where(final < 0, -magnitude, magnitude).astype(initial.dtype)
+
+    def setup(dtype):
+        initial, final, objective = target(dtype)
+        return jax.tree.map(start, initial, final), final, objective
+
+    return setup
+
+
+class TestMadam(only(upstream_class(PAPER), lambda case: not converges(case))):
+    """All but the convergence targets, which start at zero or change signs."""
+
+
+class TestMadamConvergesFromSameSigns(
+    only(upstream_class(PAPER, same_signs), converges)
+):
+    """The convergence targets: upstream's length and tolerance, other starts."""
+
+
+class TestFlooredMadam(upstream_class(FLOORED)):
+    """Everything, unchanged."""
+
+
+class TestMadamWithFirstMoment(upstream_class(FIRST_MOMENT)):
+    """Everything, unchanged."""
+
+
+class TestMadamWithLowBitMoments(upstream_class(LOW_BIT_MOMENTS)):
+    """Everything, unchanged."""
+
+
+def count(*test_classes):
+    """How many cases of each of upstream's tests the classes hold."""
+    names = [case for test_class in test_classes for case in cases(test_class)]
+    return collections.Counter(
+        max((test for test in CASES if name.startswith(test)), key=len, default=name)
+        for name in names
+    )
+
+
+def test_every_case_of_upstream_is_run():
+    whole = count(upstream_class(PAPER))
+    if not whole:
+        pytest.skip(f"optax {optax.__version__} does not ship its common tests")
+    if (0, 2, 7) <= optax_version() <= (0, 2, 8):
+        assert whole == CASES
+        assert whole.total() == 16
+    assert whole >= collections.Counter(CASES)
+    assert count(TestMadam, TestMadamConvergesFromSameSigns) == whole
+    targets = {"test_optimizers": whole["test_optimizers"]}
+    assert count(TestMadamConvergesFromSameSigns) == targets
+    assert count(TestFlooredMadam) == whole
+    assert count(TestMadamWithFirstMoment) == whole
+    assert count(TestMadamWithLowBitMoments) == whole
+
+
+def test_start_with_the_signs_of_the_end():
+    def target(dtype):
+        return (
+            jnp.array([-1.0, 10.0, 0.0, 0.0, 7.0], dtype),
+            jnp.array([1.0, -1.0, -4.0, 0.0, 0.0], dtype),
+            None,
+        )
+
+    initial, final, _ = same_signs(target)(jnp.float32)
+    assert initial.tolist() == [1.0, -10.0, -2.0, 0.5, 7.0]
+    assert final.tolist() == [1.0, -1.0, -4.0, 0.0, 0.0]
