@@ -21,8 +21,9 @@ class ScaleBySecondMomentState(NamedTuple):
       v: second moment, a tree like the parameters: float32 or wider, or the codes
         of ``moment_format``.
       m: first moment, likewise; None unless ``b1`` is given.
-      window: where each leaf's codes were placed, int32, shape (number of leaves,);
-        None without ``moment_format``.
+      window: ``{moment_format: where each leaf's codes were placed}``, int32, shape
+        (number of leaves,); None without ``moment_format``. The key is there so that
+        a checkpoint of other codes does not fit.
     """
 
     count: jax.Array
@@ -91,7 +92,7 @@ def scale_by_second_moment(
         v_dtype, m_dtype, window = None, None, None
         if moment_format is not None:
             v_dtype, m_dtype = moment_format.v_dtype, moment_format.m_dtype
-            window = jnp.zeros(len(leaves), jnp.int32)
+            window = {repr(moment_format): jnp.zeros(len(leaves), jnp.int32)}
         v = treedef.unflatten([zeros_like(w, v_dtype) for w in leaves])
         m = None
         if b1 is not None:
@@ -104,7 +105,7 @@ def scale_by_second_moment(
         paths, vs = [path_name(p) for p, _ in with_path], [v for _, v in with_path]
         gs = flatten_like(updates, treedef, "state.v", paths, vs)
         ms = None if b1 is None else treedef.flatten_up_to(state.m)
-        window = state.window
+        window = _check_window(moment_format, state.window)
         if moment_format is not None:
             window = _place(moment_format, window, gs)
             vs, ms = _decode(moment_format, vs, ms, window)
@@ -127,6 +128,7 @@ def scale_by_second_moment(
 
         if moment_format is not None:
             vs, ms = _encode(moment_format, vs, ms, window, seed, state.count)
+            window = {repr(moment_format): window}
         v = treedef.unflatten(vs)
         m = None if ms is None else treedef.unflatten(ms)
         new_state = ScaleBySecondMomentState(count, v, m, window)
@@ -146,6 +148,18 @@ def _bias_correction(decay: Any, count: jax.Array) -> jax.Array:
     """``1 - decay**count``, without the cancellation that loses digits near 1."""
     rate = jnp.asarray(1 - decay, jnp.result_type(float))
     return -jnp.expm1(count * jnp.log1p(-rate))
+
+
+def _check_window(moment_format: MomentFormat | None, window: Any) -> Any:
+    """The window of that format, which must be the one that the state was made for."""
+    made_for = None if window is None else next(iter(window))
+    wanted = None if moment_format is None else repr(moment_format)
+    if made_for != wanted:
+        raise ValueError(
+            f"moment_format is {wanted}, but the optimizer state was made for "
+            f"{made_for}; call init again, or use the state's moment_format."
+        )
+    return None if window is None else window[made_for]
 
 
 def _place(
