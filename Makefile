@@ -2,9 +2,10 @@
 # environment in .venv, once, and installs what it needs there.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= /dev/null
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint
+.PHONY: demo test test-floor lint
 .PRECIOUS: $(VENV)/.%
 .DELETE_ON_ERROR:
 
@@ -14,6 +15,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto
 
+# The oldest JAX, optax and Flax that pyproject.toml allows.
+test-floor:
+	$(MAKE) test VENV=$(VENV)-floor CONSTRAINTS=tests/floor.txt
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -22,5 +27,6 @@ lint: $(VENV)/.lint
 # One stamp an extra, renewed when pyproject.toml changes.
 $(VENV)/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c $(CONSTRAINTS) -e ".[$*]"
 	touch $@
