@@ -83,7 +83,7 @@ SCHEDULES = {
         ("warmup", {"floor": 1.0}),
         ("cosine", {"floor": 1.0, "b1": 0.9}),
         ("warmup", {"b2": 0.9, "p_scale": 1.0, "g_bound": 1.0}),
-        ("cosine", {"b2": 0.99, "b1": 0.5, "zero_init_scale": 1e-3}),
+        ("cosine", {"b2": 0.99, "b1": 0.5, "zero_init_scale": 1e-3, "p_scale": 0.3}),
     ],
     ids=str,
 )

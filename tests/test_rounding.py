@@ -205,36 +205,28 @@ SPECS = {
     "rows": (P("x", None), P(None)),
     "columns": (P(None, "y"), P("y")),
     "both": (P("x", "y"), P(("x", "y"))),
-    "replicated": (P(), P()),
 }
-
-
-def tree():
-    rng = np.random.default_rng(0)
-    params = {
-        "kernel": jnp.asarray(rng.standard_normal((16, 32)), jnp.float32),
-        "other": jnp.asarray(rng.standard_normal(64), jnp.float32),
-    }
-    grads = [
-        jax.tree.map(
-            lambda w: jnp.asarray(rng.standard_normal(w.shape), jnp.float32), params
-        )
-        for _ in range(3)
-    ]
-    return params, grads
 
 
 FORMATS = {"kernel": madax.LogFormat(8, 0.05), "other": madax.SymlogFormat(16, 0.3)}
 
 
-def train(place):
-    params, grads = tree()
-    # Quantised before it is sharded: the order of a sum may decide a scale's last bit.
-    params = {
-        k: madax.quantize_params(w, FORMATS[k], where=lambda p, w: True)
-        for k, w in params.items()
+def example():
+    """Codes, and gradients; quantised before sharding, as a scale's sum has an order."""
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (16, 32), "other": (64,)}
+    draw = lambda: {
+        k: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for k, shape in shapes.items()
     }
-    params, grads = place(params), [place(g) for g in grads]
+    params = {
+        k: madax.quantize_params(w, FORMATS[k], where=lambda path, w: True)
+        for k, w in draw().items()
+    }
+    return params, [draw() for _ in range(3)]
+
+
+def train(params, grads):
     moments = madax.MomentFormat(8)
     tx = madax.madam(0.02, b1=0.9, moment_format=moments, seed=3)
     state = tx.init(params)
@@ -250,7 +242,7 @@ def train(place):
     return [*codes, *jax.tree.leaves((state[0].v, state[0].m))], codes
 
 
-def run_on_mesh(axis_type, spec_name, alone):
+def run_on_mesh(axis_type, spec_name, params, grads, alone):
     """Empty if eight devices give the codes of one, else what differs."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
     specs = dict(zip(("kernel", "other"), SPECS[spec_name], strict=True))
@@ -262,7 +254,7 @@ def run_on_mesh(axis_type, spec_name, alone):
         return {k: jax.tree.map(partial(put, specs[k]), x) for k, x in tree.items()}
 
     with jax.set_mesh(mesh):
-        sharded, codes = train(place)
+        sharded, codes = train(place(params), [place(g) for g in grads])
     for i, (a, b) in enumerate(zip(alone, sharded, strict=True)):
         if not np.array_equal(a, np.asarray(b)):
             return f"array {i}: {np.mean(np.asarray(a) != np.asarray(b)):.3f} differ"
@@ -293,10 +285,11 @@ def test_a_mesh_gives_the_codes_of_one_device(on_eight_devices, case):
 
 
 if __name__ == "__main__":
-    report, (alone, _) = {}, train(lambda tree: tree)
+    report, (params, grads) = {}, example()
+    alone, _ = train(params, grads)
     for kind, spec in CASES:
         try:
-            outcome = run_on_mesh(AxisType[kind], spec, alone)
+            outcome = run_on_mesh(AxisType[kind], spec, params, grads, alone)
         except Exception as error:
             outcome = f"{type(error).__name__}: {error}"[:500]
         report[f"{kind}-{spec}"] = outcome
