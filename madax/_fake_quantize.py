@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from madax._checks import check_float_leaf
 from madax._formats import Format
+from madax._leaves import widen
 
 
 def fake_quantize(
@@ -74,7 +75,7 @@ _straight_through.defvjp(_forward, _backward)
 def _round_to_grid(x: jax.Array, format: Format | None) -> jax.Array:
     if format is None:
         return x
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = widen(x)
     scale = jnp.max(jnp.abs(wide), initial=0)
     relative = wide / jnp.where(scale > 0, scale, 1)
     code = format.saturate(jnp.round(format.encode(relative)), jnp.sign(relative))

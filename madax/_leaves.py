@@ -22,7 +22,9 @@ def compute_dtype(leaf: Any) -> Any:
     """The dtype that arithmetic on a leaf is done in: float32 or wider."""
     if is_quantized(leaf):
         return jnp.dtype(jnp.float32)
-    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+    # Not promote_types, which refuses float8.
+    wide = jnp.result_type(leaf) == jnp.float64
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def widen(x: jax.typing.ArrayLike) -> jax.Array:

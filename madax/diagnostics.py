@@ -221,7 +221,9 @@ def descent_bound(params: Any, grads: Any) -> jax.Array:
     """
 
     def cosine(w, g):
-        return jnp.sum(jnp.abs(_unit(w) * _unit(g))) if w.size else jnp.nan
+        (_, w), (_, g) = split_peak(w), split_peak(g)
+        product = jnp.sum(jnp.abs(w * g)) / jnp.sqrt(jnp.sum(w * w))
+        return product / jnp.sqrt(jnp.sum(g * g)) if w.size else jnp.nan
 
     cosines = _by_path(cosine, params, grads)
     cosines = jnp.asarray([*cosines.values(), jnp.nan])
@@ -242,12 +244,6 @@ def _by_path(fn: Callable[..., Any], params: Any, other: Any) -> dict[str, Any]:
 
 def _fraction(condition: jax.Array) -> jax.Array:
     return jnp.sum(condition) / jnp.float32(max(condition.size, 1))
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    """``x`` over its norm, or NaN if that is zero."""
-    _, x = split_peak(x)
-    return x / jnp.sqrt(jnp.sum(x * x))
 
 
 def _relative_norm(u: jax.Array, w: jax.Array) -> jax.Array:
