@@ -6,9 +6,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from madax._checks import check_format_field, check_learning_rate, check_positive
+from madax._checks import (
+    check_format_field,
+    check_instance,
+    check_learning_rate,
+    check_positive,
+)
 from madax._clip import clip_log_weights
-from madax._formats import Format, LogFormat
+from madax._formats import Format, LogFormat, base_step_range
 from madax._lns_quantize import lns_quantize
 from madax._moments import MomentFormat
 from madax._rounding import Rounding
@@ -170,9 +175,11 @@ def bbit_madam(
     """
     check_learning_rate(learning_rate, 0.01)
     check_positive("g_bound", g_bound, 10.0)
-    check_format_field("base_precision", base_precision, 1e-6, 1.0, "nats")
     if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 15:
         raise ValueError(f"bits must be an int in 1 to 15, got {bits!r} (default: 12).")
+    lowest, highest = base_step_range(bits + 1)
+    check_format_field("base_precision", base_precision, lowest, highest, "nats")
+    format = LogFormat(bits + 1, base_precision)
 
     def whole_codes(rate):
         codes = jnp.maximum(jnp.round(rate / base_precision), jnp.sign(rate))
@@ -190,7 +197,7 @@ def bbit_madam(
         scale_by_sign_log(zero_init_scale=zero_init_scale),
         clip_log_weights(p_scale, zero_init_scale=zero_init_scale),
         lns_quantize(
-            LogFormat(bits + 1, base_precision),
+            format,
             rounding="nearest",
             p_scale=p_scale,
             zero_init_scale=zero_init_scale,
@@ -252,6 +259,7 @@ def lns_madam(
     """
     check_learning_rate(learning_rate, 2**-7)
     check_positive("g_bound", g_bound, 10.0)
+    check_instance("format", format, Format, or_none=False)
     return optax.chain(
         scale_by_second_moment(b2),
         optax.clip(g_bound),

@@ -81,6 +81,11 @@ def leaf_name(tree_name: str, path: str) -> str:
     return f"{tree_name}[{path!r}]" if path else tree_name
 
 
+def check_scale(name: str, value: Any, default: float) -> None:
+    """Raises unless ``value`` is positive and finite: a grid has a largest value."""
+    check_number(name, value, lambda x: 0 < x < math.inf, f"0 < {name} < inf", default)
+
+
 def check_float_leaf(tree_name: str, path: str, leaf: Any) -> None:
     """Raises unless ``leaf`` is a real floating-point array."""
     where = leaf_name(tree_name, path)
@@ -123,11 +128,12 @@ def check_format_field(
         )
 
 
-def check_instance(name: str, value: Any, kind: type) -> None:
-    """Raises unless ``value`` is None or an instance of ``kind``."""
-    if value is not None and not isinstance(value, kind):
+def check_instance(name: str, value: Any, kind: type, *, or_none: bool = True) -> None:
+    """Raises unless ``value`` is an instance of ``kind``, or None where allowed."""
+    if not (isinstance(value, kind) or (or_none and value is None)):
+        none = "None or " if or_none else ""
         raise TypeError(
-            f"{name} must be None or a madax.{kind.__name__}, got {value!r} of type "
+            f"{name} must be {none}a madax.{kind.__name__}, got {value!r} of type "
             f"{type(value).__name__}."
         )
 

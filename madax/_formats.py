@@ -39,6 +39,11 @@ def _levels(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
+def base_step_range(bits: int) -> tuple[float, float]:
+    """The least and greatest spacing of log codes of that width, in nats."""
+    return _FINEST, _WIDEST / _levels(bits)
+
+
 @dataclasses.dataclass(frozen=True)
 class Format(ABC):
     """A grid of ``2 * levels + 1`` codes; the base of all number formats.
@@ -131,8 +136,8 @@ class LogFormat(Format):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        highest = _WIDEST / self.levels
-        check_format_field("base_step", self.base_step, _FINEST, highest, "nats")
+        lowest, highest = base_step_range(self.bits)
+        check_format_field("base_step", self.base_step, lowest, highest, "nats")
         object.__setattr__(self, "base_step", float(self.base_step))
 
     @classmethod

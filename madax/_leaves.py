@@ -151,20 +151,21 @@ def known_values(x: jax.Array) -> np.ndarray:
 
 @jax.jit
 def leaf_rms(leaves: Sequence[jax.Array]) -> jax.Array:
-    """The root mean square of each array, float32 or wider, (number of arrays,).
-
-    An empty leaf counts as 1: there is nothing to scale, but it is not "all zeros".
-    """
-    rms = [root_mean_square(w) if w.size else jnp.float32(1) for w in leaves]
+    """The root mean square of each array, float32 or wider, (number of arrays,)."""
+    rms = [root_mean_square(w) for w in leaves]
     return jnp.stack(rms) if rms else jnp.zeros(0, jnp.float32)
 
 
 def root_mean_square(
     w: jax.Array, axes: Sequence[int] | None = None, *, keepdims: bool = False
 ) -> jax.Array:
-    """The root mean square over ``axes``, float32 or wider, at any scale of ``w``."""
+    """The root mean square over ``axes``, float32 or wider, at any scale of ``w``.
+
+    That of nothing is 1: there is nothing to scale, but it is not "all zeros".
+    """
     peak, relative = split_peak(jnp.abs(widen(w)), axes)
-    rms = peak * jnp.sqrt(jnp.mean(relative**2, axis=axes, keepdims=True))
+    mean = jnp.mean(relative**2, axis=axes, keepdims=True) if w.size else 1
+    rms = peak * jnp.sqrt(mean)
     return rms if keepdims else jnp.squeeze(rms, axes)
 
 

@@ -9,7 +9,7 @@ import optax
 from madax._checks import (
     check_instance,
     check_non_negative,
-    check_positive,
+    check_scale,
     check_seed,
 )
 from madax._formats import Format
@@ -101,7 +101,7 @@ def lns_quantize(
     check_instance("format", format, Format)
     check_rounding(rounding)
     check_seed(seed)
-    check_positive("p_scale", p_scale, 3.0)
+    check_scale("p_scale", p_scale, 3.0)
     check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):

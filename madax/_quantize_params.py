@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madax._checks import check_float_leaf, check_positive, leaf_name
+from madax._checks import check_float_leaf, check_instance, check_scale, leaf_name
 from madax._formats import Format
 from madax._leaves import known_values, path_name, root_mean_square, widen
 from madax._quantized_array import QuantizedArray, is_quantized
@@ -56,13 +56,15 @@ def quantize_params(
       >>> print(quantized["kernel"].codes.dtype, quantized["bias"].dtype)
       int8 float32
     """
-    if not isinstance(format, Format):
+    check_instance("format", format, Format, or_none=False)
+    if where is not None and not callable(where):
         raise TypeError(
-            f"format must be a number format, got {format!r} of type "
-            f"{type(format).__name__}; pass a madax.LogFormat, SymlogFormat or "
-            "UniformFormat."
+            f"where must be a function of (path, leaf), got {where!r} of type "
+            f"{type(where).__name__}."
         )
-    check_positive("p_scale", p_scale, 3.0)
+    if not (channel_axis is None or type(channel_axis) is int):
+        raise TypeError(f"channel_axis must be None or an int, got {channel_axis!r}.")
+    check_scale("p_scale", p_scale, 3.0)
 
     def quantize(path, leaf):
         name = path_name(path)
@@ -85,8 +87,8 @@ def quantize_params(
                 )
             axes = tuple(a for a in axes if a != channel_axis % w.ndim)
         rms = root_mean_square(w, axes, keepdims=channel_axis is not None)
-        _check_scales(called, rms)
         scale = (p_scale * rms).astype(jnp.float32)
+        _check_scales(called, scale)
         x = w / jnp.where(scale > 0, scale, 1)
         code = format.saturate(
             jnp.round(format.encode(x)).astype(jnp.int32), jnp.sign(w)
@@ -144,12 +146,12 @@ def _worth_quantizing(path: str, leaf: Any) -> bool:
     )
 
 
-def _check_scales(called: str, rms: jax.Array) -> None:
-    for value in known_values(rms).ravel():
-        if value == 0 or not np.isfinite(value):
-            what = "all zeros" if value == 0 else "not finite"
+def _check_scales(called: str, scale: jax.Array) -> None:
+    for value in known_values(scale).ravel():
+        if not 0 < value < np.inf:
             raise ValueError(
-                f"{called} (or one of its channels) is {what}, so there is no scale "
-                "for its codes; initialise it with finite values that are not "
-                "all zero, or leave it out with where."
+                f"{called} (or one of its channels) is all zeros, not finite, or out "
+                f"of float32's range: the scale of its codes would be {value}; initialise "
+                "it with finite values that are not all zero, or leave it out with "
+                "where."
             )

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Rounding = Literal["stochastic", "nearest"]
 
@@ -27,6 +28,7 @@ def check_rounding(rounding: Any) -> None:
 
 def leaf_keys(seed: Any, count: jax.Array, leaves: int) -> jax.Array:
     """Two 32-bit keys a leaf, from (seed, step, leaf): uint32, shape (leaves, 2)."""
+    seed = np.uint32(seed % 2**32) if isinstance(seed, int) else seed
     keys = jnp.arange(2 * leaves, dtype=jnp.uint32)
     for counter in (count, seed):
         keys = _mix(keys) + jnp.asarray(counter).astype(jnp.uint32)

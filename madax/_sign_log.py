@@ -109,9 +109,10 @@ def scale_by_sign_log(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         ws, ds, treedef = flatten_both(params, updates)
+        ds = [jnp.where(jnp.isfinite(d), d, 0) for d in map(widen, ds)]
         floors = per_leaf(jnp.where(state.zero_init, 1.0, floor) * state.rms0, ws)
         us = [
-            w.format.log_step(w.codes, widen(d))
+            w.format.log_step(w.codes, d)
             if is_quantized(w)
             else sign_log_update(w, d, f)
             for w, d, f in zip(ws, ds, floors, strict=True)
@@ -124,8 +125,6 @@ def scale_by_sign_log(
 def sign_log_update(w: jax.Array, d: jax.Array, floor: jax.Array) -> jax.Array:
     """The update that takes log-step ``d`` from ``w``; additive up to ``floor``."""
     x = widen(w)
-    d = widen(d)
-    d = jnp.where(jnp.isfinite(d), d, 0)
     u = jnp.where(
         jnp.abs(x) > floor,
         x * expm1(jnp.where(x < 0, -d, d)),

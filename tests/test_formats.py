@@ -157,16 +157,14 @@ def test_quantize_params_keeps_normal_numbers_from_code_zero():
     "fmt", [LogFormat(8, 0.05), SymlogFormat(8, 0.3), UniformFormat(8)], ids=repr
 )
 def test_shapes(fmt, shape):
-    code = jnp.ones(shape, fmt.storage_dtype)
-    x = jnp.full(shape, 0.25, jnp.float32)
-    for result in (
-        fmt.encode(x),
-        fmt.decode(code),
-        fmt.log_step(code, x),
-        fmt.add_step(code, x),
-    ):
-        assert (result.shape, result.dtype) == (shape, jnp.float32)
-    assert fmt.saturate(code, jnp.sign(x)).shape == shape
+    def everything(code, x):
+        real = (fmt.encode(x), fmt.log_step(code, x), fmt.add_step(code, x))
+        return *real, fmt.decode(code), fmt.saturate(code, jnp.sign(x))
+
+    code, x = jnp.ones(shape, fmt.storage_dtype), jnp.full(shape, 0.25)
+    results = jax.eval_shape(everything, code, x)
+    assert {r.shape for r in results} == {shape}
+    assert {r.dtype.name for r in results[:4]} == {"float32"}
 
 
 STEPS = [0.0, 1e-7, -1e-5, 0.01, -0.3, 1.7]

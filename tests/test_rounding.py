@@ -212,7 +212,7 @@ FORMATS = {"kernel": madax.LogFormat(8, 0.05), "other": madax.SymlogFormat(16, 0
 
 
 def example():
-    """Codes, and gradients; quantised before sharding, as a scale's sum has an order."""
+    """Codes and gradients; quantised before sharding, as a sum has an order."""
     rng = np.random.default_rng(0)
     shapes = {"kernel": (16, 32), "other": (64,)}
     draw = lambda: {

@@ -1,0 +1,132 @@
+"""Checkpoints of codes: bit for bit, and never read as another format's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import madax
+from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
+
+FORMATS = {
+    "log": LogFormat.from_dynamic_range(8, 1000),
+    "log16": LogFormat(16, 3e-4),
+    "symlog": SymlogFormat(8, 1 / 3),
+    "uniform": UniformFormat(8),
+}
+
+
+def make(fmt, channel_axis=None):
+    rng = np.random.default_rng(0)
+    params = {
+        "Dense_0": {"kernel": jnp.asarray(rng.standard_normal((8, 6)), jnp.float32)},
+        "bias": jnp.zeros(6),
+    }
+    return madax.quantize_params(params, fmt, channel_axis=channel_axis)
+
+
+TX = madax.madam(0.05, moment_format=MomentFormat(8), seed=5)
+
+
+@jax.jit
+def step(params, state, seed):
+    decoded = madax.dequantize_params(params)
+    grads = jax.tree.map(lambda w: jnp.cos(100 * w + seed), decoded)
+    updates, state = TX.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def trained(fmt, channel_axis=None):
+    params = make(fmt, channel_axis)
+    state = TX.init(params)
+    for seed in range(3):
+        params, state = step(params, state, seed)
+    return {"params": params, "state": state}
+
+
+def save(path, tree):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "checkpoint", tree)
+
+
+def restore(path, target):
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path / "checkpoint", target)
+
+
+def abstract(tree):
+    """Shapes and dtypes, on the device that there is."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(like, tree)
+
+
+def assert_identical(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "channel_axis"), [*((name, None) for name in FORMATS), ("log", -1)]
+)
+def test_codes_scales_formats_and_state_come_back(tmp_path, name, channel_axis):
+    fmt = FORMATS[name]
+    tree = trained(fmt, channel_axis)
+    save(tmp_path, tree)
+    restored = restore(tmp_path, abstract(tree))
+    assert_identical(restored, tree)
+    kernel = restored["params"]["Dense_0"]["kernel"]
+    assert isinstance(kernel, QuantizedArray) and kernel.format == fmt
+    # And training goes on as if nothing had happened.
+    assert_identical(step(**restored, seed=9), step(**tree, seed=9))
+
+
+def test_a_target_of_arrays_does_too(tmp_path):
+    tree = trained(FORMATS["log"])
+    save(tmp_path, tree)
+    fresh = make(FORMATS["log"])
+    restored = restore(tmp_path, {"params": fresh, "state": TX.init(fresh)})
+    assert_identical(restored, tree)
+
+
+OTHERS = {
+    "base_step": LogFormat.from_dynamic_range(8, 1001),
+    "bits": LogFormat(7, FORMATS["log"].base_step),
+    "class": UniformFormat(8),
+    "other_class": SymlogFormat(8, FORMATS["log"].base_step),
+    "width": LogFormat(16, 1e-3),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("kind", ["abstract", "arrays"])
+def test_a_target_of_another_format_is_an_error(tmp_path, other, kind):
+    """The format is in the key of the codes, so Orbax finds no such key."""
+    tree = {"params": make(FORMATS["log"])}
+    save(tmp_path, tree)
+    target = {"params": make(other)}
+    if kind == "abstract":
+        target = abstract(target)
+    with pytest.raises((ValueError, KeyError)) as error:
+        restore(tmp_path, target)
+    assert "codes:" in str(error.value) or "structure" in str(error.value)
+    assert_identical(restore(tmp_path, abstract(tree)), tree)
+
+
+def test_a_target_of_floats_is_an_error(tmp_path):
+    save(tmp_path, {"params": make(FORMATS["log"])})
+    floats = madax.dequantize_params(make(FORMATS["log"]))
+    with pytest.raises((ValueError, KeyError)):
+        restore(tmp_path, abstract({"params": floats}))
+
+
+@pytest.mark.parametrize("number", [np.float64(0.25), np.float32(0.25)])
+def test_a_format_is_found_again_however_its_numbers_were_typed(tmp_path, number):
+    tree = {"params": make(LogFormat(8, number))}
+    save(tmp_path, tree)
+    restored = restore(tmp_path, abstract({"params": make(LogFormat(8, 0.25))}))
+    assert_identical(restored, tree)

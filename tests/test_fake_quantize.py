@@ -1,0 +1,195 @@
+"""Simulated low precision: values on the grid, straight-through gradients."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen
+from sklearn.datasets import load_digits
+
+import madax
+from madax import LogFormat, SymlogFormat, UniformFormat, fake_quantize
+
+FORMATS = {
+    "lns": LogFormat.from_gamma(8, 8),
+    "coarse": LogFormat(4, 0.7),
+    "symlog": SymlogFormat(8, 0.1),
+    "uniform": UniformFormat(4),
+}
+every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+
+
+def oracle(x, fmt):
+    """The value on the grid, and whether x is within float32's accuracy of a tie."""
+    x = np.asarray(x, np.float64)
+    n, scale = 2 ** (fmt.bits - 1) - 1, np.abs(x).max(initial=0)
+    if scale == 0:
+        return x, np.zeros(x.shape, bool)
+    r = x / scale
+    if isinstance(fmt, LogFormat):
+        with np.errstate(divide="ignore"):
+            code = np.sign(r) * np.clip(n + np.log(np.abs(r)) / fmt.base_step, 1, n)
+        value = lambda c: np.sign(c) * np.exp(-fmt.base_step * (n - np.abs(c)))
+    elif isinstance(fmt, SymlogFormat):
+        a = np.arcsinh(1 / fmt.linear_range)
+        code = np.arcsinh(r / fmt.linear_range) / a * n
+        value = lambda c: fmt.linear_range * np.sinh(c * a / n)
+    else:
+        code, value = r * n, lambda c: c / n
+    return scale * value(np.rint(code)), np.abs(np.abs(code) % 1 - 0.5) < 1e-3
+
+
+def assert_on_grid(got, x, fmt, rtol=3e-6):
+    expected, tie = oracle(x, fmt)
+    got = np.asarray(got, np.float64)
+    np.testing.assert_allclose(got[~tie], expected[~tie], rtol=rtol)
+    assert np.mean(tie) < 0.05
+
+
+def example(shape=(9, 7), seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape) * np.exp(2 * rng.standard_normal(shape))
+    return jnp.asarray(x * (rng.random(shape) > 0.1), jnp.float32)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-12, 1e12])
+@every_format
+def test_values_are_on_the_grid_of_the_largest(fmt, size):
+    x = example() * np.float32(size)
+    y = fake_quantize(x, fmt)
+    assert_on_grid(y, x, fmt)
+    assert np.abs(y).max() == pytest.approx(np.abs(x).max(), rel=2e-6)
+    zero = np.asarray(x) == 0
+    assert np.all(np.asarray(y)[zero] == 0)
+    if isinstance(fmt, LogFormat):
+        np.testing.assert_array_equal(np.sign(y), np.sign(x))
+    np.testing.assert_allclose(fake_quantize(y, fmt), y, rtol=1e-5)
+
+
+@every_format
+def test_the_gradient_goes_straight_through_onto_the_other_grid(fmt):
+    x, g = example(), example(seed=1)
+    for backward in (None, *FORMATS.values()):
+        y, vjp = jax.vjp(lambda x: fake_quantize(x, fmt, backward_format=backward), x)  # noqa: B023
+        (gx,) = vjp(g)
+        assert_on_grid(y, x, fmt)
+        if backward is None:
+            np.testing.assert_array_equal(gx, g)
+        else:
+            assert_on_grid(gx, g, backward)
+
+
+def test_none_leaves_alone():
+    x, g = example(), example(seed=1)
+    y, vjp = jax.vjp(lambda x: fake_quantize(x, None), x)
+    np.testing.assert_array_equal(y, x)
+    np.testing.assert_array_equal(vjp(g)[0], g)
+    y, vjp = jax.vjp(
+        lambda x: fake_quantize(x, None, backward_format=UniformFormat(4)), x
+    )
+    np.testing.assert_array_equal(y, x)
+    assert_on_grid(vjp(g)[0], g, UniformFormat(4))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (2, 3, 4)], ids=str)
+@every_format
+def test_shapes_and_zeros(fmt, shape):
+    both = lambda x: fake_quantize(x, fmt, backward_format=fmt)
+
+    @jax.jit
+    def run(x, g):
+        y, vjp = jax.vjp(both, x)
+        return y, vjp(g)[0]
+
+    for x in (jnp.zeros(shape), jnp.full(shape, -0.3)):
+        for g in (jnp.zeros(shape), jnp.ones(shape)):
+            jax.tree.map(
+                partial(np.testing.assert_allclose, rtol=2e-6), run(x, g), (x, g)
+            )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@every_format
+def test_narrow_dtypes_are_kept_and_computed_in_float32(fmt, dtype):
+    x = example().astype(dtype)
+    y, vjp = jax.vjp(lambda x: fake_quantize(x, fmt, backward_format=fmt), x)
+    (g,) = vjp(x)
+    assert y.dtype == g.dtype == x.dtype
+    wide = fake_quantize(x.astype(jnp.float32), fmt)
+    np.testing.assert_array_equal(y, wide.astype(dtype))
+    np.testing.assert_array_equal(g, wide.astype(dtype))
+
+
+@every_format
+def test_jit_vmap_and_grad(fmt):
+    x = example((5, 4, 3))
+    fake = lambda x: fake_quantize(x, fmt, backward_format=fmt)
+    loss = lambda x: jnp.sum(fake(x) ** 3)
+    one = jnp.stack([fake(a) for a in x])
+    grad = jax.jit(jax.grad(loss))
+    grads = jnp.stack([grad(a) for a in x])
+    np.testing.assert_allclose(jax.jit(jax.vmap(fake))(x), one, rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(jax.vmap(jax.grad(loss)))(x), grads, rtol=1e-4, atol=1e-9
+    )
+    assert_on_grid(grads[2], 3 * np.float64(one[2]) ** 2, fmt, rtol=1e-5)
+    # Formats are static: as closures, and as static arguments.
+    jitted = jax.jit(fake_quantize, static_argnums=1, static_argnames="backward_format")
+    np.testing.assert_allclose(jitted(x, fmt, backward_format=fmt), fake(x), rtol=1e-5)
+
+
+def test_python_numbers_and_numpy_arrays():
+    assert fake_quantize(0.7, FORMATS["lns"]) == pytest.approx(0.7)
+    x = np.asarray(example())
+    assert_on_grid(fake_quantize(x, FORMATS["lns"]), x, FORMATS["lns"])
+
+
+class LnsDense(linen.Module):
+    """A dense layer whose weights, activations and gradients are LNS, 8 bits."""
+
+    features: int
+
+    @linen.compact
+    def __call__(self, x):
+        fmt = LogFormat.from_gamma(8, 8)
+        shape = (x.shape[-1], self.features)
+        w = self.param("kernel", linen.initializers.he_normal(), shape)
+        y = fake_quantize(x, fmt, backward_format=fmt) @ fake_quantize(w, fmt)
+        return fake_quantize(y, fmt, backward_format=fmt)
+
+
+class Mlp(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return LnsDense(10)(jax.nn.relu(LnsDense(48)(x)))
+
+
+def test_an_8_bit_lns_network_learns_with_lns_madam():
+    x, y = load_digits(return_X_y=True)
+    x, y = jnp.asarray(x / 16, jnp.float32), jnp.asarray(y)
+    rows = np.random.default_rng(0).integers(0, 1500, (250, 32))
+    model, tx = Mlp(), madax.lns_madam(optax.cosine_decay_schedule(2**-5, 250))
+    params = jax.jit(model.init)(jax.random.key(0), x[:1])
+
+    def loss(params, rows):
+        out = model.apply(params, x[rows])
+        return optax.softmax_cross_entropy_with_integer_labels(out, y[rows]).mean()
+
+    def step(carry, rows):
+        params, state = carry
+        grads = jax.grad(loss)(params, rows)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    train = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), rows)[0][0])
+    trained = train(params)
+    out = jax.jit(model.apply)(trained, x[1500:])
+    right = jnp.argmax(out, -1) == y[1500:]
+    assert jnp.mean(right) > 0.85
+    kernel = trained["params"]["LnsDense_0"]["kernel"]
+    first = params["params"]["LnsDense_0"]["kernel"]
+    octaves = np.log2(np.abs(kernel) / (3 * jnp.sqrt(jnp.mean(first**2)))) * 2048
+    np.testing.assert_allclose(octaves, np.rint(octaves), atol=0.02)

@@ -1,0 +1,257 @@
+"""Optimizers that know nothing of codes, on codes: decode, update, encode, round."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import madax
+from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
+
+FORMATS = {
+    "uniform": UniformFormat(8),
+    "symlog": SymlogFormat(8, 0.1),
+    "log": LogFormat.from_dynamic_range(8, 1000),
+    "log16": LogFormat.from_dynamic_range(16, 1000),
+    "symlog16": SymlogFormat(16, 0.1),
+}
+every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+
+
+def is_quantized(x):
+    return isinstance(x, QuantizedArray)
+
+
+def example(fmt, seed=0, shape=(8, 6)):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    params = {"w": normal(*shape), "b": normal(6)}
+    grads = [{"w": normal(*shape), "b": normal(6)} for _ in range(12)]
+    return madax.quantize_params(params, fmt), grads
+
+
+def oracle_decode(fmt, c):
+    """Value relative to the scale of a real-valued code, float64."""
+    c, n = np.asarray(c, np.float64), 2 ** (fmt.bits - 1) - 1
+    if isinstance(fmt, LogFormat):
+        return np.sign(c) * np.exp(-fmt.base_step * (n - np.abs(c)))
+    if isinstance(fmt, SymlogFormat):
+        r = fmt.linear_range
+        return r * np.sinh(c * np.arcsinh(1 / r) / n)
+    return c / n
+
+
+def oracle_encode(fmt, x):
+    n = 2 ** (fmt.bits - 1) - 1
+    if isinstance(fmt, LogFormat):
+        with np.errstate(divide="ignore"):
+            magnitude = n + np.log(np.abs(x)) / fmt.base_step
+        return np.sign(x) * np.clip(magnitude, 1, n)
+    if isinstance(fmt, SymlogFormat):
+        r = fmt.linear_range
+        return np.clip(np.arcsinh(x / r) / np.arcsinh(1 / r) * n, -n, n)
+    return np.clip(x * n, -n, n)
+
+
+def inners():
+    return {
+        "adam": optax.adam(0.05),
+        "sgd": optax.sgd(0.3),
+        "lion": optax.lion(0.02),
+    }
+
+
+@pytest.mark.parametrize("inner", inners())
+@every_format
+def test_each_step_is_the_inner_one_on_decoded_weights(fmt, inner):
+    """Nearest rounding, 12 steps: codes of an oracle, state of the inner optimizer."""
+    params, grads = example(fmt)
+    inner = inners()[inner]
+    tx = madax.with_quantized_params(inner, rounding="nearest")
+    state, update, inner_update = (
+        tx.init(params),
+        jax.jit(tx.update),
+        jax.jit(inner.update),
+    )
+    inner_state = inner.init(madax.dequantize_params(params))
+    jax.tree.map(np.testing.assert_array_equal, state.inner_state, inner_state)
+    for g in grads:
+        decoded = madax.dequantize_params(params)
+        expected, inner_state = inner_update(g, inner_state, decoded)
+        updates, state = update(g, state, params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9),
+            state.inner_state,
+            inner_state,
+        )
+        np.testing.assert_allclose(updates["b"], expected["b"], rtol=1e-5, atol=1e-8)
+        w = params["w"]
+        moved = oracle_decode(fmt, w.codes) + np.float64(expected["w"]) / float(w.scale)
+        exact = oracle_encode(fmt, moved)
+        params = optax.apply_updates(params, updates)
+        assert params["w"].codes.dtype == fmt.storage_dtype
+        assert params["w"].scale == w.scale
+        tie = np.abs(exact - np.floor(exact) - 0.5) < 0.02
+        wrong = np.asarray(params["w"].codes) != np.rint(exact)
+        assert not np.any(wrong & ~tie)
+
+
+@every_format
+def test_stochastic_rounding_is_unbiased_in_codes(fmt):
+    params, _ = example(fmt, shape=(64, 64))
+    params = {"w": params["w"]}
+    n = fmt.levels
+    inside = np.abs(np.asarray(params["w"].codes, int))
+    # Steps of three tenths of a code inwards: nobody is at the end of the range.
+    codes = np.asarray(params["w"].codes, np.float64)
+    target = oracle_decode(fmt, codes - 0.3 * np.sign(codes))
+    u = jnp.asarray((target - oracle_decode(fmt, codes)) * float(params["w"].scale))
+    inner = optax.sgd(1.0)
+    run = jax.vmap(
+        lambda seed: (
+            madax.with_quantized_params(inner, seed=seed)
+            .update(
+                {"w": -u},
+                madax.with_quantized_params(inner).init(params),
+                params,
+            )[0]["w"]
+            .codes
+        )
+    )
+    moved = np.asarray(jax.jit(run)(jnp.arange(200)), np.float64) * np.sign(codes)
+    kept = (inside > 1) & (inside <= n)
+    tolerance = 5 * np.sqrt(0.21 / (200 * kept.sum()))
+    # A float32 knows a 16-bit code to a few thousandths only.
+    tolerance += 2e-7 * n
+    assert abs(moved.mean(0)[kept].mean() + 0.3) < tolerance
+    each = np.abs(moved.mean(0)[kept] + 0.3)
+    assert each.max() < 5.5 * np.sqrt(0.21 / 200)
+
+
+@every_format
+def test_weights_change_sign_and_steps_wrap_around(fmt):
+    """Steps of up to twice the range: a difference of int8 codes does not fit int8."""
+    n = fmt.levels
+    codes = jnp.array([[-n, -n, n, n, -n, n, 1, -1]], fmt.storage_dtype)
+    goals = np.array([[n, 1, -n, -1, -n, n, -1, 1]])
+    params = QuantizedArray(codes, jnp.float32(2), fmt)
+    target = 2 * oracle_decode(fmt, goals)
+    tx = madax.with_quantized_params(optax.sgd(1.0), rounding="nearest")
+    grads = np.asarray(params.dequantize(), np.float64) - target
+    updates, _ = tx.update(jnp.asarray(grads, jnp.float32), tx.init(params), params)
+    assert updates.codes.dtype == fmt.storage_dtype
+    moved = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(moved.codes, goals)
+
+
+def test_a_log_code_becomes_zero_only_for_an_exact_zero_and_leaves_it():
+    fmt = FORMATS["log"]
+    params = QuantizedArray(jnp.array([[127, 127, 0]], jnp.int8), jnp.float32(1), fmt)
+    tx = madax.with_quantized_params(optax.sgd(1.0), rounding="nearest")
+    grads = jnp.array([[1.0, 1.0 - 1e-5, -0.5]])
+    updates, _ = tx.update(grads, tx.init(params), params)
+    codes = optax.apply_updates(params, updates).codes
+    middle = round(127 + np.log(0.5) / fmt.base_step)
+    np.testing.assert_array_equal(codes, [[0, 1, middle]])
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@every_format
+def test_a_zero_update_moves_nothing(fmt, rounding):
+    params, grads = example(fmt, shape=(64, 64))
+    tx = madax.with_quantized_params(optax.sgd(0.0), rounding=rounding)
+    grads = {"w": jnp.ones((64, 64)), "b": jnp.ones(6)}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert np.count_nonzero(updates["w"].codes) == 0
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@every_format
+def test_an_inner_update_that_is_not_finite_leaves_its_codes(fmt, poison):
+    params, grads = example(fmt)
+    bad = np.zeros((8, 6), bool)
+    bad[1, 2:] = True
+    g = {"w": jnp.where(bad, poison, 5.0), "b": grads[0]["b"]}
+    tx = madax.with_quantized_params(optax.sgd(1.0))
+    updates, _ = tx.update(g, tx.init(params), params)
+    assert not np.any(np.asarray(updates["w"].codes)[bad])
+    at_end = np.asarray(params["w"].codes) == -fmt.levels
+    assert np.all(np.asarray(updates["w"].codes)[~bad & ~at_end] != 0)
+
+
+def test_extra_arguments_pass_through():
+    seen = {}
+
+    def update(updates, state, params, *, value, extra):
+        seen.update(value=value, extra=extra, params=params)
+        return jax.tree.map(lambda g: -value * g, updates), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    params, grads = example(UniformFormat(8))
+    tx = madax.with_quantized_params(inner)
+    updates, _ = tx.update(grads[0], tx.init(params), params, value=0.5, extra="this")
+    assert (seen["value"], seen["extra"]) == (0.5, "this")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        seen["params"],
+        madax.dequantize_params(params),
+    )
+    np.testing.assert_array_equal(updates["b"], -0.5 * grads[0]["b"])
+    # An inner optimizer without extra arguments is not bothered with them.
+    tx = madax.with_quantized_params(optax.sgd(0.1))
+    tx.update(grads[0], tx.init(params), params, value=0.5, extra="this")
+
+
+@every_format
+def test_training_in_a_scan_converges(fmt):
+    """A regression whose solution needs other signs than the first weights have."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((128, 12)), jnp.float32)
+    goal = jnp.asarray(rng.uniform(0.3, 1, (12, 4)), jnp.float32)
+    start = {"w": -goal[::-1], "b": jnp.ones(4)}
+    params = madax.quantize_params(start, fmt)
+    tx = madax.with_quantized_params(
+        optax.chain(optax.clip_by_global_norm(5.0), optax.adam(0.02)), seed=3
+    )
+
+    def loss(params):
+        return jnp.mean((x @ params["w"] + params["b"] - x @ goal) ** 2)
+
+    def step(carry, _):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(madax.dequantize_params(params))
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    train = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=400))
+    (after, _), losses = train(params)
+    assert losses[-1] < 0.01 * losses[0]
+    assert np.all(np.asarray(after["w"].codes) > 0)
+
+
+def test_jit_masked_and_recompilation():
+    params, grads = example(UniformFormat(8))
+    mask = jax.tree.map(is_quantized, params, is_leaf=is_quantized)
+    tx = optax.masked(madax.with_quantized_params(optax.adam(0.1)), mask)
+
+    @jax.jit
+    def step(params, state, g):
+        updates, state = tx.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for g in grads[:3]:
+        params, state = step(params, state, g)
+    assert step._cache_size() == 1
+    assert is_quantized(params["w"])
+
+
+def test_float_trees_are_the_inner_optimizers_affair():
+    params = {"w": jnp.ones((4, 4)), "b": jnp.zeros(4)}
+    grads = jax.tree.map(lambda w: w + 0.3, params)
+    tx, inner = madax.with_quantized_params(optax.adam(0.1)), optax.adam(0.1)
+    updates, state = tx.update(grads, tx.init(params), params)
+    expected, inner_state = inner.update(grads, inner.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    jax.tree.map(np.testing.assert_array_equal, state.inner_state, inner_state)
