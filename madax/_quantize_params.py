@@ -151,7 +151,7 @@ def _check_scales(called: str, scale: jax.Array) -> None:
         if not 0 < value < np.inf:
             raise ValueError(
                 f"{called} (or one of its channels) is all zeros, not finite, or out "
-                f"of float32's range: the scale of its codes would be {value}; initialise "
-                "it with finite values that are not all zero, or leave it out with "
-                "where."
+                f"of float32's range: the scale of its codes would be {value}; "
+                "initialise it with finite values that are not all zero, or leave it "
+                "out with where."
             )
