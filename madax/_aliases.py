@@ -141,7 +141,8 @@ def bbit_madam(
     Float leaves stay float arrays, whose values are on the grid. To store codes,
     use ``quantize_params(params, LogFormat(bits + 1, base_precision))``: the extra
     bit is the sign. The paper has one magnitude more, as its codes have no zero, and
-    starts from random magnitudes; here each weight starts at its nearest.
+    starts from random magnitudes; here codes start at the nearest, and a float weight
+    is put on the grid by its first step.
 
     Args:
       learning_rate: :math:`\eta`, in nats a step, or a schedule of it.

@@ -123,7 +123,7 @@ def test_floats_on_the_grid_and_codes_agree(recorded, fmt, learning_rate, roundi
     exact steps, recomputed in float64 from the recorded gradients. A weight counts
     until its first tie, and up to there its codes must agree. With stochastic rounding
     the two may disagree where the random number falls between two float32 roundings of
-    one step: for one code in 100 000 a step at most.
+    one step: for one code in 100 000 after all the steps.
     """
     codes = madax.quantize_params(first_weights(), fmt)
     floats = madax.dequantize_params(codes)
@@ -150,10 +150,8 @@ def test_floats_on_the_grid_and_codes_agree(recorded, fmt, learning_rate, roundi
     moved = np.mean([np.mean(last[k].codes != codes[k].codes) for k in codes])
     assert moved > 0.2
     if rounding == "stochastic":
-        new = {k: np.diff(d.astype(int), axis=0) > 0 for k, d in differ.items()}
-        rate = sum(d.sum() for d in new.values()) / sum(d.size for d in new.values())
-        assert rate <= 1e-5
-        assert np.mean([np.mean(d[-1]) for d in differ.values()]) <= 1e-3
+        different = sum(d[-1].sum() for d in differ.values())
+        assert different <= 1e-5 * sum(d[-1].size for d in differ.values())
         return
     weights = ties = 0
     for k, grads in recorded.items():
