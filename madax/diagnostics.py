@@ -1,7 +1,8 @@
 """What a multiplicative update does to a network: small, pure, jit-friendly.
 
 Every function returns scalars, or small vectors, keyed by the path of a leaf
-(``"Dense_0/kernel"``), ready for a logger.
+(``"Dense_0/kernel"``), ready for a logger. Leaves may be floating-point arrays or
+quantised ones, which count by their values.
 """
 
 from collections.abc import Callable
@@ -9,12 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from madax._checks import check_positive
 from madax._clip import ClipLogWeightsState
-from madax._leaves import flatten, flatten_like, split_peak, widen
+from madax._leaves import flatten, flatten_like, per_leaf, split_peak, widen
+from madax._quantize_params import dequantize_params
+from madax._quantized_array import QuantizedArray, is_quantized
 
 __all__ = [
+    "code_occupancy",
     "descent_bound",
     "fraction_at_bound",
     "fraction_sign_changed",
@@ -30,7 +35,7 @@ def relative_update_size(params: Any, updates: Any) -> dict[str, jax.Array]:
     .. math:: \|u\| / \|w\|
 
     Args:
-      params: tree of floating-point arrays, before the update.
+      params: tree of floating-point or quantised arrays, before the update.
       updates: what ``tx.update`` returned; same structure and shapes.
 
     Returns:
@@ -46,6 +51,19 @@ def relative_update_size(params: Any, updates: Any) -> dict[str, jax.Array]:
       >>> print(f"{sizes['w']:.3f}")
       0.010
     """
+
+    # An update of codes is a number of codes: its size is how far the values move.
+    def in_values(w, u):
+        if not (is_quantized(w) and is_quantized(u)):
+            return u
+        moved = QuantizedArray(w.codes + u.codes, w.scale, w.format)
+        return moved.dequantize() - w.dequantize()
+
+    structures = [
+        jax.tree.structure(t, is_leaf=is_quantized) for t in (params, updates)
+    ]
+    if structures[0] == structures[1]:
+        updates = jax.tree.map(in_values, params, updates, is_leaf=is_quantized)
     return _by_path(lambda w, u: _relative_norm(u, w), params, updates)
 
 
@@ -54,11 +72,12 @@ def fraction_at_bound(
 ) -> dict[str, jax.Array]:
     r"""The fraction of weights at the bound of ``clip_log_weights``, leaf by leaf.
 
-    A weight counts as at the bound when :math:`|w| \ge (1 - 2^{-6})\,
-    p_\text{scale}\,\mathrm{rms}_0`, which any dtype can tell.
+    A float weight counts as at the bound when :math:`|w| \ge (1 - 2^{-6})\,
+    p_\text{scale}\,\mathrm{rms}_0`, which any dtype can tell; a quantised one when its
+    code is the largest.
 
     Args:
-      params: tree of floating-point arrays.
+      params: tree of floating-point or quantised arrays.
       state: optimizer state that holds one ``ClipLogWeightsState`` for ``params``.
       p_scale: the optimizer's ``p_scale``.
 
@@ -84,16 +103,21 @@ def fraction_at_bound(
         if isinstance(node, ClipLogWeightsState)
     ]
     paths, leaves, _ = flatten(params)
-    if len(found) != 1 or found[0].rms0.shape != (len(leaves),):
+    floats = sum(not is_quantized(leaf) for leaf in leaves)
+    if len(found) != 1 or found[0].rms0.shape != (floats,):
         raise ValueError(
-            f"state must hold one ClipLogWeightsState for the {len(leaves)} leaves of "
-            f"params, got {[s.rms0.shape for s in found]}; pass the state of madam, "
-            "and with optax.masked or optax.partition only its share of the params."
+            f"state must hold one ClipLogWeightsState for the {floats} leaves of "
+            f"floats in params, got {[s.rms0.shape for s in found]}; pass the state of "
+            "madam, and with optax.masked or optax.partition only its share of the params."
         )
-    edge = (1 - 2**-6) * p_scale * found[0].rms0
+    edges = per_leaf(jnp.asarray((1 - 2**-6) * p_scale * found[0].rms0), leaves)
     return {
-        path: _fraction(jnp.abs(widen(w)) >= b)
-        for path, w, b in zip(paths, leaves, edge, strict=True)
+        path: _fraction(
+            jnp.abs(w.codes) == w.format.levels
+            if is_quantized(w)
+            else jnp.abs(widen(w)) >= edge
+        )
+        for path, w, edge in zip(paths, leaves, edges, strict=True)
     }
 
 
@@ -101,7 +125,7 @@ def fraction_zero(params: Any) -> dict[str, jax.Array]:
     """The fraction of weights that are exactly zero, leaf by leaf.
 
     Args:
-      params: tree of floating-point arrays.
+      params: tree of floating-point or quantised arrays.
 
     Returns:
       A scalar in [0, 1] for each leaf.
@@ -121,7 +145,7 @@ def fraction_sign_changed(params: Any, previous: Any) -> dict[str, jax.Array]:
     """The fraction of weights whose sign differs from an earlier one's.
 
     Args:
-      params: tree of floating-point arrays.
+      params: tree of floating-point or quantised arrays.
       previous: the parameters at an earlier step; same structure and shapes.
 
     Returns:
@@ -147,7 +171,7 @@ def log_weight_histogram(
     r"""Histograms of :math:`\ln|w|`, leaf by leaf.
 
     Args:
-      params: tree of floating-point arrays.
+      params: tree of floating-point or quantised arrays.
       bins: number of bins.
       lowest: lower edge of the first bin, in nats.
       highest: upper edge of the last bin, in nats.
@@ -185,6 +209,40 @@ def log_weight_histogram(
     return _by_path(histogram, params, params), edges
 
 
+def code_occupancy(params: Any) -> dict[str, jax.Array]:
+    """How many weights each code has, for every quantised leaf.
+
+    How many of the counts are not zero is how many levels a leaf uses; the entropy of
+    the counts is how many bits a weight it needs.
+
+    Args:
+      params: tree of floating-point or quantised arrays.
+
+    Returns:
+      The counts of the codes from -levels to levels, int32, shape (2 * levels + 1,),
+      for each quantised leaf; nothing for float leaves.
+
+    Raises:
+      TypeError: if a leaf is neither real floating nor quantised.
+
+    Example:
+      >>> import jax.numpy as jnp, madax
+      >>> fmt = madax.UniformFormat(bits=3)
+      >>> w = madax.quantize_params({"w": jnp.ones((4, 4))}, fmt, p_scale=1.0)
+      >>> print(madax.diagnostics.code_occupancy(w)["w"])
+      [ 0  0  0  0  0  0 16]
+    """
+    paths, leaves, _ = flatten(params)
+    return {
+        path: jnp.bincount(
+            w.codes.astype(jnp.int32).ravel() + w.format.levels,
+            length=2 * w.format.levels + 1,
+        ).astype(jnp.int32)
+        for path, w in zip(paths, leaves, strict=True)
+        if is_quantized(w)
+    }
+
+
 def descent_bound(params: Any, grads: Any) -> jax.Array:
     r"""The rate below which a multiplicative sign step is sure to descend.
 
@@ -197,8 +255,8 @@ def descent_bound(params: Any, grads: Any) -> jax.Array:
     \mathrm{sign}(g)`. A diagnostic of how steep the ground is, not a schedule.
 
     Args:
-      params: tree of floating-point arrays; each leaf counts as a layer, so pass
-        only the weight matrices to follow the paper.
+      params: tree of floating-point or quantised arrays; each leaf counts as a
+        layer, so pass only the weight matrices to follow the paper.
       grads: gradients; same structure and shapes.
 
     Returns:
@@ -234,7 +292,8 @@ def descent_bound(params: Any, grads: Any) -> jax.Array:
 
 def _by_path(fn: Callable[..., Any], params: Any, other: Any) -> dict[str, Any]:
     """``{path: fn(leaf of params, leaf of other)}``, in float32 or wider."""
-    paths, leaves, treedef = flatten(params)
+    paths, leaves, treedef = flatten(dequantize_params(params))
+    other = dequantize_params(other)
     others = flatten_like(other, treedef, "params", paths, leaves)
     return {
         path: fn(widen(w), widen(o))

@@ -1,0 +1,77 @@
+"""Diagnostics of quantised and mixed trees, against NumPy on the decoded values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import madax
+from madax import diagnostics
+
+FORMATS = [
+    madax.LogFormat.from_dynamic_range(bits=8, ratio=100),
+    madax.SymlogFormat(bits=6, linear_range=0.3),
+    madax.UniformFormat(bits=8),
+]
+
+
+@pytest.fixture(params=FORMATS, ids=lambda fmt: type(fmt).__name__)
+def run(request):
+    """A tree of codes and floats, before and after a step, and the step."""
+    key = jax.random.key(0)
+    params = {
+        "bias": jnp.array([1.0, -2.0, 0.5, 0.0]),
+        "kernel": jax.random.normal(key, (16, 4)).at[0, 0].set(9.0),
+    }
+    params = madax.quantize_params(params, request.param)
+    tx = madax.madam(0.1)
+    state = tx.init(params)
+    grads = jax.tree.map(jnp.ones_like, madax.dequantize_params(params))
+    updates, state = tx.update(grads, state, params)
+    return params, updates, state, optax.apply_updates(params, updates), grads
+
+
+def values(params):
+    return {k: np.float64(w) for k, w in madax.dequantize_params(params).items()}
+
+
+def test_sizes_and_fractions(run):
+    params, updates, state, after, _ = run
+    before, now = values(params), values(after)
+    sizes = jax.jit(diagnostics.relative_update_size)(params, updates)
+    changed = jax.jit(diagnostics.fraction_sign_changed)(after, params)
+    zero = jax.jit(diagnostics.fraction_zero)(params)
+    for k, w in before.items():
+        expected = np.linalg.norm(now[k] - w) / np.linalg.norm(w)
+        np.testing.assert_allclose(sizes[k], expected, rtol=1e-5)
+        assert changed[k] == np.mean(np.sign(now[k]) != np.sign(w))
+        assert zero[k] == np.mean(w == 0)
+    at_bound = jax.jit(diagnostics.fraction_at_bound)(params, state)
+    levels = params["kernel"].format.levels
+    assert at_bound["bias"] == 0
+    assert at_bound["kernel"] == np.mean(np.abs(params["kernel"].codes) == levels) > 0
+
+
+def test_histogram_and_bound_are_those_of_the_values(run):
+    params, *_, grads = run
+    floats = madax.dequantize_params(params)
+    for got, expected in zip(
+        jax.tree.leaves(diagnostics.log_weight_histogram(params)),
+        jax.tree.leaves(diagnostics.log_weight_histogram(floats)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(
+        diagnostics.descent_bound(params, grads),
+        diagnostics.descent_bound(floats, grads),
+    )
+
+
+def test_code_occupancy_counts_codes(run):
+    params = run[0]
+    counts = jax.jit(diagnostics.code_occupancy)(params)
+    assert list(counts) == ["kernel"]
+    codes, fmt = np.asarray(params["kernel"].codes), params["kernel"].format
+    for code in range(-fmt.levels, fmt.levels + 1):
+        assert counts["kernel"][code + fmt.levels] == np.sum(codes == code)
