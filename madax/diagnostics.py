@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from madax._checks import check_positive
 from madax._clip import ClipLogWeightsState
@@ -108,7 +107,8 @@ def fraction_at_bound(
         raise ValueError(
             f"state must hold one ClipLogWeightsState for the {floats} leaves of "
             f"floats in params, got {[s.rms0.shape for s in found]}; pass the state of "
-            "madam, and with optax.masked or optax.partition only its share of the params."
+            "madam, and with optax.masked or optax.partition only its share of the "
+            "params."
         )
     edges = per_leaf(jnp.asarray((1 - 2**-6) * p_scale * found[0].rms0), leaves)
     return {
