@@ -1,5 +1,6 @@
 """Training natively on codes: the same as on-the-grid floats, under all of JAX."""
 
+import inspect
 import itertools
 from functools import partial
 
@@ -403,6 +404,8 @@ def test_nnx(loop):
         assert step._cache_size() == 1
     else:
         model = nnx.merge(graph, params)  # holds codes; to be decoded before a call
+        if "model" not in inspect.signature(nnx.Optimizer.update).parameters:
+            pytest.skip("nnx.Optimizer.update takes no model before flax 0.11")
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
         @nnx.jit
