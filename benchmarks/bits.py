@@ -104,11 +104,13 @@ def bits(
                 "grid": repr(FORMATS.get(storage.format)),
                 "settings": settings,
             }
-            if not records.holds(raw, fixed):
+            done = records.seeds(raw, fixed)
+            if len(done) < budget.seeds:
                 label = f"{network} {name} {storage.format} {storage.rounding}"
                 runs = train(workload, optimizer, [optimizer.rate], budget, label=label)
                 for run in runs:
-                    records.append(raw, fixed | run)
+                    if run["seed"] not in done:
+                        records.append(raw, fixed | run)
 
     runs = records.read(raw)
     table = bits_table(runs)

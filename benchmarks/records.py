@@ -71,10 +71,10 @@ def _strict(value: Any) -> Any:
     return value
 
 
-def holds(path: Path, settings: dict[str, Any]) -> bool:
-    """Whether the file has a run with all these settings."""
+def seeds(path: Path, settings: dict[str, Any]) -> set[int]:
+    """Returns the seeds of the runs in the file that have all these settings."""
     if not path.exists():
-        return False
-    runs = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        return set()
+    runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     wanted = json.loads(json.dumps(settings))
-    return any(all(run.get(key) == wanted[key] for key in wanted) for run in runs)
+    return {run["seed"] for run in runs if wanted == {k: run.get(k) for k in wanted}}

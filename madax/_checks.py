@@ -128,6 +128,19 @@ def check_format_field(
         )
 
 
+def check_bits(bits: Any, lowest: int, highest: int, beyond: str) -> None:
+    """Raises unless ``bits`` is an int in its range; ``beyond`` says why that is so."""
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise TypeError(
+            f"bits must be an int, got {bits!r} of type {type(bits).__name__}; "
+            f"formats are static, pass {lowest} to {highest}."
+        )
+    if not lowest <= bits <= highest:
+        raise ValueError(
+            f"bits must be in {lowest} to {highest}, got {bits}; {beyond}."
+        )
+
+
 def check_instance(name: str, value: Any, kind: type, *, or_none: bool = True) -> None:
     """Raises unless ``value`` is an instance of ``kind``, or None where allowed."""
     if not (isinstance(value, kind) or (or_none and value is None)):

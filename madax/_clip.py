@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from madax._checks import check_non_negative, check_positive
-from madax._leaves import flatten_both, float_leaf_rms, per_leaf, widen
+from madax._leaves import flatten_both, initial_scales, per_leaf, widen
 from madax._quantized_array import is_quantized
 
 
@@ -71,9 +71,8 @@ def clip_log_weights(
     check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
-        _, rms = float_leaf_rms(params)
-        scale = jnp.asarray(zero_init_scale, rms.dtype)
-        return ClipLogWeightsState(jnp.where(rms == 0, scale, rms))
+        _, rms0, _ = initial_scales(params, zero_init_scale)
+        return ClipLogWeightsState(rms0)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args

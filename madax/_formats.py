@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from madax._checks import check_format_field
+from madax._checks import check_bits, check_format_field
 from madax._numerics import expm1
 
 # What float32, which codes are decoded to, can hold of log|w|, in nats: it tells
@@ -23,16 +23,13 @@ _WIDEST = 80.0
 
 
 def _check_bits(bits: Any, lowest: int = 2) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        raise TypeError(
-            f"bits must be an int, got {bits!r} of type {type(bits).__name__}; "
-            f"formats are static, pass {lowest} to 16."
-        )
-    if not lowest <= bits <= 16:
-        raise ValueError(
-            f"bits must be in {lowest} to 16, got {bits}; wider codes would be finer "
-            "than the float32 they are decoded to, narrower ones have too few levels."
-        )
+    check_bits(
+        bits,
+        lowest,
+        16,
+        "wider codes would be finer than the float32 they are decoded to, narrower "
+        "ones have too few levels",
+    )
 
 
 def _levels(bits: int) -> int:

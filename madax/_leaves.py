@@ -144,6 +144,20 @@ def float_leaf_rms(params: Any) -> tuple[list[str], jax.Array]:
     return paths, rms
 
 
+def initial_scales(
+    params: Any, zero_init_scale: jax.typing.ArrayLike
+) -> tuple[list[str], jax.Array, jax.Array]:
+    """The paths, scales and all-zero marks of the float leaves, at init.
+
+    The scale of a leaf is its root mean square, or ``zero_init_scale`` where it is all
+    zeros. Raises what :func:`float_leaf_rms` does.
+    """
+    paths, rms = float_leaf_rms(params)
+    zero_init = rms == 0
+    scales = jnp.where(zero_init, jnp.asarray(zero_init_scale, rms.dtype), rms)
+    return paths, scales, zero_init
+
+
 def known_values(x: jax.Array) -> np.ndarray:
     """The values of ``x``, or an empty array under a JAX transformation."""
     return np.zeros(0) if isinstance(x, jax.core.Tracer) else np.asarray(x)

@@ -13,7 +13,7 @@ from madax._checks import (
     check_seed,
 )
 from madax._formats import Format
-from madax._leaves import flatten_both, float_leaf_rms, per_leaf, widen
+from madax._leaves import flatten_both, initial_scales, per_leaf, widen
 from madax._quantized_array import QuantizedArray, is_quantized
 from madax._rounding import (
     Rounding,
@@ -105,8 +105,7 @@ def lns_quantize(
     check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
-        _, rms = float_leaf_rms(params)
-        rms0 = jnp.where(rms == 0, jnp.asarray(zero_init_scale, rms.dtype), rms)
+        _, rms0, _ = initial_scales(params, zero_init_scale)
         return LnsQuantizeState(jnp.zeros([], jnp.int32), jnp.asarray(p_scale * rms0))
 
     def update_fn(updates, state, params=None, **extra_args):

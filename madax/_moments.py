@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from madax._checks import check_bits
+
 _MANTISSA = 23  # float32: 1 sign bit, 8 exponent bits of bias 127, 23 mantissa bits
 _BIAS = 127
 _OCTAVES_V = 64
@@ -46,16 +48,8 @@ class MomentFormat:
     bits: int = 8
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int):
-            raise TypeError(
-                f"bits must be an int, got {self.bits!r} of type "
-                f"{type(self.bits).__name__}; formats are static, pass 8 to 16."
-            )
-        if not 8 <= self.bits <= 16:
-            raise ValueError(
-                f"bits must be in 8 to 16, got {self.bits}; narrower moments would "
-                "have less than two mantissa bits."
-            )
+        beyond = "narrower moments would have less than two mantissa bits"
+        check_bits(self.bits, 8, 16, beyond)
 
     @property
     def v_dtype(self) -> Any:

@@ -10,7 +10,7 @@ import optax
 from madax._checks import check_non_negative
 from madax._leaves import (
     flatten_both,
-    float_leaf_rms,
+    initial_scales,
     known_values,
     per_leaf,
     widen,
@@ -100,9 +100,7 @@ def scale_by_sign_log(
     check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
-        paths, rms = float_leaf_rms(params)
-        zero_init = rms == 0
-        rms0 = jnp.where(zero_init, jnp.asarray(zero_init_scale, rms.dtype), rms)
+        paths, rms0, zero_init = initial_scales(params, zero_init_scale)
         _warn_of_stuck_leaves(paths, rms0)
         return ScaleBySignLogState(rms0, zero_init)
 

@@ -79,12 +79,12 @@ def with_quantized_params(
         return WithQuantizedParamsState(jnp.zeros([], jnp.int32), inner.init(decoded))
 
     def update_fn(updates, state, params=None, **extra_args):
-        flatten_both(params, updates)  # a clear error before the inner optimizer's
+        ws, _, treedef = flatten_both(params, updates)
         decoded = dequantize_params(params)
         updates, inner_state = inner.update(
             updates, state.inner_state, decoded, **extra_args
         )
-        ws, us, treedef = flatten_both(params, updates)
+        us = treedef.flatten_up_to(updates)
         keys = leaf_keys(seed, state.count, len(ws))
         for i, (w, u) in enumerate(zip(ws, us, strict=True)):
             if is_quantized(w):

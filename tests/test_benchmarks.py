@@ -118,6 +118,15 @@ def test_bits_resumes_and_its_table_is_that_of_the_records(
     assert (out / "bits.png").stat().st_size > 10_000
 
 
+def test_a_row_cut_short_is_known_by_its_seeds(tmp_path):
+    raw, settings = tmp_path / "runs.jsonl", {"optimizer": "madam", "grid": None}
+    assert records.seeds(raw, settings) == set()
+    for seed in (0, 2):
+        records.append(raw, settings | {"seed": seed})
+    records.append(raw, settings | {"seed": 1, "optimizer": "adam"})
+    assert records.seeds(raw, settings) == {0, 2}
+
+
 def test_stall_and_lns_run_from_the_command_line(tmp_path, capsys):
     main(["stall", "--out", str(tmp_path)])
     runs = records.read(tmp_path / "stall.jsonl").set_index(["storage", "rate"])
