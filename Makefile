@@ -1,11 +1,14 @@
-# `make demo` and `make test` work on a fresh machine: each makes its own
-# environment in .venv, once, and installs what it needs there.
+# Every target works on a fresh machine: it makes its own environment in .venv*, once,
+# and installs what it needs there.
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= /dev/null
 BIN := $(VENV)/bin
+# Those of them that this machine has.
+PYTHONS ?= python3.11 python3.12 python3.13 python3.14
+AWAY := $(abspath build/away)
 
-.PHONY: demo test test-floor lint
+.PHONY: demo test test-wheel test-floor test-matrix test-nightly lint
 .PRECIOUS: $(VENV)/.%
 .DELETE_ON_ERROR:
 
@@ -15,9 +18,36 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto
 
-# The oldest JAX, optax and Flax that pyproject.toml allows.
+# The wheel as users get it, with no source of the library in reach.
+test-wheel: VENV := .venv-wheel
+test-wheel:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	rm -rf build/wheel $(AWAY)
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check \
+		--no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c $(CONSTRAINTS) --force-reinstall --no-deps build/wheel/*.whl
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c $(CONSTRAINTS) "$$(echo build/wheel/*.whl)[test]"
+	mkdir -p $(AWAY)
+	cp -r tests benchmarks README.md pyproject.toml $(AWAY)
+	cd $(AWAY) && $(abspath $(BIN))/python -m pytest -n auto --pyargs tests madax
+
+# The oldest JAX, optax and Flax that pyproject.toml allows, under the wheel.
 test-floor:
-	$(MAKE) test VENV=$(VENV)-floor CONSTRAINTS=tests/floor.txt
+	$(MAKE) test-wheel VENV=.venv-floor CONSTRAINTS=tests/floor.txt
+
+# The newest versions under every Python at hand, the floor, and the wheel.
+test-matrix: test-floor test-wheel
+	set -e; for python in $(PYTHONS); do \
+		if $$python --version 2> /dev/null; then \
+			$(MAKE) test PYTHON=$$python VENV=.venv-$$python; \
+		fi; \
+	done
+
+# Many more examples of random trees, formats and hyperparameters.
+test-nightly: $(VENV)/.test
+	$(BIN)/python -m pytest -n auto --hypothesis-profile nightly tests/test_fuzz.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .

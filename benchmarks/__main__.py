@@ -6,14 +6,31 @@ from tyro.extras import SubcommandApp
 
 from benchmarks.bits import bits
 from benchmarks.demo import demo
+from benchmarks.depth import depth
 from benchmarks.lns import lns
+from benchmarks.lr_sensitivity import lr_sensitivity
+from benchmarks.memory import memory
+from benchmarks.no_tuning import no_tuning
+from benchmarks.report import report
+from benchmarks.speed import speed
 from benchmarks.stall import stall
+from benchmarks.study import study
 
 app = SubcommandApp()
-app.command(demo)
-app.command(bits)
-app.command(lns)
-app.command(stall)
+for command in (
+    demo,
+    lr_sensitivity,
+    no_tuning,
+    study,
+    depth,
+    bits,
+    lns,
+    stall,
+    speed,
+    memory,
+    report,
+):
+    app.command(command)
 
 
 def main(args: Sequence[str] | None = None) -> None:

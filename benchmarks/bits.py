@@ -2,38 +2,43 @@
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import optax
 import pandas as pd
 import tyro
 from matplotlib.figure import Figure
 
-import madax
 from benchmarks import records
-from benchmarks.optimizers import OPTIMIZERS, Optimizer
-from benchmarks.train import Budget, train
-from benchmarks.workloads.fashion_mnist import NETWORKS, fashion_mnist
+from benchmarks.optimizers import FORMATS, Optimizer, cosine, stored
+from benchmarks.profiles import Options, Profile
+from benchmarks.sweep import Sweep, run_missing
+from benchmarks.train import Budget
+from benchmarks.workloads.fashion_mnist import fashion_mnist
 
-# A narrower range is a finer grid, of less rounding noise: two decades of weights at
-# 8 bits, and three, "wide", to see what the range costs.
-FORMATS: dict[str, madax.Format] = {
-    "log 16": madax.LogFormat.from_dynamic_range(bits=16, ratio=1000),
-    "log 8": madax.LogFormat.from_dynamic_range(bits=8, ratio=100),
-    "wide log 8": madax.LogFormat.from_dynamic_range(bits=8, ratio=1000),
-    "log 6": madax.LogFormat.from_dynamic_range(bits=6, ratio=100),
-    "log 4": madax.LogFormat.from_dynamic_range(bits=4, ratio=30),
-    "symlog 8": madax.SymlogFormat(bits=8, linear_range=1 / 3),
-    "uniform 8": madax.UniformFormat(bits=8),
-    "uniform 6": madax.UniformFormat(bits=6),
-    "uniform 4": madax.UniformFormat(bits=4),
+# In the order of the table.
+FORMATS_SHOWN = (
+    "log 16",
+    "log 8",
+    "wide log 8",
+    "log 6",
+    "log 4",
+    "symlog 8",
+    "uniform 8",
+    "uniform 6",
+    "uniform 4",
+)
+# By profile, the factor by which images are made smaller, and the budgets.
+SHRINK: dict[Profile, int] = {"smoke": 4, "quick": 2, "full": 1}
+BUDGETS: dict[Profile, dict[str, Budget]] = {
+    "smoke": {"mlp": Budget(steps=20, evaluations=2, batch_size=64, seeds=1)},
+    "quick": {"mlp": Budget(steps=1000, evaluations=5, batch_size=64, seeds=3)},
+    "full": {
+        "mlp": Budget(steps=3000, evaluations=10, batch_size=128, seeds=3),
+        "cnn": Budget(steps=1000, evaluations=10, batch_size=64, seeds=3),
+    },
 }
-BUDGETS = {
-    "mlp": Budget(steps=3000, evaluations=10, batch_size=128, seeds=3),
-    "cnn": Budget(steps=1000, evaluations=10, batch_size=64, seeds=3),
-}
-SMOKE = Budget(steps=20, evaluations=2, batch_size=64, seeds=1)
 
 # Told apart without colour, too: the marker is the format, the line the rounding.
 LINES = {
@@ -64,92 +69,58 @@ class Storage:
 STORAGES = [
     Storage("float32", "-"),
     Storage("float32", "-", moments=8),
-    *(Storage(name, "stochastic") for name in FORMATS),
-    *(Storage(name, "nearest") for name in FORMATS),
+    *(Storage(name, "stochastic") for name in FORMATS_SHOWN),
+    *(Storage(name, "nearest") for name in FORMATS_SHOWN),
     Storage("log 8", "stochastic", moments=8),
     Storage("log 16", "stochastic", moments=8),
 ]
 
 
-@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
-def bits(
-    out: Path = Path("benchmarks/results/bits"),
-    *,
-    data: Path | None = None,
-    smoke: bool = False,
-) -> None:
+def bits(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     """Train Fashion-MNIST on weights of 16, 8, 6 and 4 bits, with Madam and Adam.
 
     Every optimizer runs at its default learning rate, in float32 and in every format
-    and rounding, with the same seeds and schedule. Takes an hour or two on two CPU
-    cores; runs already recorded are not run again.
-
-    Args:
-        out: Folder for bits.png, bits.md and bits.jsonl.
-        data: Folder of Fashion-MNIST's IDX files; by default where Debian's package
-            dataset-fashion-mnist puts them, else Hugging Face.
-        smoke: Take a minute: too few steps to judge by, enough to see that it works.
+    and rounding, with the same seeds and schedule.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    raw = out / "bits.jsonl"
-    for network in NETWORKS:
-        budget = SMOKE if smoke else BUDGETS[network]
+    raw = options.folder / "bits.jsonl"
+    shrink = SHRINK[options.profile]
+    for network, budget in BUDGETS[options.profile].items():
+        workload = fashion_mnist(network, options.data, shrink=shrink)
         settings = dataclasses.asdict(budget) | {"schedule": "cosine to zero"}
-        workload = fashion_mnist(network, data)
+        if shrink > 1:
+            settings["shrink"] = shrink
         for name, storage, optimizer in rows():
             fixed = {
-                "workload": workload.name,
-                "optimizer": name,
                 **dataclasses.asdict(storage),
                 "grid": repr(FORMATS.get(storage.format)),
                 "settings": settings,
             }
-            done = records.seeds(raw, fixed)
-            if len(done) < budget.seeds:
-                label = f"{network} {name} {storage.format} {storage.rounding}"
-                runs = train(workload, optimizer, [optimizer.rate], budget, label=label)
-                for run in runs:
-                    if run["seed"] not in done:
-                        records.append(raw, fixed | run)
+            sweep = Sweep(name, optimizer, cosine([optimizer.rate]))
+            run_missing(raw, fixed, workload, sweep, budget)
+    bits_report(options.folder)
 
-    runs = records.read(raw)
+
+def bits_report(folder: Path) -> None:
+    """Writes bits.md and bits.png from the records alone."""
+    runs = records.read(folder / "bits.jsonl")
     table = bits_table(runs)
-    (out / "bits.md").write_text(f"{table}\n", encoding="utf-8")
-    bits_figure(runs, out / "bits.png")
-    print(f"\n{table}\n\nFigure:  {out / 'bits.png'}\nRecords: {raw}")
+    (folder / "bits.md").write_text(f"{table}\n", encoding="utf-8")
+    bits_figure(runs, folder / "bits.png")
+    print(table)
 
 
 def rows() -> Iterator[tuple[str, Storage, Optimizer]]:
     """Yields every optimizer with every way to store its weights."""
     for storage in STORAGES:
-        for name in ("madam", "adam"):
-            if name == "madam" or storage.moments == 32:
-                yield name, storage, stored(name, storage)
-
-
-def stored(name: str, storage: Storage) -> Optimizer:
-    """Returns an optimizer that trains weights and moments stored that way.
-
-    Args:
-      name: "madam" or "adam".
-      storage: how.
-    """
-    base = OPTIMIZERS[name]
-    if storage.format == "float32" and storage.moments == 32:
-        return base
-    format = FORMATS.get(storage.format)
-    rounding = "stochastic" if storage.rounding == "-" else storage.rounding
-
-    def make(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-        if name == "adam":
-            return madax.with_quantized_params(base.make(rate), rounding=rounding)
-        moments = madax.MomentFormat(storage.moments) if storage.moments < 32 else None
-        return madax.madam(rate, rounding=rounding, moment_format=moments)
-
-    def quantize(params: optax.Params) -> optax.Params:
-        return params if format is None else madax.quantize_params(params, format)
-
-    return Optimizer(make, base.rate, quantize)
+        how = partial(
+            stored,
+            format=FORMATS.get(storage.format),
+            rounding="stochastic" if storage.rounding == "-" else storage.rounding,
+            moment_bits=storage.moments,
+        )
+        yield "madam", storage, how("madam")
+        if storage.moments == 32:
+            yield "adam", storage, how("adam")
 
 
 def bits_table(runs: pd.DataFrame) -> str:

@@ -8,9 +8,9 @@ from flax import nnx
 
 import madax
 from benchmarks import records
-from benchmarks.optimizers import OPTIMIZERS, Optimizer
+from benchmarks.data import images
+from benchmarks.optimizers import OPTIMIZERS, Optimizer, cosine
 from benchmarks.train import Budget, train
-from benchmarks.workloads.digits import split
 from benchmarks.workloads.images import MLP, classification
 
 # The paper's forward and backward format: 8 codes an octave, 15.9 octaves.
@@ -60,11 +60,12 @@ def lns(out: Path = Path("benchmarks/results/lns"), *, smoke: bool = False) -> N
     ]
     for name, arithmetic, network, optimizer in cases:
         workload = classification(
-            "digits mlp", lambda rngs, make=network: make(8, rngs), *split()
+            "digits mlp", lambda rngs, make=network: make(8, rngs), images("digits")
         )
         budget = SMOKE if smoke else BUDGET
         label = f"{name}, {arithmetic}"
-        for run in train(workload, optimizer, [optimizer.rate], budget, label=label):
+        points = cosine([optimizer.rate])
+        for run in train(workload, optimizer, points, budget, label=label):
             where = {"optimizer": name, "arithmetic": arithmetic}
             records.append(raw, {"workload": workload.name} | where | run)
     runs = records.read(raw)

@@ -5,6 +5,7 @@ import json
 import math
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,41 @@ import jax
 import pandas as pd
 
 
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Appends one run to the file, with the environment it ran in.
+def append(path: Path, *records: dict[str, Any]) -> None:
+    """Appends runs to the file, with the environment they ran in.
 
     Args:
       path: file of JSON lines, made if missing.
-      record: what to keep, of JSON types; a float that is not finite becomes null.
+      *records: what to keep, of JSON types; a float that is not finite becomes null.
     """
-    line = json.dumps(_strict(record | {"environment": environment()}), allow_nan=False)
+    lines = [
+        json.dumps(_strict(record | {"environment": environment()}), allow_nan=False)
+        for record in records
+    ]
+    _drop_torn_line(path)
     with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+        file.write("".join(f"{line}\n" for line in lines))
 
 
 def read(path: Path) -> pd.DataFrame:
     """Reads a file of runs, one row each; nested values stay dicts and lists."""
-    with path.open(encoding="utf-8") as file:
-        return pd.DataFrame([json.loads(line) for line in file])
+    return pd.DataFrame(_load(path))
+
+
+def _load(path: Path) -> list[dict[str, Any]]:
+    """Returns the runs, without a last line that a killed process left unfinished."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cuts off what a killed process wrote of a line that it did not finish."""
+    if path.exists():
+        data = path.read_bytes()
+        if not data.endswith(b"\n"):
+            path.write_bytes(data[: data.rfind(b"\n") + 1])
 
 
 @functools.cache
@@ -71,10 +91,14 @@ def _strict(value: Any) -> Any:
     return value
 
 
-def seeds(path: Path, settings: dict[str, Any]) -> set[int]:
-    """Returns the seeds of the runs in the file that have all these settings."""
-    if not path.exists():
-        return set()
-    runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    wanted = json.loads(json.dumps(settings))
-    return {run["seed"] for run in runs if wanted == {k: run.get(k) for k in wanted}}
+def find(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the runs in the file that have all these settings."""
+    # Runs from before there was another schedule do not name it.
+    runs = [{"schedule": "cosine"} | run for run in _load(path)]
+    return [run for run in runs if has(run, settings)]
+
+
+def has(run: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Returns whether a run, as read, has all these settings."""
+    wanted = json.loads(json.dumps(dict(settings)))
+    return wanted == {name: run.get(name) for name in wanted}

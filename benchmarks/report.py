@@ -1,125 +1,44 @@
-"""The table and the figure, from records alone."""
+"""Every table and figure again, from the records alone."""
 
-from itertools import cycle
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from benchmarks import records
+from benchmarks.bits import bits_report
+from benchmarks.demo import demo_figure
+from benchmarks.depth import depth_report
+from benchmarks.lr_sensitivity import lr_sensitivity_report
+from benchmarks.memory import memory_report
+from benchmarks.no_tuning import no_tuning_report
+from benchmarks.speed import speed_report
+from benchmarks.stall import stall_figure
+from benchmarks.study import study_report
 
-# Told apart without colour, too: by line, by marker and by lightness.
-STYLES = (
-    {"color": "#000000", "linestyle": ":", "marker": "s"},
-    {"color": "#0072b2", "linestyle": "--", "marker": "^"},
-    {"color": "#d55e00", "linestyle": "-", "marker": "o"},
-    {"color": "#56b4e9", "linestyle": "-.", "marker": "v"},
-    {"color": "#e69f00", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "D"},
-)
+# By the name of a file of records, what is made of it, in its folder.
+REPORTS = {
+    "runs": (lr_sensitivity_report, no_tuning_report, study_report, depth_report),
+    "bits": (bits_report,),
+    "speed": (speed_report,),
+    "memory": (memory_report,),
+    "demo": (
+        lambda folder: demo_figure(
+            records.read(folder / "demo.jsonl"), folder / "demo.png"
+        ),
+    ),
+    "stall": (
+        lambda folder: stall_figure(
+            records.read(folder / "stall.jsonl"), folder / "stall.png"
+        ),
+    ),
+}
 
 
-def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """Summarises the seeds of each optimizer and rate; diverged runs count as run.
+def report(out: Path = Path("benchmarks/results")) -> None:
+    """Rebuild all tables and figures from the records, without running anything.
 
     Args:
-      runs: records, as read.
-
-    Returns:
-      One row for each ``optimizer`` and ``multiplier`` of its default rate.
+        out: Folder; files of records are looked for in it and in all below.
     """
-    return runs.groupby(["optimizer", "multiplier"], sort=False, as_index=False).agg(
-        rate=("rate", "first"),
-        median=("accuracy", "median"),
-        min=("accuracy", "min"),
-        max=("accuracy", "max"),
-        diverged=("diverged", "sum"),
-        seeds=("seed", "count"),
-        step_us=("step_us", "first"),
-        bytes_per_weight=("bytes_per_weight", "first"),
-    )
-
-
-def table(runs: pd.DataFrame) -> str:
-    """Returns the comparison in Markdown, accuracies in percent."""
-    rows = []
-    for name, cells in summary(runs).groupby("optimizer", sort=False):
-        at = {cell["multiplier"]: cell for cell in cells.to_dict("records")}
-        low, high = 100 * at[1]["min"], 100 * at[1]["max"]
-        rows.append(
-            {
-                "optimizer": name,
-                "rate": f"{at[1]['rate']:g}",
-                "accuracy %": _accuracy(at[1]),
-                "min to max": f"{low:.1f} to {high:.1f}",
-                "at rate / 10": _accuracy(at[0.1]),
-                "at rate * 10": _accuracy(at[10]),
-                "µs / step": f"{at[1]['step_us']:.0f}",
-                "bytes / weight": f"{at[1]['bytes_per_weight']:.2f}",
-            }
-        )
-    align = ["left"] + ["right"] * (len(rows[0]) - 1)
-    return pd.DataFrame(rows).to_markdown(
-        index=False, colalign=align, disable_numparse=True
-    )
-
-
-def figure(runs: pd.DataFrame, path: Path) -> None:
-    """Draws accuracy over steps, and over learning rates, into an image file."""
-    fig = Figure(figsize=(9, 4), layout="constrained")
-    over_steps, over_rates = fig.subplots(1, 2)
-    cells = summary(runs)
-    names = cells["optimizer"].unique()
-    for i, (name, style) in enumerate(zip(names, cycle(STYLES))):
-        _draw_curves(over_steps, runs[runs["optimizer"] == name], style)
-        # Side by side, since many a median is the same.
-        dodge = 1.08 ** (i - (len(names) - 1) / 2)
-        _draw_rates(over_rates, cells[cells["optimizer"] == name], dodge, style)
-    over_steps.set(title="At the default learning rate", xlabel="step")
-    over_rates.set(
-        title="Sensitivity to the learning rate",
-        xlabel="learning rate / default",
-        xscale="log",
-        xticks=cells["multiplier"].unique(),
-    )
-    over_rates.xaxis.set_major_formatter("{x:g}")
-    over_rates.minorticks_off()
-    for axes in (over_steps, over_rates):
-        axes.set_ylabel("test accuracy, %")
-        axes.grid(alpha=0.3)
-    # By name, so that what several optimizers share is there once.
-    legend = dict(zip(*reversed(over_rates.get_legend_handles_labels()), strict=True))
-    fig.legend(
-        legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend)
-    )
-    fig.savefig(path, dpi=150)
-
-
-def _accuracy(cell: dict) -> str:
-    bad, seeds = cell["diverged"], cell["seeds"]
-    mark = f" ({bad} of {seeds} diverged)" if bad else ""
-    return f"{100 * cell['median']:.1f}{mark}"
-
-
-def _draw_curves(axes: Axes, runs: pd.DataFrame, style: dict) -> None:
-    """Draws the median over seeds, in a band from the least to the greatest."""
-    curves = runs.loc[runs["multiplier"] == 1, "curve"]
-    steps = curves.iloc[0]["step"]
-    accuracy = 100 * np.array([curve["accuracy"] for curve in curves], float)
-    axes.plot(steps, np.median(accuracy, 0), markevery=4, markersize=5, **style)
-    axes.fill_between(
-        steps, accuracy.min(0), accuracy.max(0), color=style["color"], alpha=0.15, lw=0
-    )
-
-
-def _draw_rates(axes: Axes, cells: pd.DataFrame, dodge: float, style: dict) -> None:
-    """Draws the median over seeds, with bars from the least to the greatest."""
-    cells = cells.sort_values("multiplier")
-    low, mid, high = (100 * cells[name].to_numpy() for name in ("min", "median", "max"))
-    x, spread = dodge * cells["multiplier"].to_numpy(), (mid - low, high - mid)
-    name = cells["optimizer"].iloc[0]
-    axes.errorbar(x, mid, spread, capsize=3, markersize=5, label=name, **style)
-    bad = (cells["diverged"] > 0).to_numpy()
-    if bad.any():
-        axes.plot(
-            x[bad], mid[bad], "kx", markersize=11, label="some or all seeds diverged"
-        )
+    for raw in sorted(out.rglob("*.jsonl")):
+        for write in REPORTS.get(raw.stem, ()):
+            print(f"\n{raw}\n")
+            write(raw.parent)

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from madax._checks import (
@@ -183,8 +184,12 @@ def bbit_madam(
     format = LogFormat(bits + 1, base_precision)
 
     def whole_codes(rate):
-        codes = jnp.maximum(jnp.round(rate / base_precision), jnp.sign(rate))
-        return base_precision * codes
+        # Constants in NumPy: jnp would start the backend, too early for users who
+        # then call jax.distributed.initialize.
+        xp = jnp if isinstance(rate, jax.Array) else np
+        codes = xp.maximum(xp.round(xp.abs(rate) / base_precision), 1)
+        rate = xp.sign(rate) * base_precision * codes
+        return rate if xp is jnp else float(rate)
 
     rate = (
         (lambda count: whole_codes(learning_rate(count)))

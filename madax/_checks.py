@@ -19,8 +19,11 @@ def check_number(
     """
     remedy = f"pass a number with {condition} (default: {default})"
     is_array = isinstance(value, (np.ndarray, np.generic, jax.Array))
+    # Of an unsigned number there is no negative, and JAX knows no long double.
     if isinstance(value, bool) or not (
         jnp.issubdtype(value.dtype, np.number)
+        and not jnp.issubdtype(value.dtype, np.unsignedinteger)
+        and value.dtype not in (np.longdouble, np.clongdouble)
         if is_array
         else isinstance(value, (int, float))
     ):
@@ -37,6 +40,10 @@ def check_number(
         raise TypeError(f"{name} must be real, got {value!r}; {remedy}.")
     if isinstance(value, jax.core.Tracer):
         return
+    if isinstance(value, int) and abs(value) >= 2**31:  # which JAX makes an int32
+        raise ValueError(f"{name} must be a float if so large, got {value}; {remedy}.")
+    if 3.4e38 < abs(float(value)) < math.inf:
+        raise ValueError(f"{name} must fit a float32, got {value}; {remedy}.")
     if math.isnan(value) or not ok(float(value)):
         raise ValueError(f"{name} must satisfy {condition}, got {value}; {remedy}.")
 
@@ -97,7 +104,9 @@ def check_float_leaf(tree_name: str, path: str, leaf: Any) -> None:
             f"{type(leaf).__name__}; train only the arrays, with optax.masked or "
             "optax.partition."
         )
-    dtype = jnp.result_type(leaf)
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or jnp.issubdtype(dtype, np.number):  # not an array of strings
+        dtype = jnp.result_type(leaf)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
             f"{where} is complex ({dtype}): a multiplicative update needs the sign "

@@ -89,10 +89,11 @@ def clip_log_weights(
 
 def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
     """Shortens ``u`` so that ``|w + u| <= bound``; otherwise leaves it alone."""
-    dtype = jnp.result_type(w)
-    bound = jnp.minimum(bound, jnp.finfo(dtype).max)
-    x = widen(w)
+    dtype, x = jnp.result_type(w), widen(w)
+    largest = jnp.finfo(dtype).max
+    bound = jnp.minimum(bound, largest)
     moved = x + u
     # Not clip(moved) - x everywhere: that would round updates that need no clipping.
     u = jnp.where(jnp.abs(moved) <= bound, u, jnp.clip(moved, -bound, bound) - x)
-    return u.astype(dtype)
+    # From one end of the dtype to the other is two steps.
+    return jnp.clip(u, -largest, largest).astype(dtype)

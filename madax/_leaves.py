@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from madax._checks import check_float_leaf, leaf_name
 from madax._quantized_array import is_quantized
@@ -73,6 +74,12 @@ def flatten_like(
             "gradients with respect to these params."
         ) from error
     for path, u, leaf in zip(paths, us, leaves, strict=True):
+        if isinstance(u, optax.MaskedNode):
+            raise ValueError(
+                f"{leaf_name('updates', path)} is masked, but {leaf_name(like, path)} "
+                "is not; mask by path, or with a tree of booleans or labels: gradients "
+                "are arrays even where params are a QuantizedArray."
+            )
         check_float_leaf("updates", path, u)
         if np.shape(u) != np.shape(leaf):
             raise ValueError(
@@ -175,12 +182,36 @@ def root_mean_square(
 ) -> jax.Array:
     """The root mean square over ``axes``, float32 or wider, at any scale of ``w``.
 
-    That of nothing is 1: there is nothing to scale, but it is not "all zeros".
+    That of nothing is 1: there is nothing to scale, but it is not "all zeros". That of
+    anything not finite is NaN.
     """
+    axes = tuple(range(w.ndim)) if axes is None else tuple(axes)
     peak, relative = split_peak(jnp.abs(widen(w)), axes)
-    mean = jnp.mean(relative**2, axis=axes, keepdims=True) if w.size else 1
-    rms = peak * jnp.sqrt(mean)
+    mean = (relative / 2) ** 2
+    for axis in axes:
+        mean = _orderless_mean(mean, axis) if w.size else jnp.full_like(peak, 0.25)
+    rms = jnp.where(jnp.isfinite(peak), peak * (2 * jnp.sqrt(mean)), jnp.nan)
     return rms if keepdims else jnp.squeeze(rms, axes)
+
+
+def _orderless_mean(x: jax.Array, axis: int) -> jax.Array:
+    """The mean of numbers in [0, 1], the same bits in whatever order they are added.
+
+    So a leaf has the same scale on one device and on a mesh, where partial sums of
+    floats would round differently. The numbers are cut into digits, as wide as leaves
+    their sum room in 32 bits, and the digits are added up as integers.
+    """
+    count = x.shape[axis]
+    width = min(24, 32 - count.bit_length())
+    digits = -(-(jnp.finfo(x.dtype).nmant + 7) // width)
+    total = jnp.zeros((), x.dtype)
+    for i in range(1, digits + 1):
+        x *= 2.0**width
+        digit = jnp.floor(x)
+        x -= digit
+        summed = jnp.sum(digit.astype(jnp.uint32), axis=axis, keepdims=True)
+        total += summed.astype(x.dtype) * 2.0 ** (-width * i)
+    return total / count
 
 
 def split_peak(
@@ -188,9 +219,14 @@ def split_peak(
 ) -> tuple[jax.Array, jax.Array]:
     """A magnitude and ``x`` relative to it, so that squares of ``x`` do not overflow.
 
-    The magnitude is the largest there is over ``axes``, kept as axes of size 1; or 1
-    if that is zero, or somewhat less if its reciprocal would underflow.
+    The magnitude is that of the largest over ``axes``, kept as axes of size 1, or 1 if
+    that is zero; a power of two, so that the quotient is exact, however it is computed.
+    The relative values are in [-2, 2].
     """
-    peak = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
-    peak = jnp.minimum(jnp.where(peak > 0, peak, 1), jnp.finfo(x.dtype).max / 8)
-    return peak, x / peak
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+    info = jnp.finfo(x.dtype)
+    power = jax.lax.reduce_precision(0.75 * largest, info.nexp, 0)
+    peak = jnp.where(largest == 0, 1, jnp.maximum(power, info.tiny))
+    # The reciprocal of the largest floats would underflow.
+    shrink = jnp.where(peak > 1, 0.125, 1.0).astype(x.dtype)
+    return peak, (x * shrink) / (peak * shrink)

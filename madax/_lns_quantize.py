@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from madax._checks import (
@@ -14,6 +15,7 @@ from madax._checks import (
 )
 from madax._formats import Format
 from madax._leaves import flatten_both, initial_scales, per_leaf, widen
+from madax._numerics import relative_to
 from madax._quantized_array import QuantizedArray, is_quantized
 from madax._rounding import (
     Rounding,
@@ -106,7 +108,8 @@ def lns_quantize(
 
     def init_fn(params):
         _, rms0, _ = initial_scales(params, zero_init_scale)
-        return LnsQuantizeState(jnp.zeros([], jnp.int32), jnp.asarray(p_scale * rms0))
+        scale = jnp.minimum(p_scale * rms0, jnp.finfo(rms0.dtype).max)
+        return LnsQuantizeState(jnp.zeros([], jnp.int32), scale)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -116,7 +119,8 @@ def lns_quantize(
         for w, u, scale, key in zip(
             ws, us, per_leaf(state.scale, ws), keys, strict=True
         ):
-            bits = random_bits(key, w.shape) if rounding == "stochastic" else None
+            shape = np.shape(w)  # a Python float is a leaf, too
+            bits = random_bits(key, shape) if rounding == "stochastic" else None
             if is_quantized(w):
                 out.append(step_codes(w, u, jnp.sign(w.codes), rounding, bits))
             elif format is not None:
@@ -179,17 +183,19 @@ def _step_on_grid(
 ) -> jax.Array:
     """The update that takes ``w`` to a grid point near ``w + u``."""
     dtype = jnp.result_type(w)
-    x, moved = widen(w) / scale, (widen(w) + u) / scale
+    largest = jnp.finfo(dtype).max  # float16 may not reach as far as the scale
+    x, step, moved = (relative_to(scale, v) for v in (widen(w), widen(u), widen(w) + u))
     code = format.saturate(jnp.round(format.encode(x)).astype(jnp.int32), jnp.sign(x))
-    point = (scale * format.decode(code)).astype(dtype)
+    point = jnp.clip(scale * format.decode(code), -largest, largest).astype(dtype)
     # A weight that is on the grid to within float rounding is on the grid: its step
     # is counted from there in codes, as for a quantised leaf. Any other is encoded.
     on_grid = jnp.abs(w - point) <= 8 * jnp.finfo(dtype).eps * jnp.abs(point)
     steps = jnp.where(
         on_grid,
-        format.add_step(code, widen(u) / scale),
+        format.add_step(code, step),
         format.encode(moved) - code,
     )
     new = moved_codes(code, format, steps, jnp.sign(moved), rounding, bits)
-    target = scale * format.decode(new)
-    return jnp.where(scale > 0, target.astype(dtype) - w, u).astype(dtype)
+    target = jnp.clip(scale * format.decode(new), -largest, largest).astype(dtype)
+    to_target = jnp.clip(target - w, -largest, largest)
+    return jnp.where(scale > 0, to_target, u).astype(dtype)

@@ -31,13 +31,33 @@ def expm1(x: jax.Array) -> jax.Array:
     """
     if x.dtype != jnp.float32:
         return jnp.expm1(x)
-    # x = n ln 2 + r, with ln 2 in two parts so that r is exact to the last bits.
     x = jnp.clip(x, -87.0, 88.0)
+    # x = n ln 2 + r, with ln 2 in two parts so that r is exact to the last bits.
     n = jnp.round(x * 1.4426950408889634)
     r = (x - n * 0.693359375) + n * 2.1219444005469057e-4
     p = jnp.float32(_EXPM1[-1])
     for c in _EXPM1[-2::-1]:
         p = p * r + jnp.float32(c)
     p = r + r * r * p
-    two_n = jax.lax.bitcast_convert_type((n.astype(jnp.int32) + 127) << 23, jnp.float32)
+    two_n = jax.lax.bitcast_convert_type((round_to_int(n) + 127) << 23, jnp.float32)
     return two_n * p + (two_n - 1)
+
+
+def round_to_int(x: jax.Array) -> jax.Array:
+    """The nearest integer of a float32 under 2**22 in size, halves to even, int32.
+
+    Added to 1.5 * 2**23, a float32 has no room for a fraction, and its lowest bits are
+    the integer. A conversion would check every element for NaN and overflow, too.
+    """
+    rounder = jnp.float32(1.5 * 2**23)
+    bits = jax.lax.bitcast_convert_type(x + rounder, jnp.int32)
+    return bits - jax.lax.bitcast_convert_type(rounder, jnp.int32)
+
+
+def relative_to(scale: jax.Array, x: jax.Array) -> jax.Array:
+    """``x / scale``, also where the reciprocal of ``scale`` would underflow.
+
+    XLA multiplies by it, and flushes what is subnormal: to 0 above 8.5e37.
+    """
+    down = jnp.where(scale > 1, 0.125, 1.0).astype(scale.dtype)
+    return (x * down) / (scale * down)

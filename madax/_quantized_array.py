@@ -1,14 +1,21 @@
 """Parameters that are codes of a number format."""
 
 import dataclasses
+import json
 import math
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
 from madax._formats import Format
+
+_REMEDY = (
+    "codes are not to be scaled or averaged: use madax.dequantize_params(params), or "
+    "put the transform inside madax.with_quantized_params(...)."
+)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -85,7 +92,17 @@ class QuantizedArray:
     @classmethod
     def tree_unflatten(cls, aux: Format, children: Any) -> "QuantizedArray":
         codes, scale = children
+        # Where an average or a rescaling of codes would slip in as one of weights.
+        dtype = getattr(codes, "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(f"the codes of a QuantizedArray became {dtype}; {_REMEDY}")
         return cls(codes, scale, aux)
+
+    def _no_arithmetic(self, *_: Any) -> Any:
+        raise TypeError(f"{self!r} was used as a number; {_REMEDY}")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __neg__ = _no_arithmetic
+    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = _no_arithmetic
 
     def __repr__(self) -> str:
         shape = getattr(self.codes, "shape", self.codes)
@@ -95,6 +112,25 @@ class QuantizedArray:
             known = not traced and scale.ndim == 0
             scale = f"{float(scale):.6g}" if known else f"<{scale.shape}>"
         return f"QuantizedArray(shape={shape}, scale={scale}, {self.format!r})"
+
+
+def _serialize(format: Format) -> bytes:
+    fields = dataclasses.asdict(format)
+    return json.dumps([type(format).__name__, fields]).encode()
+
+
+def _deserialize(data: bytes) -> Format:
+    name, fields = json.loads(data)
+    formats: dict[str, Any] = {kind.__name__: kind for kind in Format.__subclasses__()}
+    return formats[name](**fields)
+
+
+jax.export.register_pytree_node_serialization(
+    QuantizedArray,
+    serialized_name="madax.QuantizedArray",
+    serialize_auxdata=_serialize,
+    deserialize_auxdata=_deserialize,
+)
 
 
 def is_quantized(x: Any) -> bool:

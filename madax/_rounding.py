@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from madax._numerics import round_to_int
+
 Rounding = Literal["stochastic", "nearest"]
 
 
 def check_rounding(rounding: Any) -> None:
     """Raises unless ``rounding`` is one of the modes there are."""
-    if rounding not in get_args(Rounding):
+    if not isinstance(rounding, str) or rounding not in get_args(Rounding):
         raise ValueError(
             f"rounding must be one of {get_args(Rounding)}, got {rounding!r}; "
             "stochastic rounding is what lets narrow codes take small steps."
@@ -59,7 +61,7 @@ def round_steps(
     """Rounds real-valued code steps to integers.
 
     Args:
-      steps: real-valued steps, in codes, float32.
+      steps: real-valued steps, in codes, float32, less than 2**22.
       rounding: "nearest" (halves to even) or "stochastic" (up with a probability
         of the fractional part, to within 2**-17).
       bits: the elements' random bits, whose high half is used; None for nearest.
@@ -67,13 +69,15 @@ def round_steps(
     Returns:
       The steps, int32.
     """
+    steps = steps.astype(jnp.float32)
+    nearest = round_to_int(steps)
     if bits is None or rounding == "nearest":
-        return jnp.round(steps).astype(jnp.int32)
-    # Halves of 16 bits convert to float32 exactly; + 0.5 centres them in [0, 1).
-    uniform = ((bits >> 16).astype(jnp.int32).astype(jnp.float32) + 0.5) * 2.0**-16
-    # Fractions apart: a large whole step plus 0.99999 would round to the next.
-    whole = jnp.floor(steps)
-    return (whole + jnp.floor(steps - whole + uniform)).astype(jnp.int32)
+        return nearest
+    # 16 random bits as the top of a mantissa: a float in [1, 2), centred on 0.
+    pattern = (bits >> 16 << 7) | jnp.uint32(0x3F800000)
+    uniform = jax.lax.bitcast_convert_type(pattern, jnp.float32) - (1.5 - 2.0**-17)
+    # Fractions apart: added to a large whole step, they would lose their digits.
+    return nearest + round_to_int(steps - nearest.astype(jnp.float32) + uniform)
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -1,6 +1,8 @@
 """Layer 1, direction: the gradient over the root of its second moment."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from madax._checks import check_b1, check_decay, check_instance, check_seed
-from madax._leaves import flatten, flatten_like, path_name, widen, zeros_like
+from madax._leaves import flatten, flatten_like, path_name, zeros_like
 from madax._moments import MomentFormat
 from madax._rounding import leaf_keys, random_bits
 
@@ -106,28 +108,28 @@ def scale_by_second_moment(
         gs = flatten_like(updates, treedef, "state.v", paths, vs)
         ms = None if b1 is None else treedef.flatten_up_to(state.m)
         window = _check_window(moment_format, state.window)
-        if moment_format is not None:
-            window = _place(moment_format, window, gs)
-            vs, ms = _decode(moment_format, vs, ms, window)
-
         count = jnp.asarray(optax.safe_increment(state.count))
         correction = jnp.sqrt(_bias_correction(b2, count))
         if b1 is not None:
             correction /= _bias_correction(b1, count)
 
         directions = []
-        for i, (g, v) in enumerate(zip(gs, vs, strict=True)):
-            g = jnp.asarray(g).astype(v.dtype)
-            ok = jnp.isfinite(g * g)
-            vs[i] = v = _moment(v, g * g, b2, ok)
+        v_codecs, m_codecs, window = _codecs(
+            moment_format, vs, window, seed, state.count
+        )
+        for i, g in enumerate(gs):
+            g = jnp.asarray(g).astype(v_codecs[i].dtype)
+            ok = g * g < jnp.inf
+            vs[i], v = _advance(vs[i], g * g, b2, ok, v_codecs[i])
             if ms is not None:
-                ms[i] = g = _moment(ms[i], g, b1, ok)
-            # Not g / sqrt(v / correction**2): that quotient can overflow.
-            direction = g * (correction.astype(v.dtype) / jnp.sqrt(v))
+                ms[i], g = _advance(ms[i], g, b1, ok, m_codecs[i])
+            # Not g / sqrt(v / correction**2): that quotient can overflow. The bound is
+            # none to roots that are used, but keeps XLA from rsqrt, slower on CPU.
+            root = jnp.maximum(jnp.sqrt(v), jnp.finfo(v.dtype).tiny)
+            direction = g * correction.astype(v.dtype) / root
             directions.append(jnp.where(ok & (v > 0), direction, 0))
 
         if moment_format is not None:
-            vs, ms = _encode(moment_format, vs, ms, window, seed, state.count)
             window = {repr(moment_format): window}
         v = treedef.unflatten(vs)
         m = None if ms is None else treedef.unflatten(ms)
@@ -137,11 +139,77 @@ def scale_by_second_moment(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _moment(moment: jax.Array, x: jax.Array, decay: Any, ok: jax.Array) -> jax.Array:
-    """``decay * moment + (1 - decay) * x`` where ``ok``, else unchanged."""
-    rate = jnp.asarray(1 - decay, moment.dtype)
+class _Codec(NamedTuple):
+    """How one moment of one leaf is stored.
+
+    Attributes:
+      dtype: what it is decoded to.
+      decode: from what is stored before the step to values.
+      encode: from values to what is stored after it.
+      decode_new: from that to values.
+      moved: whether the same value is stored differently after the step.
+    """
+
+    dtype: Any
+    decode: Callable[[jax.Array], jax.Array]
+    encode: Callable[[jax.Array], jax.Array]
+    decode_new: Callable[[jax.Array], jax.Array]
+    moved: jax.typing.ArrayLike
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _codecs(
+    moment_format: MomentFormat | None,
+    vs: Sequence[jax.Array],
+    window: jax.Array | None,
+    seed: jax.typing.ArrayLike,
+    count: jax.Array,
+) -> tuple[list[_Codec], list[_Codec], jax.Array | None]:
+    """How v and m of every leaf are stored, and the windows from now on."""
+    if moment_format is None or window is None or not vs:
+        same = [_Codec(v.dtype, _same, _same, _same, False) for v in vs]
+        return same, same, window
+
+    def place():
+        return jnp.stack(list(map(moment_format.place, window, vs)))
+
+    # Behind a branch, as it reads every code, and once is enough. Codes, not gradients:
+    # those would all have to be there before the first of them could be used up.
+    placed = jax.lax.cond(jnp.all(window > 0), lambda: window, place)
+
+    def codec(decode, encode, i, key):
+        before, after, bits = window[i], placed[i], random_bits(key, vs[i].shape)
+        return _Codec(
+            jnp.float32,
+            partial(decode, window=before),
+            partial(encode, window=after, bits=bits),
+            partial(decode, window=after),
+            before != after,
+        )
+
+    keys = enumerate(leaf_keys(seed, count, 2 * len(vs)))
+    v_functions = moment_format.decode_v, moment_format.encode_v
+    m_functions = moment_format.decode_m, moment_format.encode_m
+    v_codecs = [codec(*v_functions, i, key) for i, key in islice(keys, len(vs))]
+    m_codecs = [codec(*m_functions, i - len(vs), key) for i, key in keys]
+    return v_codecs, m_codecs, placed
+
+
+def _advance(
+    stored: jax.Array, x: jax.Array, decay: Any, ok: jax.Array, codec: _Codec
+) -> tuple[jax.Array, jax.Array]:
+    """``decay * moment + (1 - decay) * x`` where ``ok``: as stored, and its value."""
+    old = codec.decode(stored)
+    rate = jnp.asarray(1 - decay, old.dtype)
     # In float32, decay and 1 - decay do not add up to 1; these coefficients do.
-    return jnp.where(ok, moment - rate * moment + rate * x, moment)
+    new = codec.encode(jnp.where(ok, old - rate * old + rate * x, old))
+    # What is skipped is not rounded once more. That this choice is among stored values
+    # also keeps XLA on CPU from computing them twice, for the state and the direction.
+    new = jnp.where(ok | codec.moved, new, stored)
+    return new, codec.decode_new(new)
 
 
 def _bias_correction(decay: Any, count: jax.Array) -> jax.Array:
@@ -160,45 +228,3 @@ def _check_window(moment_format: MomentFormat | None, window: Any) -> Any:
             f"{made_for}; call init again, or use the state's moment_format."
         )
     return None if window is None else window[made_for]
-
-
-def _place(
-    moment_format: MomentFormat, window: jax.Array, gs: Sequence[jax.Array]
-) -> jax.Array:
-    """Places the windows of leaves that see their first non-zero gradient."""
-
-    def place():
-        g2s = [jnp.square(widen(g)) for g in gs]
-        usable = [jnp.where(jnp.isfinite(g2), g2, 0) for g2 in g2s]
-        return jnp.stack(list(map(moment_format.place, window, usable)))
-
-    # Behind a branch, as it reads every gradient, and once is enough.
-    return jax.lax.cond(jnp.all(window > 0), lambda: window, place) if gs else window
-
-
-def _decode(
-    moment_format: MomentFormat,
-    vs: list[jax.Array],
-    ms: list[jax.Array] | None,
-    window: jax.Array,
-) -> tuple[list[jax.Array], list[jax.Array] | None]:
-    """The float moments of the leaves' codes."""
-    vs = list(map(moment_format.decode_v, vs, window))
-    return vs, None if ms is None else list(map(moment_format.decode_m, ms, window))
-
-
-def _encode(
-    moment_format: MomentFormat,
-    vs: list[jax.Array],
-    ms: list[jax.Array] | None,
-    window: jax.Array,
-    seed: jax.typing.ArrayLike,
-    count: jax.Array,
-) -> tuple[list[jax.Array], list[jax.Array] | None]:
-    """The codes of the leaves' moments; each moment has random bits of its own."""
-    keys = leaf_keys(seed, count, 2 * len(vs))
-    bits = [random_bits(k, x.shape) for k, x in zip(keys, [*vs, *vs], strict=True)]
-    codes = list(map(moment_format.encode_v, vs, window, bits))
-    if ms is None:
-        return codes, None
-    return codes, list(map(moment_format.encode_m, ms, window, bits[len(vs) :]))

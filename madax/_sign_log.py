@@ -108,7 +108,8 @@ def scale_by_sign_log(
         del extra_args
         ws, ds, treedef = flatten_both(params, updates)
         ds = [jnp.where(jnp.isfinite(d), d, 0) for d in map(widen, ds)]
-        floors = per_leaf(jnp.where(state.zero_init, 1.0, floor) * state.rms0, ws)
+        floors = jnp.where(state.zero_init, 1.0, floor) * state.rms0
+        floors = per_leaf(jnp.minimum(floors, jnp.finfo(floors.dtype).max), ws)
         us = [
             w.format.log_step(w.codes, d)
             if is_quantized(w)

@@ -9,6 +9,7 @@ import optax
 from madax._checks import check_seed
 from madax._leaves import flatten_both, widen
 from madax._lns_quantize import step_codes
+from madax._numerics import relative_to
 from madax._quantize_params import dequantize_params
 from madax._quantized_array import is_quantized
 from madax._rounding import Rounding, check_rounding, leaf_keys, random_bits
@@ -89,7 +90,7 @@ def with_quantized_params(
         for i, (w, u) in enumerate(zip(ws, us, strict=True)):
             if is_quantized(w):
                 bits = random_bits(keys[i], w.shape)
-                u = jnp.where(jnp.isfinite(u), widen(u), 0) / w.scale
+                u = relative_to(w.scale, jnp.where(jnp.isfinite(u), widen(u), 0))
                 steps = w.format.add_step(w.codes, u)
                 sign = jnp.sign(w.format.decode(w.codes) + u)
                 us[i] = step_codes(w, steps, sign, rounding, bits)

@@ -19,6 +19,7 @@ from madax._quantized_array import QuantizedArray, is_quantized
 
 __all__ = [
     "code_occupancy",
+    "count_skipped",
     "descent_bound",
     "fraction_at_bound",
     "fraction_sign_changed",
@@ -64,6 +65,34 @@ def relative_update_size(params: Any, updates: Any) -> dict[str, jax.Array]:
     if structures[0] == structures[1]:
         updates = jax.tree.map(in_values, params, updates, is_leaf=is_quantized)
     return _by_path(lambda w, u: _relative_norm(u, w), params, updates)
+
+
+def count_skipped(grads: Any) -> dict[str, jax.Array]:
+    r"""How many elements of the gradients the optimizer will skip, leaf by leaf.
+
+    ``scale_by_second_moment`` skips an element that is not finite, or whose square
+    overflows: neither its moments nor its weight change in that step.
+
+    Args:
+      grads: tree of floating-point arrays.
+
+    Returns:
+      A count for each leaf, an int32 scalar.
+
+    Raises:
+      TypeError: if a leaf is not real floating.
+
+    Example:
+      >>> import jax.numpy as jnp, madax
+      >>> grads = {"w": jnp.array([1.0, jnp.nan, -jnp.inf, 1e30])}
+      >>> print(madax.diagnostics.count_skipped(grads)["w"])
+      3
+    """
+    paths, leaves, _ = flatten(grads, "grads")
+    return {
+        path: jnp.sum(~jnp.isfinite(jnp.square(widen(g)))).astype(jnp.int32)
+        for path, g in zip(paths, leaves, strict=True)
+    }
 
 
 def fraction_at_bound(

@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks import bits, records
 from benchmarks.__main__ import main
-from benchmarks.workloads import fashion_mnist
+from benchmarks.data import idx as idx_files
+from benchmarks.workloads.fashion_mnist import fashion_mnist
 
 
 def idx(array):
@@ -33,11 +34,11 @@ def folder(tmp_path):
 
 
 def test_idx_files_are_read_plain_and_gzipped(folder):
-    images = fashion_mnist.read_idx(folder / "train-images-idx3-ubyte")
+    images = idx_files.read_idx(folder / "train-images-idx3-ubyte")
     assert images.shape == (256, 28, 28) and images.dtype == np.uint8
-    labels = fashion_mnist.read_idx(folder / "t10k-labels-idx1-ubyte.gz")
+    labels = idx_files.read_idx(folder / "t10k-labels-idx1-ubyte.gz")
     assert labels.shape == (64,) and labels.max() == 9
-    (x, y) = fashion_mnist.fashion_mnist("mlp", folder).train
+    (x, y) = fashion_mnist("mlp", folder).train
     assert x.shape == (256, 28, 28, 1) and abs(float(x.mean())) < 1e-3
     assert y.shape == (256,)
 
@@ -59,30 +60,30 @@ def test_damaged_files_are_named_with_what_is_wrong(tmp_path, name):
     path = tmp_path / "train-images-idx3-ubyte"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=f"train-images-idx3-ubyte.*{message}"):
-        fashion_mnist.read_idx(path)
+        idx_files.read_idx(path)
 
 
 def test_truncated_gzip(tmp_path):
     path = tmp_path / "x.gz"
     path.write_bytes(gzip.compress(GOOD)[:-9])
     with pytest.raises(ValueError, match=r"x\.gz is damaged"):
-        fashion_mnist.read_idx(path)
+        idx_files.read_idx(path)
 
 
 def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="apt install dataset-fashion-mnist"):
-        fashion_mnist.fashion_mnist("mlp", tmp_path)
-    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "nowhere")
+        fashion_mnist("mlp", tmp_path)
+    monkeypatch.setattr(idx_files, "DEBIAN", tmp_path / "nowhere")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(FileNotFoundError, match="apt install dataset-fashion-mnist"):
-        fashion_mnist.fashion_mnist("mlp")
+        fashion_mnist("mlp")
 
 
 @pytest.mark.skipif(
-    not fashion_mnist.DEBIAN.is_dir(), reason="dataset-fashion-mnist is not installed"
+    not idx_files.DEBIAN.is_dir(), reason="dataset-fashion-mnist is not installed"
 )
 def test_debians_files():
-    workload = fashion_mnist.fashion_mnist("cnn")
+    workload = fashion_mnist("cnn")
     assert workload.train[0].shape == (60_000, 28, 28, 1)
     assert np.bincount(workload.train[1]).tolist() == [6000] * 10
 
@@ -90,11 +91,10 @@ def test_debians_files():
 def test_bits_resumes_and_its_table_is_that_of_the_records(
     folder, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(bits, "NETWORKS", {"mlp": fashion_mnist.NETWORKS["mlp"]})
     rows = [bits.Storage("float32", "-"), bits.Storage("log 8", "stochastic")]
     monkeypatch.setattr(bits, "STORAGES", rows)
     out = tmp_path / "out"
-    command = ["bits", "--smoke", "--data", str(folder), "--out", str(out)]
+    command = ["bits", "--profile", "smoke", "--data", str(folder), "--out", str(out)]
     main(command)
     raw = out / "bits.jsonl"
     lines = raw.read_text().splitlines()
@@ -120,11 +120,11 @@ def test_bits_resumes_and_its_table_is_that_of_the_records(
 
 def test_a_row_cut_short_is_known_by_its_seeds(tmp_path):
     raw, settings = tmp_path / "runs.jsonl", {"optimizer": "madam", "grid": None}
-    assert records.seeds(raw, settings) == set()
+    assert records.find(raw, settings) == []
     for seed in (0, 2):
         records.append(raw, settings | {"seed": seed})
     records.append(raw, settings | {"seed": 1, "optimizer": "adam"})
-    assert records.seeds(raw, settings) == {0, 2}
+    assert [run["seed"] for run in records.find(raw, settings)] == [0, 2]
 
 
 def test_stall_and_lns_run_from_the_command_line(tmp_path, capsys):

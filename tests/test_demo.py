@@ -10,10 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import records, report
+from benchmarks import records
 from benchmarks.__main__ import main
-from benchmarks.demo import MULTIPLIERS, SMOKE
-from benchmarks.optimizers import OPTIMIZERS, Optimizer
+from benchmarks.demo import MULTIPLIERS, SMOKE, demo_figure, demo_table
+from benchmarks.optimizers import DEMO, OPTIMIZERS, Optimizer, cosine
 from benchmarks.train import Budget, train
 from benchmarks.workloads import Workload
 from benchmarks.workloads.digits import digits
@@ -40,9 +40,9 @@ def runs(out, printed):
 def test_records_hold_every_run(runs):
     keys = ["optimizer", "multiplier", "seed"]
     assert not runs.duplicated(keys).any()
-    assert len(runs) == len(OPTIMIZERS) * len(MULTIPLIERS) * SMOKE.seeds
+    assert len(runs) == len(DEMO) * len(MULTIPLIERS) * SMOKE.seeds
     for run in runs.itertuples():
-        assert run.rate == OPTIMIZERS[run.optimizer].rate * run.multiplier
+        assert run.rate == DEMO[run.optimizer].rate * run.multiplier
         assert run.curve["step"] == [20, 40, 60, 80]
         assert run.curve["accuracy"][-1] == run.accuracy
         assert run.settings["steps"] == SMOKE.steps
@@ -51,7 +51,7 @@ def test_records_hold_every_run(runs):
 
 
 def test_table_and_figure_agree_with_records(out, printed, runs):
-    for name in OPTIMIZERS:
+    for name in DEMO:
         chosen = (runs["optimizer"] == name) & (runs["multiplier"] == 1)
         accuracy = 100 * runs[chosen]["accuracy"]
         row = next(line for line in printed.splitlines() if f"| {name} " in line)
@@ -87,7 +87,7 @@ def test_diverged_runs_stay_and_are_marked(tmp_path):
     rates = [sgd.rate * multiplier for multiplier in (0.1, 1, 1e4)]
     raw = tmp_path / "runs.jsonl"
     cost = {"step_us": 1.0, "bytes_per_weight": 8.0}
-    for run in train(parabola(), sgd, rates, budget, label="sgd"):
+    for run in train(parabola(), sgd, cosine(rates), budget, label="sgd"):
         # The table wants a multiplier of 10; the rate to diverge is far beyond.
         place = {
             "optimizer": "sgd",
@@ -99,21 +99,23 @@ def test_diverged_runs_stay_and_are_marked(tmp_path):
     assert runs[far]["diverged"].all() and not runs[~far]["diverged"].any()
     assert np.isnan(runs[far]["curve"].iloc[0]["loss"][-1] or np.nan)
     assert "NaN" not in raw.read_text()
-    assert "(3 of 3 diverged)" in report.table(runs)
-    report.figure(runs, tmp_path / "demo.png")
+    assert "(3 of 3 diverged)" in demo_table(runs)
+    demo_figure(runs, tmp_path / "demo.png")
 
 
 def test_all_runs_may_diverge():
     budget = Budget(steps=40, evaluations=1, batch_size=4, seeds=2)
-    runs = train(parabola(), OPTIMIZERS["sgd momentum"], [1e4], budget, label="sgd")
+    runs = train(
+        parabola(), OPTIMIZERS["sgd momentum"], cosine([1e4]), budget, label="sgd"
+    )
     assert all(run["diverged"] for run in runs)
 
 
 def test_same_seed_same_run_whatever_the_rates():
     budget = Budget(steps=10, evaluations=1, batch_size=4, seeds=2)
     sgd = OPTIMIZERS["sgd momentum"]
-    alone = train(parabola(), sgd, [0.01], budget, label="")
-    among = train(parabola(), sgd, [0.1, 0.01], budget, label="")
+    alone = train(parabola(), sgd, cosine([0.01]), budget, label="")
+    among = train(parabola(), sgd, cosine([0.1, 0.01]), budget, label="")
     for a, b in zip(alone, among[1::2], strict=True):
         assert (a["seed"], a["rate"]) == (b["seed"], b["rate"])
         np.testing.assert_allclose(a["curve"]["loss"], b["curve"]["loss"], rtol=1e-5)
@@ -123,13 +125,14 @@ def test_rate_decays_by_a_cosine_to_zero():
     # The gradient is 1, so the weight falls by the sum of the rates.
     falling = Workload(
         "falling",
-        (jnp.zeros(8), jnp.zeros(8)),
+        train=(jnp.zeros(8), jnp.zeros(8)),
+        test=None,
         init=lambda key: jnp.zeros(()),
         loss=lambda weight, batch: weight,
-        metric=lambda weight: -weight,
+        metric=lambda weight, test: {"accuracy": -weight},
     )
     budget = Budget(steps=4, evaluations=4, batch_size=4, seeds=1)
-    (run,) = train(falling, Optimizer(optax.sgd, 1.0), [2.0], budget, label="")
+    (run,) = train(falling, Optimizer(optax.sgd, 1.0), cosine([2.0]), budget, label="")
     rates = np.diff(run["curve"]["accuracy"], prepend=0)
     np.testing.assert_allclose(rates, 1 + np.cos(np.pi * np.arange(4) / 4), rtol=1e-5)
 
@@ -170,7 +173,8 @@ def parabola():
     return Workload(
         "parabola",
         (x, 2 * x),
+        jnp.array([2.0]),
         jax.jit(lambda key: {"slope": jax.random.normal(key)}),
         loss,
-        lambda params: (abs(params["slope"] - 2) < 0.1).astype(float),
+        lambda params, test: {"accuracy": (abs(params["slope"] - test) < 0.1).mean()},
     )

@@ -320,3 +320,23 @@ ONE_TREE = {
 def test_scalars_that_are_no_arrays(name, scalar):
     function, want = ONE_TREE[name]
     np.testing.assert_allclose(function({"b": scalar}), want)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_count_skipped_is_what_the_optimizer_skips(dtype):
+    g = jnp.array([1.0, jnp.nan, jnp.inf, -jnp.inf, 0.0, -3.0, 6e4], dtype)
+    huge = {"float16": 0, "bfloat16": 1e25, "float32": -1e25}[dtype]
+    grads = {"w": jnp.append(g, jnp.asarray(huge, dtype)), "b": jnp.ones(3, dtype)}
+    counts = jax.jit(diagnostics.count_skipped)(grads)
+    assert {k: int(v) for k, v in counts.items()} == {"w": 3 + bool(huge), "b": 0}
+
+    params = jax.tree.map(jnp.ones_like, grads)
+    tx = madax.madam(0.1)
+    _, state = tx.update(grads, tx.init(params), params)
+    skipped = jnp.sum(state[0].v["w"] == 0) - jnp.sum(grads["w"] == 0)
+    assert counts["w"] == skipped
+
+
+def test_count_skipped_names_a_leaf_that_is_no_gradient():
+    with pytest.raises(TypeError, match=r"grads\['w'\]"):
+        diagnostics.count_skipped({"w": jnp.arange(3)})

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madax._numerics import expm1
+from madax._numerics import expm1, round_to_int
 
 
 def test_expm1_is_exact_to_float32():
@@ -26,3 +26,16 @@ def test_expm1_saturates():
     assert np.isfinite(y).all()
     np.testing.assert_array_equal(y[:3], [-1, -1, 0])
     assert (y[3:] > 1e38).all()
+
+
+def test_round_to_int_is_exact_compiled_or_not():
+    x = np.concatenate(
+        [
+            np.arange(-5000, 5000) / 4,
+            np.random.default_rng(0).uniform(-(2**21), 2**21, 100_000),
+            [2**22 - 1, -(2**22) + 1],
+        ]
+    ).astype(np.float32)
+    expected = np.round(x).astype(np.int32)  # halves to even, too
+    np.testing.assert_array_equal(round_to_int(x), expected)
+    np.testing.assert_array_equal(jax.jit(round_to_int)(x), expected)

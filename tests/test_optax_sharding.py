@@ -8,10 +8,8 @@ import ast
 import functools
 import itertools
 import json
-import os
 import pathlib
 import re
-import subprocess
 import sys
 import unittest
 import warnings
@@ -21,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import processes
 import pytest
 from absl.testing import parameterized
 from flax import nnx
@@ -389,17 +388,10 @@ def run_here():
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    path = tmp_path_factory.mktemp("eight_devices") / "outcomes.json"
-    flags = os.environ.get("XLA_FLAGS", "")
-    flags += " --xla_force_host_platform_device_count=8"
-    child = subprocess.run(
-        [sys.executable, __file__, str(path)],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert child.returncode == 0, child.stdout + child.stderr
+    def make(path):
+        processes.finish(processes.start(__file__, path, devices=8))
+
+    path = processes.once(tmp_path_factory, "optax_sharding.json", make)
     return json.loads(path.read_text())
 
 

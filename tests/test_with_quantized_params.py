@@ -255,3 +255,13 @@ def test_float_trees_are_the_inner_optimizers_affair():
     expected, inner_state = inner.update(grads, inner.init(params), params)
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
     jax.tree.map(np.testing.assert_array_equal, state.inner_state, inner_state)
+
+
+def test_scales_whose_reciprocal_would_underflow():
+    scale = jnp.float32(3e38)
+    w = madax.QuantizedArray(
+        jnp.full((4, 4), 60, jnp.int8), scale, madax.UniformFormat(8)
+    )
+    tx = madax.with_quantized_params(optax.sgd(0.1), rounding="nearest")
+    updates, _ = tx.update(jnp.full((4, 4), 3e38), tx.init(w), w)
+    np.testing.assert_array_equal(updates.codes, -13)  # 0.1 * 127 codes

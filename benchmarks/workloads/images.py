@@ -1,13 +1,15 @@
 """What the image workloads share: two Flax networks, and classification."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from benchmarks.workloads import Batch, Workload
+from benchmarks.data import Images, images
+from benchmarks.workloads import Batch, Workload, functional
 
 
 class ConvNet(nnx.Module):
@@ -27,7 +29,7 @@ class ConvNet(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two hidden layers of 256, Flax's default initialisers.
+    """Two hidden layers, Flax's default initialisers.
 
     Attributes:
       linear: the class of its layers.
@@ -35,10 +37,10 @@ class MLP(nnx.Module):
 
     linear: type[nnx.Linear] = nnx.Linear
 
-    def __init__(self, size: int, rngs: nnx.Rngs):
-        self.linear1 = self.linear(size**2, 256, rngs=rngs)
-        self.linear2 = self.linear(256, 256, rngs=rngs)
-        self.linear3 = self.linear(256, 10, rngs=rngs)
+    def __init__(self, size: int, rngs: nnx.Rngs, *, width: int = 256):
+        self.linear1 = self.linear(size**2, width, rngs=rngs)
+        self.linear2 = self.linear(width, width, rngs=rngs)
+        self.linear3 = self.linear(width, 10, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Returns the logits of images of shape (batch, size, size, 1)."""
@@ -47,33 +49,50 @@ class MLP(nnx.Module):
         return self.linear3(x)
 
 
+def mlp(
+    folder: Path | None = None, *, source: str, width: int, **options: int
+) -> Workload:
+    """Returns the workload of classifying images with an MLP.
+
+    Args:
+      folder: where the data is, see ``benchmarks.data.images``.
+      source: name of the data set.
+      width: of the two hidden layers.
+      **options: more options of ``benchmarks.data.images``.
+    """
+    data = images(source, folder, **options)
+    return classification(
+        "mlp", lambda rngs: MLP(data.shape[0], rngs, width=width), data
+    )
+
+
 def classification(
-    name: str, make: Callable[[nnx.Rngs], nnx.Module], train: Batch, test: Batch
+    name: str, make: Callable[[nnx.Rngs], nnx.Module], data: Images
 ) -> Workload:
     """Returns the workload of classifying images, scored by accuracy.
 
     Args:
       name: as written in the records.
       make: builds the network, images to logits.
-      train: images and integer labels.
-      test: the same, held out.
+      data: images and integer labels.
     """
-    graph = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-
-    @jax.jit
-    def init(key: jax.Array) -> optax.Params:
-        return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)), nnx.Param))
+    init, apply = functional(make)
 
     def loss(params: optax.Params, batch: Batch) -> jax.Array:
-        images, labels = batch
-        logits = nnx.merge(graph, params)(images)
+        pixels, labels = batch
+        logits = apply(params, pixels)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def accuracy(params: optax.Params) -> jax.Array:
-        images, labels = test
-        return jnp.mean(nnx.merge(graph, params)(images).argmax(-1) == labels)
+    def metric(params: optax.Params, test: Batch) -> dict[str, jax.Array]:
+        def correct(example: Batch) -> jax.Array:
+            pixels, label = example
+            return apply(params, pixels[None])[0].argmax() == label
 
-    return Workload(name, train, init, loss, accuracy)
+        # In parts, for the memory that a vmap over many runs would take.
+        return {"accuracy": jax.lax.map(correct, test, batch_size=250).mean()}
+
+    settings = {"data": data.name, "held_out": len(data.test[0])}
+    return Workload(name, data.train, data.test, init, loss, metric, settings=settings)
 
 
 def conv_as_matmul(images, kernel, strides, padding, **_) -> jax.Array:

@@ -1,0 +1,30 @@
+"""Hugging Face's copies of data sets, for where no local files are."""
+
+from typing import Any
+
+
+def load(name: str, *options: str, what: str, otherwise: str) -> Any:
+    """Loads a data set with the package ``datasets``.
+
+    Args:
+      name: the data set.
+      *options: more arguments of ``datasets.load_dataset``.
+      what: how messages call it.
+      otherwise: what else the user can do to get it.
+
+    Returns:
+      The splits, by name.
+
+    Raises:
+      FileNotFoundError: if it could not be loaded, saying how to get it.
+    """
+    try:
+        import datasets  # pyrefly: ignore[missing-import]
+
+        return datasets.load_dataset(name, *options)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{what} is not here and could not be loaded from Hugging Face "
+            f"({type(error).__name__}: {error}); {otherwise}, or `pip install "
+            "datasets` where the internet is in reach."
+        ) from error

@@ -1,0 +1,86 @@
+"""Text as tokens: bytes of CPython's own help, or the words of WikiText-2."""
+
+import dataclasses
+import pydoc_data.topics
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.data import hub
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Tokens of a text.
+
+    Attributes:
+      train: integers, in order.
+      test: the same, held out.
+      name: the text.
+      vocabulary: number of different tokens.
+      token: what a token is: "byte" or "word".
+    """
+
+    train: np.ndarray
+    test: np.ndarray
+    name: str
+    vocabulary: int
+    token: str
+
+
+def text(source: str, folder: Path | None = None) -> Text:
+    """Returns a text.
+
+    Args:
+      source: "pydoc", the help on Python that comes with CPython, some 450 kB, its
+        last tenth held out; or "wikitext-2", by words.
+      folder: where WikiText-2 is, as wiki.train.tokens and wiki.test.tokens; None for
+        Hugging Face.
+
+    Raises:
+      FileNotFoundError: if the text is nowhere to be had.
+    """
+    if source == "pydoc":
+        return _pydoc()
+    if source == "wikitext-2":
+        return _words(*_wikitext(folder))
+    raise ValueError(f"the text must be 'pydoc' or 'wikitext-2', got {source!r}")
+
+
+def _pydoc() -> Text:
+    # Sorted by name, as its order has changed between versions of Python.
+    pages = [page for _, page in sorted(pydoc_data.topics.topics.items())]
+    data = np.frombuffer("\n".join(pages).encode(), np.uint8)
+    cut = 9 * len(data) // 10
+    return Text(data[:cut], data[cut:], "pydoc", 256, "byte")
+
+
+def _wikitext(folder: Path | None) -> list[list[str]]:
+    """Returns the words to train on, and those held out."""
+    if folder is None:
+        loaded = hub.load(
+            "Salesforce/wikitext",
+            "wikitext-2-v1",
+            what="WikiText-2",
+            otherwise="pass a folder with wiki.train.tokens and wiki.test.tokens",
+        )
+        lines = [loaded[split]["text"] for split in ("train", "test")]
+    else:
+        lines = []
+        for split in ("train", "test"):
+            path = folder / f"wiki.{split}.tokens"
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"{path} is missing; point to the folder of WikiText-2, with "
+                    "wiki.train.tokens and wiki.test.tokens."
+                )
+            lines.append(path.read_text(encoding="utf-8").splitlines())
+    return [
+        [word for line in part for word in [*line.split(), "<eos>"]] for part in lines
+    ]
+
+
+def _words(train: list[str], test: list[str]) -> Text:
+    numbers = {word: i for i, word in enumerate(dict.fromkeys(train + test))}
+    tokens = [np.array([numbers[w] for w in part], np.int32) for part in (train, test)]
+    return Text(tokens[0], tokens[1], "wikitext-2", len(numbers), "word")

@@ -1,0 +1,82 @@
+"""A decoder-only Transformer in the shape of GPT-2, to measure speed and memory on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """The size of the network, GPT-2's smallest by default: 124 M parameters.
+
+    Attributes:
+      vocabulary: number of tokens.
+      context: greatest length of a sequence.
+      layers: number of blocks, of 12 parameters each.
+      width: features of a token.
+      heads: attention heads a block.
+    """
+
+    vocabulary: int = 50257
+    context: int = 1024
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+
+
+SIZES = {
+    "124M": Size(),
+    "12M": Size(vocabulary=8192, context=256, width=256, heads=4),
+    "tiny": Size(vocabulary=256, context=32, layers=2, width=32, heads=2),
+}
+
+
+class Block(nnx.Module):
+    """Causal attention and a feed-forward layer, each normalised before."""
+
+    def __init__(self, size: Size, rngs: nnx.Rngs):
+        self.heads = size.heads
+        self.norm1 = nnx.LayerNorm(size.width, rngs=rngs)
+        self.qkv = nnx.Linear(size.width, 3 * size.width, rngs=rngs)
+        self.out = nnx.Linear(size.width, size.width, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(size.width, rngs=rngs)
+        self.up = nnx.Linear(size.width, 4 * size.width, rngs=rngs)
+        self.down = nnx.Linear(4 * size.width, size.width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns features of shape (batch, length, width), as given."""
+        qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:-1], 3, self.heads, -1)
+        q, k, v = jnp.moveaxis(qkv, -3, 0)
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x += self.out(attended.reshape(x.shape))
+        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
+
+
+class GPT2(nnx.Module):
+    """The language model; its embedding is also its last layer."""
+
+    def __init__(self, size: Size, rngs: nnx.Rngs):
+        self.tokens = nnx.Embed(size.vocabulary, size.width, rngs=rngs)
+        self.positions = nnx.Embed(size.context, size.width, rngs=rngs)
+        self.blocks = nnx.Sequential(*(Block(size, rngs) for _ in range(size.layers)))
+        self.norm = nnx.LayerNorm(size.width, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Returns the logits of the tokens after those of shape (batch, length)."""
+        x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+        return self.tokens.attend(self.norm(self.blocks(x)))
+
+
+def init(size: Size, key: jax.Array) -> optax.Params:
+    """Returns the parameters, float32."""
+    return nnx.to_pure_dict(nnx.state(GPT2(size, nnx.Rngs(key)), nnx.Param))
+
+
+def loss(size: Size, params: optax.Params, tokens: jax.Array) -> jax.Array:
+    """Returns the mean nats a token, of sequences of shape (batch, length + 1)."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: GPT2(size, nnx.Rngs(0))))
+    logits = nnx.merge(graph, params)(tokens[:, :-1]).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()

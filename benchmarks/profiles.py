@@ -1,0 +1,201 @@
+"""Profiles: the sizes of workloads for a smoke test, a laptop and a GPU."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.analysis import DEPTH
+from benchmarks.train import Budget
+from benchmarks.workloads import Workload
+from benchmarks.workloads.autoencoder import autoencoder
+from benchmarks.workloads.coordinates import coordinates
+from benchmarks.workloads.gan import gan
+from benchmarks.workloads.gru import gru
+from benchmarks.workloads.images import mlp
+from benchmarks.workloads.resnet import resnet
+from benchmarks.workloads.transformer import transformer
+from benchmarks.workloads.vit import vit
+
+Profile = Literal["smoke", "quick", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A workload at a size.
+
+    Attributes:
+      factory: makes the workload.
+      model: its options, for the records, too.
+      budget: length and number of runs.
+      at_once: points to train side by side, as the memory allows.
+    """
+
+    factory: Callable[..., Workload]
+    model: Mapping[str, Any]
+    budget: Budget
+    at_once: int = 32
+
+    def make(self, folder: Path | None) -> Workload:
+        """Returns the workload; ``folder`` is where its data is."""
+        return self.factory(folder, **self.model)
+
+
+def _smoke(batch_size: int, steps: int = 30) -> Budget:
+    return Budget(steps, evaluations=2, batch_size=batch_size, seeds=2)
+
+
+def _quick(batch_size: int, steps: int = 500) -> Budget:
+    return Budget(steps, evaluations=2, batch_size=batch_size, seeds=3)
+
+
+def _full(batch_size: int, steps: int) -> Budget:
+    return Budget(steps, evaluations=10, batch_size=batch_size, seeds=3)
+
+
+DIGITS = {"source": "digits", "held_out": 200}
+FASHION = {"source": "fashion-mnist", "shrink": 2, "held_out": 2000}
+PHOTO = {"picture": "china.jpg", "shrink": 4}
+TASKS: dict[Profile, dict[str, Task]] = {
+    # Only data that is embedded in packages.
+    "smoke": {
+        "mlp": Task(mlp, DIGITS | {"width": 16}, _smoke(32)),
+        "resnet": Task(
+            resnet, DIGITS | {"width": 4, "blocks": (1, 1), "stem": 2}, _smoke(16)
+        ),
+        "vit": Task(
+            vit, DIGITS | {"patch": 4, "width": 8, "layers": 1, "heads": 2}, _smoke(16)
+        ),
+        "transformer": Task(
+            transformer,
+            {"context": 8, "width": 8, "layers": 1, "heads": 2, "held_out": 32},
+            _smoke(8),
+        ),
+        "gru": Task(gru, {"context": 8, "width": 8, "held_out": 32}, _smoke(8)),
+        "coordinates": Task(
+            coordinates, {"depth": 3, "width": 16, "size": 16, "shrink": 4}, _smoke(1)
+        ),
+        "autoencoder": Task(autoencoder, DIGITS | {"widths": (16, 4)}, _smoke(32)),
+        "gan": Task(gan, DIGITS | {"width": 16}, _smoke(32)),
+    },
+    "quick": {
+        "mlp": Task(mlp, FASHION | {"width": 64}, _quick(64, 1000)),
+        "resnet": Task(
+            resnet, FASHION | {"width": 8, "blocks": (1, 1), "stem": 2}, _quick(16, 400)
+        ),
+        "vit": Task(
+            vit,
+            FASHION | {"patch": 7, "width": 32, "layers": 1, "heads": 2},
+            _quick(32),
+        ),
+        "transformer": Task(
+            transformer,
+            {"context": 32, "width": 32, "layers": 2, "heads": 2, "held_out": 128},
+            _quick(4),
+        ),
+        "gru": Task(gru, {"context": 32, "width": 32, "held_out": 128}, _quick(8)),
+        "coordinates": Task(
+            coordinates, PHOTO | {"depth": 5, "width": 64, "size": 32}, _quick(1, 400)
+        ),
+        "autoencoder": Task(
+            autoencoder, FASHION | {"widths": (64, 32, 8)}, _quick(64, 1000)
+        ),
+        "gan": Task(gan, FASHION | {"width": 64}, _quick(64, 600)),
+    },
+    "full": {
+        "mlp": Task(mlp, {"source": "fashion-mnist", "width": 256}, _full(128, 3000)),
+        "resnet": Task(resnet, {"source": "cifar-10"}, _full(128, 400), at_once=6),
+        "vit": Task(
+            vit,
+            {"source": "cifar-10", "patch": 4, "width": 128, "layers": 4, "heads": 4},
+            _full(128, 1000),
+            at_once=9,
+        ),
+        "transformer": Task(
+            transformer,
+            {
+                "source": "wikitext-2",
+                "context": 35,
+                "width": 200,
+                "layers": 2,
+                "heads": 2,
+                "held_out": 2000,
+            },
+            _full(20, 1000),
+            at_once=9,
+        ),
+        "gru": Task(
+            gru, {"context": 64, "width": 256, "held_out": 500}, _full(32, 1000)
+        ),
+        "coordinates": Task(
+            coordinates, PHOTO | {"depth": 5, "width": 256, "size": 64}, _full(1, 2000)
+        ),
+        "autoencoder": Task(
+            autoencoder,
+            {"source": "fashion-mnist", "widths": (512, 256, 128, 32)},
+            _full(128, 3000),
+        ),
+        "gan": Task(gan, {"source": "fashion-mnist", "width": 256}, _full(128, 3000)),
+    },
+}
+SMOKE = ("mlp", "gru")  # Compiling takes time, too.
+# The coordinate MLP at other depths, and the size of its picture.
+DEPTHS: dict[Profile, tuple[int, ...]] = {
+    "smoke": (3, 5),
+    "quick": (5, 20, 75),
+    "full": (5, 10, 20, 40, 75),
+}
+PIXELS: dict[Profile, int] = {"smoke": 16, "quick": 24, "full": 64}  # On a side.
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What all benchmarks take.
+
+    Attributes:
+      profile: smoke takes seconds and shows only that it works; quick takes some
+        minutes on two CPU cores; full is for a GPU.
+      out: Folder for the records, runs.jsonl, and what is drawn from them; by default
+        benchmarks/results/ and the profile.
+      data: Folder of data sets, or of one: the IDX files of Fashion-MNIST, the binary
+        version of CIFAR-10; by default Debian's files if installed, else Hugging Face.
+      workloads: Names of workloads; by default all, but for smoke, which takes two.
+    """
+
+    profile: Profile = "quick"
+    out: Path | None = None
+    data: Path | None = None
+    workloads: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """The folder to write into, made if missing."""
+        folder = self.out or Path("benchmarks/results") / self.profile
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def raw(self) -> Path:
+        """The file of records."""
+        return self.folder / "runs.jsonl"
+
+    def tasks(self) -> list[Task]:
+        """Returns the workloads to run."""
+        tasks = TASKS[self.profile]
+        unknown = set(self.workloads) - set(tasks)
+        if unknown:
+            raise ValueError(f"workloads must be of {list(tasks)}, got {unknown}")
+        if self.profile == "smoke" and not self.workloads:
+            return [tasks[name] for name in SMOKE]
+        return [tasks[name] for name in self.workloads or tasks]
+
+    def depths(self) -> list[Task]:
+        """Returns the coordinate MLP at every depth of the profile."""
+        task = TASKS[self.profile]["coordinates"]
+        model = {**task.model, "size": PIXELS[self.profile]}
+        return [
+            dataclasses.replace(
+                task, model=model | {"depth": depth, "name": f"{DEPTH}{depth}"}
+            )
+            for depth in DEPTHS[self.profile]
+        ]

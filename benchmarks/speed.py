@@ -1,0 +1,358 @@
+"""What an optimizer step costs, against optax.adam and the speed of memory."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pandas as pd
+import tyro
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import madax
+from benchmarks import gpt2, records
+from benchmarks.style import markdown
+
+LOG_8 = madax.LogFormat.from_dynamic_range(bits=8, ratio=100)
+LOG_16 = madax.LogFormat.from_dynamic_range(bits=16, ratio=1000)
+V_8 = madax.MomentFormat(bits=8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+      tx: the optimizer.
+      format: format of the weight matrices; None for floats.
+      params: dtype of float parameters.
+      grads: dtype of gradients.
+    """
+
+    tx: optax.GradientTransformation
+    format: madax.Format | None = None
+    params: Any = jnp.float32
+    grads: Any = jnp.float32
+
+    def quantize(self, weights: optax.Params) -> optax.Params:
+        """Returns float32 weights as the optimizer stores them."""
+        if self.format is not None:
+            return madax.quantize_params(weights, self.format)
+        return optax.tree.cast(weights, self.params)
+
+
+BF16 = {"params": jnp.bfloat16, "grads": jnp.bfloat16}
+ROWS = {
+    "adam": Row(optax.adam(1e-3)),
+    "adamw": Row(optax.adamw(1e-3)),
+    "lion": Row(optax.lion(1e-4)),
+    "sgd": Row(optax.sgd(0.1)),
+    "adafactor": Row(optax.adafactor(1e-3)),
+    "muon": Row(optax.contrib.muon(0.02)),
+    "adam bfloat16": Row(optax.adam(1e-3), **BF16),
+    "madam": Row(madax.madam()),
+    "madam bfloat16": Row(madax.madam(), **BF16),
+    "bbit_madam": Row(madax.bbit_madam()),
+    "native 16": Row(madax.madam(), LOG_16, grads=jnp.bfloat16),
+    "native 16, 8-bit v": Row(
+        madax.madam(moment_format=V_8), LOG_16, grads=jnp.bfloat16
+    ),
+    "native 8": Row(madax.madam(), LOG_8, grads=jnp.bfloat16),
+    "native 8, 8-bit v": Row(madax.madam(moment_format=V_8), LOG_8, grads=jnp.bfloat16),
+    "native 8 adam": Row(
+        madax.with_quantized_params(optax.adam(1e-3)), LOG_8, grads=jnp.bfloat16
+    ),
+}
+BASELINE = "adam"
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """How much to measure.
+
+    Attributes:
+      leaf: parameters of the trees of one and of four leaves.
+      gpt2: key of ``gpt2.SIZES``.
+      train: key of ``gpt2.SIZES``, for whole train steps.
+      batch: sequences in a train step.
+      rounds: times each optimizer step is timed, after two that are not.
+      train_rounds: times each whole train step is.
+    """
+
+    leaf: int
+    gpt2: str
+    train: str
+    batch: int
+    rounds: int
+    train_rounds: int
+
+
+PROFILES = {
+    "smoke": Profile(2**16, "tiny", "tiny", batch=2, rounds=3, train_rounds=3),
+    "quick": Profile(2**24, "12M", "12M", batch=2, rounds=20, train_rounds=4),
+    "full": Profile(2**24, "124M", "124M", batch=8, rounds=40, train_rounds=20),
+}
+# Steps queued at a time: the device is never idle for want of work.
+QUEUED = 4
+
+Weights = Callable[[], optax.Params]
+Step = Callable[..., Any]
+Make = Callable[[Row, optax.Params], tuple[Step, Any]]
+
+
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
+def speed(
+    out: Path = Path("benchmarks/results/speed"),
+    *,
+    profile: Literal["smoke", "quick", "full"] = "quick",
+) -> None:
+    """Time the optimizer step of every optimizer and format, against optax.adam.
+
+    Steps are compiled, warm and on donated buffers, and each optimizer takes turns with
+    optax.adam, so that what else the machine does slows both. Prints a table; writes a
+    figure and the records, in place of those of the same device.
+
+    Args:
+        out: Folder of a folder for this device: speed.jsonl, .md and .png.
+        profile: smoke takes a minute, quick ten minutes on two CPU cores (GPT-2's
+            shape at 12 M parameters), full the same on a GPU (at 124 M).
+    """
+    folder = out / device_name()
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = folder / "speed.jsonl"
+    raw.unlink(missing_ok=True)
+    chosen = PROFILES[profile]
+    copy = copy_bandwidth(chosen.leaf)
+    for tree, weights, make in work(chosen):
+        baseline = running(ROWS[BASELINE], weights, make)
+        for name in tqdm([n for n in ROWS if n != BASELINE], desc=tree):
+            rounds = chosen.rounds if make is optimizer_step else chosen.train_rounds
+            run = compare(name, weights, make, baseline, rounds)
+            records.append(raw, {"tree": tree, "copy_gb_s": copy} | run)
+    print(speed_report(folder))
+
+
+def speed_report(folder: Path) -> str:
+    """Writes the table and the figure from a folder's records; returns the table."""
+    runs = records.read(folder / "speed.jsonl")
+    text = speed_table(runs)
+    (folder / "speed.md").write_text(text, encoding="utf-8")
+    speed_figure(runs, folder / "speed.png")
+    return text
+
+
+def work(profile: Profile) -> Iterator[tuple[str, Weights, Make]]:
+    """Yields what to time: a name, what makes the parameters, what makes the step."""
+
+    def normal(leaves: int) -> optax.Params:
+        shape = (profile.leaf // leaves // 256, 256)
+        keys = jax.random.split(jax.random.key(0), leaves)
+        return [0.02 * jax.random.normal(key, shape) for key in keys]
+
+    def transformer(size: gpt2.Size) -> optax.Params:
+        return gpt2.init(size, jax.random.key(0))
+
+    yield f"1 leaf of {profile.leaf:,}", partial(normal, 1), optimizer_step
+    yield f"4 leaves of {profile.leaf // 4:,}", partial(normal, 4), optimizer_step
+    weights = partial(transformer, gpt2.SIZES[profile.gpt2])
+    yield f"GPT-2 {profile.gpt2}", weights, optimizer_step
+    size = gpt2.SIZES[profile.train]
+    make = partial(train_step, size, profile.batch, size.context)
+    name = f"train step, GPT-2 {profile.train}, batch {profile.batch}"
+    yield name, partial(transformer, size), make
+
+
+def optimizer_step(row: Row, weights: optax.Params) -> tuple[Step, Any]:
+    """Returns the step from gradients to new parameters, and the gradients."""
+    keys = optax.tree.split_key_like(jax.random.key(1), weights)
+    grads = jax.tree.map(
+        lambda key, w: 1e-3 * jax.random.normal(key, w.shape, row.grads), keys, weights
+    )
+
+    def step(params, state, grads):
+        updates, state = row.tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step, grads
+
+
+def train_step(
+    size: gpt2.Size, batch: int, length: int, row: Row, weights: optax.Params
+) -> tuple[Step, Any]:
+    """Returns a whole train step, forwards and backwards too, and its tokens."""
+    del weights
+    shape = (batch, length + 1)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, size.vocabulary)
+
+    def step(params, state, tokens):
+        decoded = madax.dequantize_params(params, row.grads)
+        grads = jax.grad(partial(gpt2.loss, size))(decoded, tokens)
+        updates, state = row.tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step, tokens
+
+
+@dataclasses.dataclass
+class Running:
+    """A compiled step with what it works on.
+
+    Attributes:
+      step: compiled; takes and gives parameters and state, which it overwrites.
+      params: parameters.
+      state: optimizer state.
+      data: gradients, or tokens.
+      compile_s: seconds to trace and compile.
+    """
+
+    step: Any
+    params: Any
+    state: Any
+    data: Any
+    compile_s: float
+
+    def time(self) -> float:
+        """Takes some steps; returns seconds a step."""
+        start = time.perf_counter()
+        for _ in range(QUEUED):
+            self.params, self.state = self.step(self.params, self.state, self.data)
+        jax.block_until_ready((self.params, self.state))
+        return (time.perf_counter() - start) / QUEUED
+
+
+def running(row: Row, weights: Weights, make: Make) -> Running:
+    """Compiles a step and makes what it works on."""
+    floats = jax.jit(weights)()
+    step, data = make(row, floats)
+    params = jax.jit(row.quantize)(floats)
+    state = jax.jit(row.tx.init)(params)
+    begin = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, data).compile()
+    return Running(compiled, params, state, data, time.perf_counter() - begin)
+
+
+def compare(
+    name: str, weights: Weights, make: Make, baseline: Running, rounds: int
+) -> dict[str, Any]:
+    """Times an optimizer and the baseline by turns.
+
+    Args:
+      name: key of ``ROWS``.
+      weights: makes the parameters, float32.
+      make: from a row and parameters to a step and its data.
+      baseline: the same step of the baseline.
+      rounds: times each is timed.
+
+    Returns:
+      One record: seconds a step of both, round by round; seconds to compile; and, of
+      an optimizer step, the bytes a parameter that it cannot help but move: gradients,
+      parameters and state read, parameters and state written.
+    """
+    pair = (baseline, running(ROWS[name], weights, make))
+    times = np.array([[r.time() for r in pair] for _ in range(rounds + 2)])[2:]
+    leaves = jax.tree.leaves(jax.eval_shape(weights))
+    count = sum(w.size for w in leaves)
+    kept, grads = (
+        sum(x.nbytes for x in jax.tree.leaves(tree))
+        for tree in ((pair[1].params, pair[1].state), pair[1].data)
+    )
+    moved = (2 * kept + grads) / count if make is optimizer_step else None
+    return {
+        "optimizer": name,
+        "parameters": count,
+        "leaves": len(leaves),
+        "bytes_per_parameter": moved,
+        "seconds": times[:, 1].tolist(),
+        "baseline_seconds": times[:, 0].tolist(),
+        "compile_s": pair[1].compile_s,
+        "baseline_compile_s": pair[0].compile_s,
+    }
+
+
+def copy_bandwidth(size: int) -> float:
+    """Returns the speed of a copy on this device, read and written, in GB/s."""
+    x = jnp.zeros(4 * size, jnp.float32)
+    copy = jax.jit(lambda x: x + 1, donate_argnums=0)
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        for _ in range(QUEUED):
+            x = copy(x)
+        x.block_until_ready()
+        times.append((time.perf_counter() - start) / QUEUED)
+    return 2 * x.nbytes / statistics.median(times[2:]) / 1e9
+
+
+def device_name() -> str:
+    """Returns the kind of the first device, fit for the name of a file."""
+    return jax.devices()[0].device_kind.lower().replace(" ", "-")
+
+
+def speed_table(runs: pd.DataFrame) -> str:
+    """Returns the times in Markdown, a table a tree, from the records alone."""
+    sections = []
+    for tree, group in runs.groupby("tree", sort=False):
+        baseline = np.median(np.concatenate(group["baseline_seconds"].to_list()))
+        n, leaves = group["parameters"].iloc[0], group["leaves"].iloc[0]
+        rows = [_table_row(run) for run in group.to_dict("records")]
+        sections.append(
+            f"**{tree}**: {n / 1e6:.1f} M parameters in {leaves} leaves; optax.adam "
+            f"takes {1e3 * baseline:.2f} ms.\n\n{markdown(rows)}\n"
+        )
+    copy = runs["copy_gb_s"].iloc[0]
+    device = runs["environment"].iloc[0]["device"]
+    return f"On {device}, where a copy moves {copy:.0f} GB/s.\n\n" + "\n".join(sections)
+
+
+def _table_row(run: Any) -> dict[str, str]:
+    seconds = statistics.median(run["seconds"])
+    ratios = np.divide(run["seconds"], run["baseline_seconds"])
+    low, mid, high = np.quantile(ratios, [0.1, 0.5, 0.9])
+    row = {
+        "optimizer": run["optimizer"],
+        "time / adam": f"{mid:.2f}",
+        "10 to 90 %": f"{low:.2f} to {high:.2f}",
+        "compile / adam": f"{run['compile_s'] / run['baseline_compile_s']:.2f}",
+    }
+    moved = run["bytes_per_parameter"]
+    if not pd.isna(moved):
+        speed = moved * run["parameters"] / seconds / 1e9
+        row["ns / parameter"] = f"{1e9 * seconds / run['parameters']:.3f}"
+        row["bytes / parameter"] = f"{moved:.1f}"
+        row["of copy speed"] = f"{100 * speed / run['copy_gb_s']:.0f} %"
+    return row
+
+
+def speed_figure(runs: pd.DataFrame, path: Path) -> None:
+    """Draws time over that of optax.adam, a panel a tree, into an image file."""
+    groups = list(runs.groupby("tree", sort=False))
+    fig = Figure(figsize=(3.2 * len(groups) + 1.5, 4.2), layout="constrained")
+    panels = fig.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axes, (tree, group) in zip(panels, groups, strict=True):
+        ratios = [
+            np.divide(run["seconds"], run["baseline_seconds"])
+            for run in group.to_dict("records")
+        ]
+        quantiles = np.array([np.quantile(r, [0.1, 0.5, 0.9]) for r in ratios]).T
+        low, mid, high = quantiles
+        mine = group["optimizer"].str.contains("madam|native").to_numpy()
+        axes.barh(
+            group["optimizer"],
+            mid,
+            xerr=(mid - low, high - mid),
+            color=np.where(mine, "#d55e00", "#bbbbbb"),
+            capsize=2,
+        )
+        axes.axvline(1, c="black", ls="--", lw=1)
+        axes.set(xlabel="time / optax.adam", xlim=(0, min(mid.max() * 1.1, 4)))
+        axes.set_title(tree, fontsize=9)
+    panels[0].invert_yaxis()
+    fig.savefig(path, dpi=150)

@@ -1,0 +1,55 @@
+"""How figures and tables look: lines told apart without colour, too, one legend."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# By line, by marker and by lightness.
+STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#000000", "linestyle": ":", "marker": "s"},
+    {"color": "#0072b2", "linestyle": "--", "marker": "^"},
+    {"color": "#d55e00", "linestyle": "-", "marker": "o"},
+    {"color": "#56b4e9", "linestyle": "-.", "marker": "v"},
+    {"color": "#e69f00", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "D"},
+    {"color": "#009e73", "linestyle": (0, (3, 1)), "marker": "P"},
+    {"color": "#cc79a7", "linestyle": (0, (1, 1)), "marker": "X"},
+    {"color": "#666666", "linestyle": "-", "marker": "*"},
+)
+
+
+def legend(
+    fig: Figure,
+    panels: Iterable[Axes] | None = None,
+    *,
+    columns: int | None = None,
+    loc: Any = "outside lower center",
+) -> None:
+    """Puts one legend for several panels, what they share in it once.
+
+    Args:
+      fig: the figure.
+      panels: those to name the lines of; None for all.
+      columns: of the legend; None for all in one row.
+      loc: where it is.
+    """
+    entries = {}
+    for axes in fig.axes if panels is None else panels:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    fig.legend(
+        entries.values(),
+        entries.keys(),
+        loc=loc,
+        ncols=columns or len(entries),
+    )
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns a table in Markdown; its first column is text, the others numbers."""
+    align = ["left"] + ["right"] * (len(rows[0]) - 1)
+    return pd.DataFrame(rows).to_markdown(
+        index=False, colalign=align, disable_numparse=True
+    )

@@ -1,0 +1,32 @@
+"""The block of Transformers, for images and text."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Block(nnx.Module):
+    """Attention, then a layer of four times the width, both after a layer norm.
+
+    Attributes:
+      heads: of the attention.
+      causal: whether a token sees only those before it.
+    """
+
+    def __init__(self, width: int, rngs: nnx.Rngs, *, heads: int, causal: bool):
+        self.heads, self.causal = heads, causal
+        self.norm1 = nnx.LayerNorm(width, rngs=rngs)
+        self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
+        self.out = nnx.Linear(width, width, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, rngs=rngs)
+        self.up = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.down = nnx.Linear(4 * width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns the new states of tokens, of shape (batch, tokens, width)."""
+        split = (*x.shape[:2], self.heads, -1)
+        qkv = jnp.split(self.qkv(self.norm1(x)), 3, axis=-1)
+        q, k, v = (part.reshape(split) for part in qkv)
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.out(attended.reshape(x.shape))
+        return x + self.down(nnx.gelu(self.up(self.norm2(x))))

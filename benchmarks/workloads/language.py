@@ -1,0 +1,63 @@
+"""What the language models share: windows of text, and the loss of the next token."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from benchmarks.data.text import Text
+from benchmarks.workloads import Workload, functional, nats_per
+
+
+def language(
+    name: str,
+    make: Callable[[nnx.Rngs], nnx.Module],
+    data: Text,
+    *,
+    context: int,
+    held_out: int,
+) -> Workload:
+    """Returns the workload of predicting the next token of a text.
+
+    Args:
+      name: as written in the records.
+      make: builds the network, tokens of shape (batch, context) to logits.
+      data: the text.
+      context: tokens that the network sees.
+      held_out: windows of the held-out text to score on, spread evenly over it.
+    """
+    init, apply = functional(make)
+    starts = np.linspace(0, len(data.test) - context - 1, held_out).astype(int)
+    test = jnp.asarray(data.test[starts[:, None] + np.arange(context + 1)])
+    measure = nats_per(data.token)
+
+    def batch(train: jax.Array, indices: jax.Array, key: jax.Array) -> jax.Array:
+        del key
+        return train[indices[:, None] + jnp.arange(context + 1)]
+
+    def loss(params: optax.Params, windows: jax.Array) -> jax.Array:
+        windows = windows.astype(jnp.int32)
+        logits = apply(params, windows[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits, windows[:, 1:]
+        ).mean()
+
+    def metric(params: optax.Params, test: jax.Array) -> dict[str, jax.Array]:
+        losses = jax.lax.map(lambda x: loss(params, x[None]), test, batch_size=64)
+        return {measure.name: losses.mean()}
+
+    return Workload(
+        name,
+        jnp.asarray(data.train),
+        test,
+        init,
+        loss,
+        metric,
+        measure,
+        batch,
+        examples=len(data.train) - context,
+        settings={"data": data.name, "held_out": test.size, "context": context},
+    )

@@ -1,0 +1,70 @@
+"""Text and a Transformer that predicts the next token."""
+
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from benchmarks.data.text import text
+from benchmarks.workloads import Workload
+from benchmarks.workloads.attention import Block
+from benchmarks.workloads.language import language
+
+
+class Transformer(nnx.Module):
+    """A decoder: tokens and places embedded, causal blocks, logits of the next."""
+
+    def __init__(
+        self,
+        vocabulary: int,
+        context: int,
+        rngs: nnx.Rngs,
+        *,
+        width: int,
+        layers: int,
+        heads: int,
+    ):
+        self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.places_embed = nnx.Param(0.02 * rngs.params.normal((context, width)))
+        self.blocks = nnx.List(
+            [Block(width, rngs, heads=heads, causal=True) for _ in range(layers)]
+        )
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.head = nnx.Linear(width, vocabulary, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Returns logits of shape (batch, tokens, vocabulary)."""
+        x = self.embed(tokens) + self.places_embed[...]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def transformer(
+    folder: Path | None = None,
+    *,
+    source: str = "pydoc",
+    context: int,
+    width: int,
+    layers: int,
+    heads: int,
+    held_out: int,
+) -> Workload:
+    """Returns the workload.
+
+    Args:
+      folder: where the text is, see ``benchmarks.data.text``.
+      source: name of the text.
+      context: tokens that the network sees.
+      width: of a token.
+      layers: number of blocks.
+      heads: of the attention.
+      held_out: windows of the held-out text to score on.
+    """
+    data = text(source, folder)
+
+    def make(rngs: nnx.Rngs) -> Transformer:
+        size = {"width": width, "layers": layers, "heads": heads}
+        return Transformer(data.vocabulary, context, rngs, **size)
+
+    return language("transformer", make, data, context=context, held_out=held_out)

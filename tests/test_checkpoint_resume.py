@@ -1,0 +1,259 @@
+"""Training that is stopped, and goes on elsewhere or later as if it had not been.
+
+This file is also the script that is killed: ``directory stop_at``.
+"""
+
+import functools
+import os
+import pathlib
+import random
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import processes
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_meshes import (
+    OPTIMIZERS,
+    SHAPES,
+    STEPS,
+    Run,
+    different,
+    random_grads,
+    spec,
+    start,
+    start_all,
+    values,
+)
+
+import madax
+from madax import LogFormat, MomentFormat
+
+# --- on another mesh ------------------------------------------------------------------
+
+on_eight_devices = pytest.mark.devices(8)
+needs_set_mesh = pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"), reason="Orbax needs a newer JAX to save from a mesh"
+)
+EVERY_STATE = OPTIMIZERS | {
+    "moments12": madax.madam(b1=0.9, moment_format=MomentFormat(12)),
+    "schedule": madax.madam(optax.cosine_decay_schedule(0.01, 100)),
+    "injected": optax.inject_hyperparams(madax.madam)(learning_rate=0.01),
+    "wrapped_sgd": madax.with_quantized_params(optax.sgd(0.1, momentum=0.9)),
+}
+
+
+def shardings(tree, mesh, layout):
+    """For every array of a tree, by its shape: leaves have shapes of their own."""
+    specs = {shape: spec(layout, k) for k, shape in SHAPES.items()}
+    return jax.tree.map(lambda x: NamedSharding(mesh, specs.get(x.shape, P())), tree)
+
+
+def mesh_of(rows, columns):
+    return jax.make_mesh(
+        (rows, columns),
+        ("data", "model"),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=jax.devices()[: rows * columns],
+    )
+
+
+def save(path, tree):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+
+
+def restore(path, like, placed):
+    """The tree at ``path``, of the shapes of ``like``, on those shardings."""
+    target = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        like,
+        placed,
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path, target)
+
+
+def arbitrary(tree):
+    """A tree of the same types, of any bits: infinities and NaN too."""
+    rng = np.random.default_rng(0)
+
+    def fill(x):
+        values = np.frombuffer(rng.bytes(x.size * x.dtype.itemsize), x.dtype)
+        if x.dtype == bool:
+            values = rng.integers(0, 2, x.size) > 0
+        return np.reshape(values, x.shape)
+
+    return jax.tree.map(fill, tree)
+
+
+@needs_set_mesh
+@on_eight_devices
+def test_every_state_goes_from_eight_devices_to_four_to_one(tmp_path):
+    params, _ = start_all()
+    states = {k: jax.eval_shape(tx.init, params) for k, tx in EVERY_STATE.items()}
+    abstract = {"params": params, "states": states}
+    tree = arbitrary(abstract)
+    assert len(jax.tree.leaves(tree)) > 150
+    meshes = [
+        (mesh_of(2, 4), "fsdp"),
+        (mesh_of(2, 2), "tensor_parallel"),
+        (mesh_of(1, 1), "data_parallel"),
+    ]
+    before = jax.device_put(tree, shardings(tree, *meshes[0]))
+    for i, (mesh, layout) in enumerate(meshes):
+        save(tmp_path / str(i), before)
+        asked = shardings(tree, mesh, layout)
+        after = restore(tmp_path / str(i), abstract, asked)
+        assert different(after, tree) == []
+        for x, sharding in zip(
+            jax.tree.leaves(after), jax.tree.leaves(asked), strict=True
+        ):
+            assert x.sharding == sharding
+        v = after["states"]["moments8"][0].v["log8"]
+        assert len(v.sharding.device_set) == mesh.size
+        before = after
+
+
+@needs_set_mesh
+@on_eight_devices
+def test_training_goes_on_where_it_is_restored(tmp_path):
+    name, leaves = "moments8", ("bias", "log8")
+    half = range(STEPS // 2), range(STEPS // 2, STEPS)
+    first = Run(name, *start(leaves, "auto", "fsdp"), steps=half[0])
+    tree = {"params": first.params, "state": first.state}
+    save(tmp_path / "half", tree)
+
+    mesh, layout = mesh_of(2, 2), "tensor_parallel"
+    restored = restore(tmp_path / "half", tree, shardings(tree, mesh, layout))
+    grads = {
+        k: jax.device_put(g, NamedSharding(mesh, P(None, *spec(layout, k))))
+        for k, g in random_grads().items()
+        if k in leaves
+    }
+    last = Run(
+        name, restored["params"], grads, lambda _: restored["state"], steps=half[1]
+    )
+    whole = Run(name, *start(leaves))
+    assert len(values(last.params["log8"]).sharding.device_set) == 4
+    assert different((last.params, last.state), (whole.params, whole.state)) == []
+
+
+# --- killed at any moment -------------------------------------------------------------
+
+LAST, EVERY = 40, 4
+KINDS = ("float", "native")
+KILLED = {
+    "float": madax.madam(0.02, b1=0.9, floor=1.0),
+    "native": madax.madam(0.02, moment_format=MomentFormat(8), seed=7),
+}
+
+
+@jax.jit
+def fresh():
+    rng = np.random.default_rng(0)
+    shapes = {"hidden": (16, 64), "bias": (64,), "out": (64, 8)}
+    weights = {k: jnp.float32(rng.normal(size=s) / 8) for k, s in shapes.items()}
+    codes = madax.quantize_params(weights, LogFormat.from_dynamic_range(8, 100))
+    params = {"float": weights, "native": codes}
+    return {k: {"params": params[k], "state": KILLED[k].init(params[k])} for k in KINDS}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def train_step(kind, params, state, i):
+    x = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (32, 16))
+
+    def loss(w):
+        return jnp.mean(
+            (jnp.tanh(x @ w["hidden"] + w["bias"]) @ w["out"] - x[:, :8]) ** 2
+        )
+
+    grads = jax.grad(loss)(madax.dequantize_params(params))
+    updates, state = KILLED[kind].update(grads, state, params)
+    return {"params": optax.apply_updates(params, updates), "state": state}
+
+
+def train(directory, stop_at=None):
+    """Trains from the newest checkpoint to the end, or until it is killed."""
+    options = ocp.CheckpointManagerOptions(save_interval_steps=EVERY, max_to_keep=2)
+    with ocp.CheckpointManager(directory, options=options) as manager:
+        tree, done = fresh(), manager.latest_step()
+        if done is not None:
+            sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            target = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                tree,
+            )
+            tree = manager.restore(done, args=ocp.args.StandardRestore(target))
+        print("resumed from", done, flush=True)
+        for i in range(0 if done is None else done + 1, LAST + 1):
+            tree = {k: train_step(k, **tree[k], i=i) for k in KINDS}
+            manager.save(i, args=ocp.args.StandardSave(tree))
+            if i == stop_at:
+                print("stopped, perhaps in the middle of a save", flush=True)
+                signal.pause()
+    return tree
+
+
+def kill(directory, stop_at, delay):
+    """Kills a run at a step, so long after; the step that it had resumed from."""
+    child = processes.start(__file__, directory, stop_at)
+    lines = [child.stdout.readline(), child.stdout.readline()]
+    time.sleep(delay)
+    os.kill(child.pid, signal.SIGKILL)
+    _, errors = child.communicate(timeout=processes.TIMEOUT)
+    assert child.returncode == -signal.SIGKILL, errors
+    assert lines[1].startswith("stopped"), errors
+    return lines[0].split()[-1]
+
+
+@pytest.fixture(scope="module")
+def killed_and_not(tmp_path_factory):
+    """A run that was killed twice and one that was not, from the last checkpoints."""
+
+    def make(path):
+        rng = random.Random()
+        directory = path / "killed"
+        # A save goes on behind the steps: at once, it is cut; later, perhaps not.
+        first = EVERY * rng.randint(1, 4)
+        second = rng.randint(first + EVERY + 1, LAST - 1)
+        assert kill(directory, first, 0.0) == "None"
+        resumed = kill(directory, second, rng.uniform(0, 0.1))
+        assert resumed in (str(first), str(first - EVERY)), (first, resumed)
+        out, _ = processes.finish(
+            processes.start(__file__, directory, LAST + 1),
+            processes.start(__file__, path / "whole", LAST + 1),
+        )
+        newest = second - second % EVERY
+        resumed = out.split()[-1]
+        assert resumed in (str(newest), str(newest - EVERY)), (second, resumed)
+
+    path = processes.once(tmp_path_factory, "runs", make)
+    trees = []
+    for directory in (path / "killed", path / "whole"):
+        with ocp.CheckpointManager(directory) as manager:
+            assert manager.latest_step() == LAST
+        trees.append(train(directory))  # Nothing is left to do: the last checkpoint.
+    return trees
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_is_killed_ends_as_one_that_is_not(killed_and_not, kind):
+    killed, whole = (tree[kind] for tree in killed_and_not)
+    assert different(killed, whole) == []
+    before = fresh()[kind]["params"]
+    for k, w in whole["params"].items():
+        assert np.mean(values(w) != values(before[k])) > 0.7
+    counts = [x for x in jax.tree.leaves(whole["state"]) if x.dtype == jnp.int32]
+    assert LAST + 1 in [int(x) for x in counts if x.ndim == 0]
+
+
+if __name__ == "__main__":
+    train(pathlib.Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,1143 @@
+"""Random trees, formats and hyperparameters: every outcome is right, or our error.
+
+Right is what plain NumPy float64 says, one step at a time: from the weights and the
+moments that a step started with, an interval for each element of what it must end
+with, as wide as the roundings of the arithmetic. Where the interval holds no tie, that
+is one code. The formulas are written out here again; nothing of madax computes them.
+
+More examples: MADAX_FUZZ=nightly, or pytest --hypothesis-profile=nightly.
+"""
+
+import contextlib
+import dataclasses
+import math
+import traceback
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+import madax
+from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Thousands of small programs, of no use to other tests, take gigabytes."""
+    yield
+    jax.clear_caches()
+
+
+EXAMPLES = max(200, settings.default.max_examples)
+F32 = np.float32(2) ** -23
+
+
+def enable_x64(on):
+    if not on:
+        return contextlib.nullcontext()
+    # The name moved; either warns or is missing in the other half of jax 0.6 to 0.10.
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64
+
+    return enable_x64()
+
+
+def is_quantized(x):
+    return isinstance(x, QuantizedArray)
+
+
+def leaves_of(tree):
+    return jax.tree.leaves(tree, is_leaf=is_quantized)
+
+
+def f64(x):
+    return np.asarray(x).astype(np.float64)
+
+
+# --- trees ----------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+# Few shapes, of every rank up to 4: eager JAX compiles each operation for each.
+SHAPES = [(), (0,), (5,), (2, 3), (4, 4), (3, 0, 2), (1, 2, 1, 3)]
+FORMATS = [
+    LogFormat.from_dynamic_range(8, 100),
+    LogFormat.from_dynamic_range(16, 1e4),
+    LogFormat(4, 0.5),
+    LogFormat(12, 1e-3),
+    LogFormat(2, 1.0),
+    SymlogFormat(8, 0.3),
+    SymlogFormat(16, 1e-3),
+    SymlogFormat(3, 100.0),
+    UniformFormat(8),
+    UniformFormat(2),
+    UniformFormat(16),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """How to make a leaf; a token in the tree until then."""
+
+    kind: str  # "float", "codes" or "python"
+    shape: tuple[int, ...]
+    dtype: str
+    seed: int
+    values: str  # "any" or "zeros"
+    numpy: bool
+    format: Any = None
+    channel_axis: int | None = None
+
+    def weights(self):
+        """Signed numbers over some orders of magnitude, a few of them zero."""
+        rng = np.random.default_rng(self.seed)
+        size = math.exp(rng.uniform(-5, 3))
+        w = rng.standard_normal(self.shape) * size
+        w = np.where(rng.random(self.shape) < 0.1, 0.0, w)
+        if self.values == "zeros":
+            w = np.zeros(self.shape)
+        elif self.kind == "codes" or not np.any(w):
+            w = np.where(w == 0, size, w)  # a scale is wanted in every channel
+        return w
+
+    def make(self):
+        w = self.weights()
+        if self.kind == "python":
+            return float(w)
+        w = np.asarray(w, self.dtype) if self.numpy else jnp.asarray(w, self.dtype)
+        if self.kind == "float":
+            return w
+        every = lambda path, leaf: True
+        return madax.quantize_params(
+            w, self.format, where=every, channel_axis=self.channel_axis
+        )
+
+
+@st.composite
+def leaf(draw, dtypes):
+    kind = draw(st.sampled_from(["float"] * 5 + ["codes"] * 5 + ["python"]))
+    shape = () if kind == "python" else draw(st.sampled_from(SHAPES))
+    format = channel_axis = None
+    if kind == "codes":
+        format = draw(st.sampled_from(FORMATS))
+        axes = list(range(-len(shape), len(shape)))
+        channel_axis = draw(st.sampled_from([None, None, *axes]))
+    zeros = kind != "codes" and draw(st.sampled_from([False] * 6 + [True]))
+    return Leaf(
+        kind,
+        shape,
+        draw(st.sampled_from(dtypes)),
+        draw(st.integers(0, 2**16)),
+        "zeros" if zeros else "any",
+        draw(st.booleans()),
+        format,
+        channel_axis,
+    )
+
+
+def trees(dtypes):
+    def containers(node):
+        keys = st.sampled_from(["a", "b", "kernel", "c/d"])
+        return st.one_of(
+            st.dictionaries(keys, node, max_size=3),
+            st.lists(node, max_size=3),
+            st.lists(node, max_size=3).map(tuple),
+            st.tuples(node, node).map(lambda pair: Pair(*pair)),
+        )
+
+    nothing = st.sampled_from([None, {}, (), []])
+    a_leaf = leaf(dtypes)
+    nodes = st.recursive(
+        st.one_of(a_leaf, a_leaf, a_leaf, nothing), containers, max_leaves=5
+    )
+    # None for all parameters is a mistake, and said to be one.
+    return nodes.filter(lambda t: t is not None and len(jax.tree.leaves(t)) <= 5)
+
+
+def gradients(params, seed, bad=True):
+    """Of the leaves' dtype or float32, over orders of magnitude, some of them bad."""
+    rng = np.random.default_rng(seed)
+
+    def like(w):
+        shape = np.shape(w)
+        dtype = jnp.float32 if is_quantized(w) or rng.random() < 0.3 else w
+        dtype = jnp.result_type(dtype)
+        orders = 4 if dtype == np.float16 else 6
+        # Now and then each element has a size of its own.
+        sizes = shape if rng.random() < 0.25 else ()
+        g = rng.standard_normal(shape) * 10.0 ** rng.uniform(-orders, orders, sizes)
+        g = np.where(rng.random(shape) < 0.1, 0.0, g)
+        if bad:
+            poison = rng.choice([np.nan, np.inf, -np.inf, 1e25], shape)
+            g = np.where(rng.random(shape) < 0.05, poison, g)
+        with np.errstate(all="ignore"):
+            g = g.astype(dtype)
+        return g if rng.random() < 0.5 else jnp.asarray(g)
+
+    return jax.tree.map(like, params, is_leaf=is_quantized)
+
+
+# --- formats, in float64 --------------------------------------------------------------
+
+
+def levels(fmt):
+    return 2 ** (fmt.bits - 1) - 1
+
+
+def spacing(fmt):
+    """The step between codes, in nats where there are such."""
+    if isinstance(fmt, LogFormat):
+        return fmt.base_step
+    if isinstance(fmt, SymlogFormat):
+        return np.arcsinh(1 / fmt.linear_range) / levels(fmt)
+    return None
+
+
+def decode(fmt, c):
+    c, n = f64(c), levels(fmt)
+    if isinstance(fmt, LogFormat):
+        return np.sign(c) * np.exp(fmt.base_step * (np.abs(c) - n))
+    if isinstance(fmt, SymlogFormat):
+        return fmt.linear_range * np.sinh(c * spacing(fmt))
+    return c / n
+
+
+def encode(fmt, x):
+    n = levels(fmt)
+    with np.errstate(divide="ignore"):
+        if isinstance(fmt, LogFormat):
+            c = np.clip(n + np.log(np.abs(x)) / fmt.base_step, 1, n)
+            return np.sign(x) * c
+    if isinstance(fmt, SymlogFormat):
+        return np.clip(np.arcsinh(x / fmt.linear_range) / spacing(fmt), -n, n)
+    return np.clip(x * n, -n, n)
+
+
+def code_error(fmt, x):
+    """What float32 may be wrong by in the real-valued code of ``x``, in codes."""
+    error = 4 * F32 * levels(fmt)
+    if isinstance(fmt, LogFormat):
+        with np.errstate(divide="ignore"):
+            logs = np.minimum(np.abs(np.log(np.abs(x))), 100)
+        error = error + F32 * (4 + 2 * logs) / fmt.base_step
+    elif isinstance(fmt, SymlogFormat):
+        arc = np.abs(np.arcsinh(x / fmt.linear_range))
+        error = error + F32 * (4 + 4 * arc) / spacing(fmt)
+    return error
+
+
+def saturate(fmt, code, sign):
+    n = levels(fmt)
+    if isinstance(fmt, LogFormat):
+        positive, negative = np.clip(code, 1, n), np.clip(code, -n, -1)
+        return np.where(sign > 0, positive, np.where(sign < 0, negative, 0))
+    return np.clip(code, -n, n)
+
+
+def rounded(low, high, rounding):
+    """The whole numbers that a number in the interval may be rounded to."""
+    if rounding == "nearest":
+        return np.rint(low), np.rint(high)
+    return np.floor(low), np.ceil(high)
+
+
+def log_steps(fmt, c, d):
+    """How many codes a log-step moves; rising in d."""
+    if isinstance(fmt, UniformFormat):
+        return np.where(c == 0, d, c * np.expm1(np.sign(c) * np.clip(d, -87, 88)))
+    return d / spacing(fmt)
+
+
+def check_between(got, low, high, what):
+    got = f64(got)
+    wrong = ~((low <= got) & (got <= high))
+    assert not np.any(wrong), f"{what}: {got[wrong]} not in {low[wrong]}, {high[wrong]}"
+
+
+def check_codes_between(w, low, high, sign_low, sign_high, what):
+    """Codes between the ends of an interval, saturated for the signs at its ends."""
+    low, high = (
+        np.broadcast_to(saturate(w.format, c, s), w.shape)
+        for c, s in ((low, sign_low), (high, sign_high))
+    )
+    check_between(w.codes, low, high, what)
+
+
+def check_quantized(leaf, w):
+    """``quantize_params``: the scale, and the nearest code."""
+    fmt, x = leaf.format, f64(np.asarray(leaf.weights()).astype(leaf.dtype))
+    axes = None
+    if leaf.channel_axis is not None:
+        axes = tuple(a for a in range(x.ndim) if a != leaf.channel_axis % x.ndim)
+    scale = np.ones(())
+    if x.size:
+        scale = np.sqrt(np.mean(x**2, axis=axes, keepdims=axes is not None))
+        np.testing.assert_allclose(w.scale, 3 * scale, rtol=2e-6)
+        assert w.scale.shape == scale.shape
+    assert w.codes.dtype == (np.int8 if fmt.bits <= 8 else np.int16)
+    assert w.scale.dtype == np.float32 and w.shape == x.shape
+    x = x / np.where(f64(w.scale) > 0, f64(w.scale), 1)
+    code, error = encode(fmt, x), code_error(fmt, x)
+    ends = rounded(code - error, code + error, "nearest")
+    check_codes_between(w, *ends, np.sign(x), np.sign(x), "quantize_params")
+
+
+# --- moments, in float64 --------------------------------------------------------------
+
+
+class MomentGrid(NamedTuple):
+    """Codes 1, 2, ... from 2**octave up, ``2**mantissa`` of them an octave."""
+
+    octave: int
+    mantissa: int
+    highest: int
+
+    def decode(self, code):
+        octaves, rest = np.divmod(f64(code) - 1, 2.0**self.mantissa)
+        value = 2.0 ** (self.octave + octaves) * (1 + rest / 2**self.mantissa)
+        return np.where(f64(code) > 0, value, 0)
+
+    def check(self, code, value, error, what):
+        """The code below or above a magnitude, or at the end of the range."""
+        code = f64(code)
+        assert np.all(code <= self.highest)
+        below = np.where(code <= 1, 0, self.decode(code - 1))
+        above = np.where(code >= self.highest, np.inf, self.decode(code + 1))
+        check_between(value, below - error, above + error, what)
+
+
+def moment_grids(bits, window):
+    """Of v and m. Before a window is placed they have two bits less of mantissa."""
+    mantissa, v_highest, m_highest = bits - 6, 2**bits - 1, 2 ** (bits - 1) - 1
+    if window:
+        octave = window - 127
+        # m is as high as the root of v; it has 32 octaves.
+        return {
+            "v": MomentGrid(octave, mantissa, v_highest),
+            "m": MomentGrid((octave + 65) // 2 - 32, mantissa, m_highest),
+        }
+    normal = 254 * 2 ** (mantissa - 2)
+    return {
+        "v": MomentGrid(-126, mantissa - 2, min(v_highest, normal)),
+        "m": MomentGrid(-62, mantissa - 2, min(m_highest, normal)),
+    }
+
+
+# --- the oracle of one step -----------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """An optimizer as numbers; ``rate`` in nats, a function of the count."""
+
+    rate: Any
+    b1: float | None = None
+    b2: float = 0.999
+    p_scale: float = 3.0
+    g_bound: float = 10.0
+    floor: float = 0.0
+    zero_init_scale: float = 0.1
+    moment_bits: int | None = None
+    rounding: str = "stochastic"
+    grid: Any = None  # the format that float leaves are kept on
+
+
+def largest_square(rule, w):
+    """Beyond which a gradient counts as infinite: of the dtype of the moments."""
+    wide = rule.moment_bits is None and not is_quantized(w)
+    wide = wide and jnp.result_type(w) == jnp.float64
+    return float(np.finfo(np.float64 if wide else np.float32).max)
+
+
+class Moments:
+    """The stored moments of leaf i before and after a step, checked as they are read.
+
+    With a format, v and m are what their codes say: on the grid of the window that
+    they are in, which is placed by the first codes, one step after these.
+    """
+
+    def __init__(self, rule, i, before, after):
+        self.codes = rule.moment_bits is not None
+        states = (before, after)
+        self.raw = [
+            {
+                name: np.asarray(jax.tree.leaves(getattr(state, name))[i])
+                for name in ("v", "m")[: 1 + (rule.b1 is not None)]
+            }
+            for state in states
+        ]
+        self.moved = False
+        if not self.codes:
+            self.old, self.new = ({k: f64(x) for k, x in r.items()} for r in self.raw)
+            return
+        old, new = (int(next(iter(s.window.values()))[i]) for s in states)
+        grids = [moment_grids(rule.moment_bits, window) for window in (old, new)]
+        self.old, self.new = (
+            {k: np.sign(f64(x)) * g[k].decode(np.abs(f64(x))) for k, x in r.items()}
+            for r, g in zip(self.raw, grids, strict=True)
+        )
+        self.grids, self.moved = grids[1], old != new
+        placed = old
+        if not old and np.any(self.old["v"]):
+            peak = int(np.floor(np.log2(self.old["v"].max())))
+            placed = np.clip(peak + 127 - 30, 1, 190)
+        assert new == placed
+
+    def check(self, name, value, error, ok):
+        """After the step: that value; where not ``ok``, nothing new."""
+        old, new = (raw[name] for raw in self.raw)
+        if not self.moved:
+            np.testing.assert_array_equal(new[~ok], old[~ok])
+        if not self.codes:
+            check_between(new, value - error, value + error, name)
+            return
+        assert np.all((np.sign(f64(new)) * value >= 0) | (np.abs(value) <= error))
+        self.grids[name].check(np.abs(f64(new)), np.abs(value), error, name)
+        if name == "v":  # no zero but the true one, or what a tiny b2 leaves of v
+            assert np.all(new[value > error] > 0)
+            assert not np.any(new[value == 0])
+
+
+def directions(rule, i, w, g, before, after, count):
+    """Checks the moments; the normalised gradient of leaf i, and its error."""
+    g = f64(g)
+    with np.errstate(all="ignore"):
+        g2 = g**2
+    ok = np.isfinite(g) & (g2 < largest_square(rule, w))
+    g, g2 = np.where(ok, g, 0), np.where(ok, g2, 0)
+    moments = Moments(rule, i, before, after)
+    old = moments.old
+    v = np.where(ok, rule.b2 * old["v"] + (1 - rule.b2) * g2, old["v"])
+    v_error = 8 * F32 * (old["v"] + g2) + 1e-37
+    moments.check("v", v, v_error, ok)
+    top, top_error = g, 4 * F32 * np.abs(g)
+    if rule.b1 is not None:
+        m = np.where(ok, rule.b1 * old["m"] + (1 - rule.b1) * g, old["m"])
+        m_error = 8 * F32 * (np.abs(old["m"]) + np.abs(g)) + 1e-37
+        moments.check("m", m, m_error, ok)
+        if moments.codes:  # the direction is that of the moments as stored
+            m, m_error = moments.new["m"], 4 * F32 * np.abs(moments.new["m"])
+        correction = 1 - rule.b1**count
+        top, top_error = m / correction, 2 * m_error / correction
+    if moments.codes:
+        v, v_error = moments.new["v"], 4 * F32 * moments.new["v"]
+    v_hat = v / (1 - rule.b2**count)
+    moves = ok & (v > 0)
+    root = np.sqrt(np.where(moves, v_hat, 1))
+    direction = np.where(moves, top / root, 0)
+    error = np.where(moves, top_error / root, 0) + 2e-6 * np.abs(direction)
+    # With a tiny b2 what is left of v may be all rounding.
+    error += np.abs(direction) * np.where(moves, v_error / np.where(moves, v, 1), 0)
+    return direction, error
+
+
+def step_interval(rule, direction, error, count):
+    """Log-steps between two ends, and whether the rate is one to move by."""
+    rate = rule.rate(count - 1)
+    low, high = (
+        np.clip(x, -rule.g_bound, rule.g_bound)
+        for x in (direction - error, direction + error)
+    )
+    d_low, d_high = -rate * high, -rate * low
+    slack = 4 * F32 * np.maximum(np.abs(d_low), np.abs(d_high))
+    return d_low - slack, d_high + slack
+
+
+def sign_log(w, d, floor):
+    saturated = np.clip(np.sign(w) * d, -87, 88)
+    return np.where(np.abs(w) > floor, w * np.expm1(saturated), floor * d)
+
+
+def float_interval(rule, rms0, zero_init, w, d_low, d_high, info):
+    """Between which values w + u must be, before any grid."""
+    floor = rms0 * (1.0 if zero_init else rule.floor)
+    ends = []
+    for d in (d_low, d_high):
+        # About at the floor either rule is right.
+        ends += [w + sign_log(w, d, floor * (1 + e)) for e in (-4e-6, 4e-6)]
+    low, high = np.minimum.reduce(ends), np.maximum.reduce(ends)
+    bound = min(rule.p_scale * rms0, float(info.max)) if rms0 > 0 else 0.0
+    low, high = np.clip(low, -bound, bound), np.clip(high, -bound, bound)
+    eps = float(info.eps)
+    slack = 0.0
+    for end in (low, high):
+        size = np.abs(end) + np.abs(w) * (4 * F32) + np.abs(end - w)
+        moved = (end != w) | (np.abs(w) > bound * (1 - 4e-6))
+        slack = np.maximum(slack, np.where(moved, (eps + 8 * F32) * size, 0))
+    tiny = float(max(info.smallest_subnormal, 2.0**-125))
+    return low - slack - tiny, high + slack + tiny
+
+
+def check_float(rule, rms0, zero_init, w, new, d_low, d_high):
+    dtype = jnp.result_type(w)
+    info = jnp.finfo(dtype)
+    eps, x = float(info.eps), f64(np.asarray(w, dtype))  # a Python float is a float32
+    low, high = float_interval(rule, rms0, zero_init, x, d_low, d_high, info)
+    scale = rule.p_scale * rms0
+    if rule.grid is None or scale == 0:
+        check_between(new, low, high, "float leaf")
+        return
+    fmt = rule.grid
+    here = encode(fmt, x / scale)
+    error = code_error(fmt, x / scale)
+    start = [
+        decode(fmt, saturate(fmt, np.rint(here + s * error), np.sign(x)))
+        for s in (-1, 1)
+    ]
+    u_low, u_high = (low - x) / scale, (high - x) / scale
+    # A weight that is on the grid to within 8 roundings steps from its grid point.
+    near = [
+        np.where(np.abs(x / scale - p) <= 9 * eps * np.abs(p), p, x / scale)
+        for p in start
+    ]
+    t_low = np.minimum.reduce([*near, x / scale]) + u_low - 4 * F32 * np.abs(u_low)
+    t_high = np.maximum.reduce([*near, x / scale]) + u_high + 4 * F32 * np.abs(u_high)
+    c_low = encode(fmt, t_low) - code_error(fmt, t_low)
+    c_high = encode(fmt, t_high) + code_error(fmt, t_high)
+    c_low, c_high = rounded(c_low, c_high, rule.rounding)
+    c_low = saturate(fmt, c_low, np.sign(t_low))
+    c_high = saturate(fmt, c_high, np.sign(t_high))
+    got = f64(new)
+    code = np.clip(np.rint(encode(fmt, got / scale)), c_low, c_high)
+    largest = float(info.max)
+    point = np.clip(scale * decode(fmt, code), -largest, largest)
+    slack = (2 * eps + 8 * F32) * np.maximum(np.abs(point), np.abs(x))
+    slack += (
+        np.abs(point) * F32 * np.abs(np.log(np.maximum(np.abs(point) / scale, 1e-30)))
+    )
+    slack += float(max(info.smallest_subnormal, 2.0**-125))
+    check_between(got, point - slack, point + slack, "float leaf on a grid")
+
+
+def check_native(rule, w, new, d_low, d_high):
+    fmt, c = w.format, f64(w.codes)
+    low, high = log_steps(fmt, c, d_low), log_steps(fmt, c, d_high)
+    slack = 4 * F32 * np.maximum(np.abs(low), np.abs(high))
+    low, high = rounded(low - slack, high + slack, rule.rounding)
+    sign = np.sign(c)
+    check_codes_between(new, c + low, c + high, sign, sign, f"{fmt}")
+
+
+def check_kind(w, new):
+    """A leaf of the same kind, shape and dtype; a Python float has become an array."""
+    assert is_quantized(w) == is_quantized(new)
+    assert np.shape(w) == np.shape(new)
+    if is_quantized(w):
+        assert w.format == new.format and new.codes.dtype == w.codes.dtype
+        np.testing.assert_array_equal(w.scale, new.scale)
+    else:
+        assert jnp.result_type(new) == jnp.result_type(w)
+        assert np.all(np.isfinite(f64(new)))
+
+
+class Oracle:
+    """Follows an optimizer: what it knows of the first weights, and the count."""
+
+    def __init__(self, rule, params):
+        self.rule, self.count, self.first = rule, 0, []
+        for w in leaves_of(params):
+            scale = (0.0, False)
+            if not is_quantized(w):
+                zero = np.size(w) > 0 and not np.any(f64(w))
+                rms = np.sqrt(np.mean(f64(w) ** 2)) if np.size(w) else 1.0
+                scale = (rule.zero_init_scale if zero else rms, zero)
+            self.first.append(scale)
+
+    def check(self, grads, state, new_state, params, new):
+        self.count += 1
+        assert jax.tree.structure(new) == jax.tree.structure(params)
+        assert jax.tree.structure(new_state) == jax.tree.structure(state)
+        assert new_state[0].count == new_state[-1].count == self.count
+        lists = map(leaves_of, (params, grads, new))
+        for i, (w, g, after) in enumerate(zip(*lists, strict=True)):
+            check_kind(w, after)
+            d, error = directions(
+                self.rule, i, w, g, state[0], new_state[0], self.count
+            )
+            ends = step_interval(self.rule, d, error, self.count)
+            if is_quantized(w):
+                check_native(self.rule, w, after, *ends)
+            else:
+                check_float(self.rule, *self.first[i], w, after, *ends)
+
+
+# --- optimizers -----------------------------------------------------------------------
+
+as_number = st.sampled_from([float, float, np.float32, jnp.float32, np.array])
+
+
+@st.composite
+def numbers(draw, low, high):
+    """A number in some type; a float32, so that it is the same in all of them."""
+    return draw(as_number)(float(np.float32(draw(st.floats(low, high)))))
+
+
+@st.composite
+def optimizers(draw):
+    """A madax optimizer, its rule, and its arguments to show."""
+    name = draw(st.sampled_from(["madam"] * 6 + ["bbit_madam", "lns_madam"]))
+    kw = {}
+
+    def some(key, strategy):
+        if draw(st.booleans()):
+            kw[key] = draw(strategy)
+
+    rate = draw(
+        st.one_of(
+            numbers(1e-4, 0.5), numbers(0, 3), st.sampled_from([0.0, 1, 1e-6, 20.0])
+        )
+    )
+    some("b2", numbers(0, 0.9999))
+    some("p_scale", numbers(0.125, 20))
+    some("g_bound", st.one_of(numbers(0.125, 20), st.just(math.inf)))
+    some("zero_init_scale", st.one_of(numbers(0.0078125, 2), st.just(0)))
+    nats, rounding, grid, moment_bits = 1.0, "nearest", None, None
+    if name == "madam":
+        rounding = draw(st.sampled_from(["stochastic", "nearest"]))
+        if draw(st.booleans()):
+            moment_bits = draw(st.sampled_from([8, 8, 9, 12, 16]))
+            kw["moment_format"] = MomentFormat(moment_bits)
+        some("b1", st.one_of(numbers(0, 0.99), st.none()))
+        some("floor", numbers(0, 3))
+        some("seed", st.integers(-(2**40), 2**40))
+        if draw(st.sampled_from([False] * 5 + [True])):
+            kw["p_scale"] = math.inf
+        kw["rounding"] = rounding
+    elif name == "bbit_madam":
+        some("bits", st.sampled_from([1, 4, 12]))
+        some("base_precision", st.sampled_from([1e-3, 5e-3, 0.01]))
+        spacing = kw.get("base_precision", 1e-3)
+        grid = LogFormat(kw.get("bits", 12) + 1, spacing)
+        # Ties are told apart by no rounding: whole codes, and a bit.
+        rate = spacing * (draw(st.integers(0, 300)) + draw(st.floats(-0.4, 0.4)))
+        rate = max(rate, 0.0)
+    else:
+        some("format", st.sampled_from(FORMATS))
+        grid = kw.get("format", LogFormat.from_gamma(16, 2048))
+        nats = math.log(2)
+    value = float(rate)
+
+    def nat_rate(count, decay=1.0):
+        now = value * decay**count
+        if name == "bbit_madam":
+            whole = np.rint(now / spacing)
+            return spacing * max(whole, np.sign(now))
+        return nats * now
+
+    schedule = name != "bbit_madam" and draw(st.sampled_from([False] * 3 + [True]))
+    learning_rate = rate
+    rule_rate = nat_rate
+    if schedule:
+        learning_rate = lambda count: value * 0.5**count
+        rule_rate = lambda count: nat_rate(count, 0.5)
+    rule = Rule(
+        rule_rate,
+        None if kw.get("b1") is None else float(kw["b1"]),
+        float(kw.get("b2", 0.999)),
+        float(kw.get("p_scale", 3.0)),
+        float(kw.get("g_bound", 10.0)),
+        float(kw.get("floor", 0.0)),
+        float(kw.get("zero_init_scale", 0.1)),
+        moment_bits,
+        rounding,
+        grid,
+    )
+    return name, learning_rate, kw, rule
+
+
+def run_step(tx, grads, state, params):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+# Compiling takes a hundred times as long as an eager step.
+modes = st.sampled_from(["eager"] * 20 + ["no jit"] * 2 + ["jit"])
+
+
+def in_mode(mode):
+    return jax.disable_jit() if mode == "no jit" else contextlib.nullcontext()
+
+
+def take_steps(tree, optimizer, seed, mode, steps):
+    name, learning_rate, kw, rule = optimizer
+    event(f"{name}, {mode}")
+    with in_mode(mode), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        params = jax.tree.map(Leaf.make, tree)
+        tokens = jax.tree.leaves(tree)
+        for token, w in zip(tokens, leaves_of(params), strict=True):
+            if token.kind == "codes":
+                check_quantized(token, w)
+        tx = getattr(madax, name)(learning_rate, **kw)
+        state = tx.init(params)
+        step = jax.jit(run_step, static_argnums=0) if mode == "jit" else run_step
+        oracle = Oracle(rule, params)
+        for t in range(steps):
+            grads = gradients(params, seed + t)
+            new, new_state = step(tx, grads, state, params)
+            oracle.check(grads, state, new_state, params, new)
+            params, state = new, new_state
+    stuck = rule.zero_init_scale == 0 and any(zero for _, zero in oracle.first)
+    messages = [str(w.message) for w in caught]
+    assert len(messages) == stuck, messages
+    assert all("zero_init_scale" in message for message in messages)
+
+
+DTYPES = ["float32", "float32", "bfloat16", "float16"]
+seeds = st.integers(0, 2**20)
+
+
+@settings(max_examples=EXAMPLES)
+@given(trees(DTYPES), optimizers(), seeds, modes, st.integers(1, 3))
+def test_every_step_is_the_oracles(tree, optimizer, seed, mode, steps):
+    take_steps(tree, optimizer, seed, mode, steps)
+
+
+# Every operation compiles anew: few examples.
+@settings(max_examples=EXAMPLES // 20)
+@given(trees(["float64", "float64", "float32"]), optimizers(), seeds)
+def test_every_step_is_the_oracles_with_float64(tree, optimizer, seed):
+    with enable_x64(True):
+        take_steps(tree, optimizer, seed, "eager", 2)
+
+
+# --- optimizers that know nothing of codes --------------------------------------------
+
+
+def inner_updates(kind, rate, moments, g, count):
+    """What SGD or Adam add to a leaf, and its error; a NaN stays in Adam's moments."""
+    g = f64(g)
+    if kind == "sgd":
+        return -rate * g, 4 * F32 * rate * np.abs(g)
+    m_error = 8 * F32 * (np.abs(moments[0]) + np.abs(g))
+    moments[0] += (1 - 0.9) * (g - moments[0])
+    moments[1] += (1 - 0.999) * (g**2 - moments[1])
+    m, v = moments
+    step = rate / (1 - 0.9**count) / (np.sqrt(v / (1 - 0.999**count)) + 1e-8)
+    # Optax takes 0.999**count from 1 in float32.
+    return -step * m, step * (m_error + 5e-5 * np.abs(m))
+
+
+def check_wrapped(w, new, u, error, rounding):
+    check_kind(w, new)
+    fmt, scale = w.format, f64(w.scale)
+    still = ~np.isfinite(u)
+    np.testing.assert_array_equal(
+        np.asarray(new.codes)[still], np.asarray(w.codes)[still]
+    )
+    u, error = np.where(still, 0, u) / scale, np.where(still, 0, error) / scale
+    x = decode(fmt, w.codes)
+    error = error + 4 * F32 * np.abs(u)
+    moved = x + u
+    sum_error = error + 4 * F32 * np.minimum(np.abs(x), np.abs(moved)) * (u != 0)
+    # Where a weight all but vanishes, float32 knows neither its sign nor its code.
+    sum_error += np.where(np.abs(moved) < 0.5 * np.abs(x), 8 * F32 * np.abs(x), 0)
+    low, high = moved - sum_error, moved + sum_error
+    c_low = encode(fmt, low) - code_error(fmt, low) * (u != 0)
+    c_high = encode(fmt, high) + code_error(fmt, high) * (u != 0)
+    exact = np.where(u == 0, f64(w.codes), np.nan)
+    c_low, c_high = rounded(c_low, c_high, rounding)
+    c_low, c_high = (np.where(u == 0, exact, c) for c in (c_low, c_high))
+    check_codes_between(new, c_low, c_high, np.sign(low), np.sign(high), f"{fmt}")
+
+
+@settings(max_examples=EXAMPLES // 3)
+@given(
+    trees(["float32"]),
+    st.sampled_from(["sgd", "adam"]),
+    st.sampled_from([1e-6, 1e-3, 0.05, 1.0, 30.0]),
+    st.sampled_from(["stochastic", "nearest"]),
+    seeds,
+    modes,
+    st.integers(1, 3),
+)
+def test_wrapped_optimizers_move_codes_as_they_would_floats(
+    tree, kind, rate, rounding, seed, mode, steps
+):
+    event(f"{kind}, {mode}")
+    with in_mode(mode), np.errstate(all="ignore"):
+        params = jax.tree.map(Leaf.make, tree)
+        inner = optax.sgd(rate) if kind == "sgd" else optax.adam(rate)
+        tx = madax.with_quantized_params(inner, rounding=rounding, seed=seed)
+        step = jax.jit(run_step, static_argnums=0) if mode == "jit" else run_step
+        state = tx.init(params)
+        moments = [np.zeros((2, *np.shape(w))) for w in leaves_of(params)]
+        for t in range(steps):
+            grads = gradients(params, seed + t)
+            # Adam squares 1e25 into an infinity of its own; that is not looked at.
+            grads = jax.tree.map(lambda g: np.where(abs(g) > 1e19, np.nan, g), grads)
+            new, state = step(tx, grads, state, params)
+            assert jax.tree.structure(new) == jax.tree.structure(params)
+            assert state.count == t + 1
+            lists = map(leaves_of, (params, grads, new))
+            for i, (w, g, after) in enumerate(zip(*lists, strict=True)):
+                u, error = inner_updates(kind, rate, moments[i], g, t + 1)
+                if is_quantized(w):
+                    check_wrapped(w, after, u, error, rounding)
+                else:
+                    want = f64(np.float32(w)) + u
+                    size = error + 4 * F32 * (np.abs(want) + np.abs(u))
+                    off = np.abs(f64(after) - want)
+                    assert np.all((off <= size + 1e-37) | np.isnan(want))
+                    assert np.all(np.isnan(f64(after)) == np.isnan(want))
+            params = new
+
+
+# --- mistakes -------------------------------------------------------------------------
+
+
+def number_in(condition):
+    """Whether a value is a real number, of whatever type, within a condition.
+
+    Unsigned ones, which cannot be negated, and what JAX has no room for, are not.
+    """
+
+    def valid(value):
+        if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+            real = jnp.issubdtype(value.dtype, np.floating) or whole(value)
+            if not real or np.shape(value) != () or value.dtype.kind == "u":
+                return False
+            if value.dtype == np.longdouble:
+                return False
+            value = float(np.asarray(value).item())
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        if isinstance(value, int) and abs(value) >= 2**31:
+            return False
+        return bool(condition(value)) and not 3.4e38 < abs(value) < math.inf
+
+    return valid
+
+
+def whole(value):
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return np.shape(value) == () and jnp.issubdtype(value.dtype, np.integer)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+in_unit = number_in(lambda x: 0 <= x < 1)
+not_negative = number_in(lambda x: 0 <= x < math.inf)
+positive = number_in(lambda x: x > 0)
+scale_like = number_in(lambda x: 0 < x < math.inf)
+or_none = lambda valid: lambda value: value is None or valid(value)
+one_of = lambda *values: lambda value: isinstance(value, str) and value in values
+a = lambda kind: lambda value: isinstance(value, kind)
+
+MADAM = {
+    "learning_rate": not_negative,
+    "b2": in_unit,
+    "p_scale": positive,
+    "g_bound": positive,
+    "zero_init_scale": not_negative,
+}
+ARGUMENTS = {
+    "madam": MADAM
+    | {
+        "b1": or_none(in_unit),
+        "floor": not_negative,
+        "moment_format": or_none(a(MomentFormat)),
+        "rounding": one_of("stochastic", "nearest"),
+        "seed": whole,
+    },
+    "bbit_madam": MADAM
+    | {
+        "p_scale": scale_like,
+        "bits": lambda x: type(x) is int and 1 <= x <= 15,
+        # With 12 bits; the ends are printed with six digits.
+        "base_precision": lambda x: (
+            not isinstance(x, (np.ndarray, jax.Array))
+            and number_in(lambda x: 1e-6 <= x <= 80 / 4095)(x)
+        ),
+    },
+    "lns_madam": MADAM | {"p_scale": scale_like, "format": a(madax.Format)},
+}
+PAIRS = [(make, name) for make, names in ARGUMENTS.items() for name in names]
+
+anything = st.one_of(
+    st.floats(),
+    st.floats(0, 1),
+    st.floats(0.001, 0.019),
+    st.integers(-3, 40),
+    st.integers(),
+    st.booleans(),
+    st.none(),
+    st.text(max_size=8),
+    st.sampled_from(["nearest", "stochastic", "0.1", b"1", 1j, 10**400, -(10**400)]),
+    st.sampled_from([MomentFormat(8), *FORMATS, LogFormat, object(), len, ...]),
+    st.lists(st.floats(), max_size=2),
+    st.dictionaries(st.text(max_size=2), st.floats(), max_size=1),
+    st.complex_numbers(),
+    st.fractions(),
+    st.decimals(),
+    st.builds(
+        lambda dtype, shape, value: np.full(shape, value, dtype),
+        st.sampled_from(["float32", "float16", "int8", "uint64", "bool", "complex64"]),
+        st.sampled_from([(), (), (), (1,), (2, 3), (0,)]),
+        st.sampled_from([0, 1, 0.5, 100]),
+    ),
+    st.builds(
+        lambda dtype, shape, value: jnp.full(shape, value, dtype),
+        st.sampled_from(["float32", "bfloat16", "int32", "bool", "complex64"]),
+        st.sampled_from([(), (), (1,)]),
+        st.sampled_from([0, 1, 0.5]),
+    ),
+    st.sampled_from([np.float64(0.5), np.int16(3), np.bool_(True), np.str_("x")]),
+    st.sampled_from([np.uint8(1), np.longdouble(0.5), np.int64(2**40), 2**31, 2**40]),
+    st.sampled_from([1e300, -1e300, np.float64(1e300), 3e38, 1e-300, 1e-45]),
+    st.sampled_from([jax.random.key(0), jax.ShapeDtypeStruct((), jnp.float32)]),
+)
+
+
+@contextlib.contextmanager
+def our_error(*words):
+    """TypeError or ValueError, raised by madax itself, whose message has the words."""
+    with pytest.raises((TypeError, ValueError)) as info, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    assert type(info.value) in (TypeError, ValueError)
+    where = traceback.extract_tb(info.value.__traceback__)[-1].filename
+    assert where.startswith(madax.__path__[0]), where
+    for word in words:
+        assert word in str(info.value), f"{word!r} not in {info.value}"
+
+
+SMALL = {"w": np.float32([0.5, -2.0]), "b": np.zeros(2, np.float32)}
+SMALL_CODES = madax.quantize_params(
+    SMALL, FORMATS[0], where=lambda path, leaf: path == "w"
+)
+
+
+@settings(max_examples=EXAMPLES)
+@given(st.sampled_from(PAIRS), anything)
+def test_any_argument_is_fine_or_named(pair, value):
+    """What is fine also takes steps, that leave no weight infinite."""
+    make, name = pair
+    if not ARGUMENTS[make][name](value):
+        if not (name == "learning_rate" and callable(value)):
+            with our_error(name):
+                getattr(madax, make)(**{name: value})
+        return
+    event(f"fine: {name}")
+    tx = getattr(madax, make)(**{name: value})
+    # A zero, as a float32: a leaf of zeros stays there, and it is said.
+    zeros_stay = name == "zero_init_scale" and np.float32(value) == 0
+    for params in (SMALL, SMALL_CODES):
+        with pytest.warns(UserWarning) if zeros_stay else contextlib.nullcontext():
+            state = tx.init(params)
+        for sign in (1, -1):
+            grads = {"w": np.float32([sign, sign]), "b": np.float32([sign, 0])}
+            params, state = run_step(tx, grads, state, params)
+        for w in leaves_of(madax.dequantize_params(params)):
+            assert np.all(np.isfinite(w)), (make, name, value, w)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**400, -(10**400), 2**31, 2**40, np.uint8(1), np.longdouble(0.5), 1e300],
+    ids=lambda value: f"{str(value)[:6]}_{type(value).__name__}",
+)
+@pytest.mark.parametrize(("make", "name"), PAIRS)
+def test_numbers_that_jax_has_no_room_for_are_named(make, name, value):
+    """Not an OverflowError of a later step, nor the negative of an unsigned number."""
+    if not ARGUMENTS[make][name](value):
+        with our_error(name):
+            getattr(madax, make)(**{name: value})
+        return
+    assert name == "seed"
+    tx = getattr(madax, make)(seed=value)
+    run_step(tx, SMALL, tx.init(SMALL_CODES), SMALL_CODES)
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_python_floats_are_leaves(rounding):
+    params = {"scalar": 0.5, "w": np.ones(2, np.float32)}
+    tx = madax.madam(0.1, rounding=rounding)
+    after, _ = run_step(tx, params, tx.init(params), params)
+    np.testing.assert_allclose(after["scalar"], 0.5 * np.exp(-0.1), rtol=1e-6)
+
+
+BAD_LEAVES = [
+    np.ones(2, np.int32),
+    jnp.ones((2, 2), jnp.int8),
+    np.ones(3, bool),
+    jnp.ones(2, jnp.complex64),
+    np.complex128(1j),
+    np.int64(3),
+    3,
+    True,
+    1j,
+    "w",
+    b"w",
+    object(),
+    len,
+    np.array(["w"]),
+    jax.random.key(0),
+    np.float32([1, np.nan]),
+    jnp.float32([[-np.inf]]),
+    math.inf,
+]
+EVERY = {
+    "madam": madax.madam(b1=0.9, moment_format=MomentFormat(8)),
+    "bbit_madam": madax.bbit_madam(),
+    "lns_madam": madax.lns_madam(),
+    "wrapped": madax.with_quantized_params(optax.sgd(0.1)),
+}
+every_optimizer = st.sampled_from(list(EVERY))
+
+
+def put(tree, leaf):
+    """The tree with something more, and the path of that."""
+    return {"tree": tree, "more": [None, (leaf,)]}, "more/1/0"
+
+
+@settings(max_examples=EXAMPLES // 4)
+@given(trees(DTYPES), st.sampled_from(BAD_LEAVES), every_optimizer)
+def test_a_leaf_that_cannot_be_trained_is_named(tree, bad, name):
+    params, path = put(jax.tree.map(Leaf.make, tree), bad)
+    if name == "wrapped":
+        # Its init is that of the inner optimizer; its update looks at all leaves.
+        good, _ = put(params["tree"], np.float32([1, 2]))
+        state, grads = EVERY[name].init(good), gradients(good, 0, bad=False)
+        if isinstance(bad, float) or getattr(bad, "dtype", None) == np.float32:
+            return  # a NaN is the inner optimizer's affair
+        with our_error(f"params['{path}']"):
+            EVERY[name].update(grads, state, params)
+        return
+    with our_error(f"params['{path}']"):
+        EVERY[name].init(params)
+
+
+@settings(max_examples=EXAMPLES // 4)
+@given(trees(DTYPES), st.data(), every_optimizer)
+def test_gradients_that_do_not_fit_are_named(tree, data, name):
+    params, path = put(jax.tree.map(Leaf.make, tree), np.float32([1, 2]))
+    tx, good = EVERY[name], np.float32([3, 4])
+    state = tx.init(params)
+    fine = gradients(params["tree"], 1)
+    bad, words = data.draw(
+        st.sampled_from(
+            [
+                (put(fine, np.ones(2, np.int32))[0], (f"updates['{path}']",)),
+                (put(fine, np.ones(3, np.float32))[0], (f"updates['{path}']", "(3,)")),
+                (put(fine, np.ones((2, 1), np.float32))[0], (f"updates['{path}']",)),
+                (put(fine, np.ones(2, np.complex64))[0], (f"updates['{path}']",)),
+                (put(fine, None)[0], ("updates",)),
+                (put(fine, [good])[0], ("updates",)),
+                ({"tree": fine}, ("updates", "structure")),
+                (good, ("updates", "structure")),
+                (None, ("updates",)),
+                (put(fine, good)[0] | {"other": good}, ("updates", "structure")),
+            ]
+        )
+    )
+    before = jax.tree.map(np.array, (params, state))
+    with our_error(*words):
+        tx.update(bad, state, params)
+    with our_error(*words):
+        jax.eval_shape(tx.update, bad, state, params)
+    with our_error("params is None"):
+        tx.update(put(fine, good)[0], state)
+    jax.tree.map(np.testing.assert_array_equal, before, (params, state))
+
+
+FIELDS = {
+    "base_step": (lambda bits, x: LogFormat(bits, x), 2),
+    "gamma": (LogFormat.from_gamma, 2),
+    "ratio": (LogFormat.from_dynamic_range, 3),
+    "linear_range": (lambda bits, x: SymlogFormat(bits, x), 2),
+}
+
+
+def field_range(name, bits):
+    n = 2 ** (bits - 1) - 1
+    return {
+        "base_step": (1e-6, 80 / n),
+        "gamma": (math.log(2) * n / 80, math.log(2) / 1e-6),
+        "ratio": (math.exp(1e-6 * (n - 1)), math.exp(min(80 * (n - 1) / n, 700))),
+        "linear_range": (1e-6, 1e3),
+    }[name]
+
+
+@settings(max_examples=EXAMPLES)
+@given(
+    st.sampled_from(list(FIELDS)),
+    st.one_of(st.integers(-1, 18), anything),
+    st.one_of(anything, st.floats(0, 1), st.floats(1, 1e6)),
+)
+def test_a_format_is_a_grid_or_an_error(name, bits, value):
+    """Rising codes whose values are theirs again, or a field named."""
+    make, fewest = FIELDS[name]
+    if not (type(bits) is int and fewest <= bits <= 16):
+        with our_error("bits"):
+            make(bits, value)
+        return
+    static = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    real = static and not isinstance(value, np.complexfloating)
+    low, high = field_range(name, bits)
+    if not (real and low * (1 - 2e-5) <= value <= high * (1 + 2e-5)):
+        with our_error(name):
+            make(bits, value)
+        return
+    if not low <= value <= high:  # within the digits that the bounds are printed with
+        return
+    event(f"fine: {name}")
+    fmt = make(bits, value)
+    codes = np.unique(np.linspace(-fmt.levels, fmt.levels, 257).astype(int))
+    got = f64(fmt.decode(jnp.asarray(codes, fmt.storage_dtype)))
+    np.testing.assert_allclose(got, decode(fmt, codes), rtol=2e-5, atol=1e-37)
+    assert np.all(np.diff(got) > 0)
+    again = f64(fmt.encode(jnp.asarray(got, jnp.float32)))
+    error = 2 * code_error(fmt, decode(fmt, codes)) + 1e-3
+    np.testing.assert_array_less(np.abs(again - codes), error)
+    assert hash(fmt) == hash(make(bits, value)) and fmt == make(bits, value)
+
+
+@settings(max_examples=EXAMPLES // 4)
+@given(
+    st.sampled_from(FORMATS),
+    st.sampled_from(SHAPES),
+    st.one_of(st.integers(-5, 5), anything),
+    st.one_of(anything, st.floats(0.1, 10)),
+    st.sampled_from(["w", "zeros", "nan", "int"]),
+)
+def test_quantize_params_is_fine_or_names_what_is_not(fmt, shape, axis, p_scale, kind):
+    w = np.float32(np.random.default_rng(0).standard_normal(shape))
+    w = {"w": w, "zeros": 0 * w, "nan": w * np.nan, "int": np.ones(shape, int)}[kind]
+    every = lambda path, leaf: True
+    call = lambda: madax.quantize_params(
+        {"w": w}, fmt, where=every, channel_axis=axis, p_scale=p_scale
+    )
+    axis_fine = axis is None or (type(axis) is int and -len(shape) <= axis < len(shape))
+    if not scale_like(p_scale) or not (axis is None or type(axis) is int):
+        name = "p_scale" if axis is None or type(axis) is int else "channel_axis"
+        with our_error(name):
+            call()
+    elif kind == "int":
+        with our_error("params['w']"):
+            call()
+    elif not axis_fine:
+        with our_error("channel_axis", "params['w']"):
+            call()
+    elif kind != "w" and w.size:
+        with our_error("params['w']"):
+            call()
+    else:
+        scales = float(p_scale) * np.abs(f64(w))
+        if w.size and not (scales.min() > 1e-36 and scales.max() < 1e37):
+            return  # at the ends of float32
+        codes = call()["w"]
+        assert codes.shape == shape and codes.codes.dtype == fmt.storage_dtype
+        x = f64(w) / np.where(f64(codes.scale) > 0, f64(codes.scale), 1)
+        error = code_error(fmt, x)
+        ends = rounded(encode(fmt, x) - error, encode(fmt, x) + error, "nearest")
+        check_codes_between(codes, *ends, np.sign(x), np.sign(x), "codes")

@@ -1,0 +1,301 @@
+"""Train steps as compilers of other machines get them: exported for CPU, GPU and TPU.
+
+Nothing here runs on a GPU or a TPU. It is the program that is looked at: one that
+lowers for all of them, asks the host for nothing, needs no 64-bit arithmetic, and,
+sent through bytes and back, is on a CPU the same to the last bit.
+"""
+
+import re
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import export
+
+import madax
+from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+OPTIMIZERS = {
+    "madam": partial(madax.madam, 0.03),
+    "floor_b1": partial(madax.madam, 0.03, b1=0.9, floor=1.0),
+    "moments8": partial(madax.madam, 0.03, b1=0.9, moment_format=MomentFormat(8)),
+    "moments12": partial(madax.madam, 0.03, moment_format=MomentFormat(12)),
+    "schedule": partial(madax.madam, optax.cosine_decay_schedule(0.03, 100)),
+    "bbit_madam": partial(madax.bbit_madam, 0.03),
+    "lns_madam": partial(madax.lns_madam, 0.03),
+    "wrapped_adam": lambda: madax.with_quantized_params(optax.adam(0.03)),
+}
+FORMATS = {
+    "log16": LogFormat.from_dynamic_range(16, 10_000),
+    "log8": LogFormat.from_dynamic_range(8, 100),
+    "symlog8": SymlogFormat(8, 0.3),
+    "uniform8": UniformFormat(8),
+}
+every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+
+
+def enable_x64():
+    # The name moved; either warns or is missing in the other half of jax 0.6 to 0.10.
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64
+
+    return enable_x64()
+
+
+def is_quantized(x):
+    return isinstance(x, QuantizedArray)
+
+
+def floats(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return {
+        "kernel": jnp.asarray(rng.standard_normal((6, 4)) / 2, dtype),
+        "out": jnp.asarray(rng.standard_normal((4, 4)) / 2, dtype),
+        "bias": jnp.zeros(4, dtype),
+    }
+
+
+@cache
+def trees():
+    codes = {name: madax.quantize_params(floats(), f) for name, f in FORMATS.items()}
+    channels = {
+        f"{name}_channels": madax.quantize_params(floats(), f, channel_axis=-1)
+        for name, f in FORMATS.items()
+        if name in ("log8", "symlog8")
+    }
+    dtypes = {dtype: floats(dtype) for dtype in ("float32", "bfloat16")}
+    # A leaf of every kind: what runs, runs on this one.
+    kinds = dtypes | codes | {"channels": channels["log8_channels"]}
+    mixed = {k: v["kernel"] for k, v in kinds.items()} | {"zeros": jnp.zeros(4)}
+    return dtypes | codes | channels | {"mixed": mixed}
+
+
+def gradients(params, seed=1):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda w: jnp.asarray(
+            rng.standard_normal(w.shape),
+            jnp.float32 if is_quantized(w) else w.dtype,
+        ),
+        params,
+        is_leaf=is_quantized,
+    )
+
+
+def loss(params, x):
+    params = madax.dequantize_params(params)
+    hidden = jnp.tanh(x.astype(params["bias"].dtype) @ params["kernel"])
+    return jnp.mean((hidden @ params["out"] + params["bias"] - 1) ** 2)
+
+
+def update_step(tx, params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def model_step(tx, params, state, x):
+    decoded = madax.dequantize_params(params)
+    return update_step(tx, params, state, jax.grad(loss)(decoded, x))
+
+
+def on_leaves(step, args):
+    """The step as a function of arrays alone, and these arrays: only they serialise."""
+    flat, treedef = jax.tree.flatten(args)
+    return lambda *flat: jax.tree.leaves(step(*treedef.unflatten(flat))), flat
+
+
+def exported(step, args, platforms=PLATFORMS, donate=0):
+    """The export, with the first ``donate`` arrays donated."""
+    function, flat = on_leaves(step, args)
+    jitted = jax.jit(function, donate_argnums=range(donate))
+    return export.export(jitted, platforms=platforms)(*flat)
+
+
+def wide_types(text):
+    return set(re.findall(r"[<x](f64|u?i64)>", text))
+
+
+def check_program(text):
+    """No call out of the program, to the host or to a library; no 64-bit arrays."""
+    assert "stablehlo" in text
+    assert "custom_call" not in text
+    assert not wide_types(text)
+    for effect in ("infeed", "outfeed", "stablehlo.send", "stablehlo.recv"):
+        assert effect not in text
+
+
+@pytest.mark.parametrize("tree", trees())
+@every_optimizer
+def test_every_step_lowers_for_every_platform(optimizer, tree):
+    params = trees()[tree]
+    tx = OPTIMIZERS[optimizer]()
+    args = (params, tx.init(params), gradients(params))
+    together = exported(partial(update_step, tx), args)
+    assert together.platforms == PLATFORMS
+    check_program(together.mlir_module())
+    wanted = [(x.shape, x.dtype) for x in jax.tree.leaves(args[:2])]
+    assert [(x.shape, x.dtype) for x in together.out_avals] == wanted
+
+
+@pytest.mark.parametrize("tree", ["bfloat16", "log8_channels"])
+@every_optimizer
+def test_steps_of_a_model_lower_with_buffers_donated(optimizer, tree):
+    params = trees()[tree]
+    tx = OPTIMIZERS[optimizer]()
+    carry = (params, tx.init(params))
+    donate = len(jax.tree.leaves(carry))
+    args = (*carry, jnp.ones((3, 6)))
+    for platforms in (("cuda",), ("tpu",), PLATFORMS):
+        program = exported(partial(model_step, tx), args, platforms, donate)
+        assert program.platforms == platforms
+        check_program(program.mlir_module())
+    # In place: all of weights, codes and moments is overwritten by its successor.
+    reused = re.findall("tf.aliasing_output|jax.buffer_donor", program.mlir_module())
+    assert len(reused) == donate
+
+
+@every_optimizer
+def test_a_step_runs_the_same_after_a_round_trip_through_bytes(optimizer):
+    pytest.importorskip("flatbuffers")  # what jax.export serialises with
+    params = trees()["mixed"]
+    tx = OPTIMIZERS[optimizer]()
+    args = (params, tx.init(params), gradients(params))
+    step = partial(update_step, tx)
+    program = exported(step, args)
+    again = export.deserialize(program.serialize())
+    assert again.platforms == PLATFORMS
+    assert again.mlir_module() == program.mlir_module()
+    function, flat = on_leaves(step, args)
+    jitted, call = jax.jit(function), jax.jit(again.call)
+    carry = len(jax.tree.leaves(args[:2]))
+    ours, theirs = flat, flat
+    for seed in range(3):
+        grads = jax.tree.leaves(gradients(params, seed))
+        ours = jitted(*ours[:carry], *grads)
+        theirs = call(*theirs[:carry], *grads)
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
+    moved = [
+        np.any(np.asarray(new != old)) for new, old in zip(ours, flat, strict=False)
+    ]
+    # All kinds of leaves moved, scales aside: there was something to compare.
+    names = jax.tree.leaves(
+        jax.tree.map(
+            lambda w: (
+                QuantizedArray(True, False, w.format) if is_quantized(w) else True
+            ),
+            params,
+            is_leaf=is_quantized,
+        )
+    )
+    assert moved[: len(names)] == names
+
+
+def test_a_donating_step_runs_after_a_round_trip_through_bytes():
+    pytest.importorskip("flatbuffers")
+    params = trees()["log8_channels"]
+    tx = OPTIMIZERS["moments8"]()
+    args = (params, tx.init(params), jnp.ones((3, 6)))
+    step = partial(model_step, tx)
+    donate = len(jax.tree.leaves(args[:2]))
+    program = exported(step, args, donate=donate)
+    again = export.deserialize(program.serialize())
+    function, flat = on_leaves(step, args)
+    ours = jax.jit(function)(*flat)
+    mine = list(map(jnp.copy, flat))
+    theirs = jax.jit(again.call, donate_argnums=range(donate))(*mine)
+    jax.tree.map(np.testing.assert_array_equal, ours, list(theirs))
+
+
+def test_a_program_for_accelerators_alone_does_not_pretend_to_run_here():
+    params = trees()["log8"]
+    tx = OPTIMIZERS["madam"]()
+    args = (params, tx.init(params), gradients(params))
+    program = exported(partial(update_step, tx), args, ("cuda", "tpu"))
+    with pytest.raises(ValueError, match="platform"):
+        program.call(*jax.tree.leaves(args))
+
+
+@pytest.mark.parametrize("tree", ["log8", "symlog8_channels"])
+def test_codes_are_arguments_and_results_of_an_export(tree):
+    """Within a process an export takes and returns the trees themselves."""
+    params = trees()[tree]
+    tx = OPTIMIZERS["moments8"]()
+    args = (params, tx.init(params), gradients(params))
+    step = jax.jit(partial(update_step, tx))
+    program = export.export(step, platforms=PLATFORMS)(*args)
+    theirs, ours = program.call(*args), step(*args)
+    assert jax.tree.structure(theirs) == jax.tree.structure(ours)
+    jax.tree.map(np.testing.assert_array_equal, theirs, ours)
+    assert is_quantized(theirs[0]["kernel"])
+    # Codes of one format are no arguments of a program made for another.
+    other = trees()["uniform8"]
+    with pytest.raises((ValueError, TypeError)):
+        program.call(other, tx.init(other), args[2])
+
+
+def test_a_batch_of_any_size():
+    params = trees()["log8"]
+    tx = OPTIMIZERS["moments8"]()
+    step = partial(model_step, tx)
+    (size,) = export.symbolic_shape("batch")
+    x = jax.ShapeDtypeStruct((size, 6), jnp.float32)
+    program = exported(step, (params, tx.init(params), x))
+    for batch in (2, 5):
+        args = (params, tx.init(params), jnp.ones((batch, 6)))
+        function, flat = on_leaves(step, args)
+        ours, theirs = jax.jit(function)(*flat), program.call(*flat)
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+# --- that the checks above would see it -----------------------------------------------
+
+
+def test_a_call_of_the_host_would_be_seen():
+    def step(x):
+        return jax.pure_callback(np.sin, jax.ShapeDtypeStruct((), jnp.float32), x)
+
+    text = jax.jit(step).lower(jnp.float32(1)).as_text()
+    with pytest.raises(AssertionError):
+        check_program(text)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int64", "uint64"])
+def test_wide_arrays_would_be_seen(dtype):
+    with enable_x64():
+        x = jnp.ones(3, dtype)
+        assert x.dtype == dtype
+        text = exported(lambda x: x[:1] + 1, (x,)).mlir_module()
+    with pytest.raises(AssertionError):
+        check_program(text)
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        madax.LogFormat.from_dynamic_range(bits=8, ratio=100),
+        madax.SymlogFormat(bits=16, linear_range=0.3),
+        madax.UniformFormat(bits=6),
+    ],
+)
+def test_functions_of_quantized_params_can_be_serialized(fmt):
+    pytest.importorskip("flatbuffers")
+    weights = {"w": jax.random.normal(jax.random.key(0), (8, 4)), "b": jnp.ones(4)}
+    params = madax.quantize_params(weights, fmt)
+
+    def apply(params, x):
+        params = madax.dequantize_params(params)
+        return x @ params["w"] + params["b"]
+
+    x = jnp.ones((2, 8))
+    exported = jax.export.export(jax.jit(apply))(params, x)
+    restored = jax.export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(restored.call(params, x), jax.jit(apply)(params, x))

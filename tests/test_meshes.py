@@ -1,0 +1,482 @@
+"""A mesh of eight devices trains as one device does, to the last bit.
+
+Given the same gradients, that is: a sum over a batch that is spread over devices is
+taken in another order, so that there the losses are what can be compared.
+"""
+
+import functools
+import math
+import re
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from flax.training.train_state import TrainState
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import madax
+from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
+
+pytestmark = pytest.mark.devices(8)
+
+FLAX = tuple(int(n) for n in re.findall(r"\d+", flax.__version__)[:2])
+STEPS = 50
+
+# Two roundings may not be fused into one or the other: a product with a power of two
+# has none. XLA fuses Adam's b1 * m + (1 - b1) * g either way, by the shape of a shard.
+EXACT_ADAM = optax.adam(2**-7, b1=0.5, b2=0.75)
+OPTIMIZERS = {
+    "madam": madax.madam(0.02),
+    "floor_b1": madax.madam(
+        optax.linear_schedule(0.05, 0.01, STEPS), b1=0.9, floor=1.0, p_scale=1.5
+    ),
+    "moments8": madax.madam(0.02, b1=0.9, moment_format=MomentFormat(8), seed=3),
+    "bbit_madam": madax.bbit_madam(0.02),
+    "lns_madam": madax.lns_madam(2**-5),
+    "wrapped_adam": madax.with_quantized_params(EXACT_ADAM),
+}
+FORMATS = {
+    "log8": LogFormat.from_dynamic_range(8, 100),
+    "log16": LogFormat.from_dynamic_range(16, 10_000),
+    "symlog8": SymlogFormat(8, 1 / 3),
+    "uniform8": UniformFormat(8),
+}
+CHANNEL_AXES = {"log16": -1}
+# Some shards are of odd sizes, or a single row or column.
+SHAPES = {
+    "bias": (8,),
+    "conv": (3, 3, 8, 4),
+    "log16": (8, 36),
+    "log8": (24, 20),
+    "symlog8": (16, 4),
+    "uniform8": (16, 12),
+}
+# What each optimizer trains: two of them all, the others floats and a sample of codes.
+LEAVES = {
+    "madam": tuple(SHAPES),
+    "floor_b1": ("bias", "conv", "symlog8"),
+    "moments8": tuple(SHAPES),
+    "bbit_madam": ("bias", "conv", "log16"),
+    "lns_madam": ("bias", "conv", "log8"),
+    "wrapped_adam": tuple(SHAPES),
+}
+# How the last two axes of a matrix, and that of a vector, lie on a mesh of 2 by 4.
+LAYOUTS = {
+    "data_parallel": (None, None, None),
+    "fsdp": (("data", "model"), None, ("data", "model")),
+    "tensor_parallel": (None, "model", "model"),
+}
+# Axes of explicit types have each leaf in another of the layouts, at once.
+needs_explicit_axes = pytest.mark.skipif(
+    jax.__version_info__ < (0, 7, 2), reason="sharding in types was not whole yet"
+)
+EXPLICIT = pytest.param("explicit", "mixed", marks=needs_explicit_axes)
+MESHES = [*(("auto", layout) for layout in LAYOUTS), EXPLICIT]
+on_every_mesh = pytest.mark.parametrize(("axis_type", "layout"), MESHES)
+# The optimizers share what one of them does on every mesh.
+AUTO = [pytest.param("madam", *mesh) for mesh in MESHES[:-1]]
+AUTO += [pytest.param(name, "auto", "fsdp") for name in OPTIMIZERS if name != "madam"]
+with_every_optimizer = pytest.mark.parametrize(
+    ("name", "axis_type", "layout"),
+    AUTO
+    + [
+        pytest.param(name, *EXPLICIT.values, marks=EXPLICIT.marks)
+        for name in OPTIMIZERS
+    ],
+)
+
+
+@functools.cache
+def make_mesh(axis_type):
+    kind = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}[axis_type]
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+
+
+def enter(mesh):
+    return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh
+
+
+def spec(layout, leaf):
+    """How a leaf of that name lies on the mesh."""
+    if layout == "mixed":
+        layout = list(LAYOUTS)[list(SHAPES).index(leaf) % len(LAYOUTS)]
+    rows, columns, vector = LAYOUTS[layout]
+    ndim = len(SHAPES[leaf])
+    if ndim < 2:
+        return P(vector) if ndim else P()
+    return P(*[None] * (ndim - 2), rows, columns)
+
+
+def random_weights():
+    rng = np.random.default_rng(0)
+    weights = {k: np.float32(rng.normal(size=s) / 8) for k, s in SHAPES.items()}
+    return weights | {"bias": np.zeros(SHAPES["bias"], np.float32)}
+
+
+def random_grads():
+    """A stack of gradients for each leaf, of many sizes, the first without some."""
+    rng = np.random.default_rng(1)
+    sizes = np.exp(rng.normal(size=STEPS))
+    grads = {
+        k: np.float32(rng.normal(size=(*s, STEPS)) * sizes) for k, s in SHAPES.items()
+    }
+    grads["conv"][..., 0] = grads["log8"][..., :3] = 0
+    return {k: np.moveaxis(g, -1, 0) for k, g in grads.items()}
+
+
+@jax.jit
+def quantized(weights):
+    def quantize(k, w):
+        axis = CHANNEL_AXES.get(k)
+        return madax.quantize_params(w, FORMATS[k], channel_axis=axis)
+
+    return {k: quantize(k, w) if k in FORMATS else w for k, w in weights.items()}
+
+
+class Run:
+    """Training from ``init`` on, by one compiled program."""
+
+    def __init__(self, name, params, grads, init=None, steps=range(STEPS)):
+        tx = OPTIMIZERS[name]
+
+        def step(params, state, grads, i):
+            grads = {k: g[i] for k, g in grads.items()}
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        self.state0 = (init or tx.init)(params)
+        carry = params, self.state0
+        step = jax.jit(step).lower(*carry, grads, np.int32(0)).compile()
+        self.program = step.as_text()
+        for i in steps:
+            carry = step(*carry, grads, np.int32(i))
+        self.params, self.state = carry
+
+
+def place(x, leaf, axis_type, layout, stacked=False):
+    if axis_type is None:
+        return jax.device_put(x, jax.local_devices(backend="cpu")[0])
+    on_mesh = spec(layout, leaf)
+    if stacked:
+        on_mesh = P(None, *on_mesh)
+    return jax.device_put(x, NamedSharding(make_mesh(axis_type), on_mesh))
+
+
+@functools.cache
+def start_all(axis_type=None, layout=None):
+    """All weights, quantised where they lie, and their gradients."""
+    where = axis_type, layout
+    weights = {k: place(w, k, *where) for k, w in random_weights().items()}
+    grads = {k: place(g, k, *where, stacked=True) for k, g in random_grads().items()}
+    return quantized(weights), grads
+
+
+def start(leaves, axis_type=None, layout=None):
+    return [{k: x[k] for k in leaves} for x in start_all(axis_type, layout)]
+
+
+@functools.cache
+def run(name, axis_type=None, layout=None):
+    params, grads = start(LEAVES[name], axis_type, layout)
+    if axis_type is None:
+        return Run(name, params, grads)
+    with enter(make_mesh(axis_type)):
+        # Eager, as people call it, but for Adam, whose wrapper decodes all codes first.
+        init = None
+        if name == "wrapped_adam":
+            init = compiled_init(OPTIMIZERS[name], params, axis_type, layout)
+        return Run(name, params, grads, init)
+
+
+def different(a, b):
+    """The paths of the leaves that are not the same bits."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    leaves = zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    )
+    return [
+        jax.tree_util.keystr(path)
+        for (path, x), y in leaves
+        if x.dtype != y.dtype or np.asarray(x).tobytes() != np.asarray(y).tobytes()
+    ]
+
+
+def values(w):
+    """The array of a leaf that has its shape."""
+    return w.codes if isinstance(w, QuantizedArray) else w
+
+
+def misplaced(tree, axis_type, layout):
+    """Leaves, in a tree like the parameters, that do not lie as the gradients do."""
+    mesh = make_mesh(axis_type)
+    return [
+        k
+        for k, x in tree.items()
+        if not values(x).sharding.is_equivalent_to(
+            NamedSharding(mesh, spec(layout, k)), values(x).ndim
+        )
+    ]
+
+
+def moments(state):
+    """The trees in a state that are like the parameters."""
+    is_moments = lambda x: isinstance(x, dict) and x.keys() <= SHAPES.keys()
+    leaves = jax.tree.leaves(state, is_leaf=is_moments)
+    return [x for x in leaves if is_moments(x)], [
+        x for x in leaves if not is_moments(x)
+    ]
+
+
+def compiled_init(tx, params, axis_type, layout):
+    """``tx.init`` under jit, its moments laid out like the parameters.
+
+    Axes of explicit types see to that by themselves. With others the zeros of a new
+    moment depend on no input, so a compiler may choose to have them on every device.
+    """
+    if axis_type == "explicit":
+        return jax.jit(tx.init)
+    mesh = make_mesh(axis_type)
+    like_params = {k: NamedSharding(mesh, spec(layout, k)) for k in params}
+    is_moments = lambda x: isinstance(x, dict) and x.keys() == params.keys()
+    shardings = jax.tree.map(
+        lambda x: like_params if is_moments(x) else NamedSharding(mesh, P()),
+        jax.eval_shape(tx.init, params),
+        is_leaf=is_moments,
+    )
+    return jax.jit(tx.init, out_shardings=shardings)
+
+
+def test_there_are_eight_devices():
+    assert jax.device_count() == 8
+
+
+def test_the_runs_compared_change_every_leaf_by_every_optimizer():
+    before, _ = start_all()
+    for name in OPTIMIZERS:
+        for k, after in run(name).params.items():
+            changed = np.mean(values(before[k]) != values(after))
+            assert changed > 0.7, (name, k, changed)
+
+
+@on_every_mesh
+def test_codes_and_scales_are_those_of_one_device(axis_type, layout):
+    params, _ = start_all(axis_type, layout)
+    assert misplaced(params, axis_type, layout) == []
+    assert different(params, start_all()[0]) == []
+
+
+@with_every_optimizer
+def test_training_is_that_of_one_device(name, axis_type, layout):
+    one, mesh = run(name), run(name, axis_type, layout)
+    assert different(mesh.state0, one.state0) == []
+    assert different(mesh.params, one.params) == []
+    assert different(mesh.state, one.state) == []
+
+
+@with_every_optimizer
+def test_moments_lie_as_their_weights_do(name, axis_type, layout):
+    mesh = run(name, axis_type, layout)
+    assert misplaced(mesh.params, axis_type, layout) == []
+    for state in (mesh.state0, mesh.state):
+        like_params, rest = moments(state)
+        assert len(like_params) >= 1
+        for tree in like_params:
+            assert misplaced(tree, axis_type, layout) == []
+        assert rest
+        for x in rest:
+            assert x.size <= len(SHAPES) and x.sharding.is_fully_replicated
+
+
+COLLECTIVE = re.compile(
+    r"= (?P<type>\(.*?\)|\S+) (?P<op>all-gather|all-reduce|all-to-all|"
+    r"collective-broadcast|collective-permute|ragged-all-to-all|reduce-scatter)"
+    r"(?:-start)?\("
+)
+
+
+def collectives(program):
+    """The operations between devices in a compiled program: (name, elements)."""
+    return [
+        (
+            found["op"],
+            sum(
+                math.prod(map(int, filter(None, dims.split(","))))
+                for dims in re.findall(r"\[([\d,]*)\]", found["type"])
+            ),
+        )
+        for found in COLLECTIVE.finditer(program)
+    ]
+
+
+@with_every_optimizer
+def test_a_step_moves_no_array_between_devices(name, axis_type, layout):
+    found = collectives(run(name, axis_type, layout).program)
+    # The windows of low-bit moments are placed by the largest gradient of a leaf.
+    if name == "moments8" and layout != "data_parallel":
+        assert {op for op, _ in found} == {"all-reduce"}
+        assert max(size for _, size in found) <= len(SHAPES)
+    else:
+        assert found == []
+
+
+def test_collectives_are_seen_where_there_are_some():
+    mesh = make_mesh("auto")
+    x = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("data", "model")))
+
+    def seen(fn, out):
+        out = NamedSharding(mesh, out)
+        return collectives(jax.jit(fn, out_shardings=out).lower(x).compile().as_text())
+
+    assert ("all-gather", 128) in seen(lambda x: x + 1, P())
+    assert ("all-reduce", 1) in seen(jnp.sum, P())
+    assert any(op == "all-to-all" for op, _ in seen(jnp.sin, P("model", "data")))
+
+
+@pytest.mark.parametrize(("axis_type", "layout"), [MESHES[1], EXPLICIT])
+def test_init_under_jit_is_eager_init(axis_type, layout):
+    eager = run("moments8", axis_type, layout)
+    tx, (params, _) = OPTIMIZERS["moments8"], start_all(axis_type, layout)
+    with enter(make_mesh(axis_type)):
+        state = compiled_init(tx, params, axis_type, layout)(params)
+    assert different(state, eager.state0) == []
+    for tree in moments(state)[0]:
+        assert misplaced(tree, axis_type, layout) == []
+
+
+# --- Flax models that say how they are sharded ----------------------------------------
+
+NATIVE = madax.madam(0.03, moment_format=MomentFormat(8))
+HIDDEN, OUT = ("data", "model"), ("model", "data")
+
+
+def small_mesh(devices):
+    shape = (2, 4) if devices == 8 else (1, 1)
+    return jax.make_mesh(
+        shape,
+        ("data", "model"),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=jax.devices()[:devices],
+    )
+
+
+def batch(mesh):
+    x = np.float32(np.random.default_rng(0).normal(size=(64, 16)))
+    put = lambda x: jax.device_put(x, NamedSharding(mesh, P("data")))
+    return put(x), put(np.sin(2 * x[:, :8]))
+
+
+class LinenNet(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        init = linen.initializers
+        dense = lambda n, kernel, bias: linen.Dense(
+            n,
+            kernel_init=linen.with_partitioning(init.lecun_normal(), kernel),
+            bias_init=linen.with_partitioning(init.zeros, bias),
+        )
+        h = linen.relu(dense(32, HIDDEN, ("model",))(x))
+        return dense(8, OUT, ("data",))(h)
+
+
+def trained_linen(devices, fmt):
+    mesh, net = small_mesh(devices), LinenNet()
+    x, y = batch(mesh)
+    init = lambda key: net.init(key, x)["params"]
+    sharding = linen.get_sharding(jax.eval_shape(init, jax.random.key(0)), mesh)
+    params = jax.jit(init, out_shardings=sharding)(jax.random.key(0))
+    if fmt is not None:
+        params = jax.jit(lambda params: madax.quantize_params(params, fmt))(params)
+    state = TrainState.create(apply_fn=net.apply, params=params, tx=NATIVE)
+
+    def step(state, _):
+        def loss(params):
+            return jnp.mean((state.apply_fn({"params": params}, x) - y) ** 2)
+
+        weights = madax.dequantize_params(state.params)
+        value, grads = jax.value_and_grad(loss)(weights)
+        return state.apply_gradients(grads=grads), value
+
+    state, losses = jax.jit(lambda state: jax.lax.scan(step, state, length=20))(state)
+    return state.params, state.opt_state, np.asarray(losses)
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs):
+        init = nnx.initializers
+        linear = lambda n_in, n_out, kernel, bias: nnx.Linear(
+            n_in,
+            n_out,
+            kernel_init=nnx.with_partitioning(init.lecun_normal(), kernel),
+            bias_init=nnx.with_partitioning(init.zeros, bias),
+            rngs=rngs,
+        )
+        self.hidden = linear(16, 32, HIDDEN, ("model",))
+        self.out = linear(32, 8, OUT, ("data",))
+
+    def __call__(self, x):
+        return self.out(nnx.relu(self.hidden(x)))
+
+
+def trained_nnx(devices, fmt):
+    mesh = small_mesh(devices)
+    x, y = batch(mesh)
+    with enter(mesh):
+        model = NnxNet(nnx.Rngs(0))
+        graph, params = nnx.split(model, nnx.Param)
+        if fmt is not None:
+            quantize = jax.jit(lambda params: madax.quantize_params(params, fmt))
+            model = nnx.merge(graph, quantize(params))
+        optimizer = nnx.Optimizer(model, NATIVE, wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, optimizer):
+            def loss(weights):
+                return jnp.mean((nnx.merge(graph, weights)(x) - y) ** 2)
+
+            weights = madax.dequantize_params(nnx.state(model, nnx.Param))
+            value, grads = jax.value_and_grad(loss)(weights)
+            optimizer.update(model, grads)
+            return value
+
+        losses = [float(step(model, optimizer)) for _ in range(20)]
+        return nnx.state(model, nnx.Param), nnx.state(optimizer), losses
+
+
+needs_flax_0_12 = pytest.mark.skipif(
+    FLAX < (0, 12), reason="nnx did not shard parameters as they are made"
+)
+
+
+# nnx of floats is in test_optax_sharding, on axes of both types.
+@pytest.mark.parametrize(
+    ("trained", "fmt"),
+    [
+        pytest.param(trained_linen, None, id="linen-float"),
+        pytest.param(trained_linen, FORMATS["log8"], id="linen-native"),
+        pytest.param(
+            trained_nnx, FORMATS["log8"], id="nnx-native", marks=needs_flax_0_12
+        ),
+    ],
+)
+def test_flax_models_that_say_how_they_are_sharded(trained, fmt):
+    params, state, losses = trained(8, fmt)
+    specs = {(16, 32): P(*HIDDEN), (32,): P("model"), (32, 8): P(*OUT), (8,): P("data")}
+    placed = {}
+    for tree in (params, state):
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            mesh, expected = x.sharding.mesh, specs.get(x.shape, P())
+            assert x.sharding.is_equivalent_to(NamedSharding(mesh, expected), x.ndim), (
+                jax.tree_util.keystr(path)
+            )
+            placed[x.shape] = placed.get(x.shape, 0) + 1
+    assert all(placed[shape] == 2 for shape in specs)  # a weight and its v
+    dtypes = {x.dtype for x in jax.tree.leaves(params) if x.ndim == 2}
+    assert dtypes == {np.dtype(np.float32 if fmt is None else np.int8)}
+    # A rounding in a gradient may now and then turn a code the other way.
+    np.testing.assert_allclose(losses, trained(1, fmt)[2], rtol=1e-2)
+    assert losses[-1] < 0.6 * losses[0]

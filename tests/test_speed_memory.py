@@ -1,0 +1,84 @@
+"""The benchmarks of speed and memory: they run, count rightly, and can be rebuilt."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import gpt2, memory, records, speed
+
+RESULTS = Path(speed.__file__).parent / "results"
+FEW = ("adam", "native 8, 8-bit v")
+
+
+@pytest.fixture
+def few(monkeypatch):
+    rows = {name: speed.ROWS[name] for name in FEW}
+    monkeypatch.setattr(speed, "ROWS", rows)
+    monkeypatch.setattr(memory, "ROWS", rows)
+
+
+@pytest.mark.parametrize(("size", "millions"), [("124M", 124.44), ("12M", 11.64)])
+def test_the_tree_is_that_of_gpt2(size, millions):
+    shapes = jax.eval_shape(lambda: gpt2.init(gpt2.SIZES[size], jax.random.key(0)))
+    leaves = jax.tree.leaves(shapes)
+    assert len(leaves) == 148
+    assert sum(x.size for x in leaves) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_the_network_is_causal_and_starts_at_chance():
+    size = gpt2.SIZES["tiny"]
+    model = gpt2.GPT2(size, gpt2.nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(0), (2, 33), 0, size.vocabulary)
+    first = model(tokens[:, :32])
+    later = model(tokens[:, :32].at[:, 20:].set(0))
+    np.testing.assert_allclose(first[:, :20], later[:, :20], atol=1e-5)
+    assert not np.allclose(first[:, 20:], later[:, 20:])
+    loss = gpt2.loss(size, gpt2.init(size, jax.random.key(0)), tokens)
+    assert loss == pytest.approx(np.log(size.vocabulary), abs=1)
+
+
+def test_speed(few, tmp_path, capsys):
+    speed.speed(tmp_path, profile="smoke")
+    (raw,) = tmp_path.rglob("speed.jsonl")
+    runs = [json.loads(line) for line in raw.read_text().splitlines()]
+    assert [run["leaves"] for run in runs] == [1, 4, 28, 28]
+    for run in runs:
+        assert run["optimizer"] == FEW[1]
+        assert len(run["seconds"]) == len(run["baseline_seconds"]) == 3
+        assert min(run["seconds"]) > 0
+    # A byte of code and one of v, read and written, and two of gradient.
+    assert runs[0]["bytes_per_parameter"] == pytest.approx(6, abs=0.01)
+    assert runs[3]["bytes_per_parameter"] is None
+    table = (raw.parent / "speed.md").read_text()
+    assert table in capsys.readouterr().out
+    assert (raw.parent / "speed.png").stat().st_size > 1000
+
+
+def test_memory(few, tmp_path, capsys):
+    memory.memory(tmp_path, profile="smoke")
+    (raw,) = tmp_path.rglob("memory.jsonl")
+    adam, native = (json.loads(line) for line in raw.read_text().splitlines())
+    size = sum(
+        x.size
+        for x in jax.tree.leaves(gpt2.init(gpt2.SIZES["tiny"], jax.random.key(0)))
+    )
+    assert adam["params"] == 4 * size
+    assert adam["state"] == pytest.approx(8 * size, rel=1e-3)
+    assert native["params"] + native["state"] < 2.5 * size
+    for run in (adam, native):
+        assert run["peak"] >= run["arguments"] >= run["params"] + run["state"]
+    assert (raw.parent / "memory.md").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("speed", speed.speed_table), ("memory", memory.memory_table)]
+)
+def test_committed_tables_are_those_of_the_records(name, table):
+    found = sorted((RESULTS / name).rglob(f"{name}.jsonl"))
+    assert found
+    for raw in found:
+        written = raw.with_suffix(".md").read_text(encoding="utf-8")
+        assert written == table(records.read(raw))

@@ -1,0 +1,388 @@
+"""Wrappers that change what an optimizer sees or does: on floats and on codes.
+
+On codes, a wrapper goes inside with_quantized_params, where everything is floats. The
+other way round, arithmetic on codes is an error, never an average of codes.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax import contrib
+
+import madax
+
+FORMAT = madax.LogFormat.from_dynamic_range(bits=16, ratio=1e4)
+RATE = 0.05
+X = jax.random.normal(jax.random.key(1), (64, 8))
+Y = X @ jax.random.normal(jax.random.key(2), (8, 4))
+
+
+def madam(**options):
+    return madax.madam(RATE, rounding="nearest", **options)
+
+
+def float_params():
+    kernel = 0.5 * jax.random.normal(jax.random.key(0), (8, 4))
+    return {"bias": jnp.zeros(4), "kernel": kernel}
+
+
+def native_params():
+    return madax.quantize_params(float_params(), FORMAT)
+
+
+def loss(params, x=X, y=Y):
+    params = madax.dequantize_params(params)
+    return jnp.mean((x @ params["kernel"] + params["bias"] - y) ** 2)
+
+
+def gradient(params, x=X, y=Y):
+    return jax.grad(loss)(madax.dequantize_params(params), x, y)
+
+
+def train(tx, params, steps=30, grads=None, **extra):
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, g):
+        now = {name: value(params) for name, value in extra.items()}
+        updates, state = tx.update(g, state, params, **now)
+        return optax.apply_updates(params, updates), state
+
+    for i in range(steps):
+        g = gradient(params) if grads is None else grads[i]
+        params, state = step(params, state, g)
+    return params, state
+
+
+def on_codes(inner):
+    return madax.with_quantized_params(inner, rounding="nearest")
+
+
+def assert_within_codes(actual, expected, codes):
+    """The same weights: biases closely, kernels to within some codes."""
+    np.testing.assert_allclose(actual["bias"], expected["bias"], rtol=1e-3, atol=1e-5)
+    difference = np.asarray(actual["kernel"].codes, int) - expected["kernel"].codes
+    assert np.abs(difference).max() <= codes
+
+
+def random_grads(steps):
+    keys = jax.random.split(jax.random.key(3), steps)
+    shape = float_params()
+    return [optax.tree.random_like(key, shape) for key in keys]
+
+
+# What works inside with_quantized_params, and what it does there.
+
+
+def test_on_codes_madam_inside_is_madam_native():
+    grads = random_grads(12)
+    inside, _ = train(on_codes(madam()), native_params(), 12, grads)
+    native, _ = train(madam(), native_params(), 12, grads)
+    assert_within_codes(inside, native, 2)
+
+
+def test_multi_steps_accumulates_on_codes():
+    grads = random_grads(12)
+    multi = optax.MultiSteps(madam(), 4).gradient_transformation()
+    actual, _ = train(on_codes(multi), native_params(), 12, grads)
+    means = [jax.tree.map(lambda *g: sum(g) / 4, *grads[i : i + 4]) for i in (0, 4, 8)]
+    expected, _ = train(madam(), native_params(), 3, means)
+    assert_within_codes(actual, expected, 2)
+
+
+@pytest.mark.parametrize("params", [float_params, native_params])
+@pytest.mark.parametrize(
+    ("skip", "bad"),
+    [
+        (optax.skip_not_finite, jnp.nan),
+        (partial(optax.skip_large_updates, max_squared_norm=1e4), 1e3),
+    ],
+)
+def test_multi_steps_skips_bad_gradients(params, skip, bad):
+    wrap = on_codes if params is native_params else lambda tx: tx
+    grads = random_grads(4)
+    spoiled = jax.tree.map(lambda g: jnp.full_like(g, bad), grads[0])
+
+    def multi(**options):
+        return wrap(optax.MultiSteps(madam(), 2, **options).gradient_transformation())
+
+    with_bad = [grads[0], spoiled, *grads[1:]]
+    actual, _ = train(multi(should_skip_update_fn=skip), params(), 5, with_bad)
+    expected, _ = train(multi(), params(), 4, grads)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_apply_if_finite_skips_the_whole_step_on_codes():
+    grads = random_grads(4)
+    one_bad = {**grads[0], "bias": grads[0]["bias"].at[0].set(jnp.nan)}
+    tx = optax.apply_if_finite(madam(), 3)
+    actual, _ = train(on_codes(tx), native_params(), 5, [grads[0], one_bad, *grads[1:]])
+    expected, _ = train(on_codes(madam()), native_params(), 4, grads)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize("params", [float_params, native_params])
+def test_sam(params):
+    wrap = on_codes if params is native_params else lambda tx: tx
+    adversary = optax.chain(contrib.normalize(), optax.sgd(0.05))
+    tx = wrap(contrib.sam(madam(), adversary, sync_period=2))
+    start = params()
+    trained, _ = train(tx, start, 60)
+    # One step in two goes to the adversary, and is taken back.
+    assert loss(trained) < 0.7 * loss(start)
+    assert_signs_kept(start, trained)
+
+
+def assert_signs_kept(start, trained):
+    before = madax.dequantize_params(start)["kernel"]
+    after = madax.dequantize_params(trained)["kernel"]
+    np.testing.assert_array_equal(np.sign(before), np.sign(after))
+
+
+@pytest.mark.parametrize("params", [float_params, native_params])
+def test_reduce_on_plateau(params):
+    wrap = on_codes if params is native_params else lambda tx: tx
+    tx = wrap(
+        optax.chain(
+            madam(),
+            contrib.reduce_on_plateau(factor=0.5, patience=5, rtol=0.3, min_scale=0.1),
+        )
+    )
+    start = params()
+    trained, state = train(tx, start, 80, value=loss)
+    # What it scales is u, after the law, by 1 or less: part of the way to where Madam
+    # would go, so signs and bounds are kept.
+    assert loss(trained) < 0.9 * loss(start)
+    assert_signs_kept(start, trained)
+    assert optax.tree.get(state, "scale", filtering=is_plateau) < 1
+
+
+def is_quantized(x):
+    return isinstance(x, madax.QuantizedArray)
+
+
+def is_plateau(path, value):
+    del value
+    return "ReduceLROnPlateauState" in str(path[-1])
+
+
+@pytest.mark.parametrize("params", [float_params, native_params])
+def test_schedule_free_trains_with_a_floor(params):
+    # It moves one sequence of weights by the steps of another: signs may change, which
+    # is what a floor is for.
+    wrap = on_codes if params is native_params else lambda tx: tx
+    tx = wrap(contrib.schedule_free(madam(floor=1.0), RATE, b1=0.9))
+    start = params()
+    trained, state = train(tx, start, 100)
+    inner = state.inner_state if params is native_params else state
+    averaged = contrib.schedule_free_eval_params(
+        inner, madax.dequantize_params(trained)
+    )
+    assert loss(averaged) < 0.3 * loss(start)
+
+
+def test_schedule_free_breaks_the_papers_rule():
+    """The limit that README states: without a floor, signs are not kept."""
+    tx = contrib.schedule_free(madam(), RATE, b1=0.5)
+    start = float_params()
+    z = train(tx, start, 200)[1].z
+    assert np.any(np.sign(z["kernel"]) != np.sign(start["kernel"]))
+
+
+@pytest.mark.parametrize("params", [float_params, native_params])
+def test_ema_of_the_weights(params):
+    trained = params()
+    average = madax.dequantize_params(trained)
+    state = madam().init(trained)
+    for _ in range(10):
+        updates, state = madam().update(gradient(trained), state, trained)
+        trained = optax.apply_updates(trained, updates)
+        average = optax.incremental_update(
+            madax.dequantize_params(trained), average, 0.5
+        )
+    assert loss(trained) < loss(average) < loss(params())
+
+
+@pytest.mark.parametrize("params", [float_params, native_params])
+def test_gradients_accumulated_by_microbatches(params):
+    microbatching = pytest.importorskip("optax.microbatching")
+
+    @jax.grad
+    def total(weights, x, y):
+        return jnp.sum((x @ weights["kernel"] + weights["bias"] - y) ** 2)
+
+    by_parts = microbatching.microbatch(
+        total,
+        argnums=(1, 2),
+        microbatch_size=16,
+        accumulator=microbatching.AccumulationType.SUM,
+    )
+    weights = madax.dequantize_params(params())
+    whole, parts = total(weights, X, Y), jax.jit(by_parts)(weights, X, Y)
+    actual, _ = train(madam(), params(), 1, [parts])
+    expected, _ = train(madam(), params(), 1, [whole])
+    actual, expected = map(madax.dequantize_params, (actual, expected))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4), actual, expected)
+
+
+def test_injected_rate_changed_by_hand_on_codes():
+    tx = optax.inject_hyperparams(madax.madam)(RATE, rounding="nearest")
+    start = native_params()
+    state = tx.init(start)
+    state.hyperparams["learning_rate"] = jnp.float32(2 * RATE)
+    updates, _ = tx.update(gradient(start), state, start)
+    expected, _ = madax.madam(2 * RATE, rounding="nearest").update(
+        gradient(start), madam().init(start), start
+    )
+    np.testing.assert_array_equal(updates["kernel"].codes, expected["kernel"].codes)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_freezing_codes(rounding):
+    frozen = madax.with_quantized_params(optax.set_to_zero(), rounding=rounding)
+    labels = {"bias": "trained", "kernel": "frozen"}
+    start = native_params()
+    tx = optax.partition({"trained": madam(), "frozen": frozen}, labels)
+    trained, _ = train(tx, start, 5)
+    np.testing.assert_array_equal(trained["kernel"].codes, start["kernel"].codes)
+    np.testing.assert_array_equal(trained["kernel"].scale, start["kernel"].scale)
+    assert np.all(trained["bias"] != 0)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"bias": "adam", "kernel": "madam"},
+        lambda tree: {"bias": "adam", "kernel": "madam"},
+        lambda tree: jax.tree_util.tree_map_with_path(
+            lambda path, _: "adam" if "bias" in str(path[0]) else "madam",
+            tree,
+            is_leaf=is_quantized,
+        ),
+    ],
+    ids=["tree", "function", "function of paths"],
+)
+def test_partition_on_codes(labels):
+    tx = optax.partition({"madam": madam(), "adam": optax.adam(0.01)}, labels)
+    start = native_params()
+    trained, _ = train(tx, start)
+    assert loss(trained) < loss(start)
+    only_kernel = {"kernel": start["kernel"]}
+    first, _ = train(tx, start, 1)
+    updates, _ = madam().update(
+        {"kernel": gradient(start)["kernel"]}, madam().init(only_kernel), only_kernel
+    )
+    np.testing.assert_array_equal(
+        first["kernel"].codes, optax.apply_updates(only_kernel, updates)["kernel"].codes
+    )
+
+
+def test_map_params_on_codes_finds_the_moments():
+    tx = madax.madam(b1=0.9, moment_format=madax.MomentFormat(8))
+    state = tx.init(native_params())
+    marked = optax.tree.map_params(tx, lambda _: "moment", state)
+    names = [x for x in jax.tree.leaves(marked) if isinstance(x, str)]
+    assert len(names) == 4  # v and m of two leaves
+
+
+# What raises, instead of breaking codes.
+
+LOOKAHEAD = optax.LookaheadParams.init_synced
+ERRORS = {
+    "MultiSteps": lambda: optax.MultiSteps(madam(), 2).gradient_transformation(),
+    "apply_if_finite": lambda: optax.apply_if_finite(madam(), 2),
+    "conditionally_transform": lambda: optax.conditionally_transform(
+        madam(), lambda step: step < 1
+    ),
+    "schedule_free": lambda: contrib.schedule_free(madam(), RATE),
+    "sam": lambda: contrib.sam(madam(), optax.sgd(0.1)),
+    "mechanize": lambda: contrib.mechanize(madam()),
+    "reduce_on_plateau": lambda: optax.chain(madam(), contrib.reduce_on_plateau()),
+    "scale after": lambda: optax.chain(madam(), optax.scale(0.5)),
+    "ema after": lambda: optax.chain(madam(), optax.ema(0.9)),
+    "clip_by_global_norm after": lambda: optax.chain(
+        madam(), optax.clip_by_global_norm(0.5)
+    ),
+    "decay before": lambda: optax.chain(optax.add_decayed_weights(0.1), madam()),
+    "decay after": lambda: optax.chain(madam(), optax.add_decayed_weights(0.1)),
+    "set_to_zero": lambda: optax.partition(
+        {"a": madam(), "b": optax.set_to_zero()}, {"bias": "a", "kernel": "b"}
+    ),
+    "a mask of QuantizedArrays": lambda: optax.masked(
+        madam(),
+        lambda tree: jax.tree.map(is_quantized, tree, is_leaf=is_quantized),
+    ),
+    "adam": lambda: optax.adam(0.1),
+    "adamw": lambda: optax.adamw(0.1),
+    "lion": lambda: optax.lion(0.1),
+    "sgd": lambda: optax.sgd(0.1),
+}
+# Caught by JAX, which has its own words for adding floats to int16.
+DTYPE_ERRORS = {"reduce_on_plateau", "clip_by_global_norm after"}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("jit", [True, False])
+def test_arithmetic_on_codes_is_an_error(name, jit):
+    params = native_params()
+
+    def steps():
+        tx = ERRORS[name]()
+        p, state = params, tx.init(params)
+        for _ in range(2):
+            more = {"value": loss(p)} if name == "reduce_on_plateau" else {}
+            updates, state = tx.update(gradient(p), state, p, **more)
+            p = optax.apply_updates(p, updates)
+        return p
+
+    words = "int16" if name in DTYPE_ERRORS else "QuantizedArray"
+    with pytest.raises((TypeError, ValueError), match=words):
+        (jax.jit(steps) if jit else steps)()
+
+
+def test_lookahead_on_codes_is_an_error():
+    params = LOOKAHEAD(native_params())
+    grads = gradient(native_params())
+    tx = optax.lookahead(madam(), sync_period=1, slow_step_size=0.5)
+    with pytest.raises(TypeError, match="codes of a QuantizedArray became"):
+        tx.update(grads, tx.init(params), params)
+    inside = on_codes(tx)
+    with pytest.raises(ValueError, match="same tree structure"):
+        inside.update(grads, inside.init(params), params)
+
+
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda p: optax.incremental_update(p, p, 0.1),
+        lambda p: optax.ema(0.9).update(p, optax.ema(0.9).init(p))[0],
+        lambda p: jax.tree.map(lambda x: x.mean(), p),
+        lambda p: optax.tree.scale(0.5, p),
+        lambda p: optax.tree.cast(p, jnp.bfloat16),
+    ],
+)
+def test_averages_of_codes_are_errors(average):
+    with pytest.raises(TypeError, match=r"became .*dequantize_params"):
+        average(native_params())
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda w: w + 1,
+        lambda w: 2.0 * w,
+        lambda w: w * jnp.ones(4),
+        lambda w: jnp.ones(4) * w,
+        lambda w: np.ones(4) - w,
+        lambda w: -w,
+        lambda w: w**2,
+        lambda w: 1 / w,
+    ],
+)
+def test_a_quantized_array_is_not_a_number(compute):
+    with pytest.raises(TypeError, match=r"used as a number.*dequantize_params"):
+        compute(native_params()["kernel"])
