@@ -8,15 +8,20 @@ BIN := $(VENV)/bin
 PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 AWAY := $(abspath build/away)
 
-.PHONY: demo test test-wheel test-floor test-matrix test-nightly lint
+.PHONY: demo notebooks test test-wheel test-floor test-matrix test-nightly lint
 .PRECIOUS: $(VENV)/.%
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks demo
 
+# The notebooks are made from their scripts, and keep what they print and draw.
+notebooks: $(VENV)/.notebooks
+	cd notebooks && $(abspath $(BIN))/jupytext --to ipynb --execute *.py
+
+# The notebooks run, too, at a small size.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto
+	MADAX_SMOKE=1 $(BIN)/python -m pytest -n auto --nbmake tests madax notebooks/*.ipynb
 
 # The wheel as users get it, with no source of the library in reach.
 test-wheel: VENV := .venv-wheel
@@ -30,7 +35,7 @@ test-wheel:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		-c $(CONSTRAINTS) "$$(echo build/wheel/*.whl)[test]"
 	mkdir -p $(AWAY)
-	cp -r tests benchmarks README.md pyproject.toml $(AWAY)
+	cp -r tests benchmarks notebooks README.md pyproject.toml $(AWAY)
 	cd $(AWAY) && $(abspath $(BIN))/python -m pytest -n auto --pyargs tests madax
 
 # The oldest JAX, optax and Flax that pyproject.toml allows, under the wheel.

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks import records
 from benchmarks.optimizers import FORMATS, Optimizer, cosine, stored
 from benchmarks.profiles import Options, Profile
+from benchmarks.style import save
 from benchmarks.sweep import Sweep, run_missing
 from benchmarks.train import Budget
 from benchmarks.workloads.fashion_mnist import fashion_mnist
@@ -105,7 +106,7 @@ def bits_report(folder: Path) -> None:
     runs = records.read(folder / "bits.jsonl")
     table = bits_table(runs)
     (folder / "bits.md").write_text(f"{table}\n", encoding="utf-8")
-    bits_figure(runs, folder / "bits.png")
+    save(bits_figure(runs), folder / "bits.png")
     print(table)
 
 
@@ -143,12 +144,11 @@ def bits_table(runs: pd.DataFrame) -> str:
     return pd.DataFrame(rows).fillna("").to_markdown(index=False, disable_numparse=True)
 
 
-def bits_figure(runs: pd.DataFrame, path: Path) -> None:
-    """Draws accuracy against bits a weight, one panel a network, into an image file.
+def bits_figure(runs: pd.DataFrame) -> Figure:
+    """Draws accuracy against bits a weight, one panel a network.
 
     Args:
       runs: records, as read.
-      path: the image file.
     """
     runs = runs[runs["moments"] == 32]
     workloads = runs["workload"].unique()
@@ -178,4 +178,4 @@ def bits_figure(runs: pd.DataFrame, path: Path) -> None:
     panels[0].set_ylabel("test accuracy, %")
     handles, labels = panels[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
-    fig.savefig(path, dpi=150)
+    return fig

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks import records
 from benchmarks.cost import cost
 from benchmarks.optimizers import DEMO, cosine
-from benchmarks.style import STYLES, legend, markdown
+from benchmarks.style import STYLES, legend, markdown, save
 from benchmarks.train import Budget, train
 from benchmarks.workloads.digits import digits
 
@@ -48,11 +48,15 @@ def demo(out: Path = Path("benchmarks/results/demo"), *, smoke: bool = False) ->
             place = {"multiplier": MULTIPLIERS[rates.index(run["rate"])]}
             records.append(raw, fixed | place | run | measured)
 
-    runs = records.read(raw)
-    demo_figure(runs, image)
-    print(f"\n{demo_table(runs)}\n")
+    demo_report(out)
+    print(f"\n{demo_table(records.read(raw))}\n")
     print(f"Test accuracy, the median of {budget.seeds} seeds.")
     print(f"Figure:  {image}\nRecords: {raw}")
+
+
+def demo_report(folder: Path) -> None:
+    """Draws demo.png from the records alone."""
+    save(demo_figure(records.read(folder / "demo.jsonl")), folder / "demo.png")
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
@@ -97,8 +101,8 @@ def demo_table(runs: pd.DataFrame) -> str:
     return markdown(rows)
 
 
-def demo_figure(runs: pd.DataFrame, path: Path) -> None:
-    """Draws accuracy over steps, and over learning rates, into an image file."""
+def demo_figure(runs: pd.DataFrame) -> Figure:
+    """Draws accuracy over steps, and over learning rates."""
     fig = Figure(figsize=(9, 4), layout="constrained")
     over_steps, over_rates = fig.subplots(1, 2)
     cells = summary(runs)
@@ -121,7 +125,7 @@ def demo_figure(runs: pd.DataFrame, path: Path) -> None:
         axes.set_ylabel("test accuracy, %")
         axes.grid(alpha=0.3)
     legend(fig)
-    fig.savefig(path, dpi=150)
+    return fig
 
 
 def _accuracy(cell: dict) -> str:

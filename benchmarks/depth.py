@@ -11,7 +11,7 @@ from benchmarks import records
 from benchmarks.analysis import DEPTH, edges_text, markdown, medians
 from benchmarks.optimizers import UNTUNED, cosine, grid
 from benchmarks.profiles import Options
-from benchmarks.style import STYLES, legend
+from benchmarks.style import STYLES, legend, save
 from benchmarks.sweep import Sweep, run_all
 from benchmarks.workloads import PSNR
 
@@ -38,7 +38,7 @@ def depth_report(folder: Path) -> None:
         return
     text = depth_table(cells)
     (folder / "depth.md").write_text(text, encoding="utf-8")
-    depth_figure(cells, folder / "depth.png")
+    save(depth_figure(cells), folder / "depth.png")
     print(text)
 
 
@@ -95,12 +95,11 @@ def depth_table(cells: pd.DataFrame) -> str:
     )
 
 
-def depth_figure(cells: pd.DataFrame, path: Path) -> None:
-    """Draws the best PSNR against depth, with bars over the seeds, into an image file.
+def depth_figure(cells: pd.DataFrame) -> Figure:
+    """Draws the best PSNR against depth, with bars over the seeds.
 
     Args:
       cells: of ``depth_cells``.
-      path: the image file.
     """
     fig = Figure(figsize=(6, 4.5), layout="constrained")
     axes = fig.subplots()
@@ -119,4 +118,4 @@ def depth_figure(cells: pd.DataFrame, path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     legend(fig, columns=4)
-    fig.savefig(path, dpi=150)
+    return fig

@@ -1,6 +1,7 @@
 """A decoder-only Transformer in the shape of GPT-2, to measure speed and memory on."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,11 +67,18 @@ class GPT2(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns the logits of the tokens after those of shape (batch, length)."""
-        x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))
-        return self.tokens.attend(self.norm(self.blocks(x)))
+        return self.logits(self.blocks(self.embed(tokens)))
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Returns what the blocks take, of shape (batch, length, width)."""
+        return self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Returns the logits from what the blocks give."""
+        return self.tokens.attend(self.norm(x))
 
 
-def init(size: Size, key: jax.Array) -> optax.Params:
+def init(size: Size, key: jax.Array) -> dict[str, Any]:
     """Returns the parameters, float32."""
     return nnx.to_pure_dict(nnx.state(GPT2(size, nnx.Rngs(key)), nnx.Param))
 
@@ -78,5 +86,10 @@ def init(size: Size, key: jax.Array) -> optax.Params:
 def loss(size: Size, params: optax.Params, tokens: jax.Array) -> jax.Array:
     """Returns the mean nats a token, of sequences of shape (batch, length + 1)."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: GPT2(size, nnx.Rngs(0))))
-    logits = nnx.merge(graph, params)(tokens[:, :-1]).astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    return cross_entropy(nnx.merge(graph, params)(tokens[:, :-1]), tokens[:, 1:])
+
+
+def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Returns the mean nats a token, computed in float32."""
+    logits = logits.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()

@@ -20,7 +20,7 @@ from benchmarks.analysis import (
 from benchmarks.analysis import workloads as of_workloads
 from benchmarks.optimizers import OPTIMIZERS, grid
 from benchmarks.profiles import Options
-from benchmarks.style import STYLES, legend
+from benchmarks.style import STYLES, legend, save
 from benchmarks.sweep import Sweep, run_all
 
 SCHEDULES = ("constant", "cosine")
@@ -86,7 +86,7 @@ def lr_sensitivity_report(folder: Path) -> None:
         return
     text = lr_sensitivity_table(cells)
     (folder / "lr-sensitivity.md").write_text(text, encoding="utf-8")
-    lr_sensitivity_figure(cells, folder / "lr-sensitivity.png")
+    save(lr_sensitivity_figure(cells), folder / "lr-sensitivity.png")
     print(text)
 
 
@@ -203,14 +203,13 @@ def paper_cells() -> pd.DataFrame:
     return cells.assign(ratio=ratios(cells, best))
 
 
-def lr_sensitivity_figure(cells: pd.DataFrame, path: Path) -> None:
-    """Draws the best error over the error against the rate, into an image file.
+def lr_sensitivity_figure(cells: pd.DataFrame) -> Figure:
+    """Draws the best error over the error against the rate.
 
     A column an optimizer; a row for each schedule, and one for the paper's numbers.
 
     Args:
       cells: of ``rate_cells``.
-      path: the image file.
     """
     rows = {
         "constant": "here, constant rate",
@@ -251,4 +250,4 @@ def lr_sensitivity_figure(cells: pd.DataFrame, path: Path) -> None:
         across[0].set_ylabel(f"{title}\nbest error / error")
     legend(fig, panels[0], columns=1, loc="outside right upper")
     legend(fig, panels[2], columns=1, loc="outside right lower")
-    fig.savefig(path, dpi=150)
+    return fig

@@ -6,17 +6,22 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 import pandas as pd
 import tyro
 from tqdm import tqdm
 
-from benchmarks import gpt2, records
-from benchmarks.speed import BASELINE, ROWS, Row, device_name, train_step
+from benchmarks import gpt2, layerwise, records
+from benchmarks.speed import BASELINE, ROWS, Row, Step, device_name, train_step
 from benchmarks.style import markdown
+
+# A row, shapes of parameters, the step, and the shape of tokens.
+Work = tuple[Row, optax.Params, Step, Any]
 
 # The network, sequences in a step, tokens in a sequence: a small batch, so that weights
 # and what goes with them are most of what there is.
 PROFILES = {"smoke": ("tiny", 2, 32), "full": ("124M", 1, 128)}
+LAYERWISE = ("adam", "madam", "native 16, 8-bit v", "native 8, 8-bit v")
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
@@ -29,6 +34,7 @@ def memory(
 
     Bytes of the parameters and the optimizer state, from their arrays; and XLA's own
     count for the compiled train step, of one sequence of 128 tokens: nothing is run.
+    Some optimizers twice: with all weights decoded for the step, and a layer at a time.
 
     Args:
         out: Folder of a folder for this device: memory.jsonl and .md.
@@ -39,30 +45,53 @@ def memory(
     raw = folder / "memory.jsonl"
     raw.unlink(missing_ok=True)
     model, batch, length = PROFILES[profile]
-    for name, row in tqdm(ROWS.items(), desc=f"GPT-2 {model}"):
+    jobs = [(name, False) for name in ROWS] + [(name, True) for name in LAYERWISE]
+    for name, by_layer in tqdm(jobs, desc=f"GPT-2 {model}"):
         work = {"model": f"GPT-2 {model}", "batch": batch, "length": length}
-        used = footprint(row, gpt2.SIZES[model], batch, length)
-        records.append(raw, work | {"optimizer": name} | used)
+        make = layerwise_work if by_layer else whole_work
+        used = footprint(*make(ROWS[name], gpt2.SIZES[model], batch, length))
+        records.append(
+            raw, work | {"optimizer": name, "layer by layer": by_layer} | used
+        )
     print(memory_report(folder))
 
 
-def footprint(row: Row, size: gpt2.Size, batch: int, length: int) -> dict[str, int]:
+def whole_work(row: Row, size: gpt2.Size, batch: int, length: int) -> Work:
+    """Returns a train step as most people write it: all weights are decoded first."""
+    weights = jax.eval_shape(partial(gpt2.init, size, jax.random.key(0)))
+    step, tokens = train_step(size, batch, length, row, weights)
+    return row, jax.eval_shape(row.quantize, weights), step, tokens
+
+
+def layerwise_work(row: Row, size: gpt2.Size, batch: int, length: int) -> Work:
+    """Returns the same step with one layer after the other decoded."""
+
+    def step(params, state, tokens):
+        grads = layerwise.gradients(size, params, tokens, row.grads)
+        updates, state = row.tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    weights = jax.eval_shape(partial(layerwise.init, size, jax.random.key(0)))
+    params = jax.eval_shape(partial(layerwise.quantize, format=row.format), weights)
+    return row, params, step, jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
+
+
+def footprint(
+    row: Row, params: optax.Params, step: Step, tokens: Any
+) -> dict[str, int]:
     """Compiles a train step for arrays that are not there, and reads off its memory.
 
     Args:
       row: the optimizer.
-      size: of the network.
-      batch: sequences in a step.
-      length: tokens in a sequence.
+      params: shapes of the parameters.
+      step: from parameters, state and tokens to parameters and state.
+      tokens: their shape.
 
     Returns:
       Bytes: ``params`` and ``state``; XLA's ``arguments``, ``temporaries``, and
       ``peak``, which is both together with what is returned and not donated.
     """
-    weights = jax.eval_shape(partial(gpt2.init, size, jax.random.key(0)))
-    params = jax.eval_shape(row.quantize, weights)
     state = jax.eval_shape(row.tx.init, params)
-    step, tokens = train_step(size, batch, length, row, weights)
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens)
     used: Any = compiled.compile().memory_analysis()
     return {
@@ -90,21 +119,27 @@ def memory_report(folder: Path) -> str:
 
 def memory_table(runs: pd.DataFrame) -> str:
     """Returns the bytes in Markdown, in MB, from the records alone."""
-    base = runs[runs["optimizer"] == BASELINE].iloc[0]
-    rows = [
-        {
-            "optimizer": run["optimizer"],
-            **{
-                name: f"{run[name] / 1e6:.0f}"
-                for name in ("params", "state", "temporaries", "peak")
-            },
-            "peak / adam": f"{run['peak'] / base['peak']:.2f}",
-        }
-        for run in runs.to_dict("records")
-    ]
-    device = base["environment"]["device"]
-    return (
-        f"{base['model']}, {base['batch']} sequence(s) of {base['length']} tokens, "
-        f"compiled for {device}; MB.\n\n"
-        f"{markdown(rows)}\n"
+    first = runs.iloc[0]
+    text = (
+        f"{first['model']}, {first['batch']} sequence(s) of {first['length']} tokens, "
+        f"compiled for {first['environment']['device']}; MB.\n"
     )
+    for by_layer, title in (
+        (False, "All weights decoded for the step"),
+        (True, "One layer decoded at a time, and computed again on the way back"),
+    ):
+        here = runs[runs["layer by layer"] == by_layer]
+        adam = here[here["optimizer"] == BASELINE].iloc[0]
+        rows = [
+            {
+                "optimizer": run["optimizer"],
+                **{
+                    name: f"{run[name] / 1e6:.0f}"
+                    for name in ("params", "state", "temporaries", "peak")
+                },
+                "peak / adam": f"{run['peak'] / adam['peak']:.2f}",
+            }
+            for run in here.to_dict("records")
+        ]
+        text += f"\n**{title}:**\n\n{markdown(rows)}\n"
+    return text

@@ -22,7 +22,7 @@ from benchmarks.analysis import (
 from benchmarks.analysis import workloads as of_workloads
 from benchmarks.optimizers import UNTUNED
 from benchmarks.profiles import Options
-from benchmarks.style import STYLES, legend
+from benchmarks.style import STYLES, legend, save
 from benchmarks.sweep import Sweep, run_all
 
 DRAWN = (
@@ -60,17 +60,29 @@ def sweeps(options: Options) -> list[Sweep]:
 
 def no_tuning_report(folder: Path) -> None:
     """Writes no-tuning.md and no-tuning.png from the records alone."""
-    runs = of_workloads(records.read(folder / "runs.jsonl"))
-    rates = {name: row.rate for name, row in UNTUNED.items()}
-    default = runs[runs["rate"] == runs["optimizer"].map(rates)]
-    if default.empty:
+    cells = default_cells(records.read(folder / "runs.jsonl"))
+    if cells.empty:
         return
-    cells = medians(default, ["optimizer", "schedule"])
-    cells = cells.assign(ratio=ratios(cells, best_errors(runs)))
     text = no_tuning_table(cells)
     (folder / "no-tuning.md").write_text(text, encoding="utf-8")
-    no_tuning_figure(cells, folder / "no-tuning.png")
+    save(no_tuning_figure(cells), folder / "no-tuning.png")
     print(text)
+
+
+def default_cells(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns medians over seeds for every optimizer at its default rate.
+
+    Args:
+      runs: records, as read.
+
+    Returns:
+      As ``medians``, with ``ratio`` to the least error in all records.
+    """
+    runs = of_workloads(runs)
+    rates = {name: row.rate for name, row in UNTUNED.items()}
+    default = runs[runs["rate"] == runs["optimizer"].map(rates)]
+    cells = medians(default, ["optimizer", "schedule"])
+    return cells.assign(ratio=ratios(cells, best_errors(runs)))
 
 
 def no_tuning_table(cells: pd.DataFrame) -> str:
@@ -101,12 +113,11 @@ def no_tuning_table(cells: pd.DataFrame) -> str:
     return f"{REGRET} To the right, the median errors.\n\n{markdown(table)}\n"
 
 
-def no_tuning_figure(cells: pd.DataFrame, path: Path) -> None:
-    """Draws the share of workloads against how far from the best, into an image file.
+def no_tuning_figure(cells: pd.DataFrame) -> Figure:
+    """Draws the share of workloads against how far from the best.
 
     Args:
       cells: medians at the default rates, with ``ratio``.
-      path: the image file.
     """
     fig = Figure(figsize=(8, 5), layout="constrained")
     axes = fig.subplots()
@@ -140,4 +151,4 @@ def no_tuning_figure(cells: pd.DataFrame, path: Path) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     legend(fig, columns=4)
-    fig.savefig(path, dpi=150)
+    return fig

@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-from benchmarks import records
 from benchmarks.bits import bits_report
-from benchmarks.demo import demo_figure
+from benchmarks.demo import demo_report
 from benchmarks.depth import depth_report
 from benchmarks.lr_sensitivity import lr_sensitivity_report
 from benchmarks.memory import memory_report
 from benchmarks.no_tuning import no_tuning_report
 from benchmarks.speed import speed_report
-from benchmarks.stall import stall_figure
+from benchmarks.stall import stall_report
 from benchmarks.study import study_report
 
 # By the name of a file of records, what is made of it, in its folder.
@@ -19,16 +18,8 @@ REPORTS = {
     "bits": (bits_report,),
     "speed": (speed_report,),
     "memory": (memory_report,),
-    "demo": (
-        lambda folder: demo_figure(
-            records.read(folder / "demo.jsonl"), folder / "demo.png"
-        ),
-    ),
-    "stall": (
-        lambda folder: stall_figure(
-            records.read(folder / "stall.jsonl"), folder / "stall.png"
-        ),
-    ),
+    "demo": (demo_report,),
+    "stall": (stall_report,),
 }
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import madax
 from benchmarks import gpt2, records
-from benchmarks.style import markdown
+from benchmarks.style import markdown, save
 
 LOG_8 = madax.LogFormat.from_dynamic_range(bits=8, ratio=100)
 LOG_16 = madax.LogFormat.from_dynamic_range(bits=16, ratio=1000)
@@ -145,7 +145,7 @@ def speed_report(folder: Path) -> str:
     runs = records.read(folder / "speed.jsonl")
     text = speed_table(runs)
     (folder / "speed.md").write_text(text, encoding="utf-8")
-    speed_figure(runs, folder / "speed.png")
+    save(speed_figure(runs), folder / "speed.png")
     return text
 
 
@@ -331,8 +331,8 @@ def _table_row(run: Any) -> dict[str, str]:
     return row
 
 
-def speed_figure(runs: pd.DataFrame, path: Path) -> None:
-    """Draws time over that of optax.adam, a panel a tree, into an image file."""
+def speed_figure(runs: pd.DataFrame) -> Figure:
+    """Draws time over that of optax.adam, a panel a tree."""
     groups = list(runs.groupby("tree", sort=False))
     fig = Figure(figsize=(3.2 * len(groups) + 1.5, 4.2), layout="constrained")
     panels = fig.subplots(1, len(groups), sharey=True, squeeze=False)[0]
@@ -355,4 +355,4 @@ def speed_figure(runs: pd.DataFrame, path: Path) -> None:
         axes.set(xlabel="time / optax.adam", xlim=(0, min(mid.max() * 1.1, 4)))
         axes.set_title(tree, fontsize=9)
     panels[0].invert_yaxis()
-    fig.savefig(path, dpi=150)
+    return fig

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 import madax
 from benchmarks import records
+from benchmarks.style import save
 
 STEPS = 10
 RATES = np.logspace(-4, -1, 13)
@@ -52,8 +53,8 @@ def stall(out: Path = Path("benchmarks/results/stall")) -> None:
             share = moved(store(weights), rate) / (STEPS * rate)
             record = {"storage": name, "rate": rate, "steps": STEPS, "share": share}
             records.append(raw, record)
+    stall_report(out)
     runs = records.read(raw)
-    stall_figure(runs, out / "stall.png")
     table = runs.pivot(index="rate", columns="storage", values="share")
     print(table[list(STORAGES)].to_markdown(floatfmt=(".1e", *[".3f"] * len(STORAGES))))
     print(f"\nFigure:  {out / 'stall.png'}\nRecords: {raw}")
@@ -81,12 +82,16 @@ def moved(params: Any, rate: float) -> float:
     return float(-jnp.mean(jnp.log(after / before)))
 
 
-def stall_figure(runs: pd.DataFrame, path: Path) -> None:
-    """Draws the share of the movement that took place, into an image file.
+def stall_report(folder: Path) -> None:
+    """Draws stall.png from the records alone."""
+    save(stall_figure(records.read(folder / "stall.jsonl")), folder / "stall.png")
+
+
+def stall_figure(runs: pd.DataFrame) -> Figure:
+    """Draws the share of the movement that took place.
 
     Args:
       runs: records, as read.
-      path: the image file.
     """
     fig = Figure(figsize=(5, 3.6), layout="constrained")
     axes = fig.subplots()
@@ -102,4 +107,4 @@ def stall_figure(runs: pd.DataFrame, path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    fig.savefig(path, dpi=150)
+    return fig

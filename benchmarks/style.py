@@ -1,6 +1,7 @@
 """How figures and tables look: lines told apart without colour, too, one legend."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -45,6 +46,11 @@ def legend(
         loc=loc,
         ncols=columns or len(entries),
     )
+
+
+def save(fig: Figure, path: Path) -> None:
+    """Writes a figure into an image file."""
+    fig.savefig(path, dpi=150)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

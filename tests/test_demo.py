@@ -100,7 +100,7 @@ def test_diverged_runs_stay_and_are_marked(tmp_path):
     assert np.isnan(runs[far]["curve"].iloc[0]["loss"][-1] or np.nan)
     assert "NaN" not in raw.read_text()
     assert "(3 of 3 diverged)" in demo_table(runs)
-    demo_figure(runs, tmp_path / "demo.png")
+    demo_figure(runs).savefig(tmp_path / "demo.png")
 
 
 def test_all_runs_may_diverge():

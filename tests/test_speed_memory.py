@@ -1,13 +1,17 @@
 """The benchmarks of speed and memory: they run, count rightly, and can be rebuilt."""
 
+import dataclasses
 import json
+import operator
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import gpt2, memory, records, speed
+import madax
+from benchmarks import gpt2, layerwise, memory, records, speed
 
 RESULTS = Path(speed.__file__).parent / "results"
 FEW = ("adam", "native 8, 8-bit v")
@@ -18,6 +22,7 @@ def few(monkeypatch):
     rows = {name: speed.ROWS[name] for name in FEW}
     monkeypatch.setattr(speed, "ROWS", rows)
     monkeypatch.setattr(memory, "ROWS", rows)
+    monkeypatch.setattr(memory, "LAYERWISE", FEW)
 
 
 @pytest.mark.parametrize(("size", "millions"), [("124M", 124.44), ("12M", 11.64)])
@@ -60,7 +65,9 @@ def test_speed(few, tmp_path, capsys):
 def test_memory(few, tmp_path, capsys):
     memory.memory(tmp_path, profile="smoke")
     (raw,) = tmp_path.rglob("memory.jsonl")
-    adam, native = (json.loads(line) for line in raw.read_text().splitlines())
+    runs = [json.loads(line) for line in raw.read_text().splitlines()]
+    assert [run["layer by layer"] for run in runs] == [False, False, True, True]
+    adam, native = runs[:2]
     size = sum(
         x.size
         for x in jax.tree.leaves(gpt2.init(gpt2.SIZES["tiny"], jax.random.key(0)))
@@ -68,9 +75,39 @@ def test_memory(few, tmp_path, capsys):
     assert adam["params"] == 4 * size
     assert adam["state"] == pytest.approx(8 * size, rel=1e-3)
     assert native["params"] + native["state"] < 2.5 * size
-    for run in (adam, native):
+    for run in runs:
         assert run["peak"] >= run["arguments"] >= run["params"] + run["state"]
     assert (raw.parent / "memory.md").read_text() in capsys.readouterr().out
+
+
+def unstacked(tree):
+    """Parameters with stacked blocks in the form of those without."""
+    size = gpt2.SIZES["tiny"]
+    blocks = [
+        jax.tree.map(operator.itemgetter(i), tree["blocks"]) for i in range(size.layers)
+    ]
+    return tree | {"blocks": {"layers": dict(enumerate(blocks))}}
+
+
+@pytest.mark.parametrize("format", [None, speed.LOG_8])
+def test_gradients_layer_by_layer_are_those_of_the_whole(format):
+    size = gpt2.SIZES["tiny"]
+    params = layerwise.quantize(layerwise.init(size, jax.random.key(0)), format)
+    tokens = jax.random.randint(jax.random.key(1), (2, 17), 0, size.vocabulary)
+    grads = jax.jit(lambda p: layerwise.gradients(size, p, tokens))(params)
+    whole = unstacked(madax.dequantize_params(params))
+    expected = jax.grad(lambda p: gpt2.loss(size, p, tokens))(whole)
+    chex.assert_trees_all_close(unstacked(grads), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_layer_by_layer_no_more_than_a_layer_is_decoded():
+    deep = dataclasses.replace(gpt2.SIZES["tiny"], layers=12, width=64)
+    row = speed.ROWS["native 8, 8-bit v"]
+    whole, by_layer = (
+        memory.footprint(*make(row, deep, 1, 16))["temporaries"]
+        for make in (memory.whole_work, memory.layerwise_work)
+    )
+    assert by_layer < 0.7 * whole
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,13 @@ class CoordinateMLP(nnx.Module):
         return self.head(x)
 
 
+def fourier_features(places: np.ndarray) -> np.ndarray:
+    """Returns sines and cosines of random projections of coordinates."""
+    rng = np.random.default_rng(0)
+    angles = np.pi * places @ rng.normal(0, SPREAD, (2, FREQUENCIES))
+    return np.concatenate([np.sin(angles), np.cos(angles)], -1)
+
+
 def coordinates(
     folder: Path | None = None,
     *,
@@ -62,9 +69,7 @@ def coordinates(
     """
     del folder
     places, colours = photo(picture, size, shrink=shrink)
-    rng = np.random.default_rng(0)
-    angles = np.pi * places @ rng.normal(0, SPREAD, (2, FREQUENCIES))
-    features = np.concatenate([np.sin(angles), np.cos(angles)], -1)
+    features = fourier_features(places)
     black = np.indices((size, size)).sum(0) % 2 == 0  # As on a chessboard.
 
     def split(mask: np.ndarray) -> Batch:
