@@ -24,7 +24,7 @@ def depth(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     The rates are a decade apart, around the default rate, with a cosine to zero.
     """
     sweeps = [
-        Sweep(name, UNTUNED[name], cosine(grid(UNTUNED[name].rate, steps=1)))
+        Sweep(name, UNTUNED[name], cosine(grid(UNTUNED[name].rate, steps=1, below=2)))
         for name in NAMES
     ]
     run_all(options, options.depths(), sweeps)

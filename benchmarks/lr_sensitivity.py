@@ -56,8 +56,8 @@ PAPER = {
 def lr_sensitivity(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     """Sweep the learning rate of SGD, Adam and Madam on every workload.
 
-    Nine rates each, half a decade apart, two decades below the default rate and two
-    above, at a constant rate and with a cosine to zero; the same seeds for all.
+    Eleven rates each, half a decade apart, from three decades below the default rate to
+    two above, at a constant rate and with a cosine to zero; the same seeds for all.
     """
     run_all(options, options.tasks(), sweeps())
     lr_sensitivity_report(options.folder)

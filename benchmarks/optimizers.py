@@ -90,17 +90,18 @@ def cosine(rates: Sequence[float]) -> list[Point]:
     return [{"rate": rate, "schedule": "cosine"} for rate in rates]
 
 
-def grid(rate: float, *, steps: int = 2, decades: int = 2) -> list[float]:
+def grid(rate: float, *, steps: int = 2, below: int = 3, above: int = 2) -> list[float]:
     """Returns rates spread evenly, in the logarithm, around one.
 
     Args:
-      rate: the middle.
+      rate: one of them.
       steps: to a decade.
-      decades: below the middle, and above.
+      below: decades below that one.
+      above: decades above it.
     """
-    ends = steps * decades
+    powers = range(-steps * below, steps * above + 1)
     # Rounded, so that a rate is the same number wherever it comes from.
-    return [float(f"{rate * 10 ** (i / steps):.3g}") for i in range(-ends, ends + 1)]
+    return [float(f"{rate * 10 ** (i / steps):.3g}") for i in powers]
 
 
 def stored(

@@ -21,7 +21,7 @@ from benchmarks.profiles import TASKS
 from benchmarks.train import train
 
 COMMAND = ["lr-sensitivity", "--profile", "smoke", "--workloads", "mlp", "--out"]
-RUNS = len(OPTIMIZERS) * 2 * 9 * TASKS["smoke"]["mlp"].budget.seeds
+RUNS = len(OPTIMIZERS) * 2 * 11 * TASKS["smoke"]["mlp"].budget.seeds
 
 
 def keys(raw):
@@ -143,12 +143,12 @@ def test_torn_lines_are_dropped(tmp_path):
     assert raw.read_text().startswith(whole.splitlines()[0])
 
 
-def test_the_default_rate_is_in_the_middle_of_every_grid():
+def test_grids_go_from_three_decades_below_the_default_rate_to_two_above():
     for row in OPTIMIZERS.values():
         rates = grid(row.rate)
-        assert len(rates) == 9 and rates[4] == row.rate
-        assert rates[0] == pytest.approx(row.rate / 100)
-        assert rates[8] == pytest.approx(100 * row.rate)
+        assert len(rates) == 11 and rates[6] == row.rate
+        assert rates[0] == pytest.approx(row.rate / 1000)
+        assert rates[-1] == pytest.approx(100 * row.rate)
 
 
 def cells(*rows):

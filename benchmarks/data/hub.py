@@ -26,5 +26,5 @@ def load(name: str, *options: str, what: str, otherwise: str) -> Any:
         raise FileNotFoundError(
             f"{what} is not here and could not be loaded from Hugging Face "
             f"({type(error).__name__}: {error}); {otherwise}, or `pip install "
-            "datasets` where the internet is in reach."
+            "'madax[hub]'` where the internet is in reach."
         ) from error
