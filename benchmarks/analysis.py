@@ -9,8 +9,9 @@ import pandas as pd
 CAP = 10.0
 REGRET = (
     "How much larger the error is than the least in all records of the workload, "
-    "whatever the optimizer and its rate; the geometric mean over workloads, and the "
-    f"worst. More than {CAP:g} times as large, or diverged, counts as {CAP:g} times."
+    "whatever the optimizer and its rate; the geometric mean over workloads, the "
+    f"median and the worst. More than {CAP:g} times as large, or diverged, counts as "
+    f"{CAP:g} times."
 )
 DEPTH = "coordinates, depth "
 
@@ -76,8 +77,9 @@ def regrets(cells: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
       by: what makes a setting.
 
     Returns:
-      Columns ``by``; ``mean``, the geometric mean of ratios, less 1; ``worst``, the
-      largest ratio, less 1; ``where``, its workload; ``workloads``, their number.
+      Columns ``by``; ``mean``, ``median`` and ``worst``, the geometric mean of ratios,
+      their median and the largest, less 1; ``where``, the workload of the worst;
+      ``workloads``, their number.
     """
     rows = []
     for key, group in cells.groupby(list(by), sort=False):
@@ -86,6 +88,7 @@ def regrets(cells: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
             {
                 **dict(zip(by, key, strict=True)),
                 "mean": float(np.exp(np.log(group["ratio"]).mean()) - 1),
+                "median": float(group["ratio"].median() - 1),
                 "worst": float(worst["ratio"] - 1),
                 "where": worst["workload"],
                 "workloads": len(group),

@@ -137,6 +137,7 @@ def study_table(cells: pd.DataFrame) -> str:
             "weights": row["optimizer"].removeprefix("study, "),
             **{name: _text(row[name]) for name in SETTING},
             "mean regret": f"{100 * row['mean']:.0f} %",
+            "median": f"{100 * row['median']:.0f} %",
             "worst": f"{100 * row['worst']:.0f} %",
             "on": row["where"],
         }

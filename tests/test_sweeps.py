@@ -195,6 +195,7 @@ def test_regret_is_a_geometric_mean_and_diverged_counts_as_the_cap():
     first, second = analysis.regrets(table, ["optimizer"]).to_dict("records")
     assert (first["optimizer"], first["where"]) == ("y", "a")
     assert first["mean"] == pytest.approx(1) and first["worst"] == pytest.approx(3)
+    assert first["median"] == pytest.approx(1.5)
     assert second["mean"] == pytest.approx(np.sqrt(analysis.CAP) - 1)
 
 
