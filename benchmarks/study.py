@@ -79,9 +79,9 @@ STUDY = {
 def study(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     """Compare compositions of Madam, each at one setting on every workload.
 
-    Floors of 0, 0.3 and 1, with and without a first moment, at rates of 0.01, 0.03 and
-    0.1; other bounds on weights, and a constant rate; a rate that is a share of the
-    descent bound at init; and the smooth floor of 16-bit symlog codes.
+    Floors of 0, 0.3 and 1, with and without a first moment, at rates of 0.01 to 0.3;
+    other bounds on weights, and a constant rate; a rate that is a share of the descent
+    bound at init; and the smooth floor of 16-bit symlog codes.
     """
     run_all(options, options.tasks(), sweeps(options))
     study_report(options.folder)
@@ -101,15 +101,15 @@ def sweeps(options: Options) -> list[Sweep]:
 
     ends = (0.0, 1.0)
     floats = [
-        *points((0.01, 0.03, 0.1), floor=(0.0, 0.3, 1.0)),
-        *points((0.01, 0.03), floor=ends, p_scale=(1.0, 10.0)),
+        *points((0.01, 0.03, 0.1, 0.3), floor=(0.0, 0.3, 1.0)),
+        *points((0.01, 0.03, 0.1), floor=ends, p_scale=(1.0, 10.0)),
         *points((0.01, 0.03), floor=ends, schedule=("constant",)),
     ]
     return [
         Sweep(FLOAT, STUDY[FLOAT], floats),
-        Sweep(BOUND, STUDY[BOUND], points((0.1, 0.3), floor=ends)),
+        Sweep(BOUND, STUDY[BOUND], points((0.1, 0.3, 1.0), floor=ends)),
         # Codes have the floor in the format, and the bound in the scale.
-        Sweep(CODES, STUDY[CODES], points((0.01, 0.03, 0.1))),
+        Sweep(CODES, STUDY[CODES], points((0.01, 0.03, 0.1, 0.3))),
     ]
 
 
