@@ -1,0 +1,117 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Bits
+#
+# How few bits a weight needs, when there is no other copy of it. A format is a grid of
+# values; a step that is smaller than the grid has to be rounded. What matters is, in
+# this order: how it is rounded, how many bits there are, and which grid they make.
+
+# %%
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import Markdown
+
+import benchmarks
+import madax
+from benchmarks import bits, records
+from benchmarks.stall import stall_figure
+
+# %matplotlib inline
+
+SMOKE = bool(os.environ.get("MADAX_SMOKE"))
+RESULTS = Path(benchmarks.__path__[0]) / "results"
+
+# %% [markdown]
+# ## Three grids of 5 bits
+#
+# `LogFormat` has the same relative error everywhere, and nothing between zero and its
+# smallest weight; `UniformFormat` has the same absolute error; `SymlogFormat` is
+# uniform near zero and logarithmic far out.
+
+# %%
+formats = {
+    "log": madax.LogFormat.from_dynamic_range(bits=5, ratio=30),
+    "symlog": madax.SymlogFormat(bits=5, linear_range=1 / 3),
+    "uniform": madax.UniformFormat(bits=5),
+}
+fig, axes = plt.subplots(figsize=(9, 2), layout="constrained")
+for row, fmt in enumerate(formats.values()):
+    codes = jnp.arange(-fmt.levels, fmt.levels + 1, dtype=jnp.int8)
+    values = madax.QuantizedArray(codes, jnp.ones(()), fmt).dequantize()
+    axes.plot(values, np.full(values.shape, -row), "|", ms=18, c="black")
+axes.set_yticks([0, -1, -2], formats)
+axes.set(xlabel="weight / scale", ylim=(-2.6, 0.6))
+plt.show()
+
+# %% [markdown]
+# ## Steps that are smaller than the grid
+#
+# Ten steps down a constant gradient should shrink each weight by ten times the rate.
+# With nearest rounding, as in bfloat16, small steps are lost. Stochastic rounding takes
+# a whole code with the right probability, so that the mean is right at any rate.
+
+# %%
+stall_figure(records.read(RESULTS / "stall" / "stall.jsonl"))
+
+# %% [markdown]
+# The same in small: a weight that should move by 0.3 codes a step, for 100 steps.
+
+# %%
+fmt = madax.LogFormat.from_dynamic_range(bits=8, ratio=100)
+steps = 20 if SMOKE else 100
+weights = jnp.full((1000,), 0.1)
+fig, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+for rounding, line in (("nearest", "--"), ("stochastic", "-")):
+    params = madax.quantize_params(weights, fmt, where=lambda *_: True)
+    tx = madax.madam(0.3 * fmt.base_step, rounding=rounding)
+    state, path = tx.init(params), []
+    update = jax.jit(tx.update)
+    for _ in range(steps):
+        updates, state = update(jnp.ones(1000), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        path.append(float(jnp.log(params.dequantize() / 0.1).mean()))
+    axes.plot(path, line, label=f"{rounding}, mean of 1000 weights")
+exact = -0.3 * fmt.base_step * np.arange(1, steps + 1)
+axes.plot(exact, ":", c="black", label="exact")
+axes.set(xlabel="step", ylabel="change of log weight, nats")
+axes.legend()
+axes.grid(alpha=0.3)
+plt.show()
+
+# %% [markdown]
+# ## What it costs in accuracy
+#
+# `python -m benchmarks bits --profile full`: all of Fashion-MNIST, no tuning, Madam and
+# Adam on the same formats, rounding and seeds.
+
+# %%
+runs = records.read(RESULTS / "bits" / "bits.jsonl")
+print("On", runs["environment"].iloc[0]["device"])
+bits.bits_figure(runs)
+
+# %%
+Markdown(bits.bits_table(runs))
+
+# %% [markdown]
+# Stochastic rounding does most of the work. With it, 16 bits lose nothing and 8 bits
+# little, under either optimizer; without it, few bits hardly train. The logarithmic
+# grid is the natural one for multiplicative steps, as a step is an addition of
+# integers; it is not the most accurate: at 4 and 6 bits uniform codes are better, and
+# `SymlogFormat`, which can cross zero, is the best 8-bit format for Madam.

@@ -1,0 +1,129 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Learning-rate sensitivity
+#
+# A step of Madam multiplies a weight by $e^{\pm\eta}$, whatever the scale of weights
+# and gradients. So one rate should suit very different networks: does it? The records
+# of `python -m benchmarks lr-sensitivity` and `no-tuning` answer for eight networks;
+# a small sweep below shows where the answer comes from.
+
+# %%
+import os
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from IPython.display import Markdown
+
+import benchmarks
+from benchmarks import lr_sensitivity, no_tuning, records
+from benchmarks.optimizers import OPTIMIZERS
+from benchmarks.workloads.images import mlp
+
+# %matplotlib inline
+
+SMOKE = bool(os.environ.get("MADAX_SMOKE"))
+RESULTS = Path(benchmarks.__path__[0]) / "results" / "quick"
+runs = records.read(RESULTS / "runs.jsonl")
+device = runs["environment"].iloc[-1]["device"]
+print(f"{len(runs)} runs, on {device}; workloads:", *runs["workload"].unique()[:8])
+
+# %% [markdown]
+# ## Error against the rate
+#
+# The height of a line is the best error of any optimizer on that network over the error
+# at this rate: 1 is best, 0 is useless. Every network has the same budget and seeds for
+# all three optimizers. The last row are the numbers of the Madam paper, for ResNets, a
+# GAN and a Transformer trained for many epochs.
+
+# %%
+cells = lr_sensitivity.rate_cells(runs)
+lr_sensitivity.lr_sensitivity_figure(cells)
+
+# %%
+Markdown(lr_sensitivity.lr_sensitivity_table(cells))
+
+# %% [markdown]
+# ## One setting for everything
+#
+# What does it cost not to tune at all? Every optimizer at its one default, on every
+# network, against the least error of any optimizer at any rate.
+
+# %%
+cells = no_tuning.default_cells(runs)
+no_tuning.no_tuning_figure(cells)
+
+# %%
+Markdown(no_tuning.no_tuning_table(cells))
+
+# %% [markdown]
+# ## Where it comes from
+#
+# The same network with the scale of its data changed. It is the size of a step
+# relative to the weights that decides whether training is too slow, stable or blows
+# up. Rescale the input of a network by 100 and every weight's gradient in the first
+# layer grows, as does the size of the weight that would be right: SGD needs another
+# rate, and Adam's step is of the wrong size; the step of Madam scales with the weights.
+#
+# Here the first kernel is initialised 100 times smaller for inputs 100 times larger,
+# which is the very same function.
+
+# %%
+STEPS = 20 if SMOKE else 400
+workload = mlp(source="digits", width=32)
+pixels, labels = workload.train
+rates = jnp.logspace(-4, 0, 9)
+
+
+def final_loss(make, scale, rate):
+    """Trains on inputs multiplied by ``scale``; returns the loss at the end."""
+    params = workload.init(jax.random.key(0))
+    params["linear1"]["kernel"] /= scale
+    tx = make(rate)
+
+    def step(carry, key):
+        params, state = carry
+        chosen = jax.random.randint(key, (32,), 0, len(labels))
+        batch = scale * pixels[chosen], labels[chosen]
+        grads = jax.grad(workload.loss)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = jax.random.split(jax.random.key(1), STEPS)
+    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), keys)
+    return workload.loss(params, (scale * pixels, labels))
+
+
+fig, panels = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
+for axes, name in zip(panels, OPTIMIZERS, strict=True):
+    for scale, line in ((0.01, ":"), (1.0, "-"), (100.0, "--")):
+        sweep = jax.jit(jax.vmap(partial(final_loss, OPTIMIZERS[name].make, scale)))
+        losses = np.nan_to_num(np.asarray(sweep(rates)), nan=1e3, posinf=1e3)
+        axes.plot(rates, losses, line, marker="o", ms=3, label=f"inputs * {scale:g}")
+    axes.set(xscale="log", yscale="log", ylim=(1e-4, 1e2), title=name)
+    axes.set_xlabel("learning rate")
+    axes.grid(alpha=0.3)
+panels[0].set_ylabel("training loss at the end")
+panels[0].legend(fontsize=8)
+plt.show()
+
+# %% [markdown]
+# The three lines of Madam are one: it is invariant to the scale of a layer. Those of
+# SGD and of Adam move with it. That is what the learning rate of Madam does not depend
+# on; it still depends on the length of the run: in few steps, larger rates win.
