@@ -131,6 +131,12 @@ def test_committed_tables_are_those_of_the_committed_records(tmp_path, capsys):
         assert again.read_text() == table.read_text()
 
 
+@pytest.mark.parametrize("name", ["lr-sensitivity", "depth"])
+def test_no_committed_best_rate_is_on_the_edge_of_its_grid(name):
+    text = (RESULTS / "quick" / f"{name}.md").read_text(encoding="utf-8")
+    assert "No best rate is on the edge of the grid." in text
+
+
 def test_torn_lines_are_dropped(tmp_path):
     raw = tmp_path / "runs.jsonl"
     records.append(raw, {"seed": 0}, {"seed": 1})
