@@ -1,5 +1,6 @@
 """Sweeps: resuming after a kill, torn records, and reports from records alone."""
 
+import inspect
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pandas as pd
 import pytest
 
@@ -205,22 +207,29 @@ def test_regret_is_a_geometric_mean_and_diverged_counts_as_the_cap():
     assert second["mean"] == pytest.approx(np.sqrt(analysis.CAP) - 1)
 
 
-def test_every_untuned_optimizer_takes_steps():
-    task = TASKS["smoke"]["coordinates"]
-    workload = task.make(None)
-    assert len(UNTUNED) >= 20
-    for name in (
-        "muon",
+needs_optax_0_2_6 = pytest.mark.skipif(
+    "adam_learning_rate" not in inspect.signature(optax.contrib.muon).parameters,
+    reason="optax.contrib.muon had one rate for all",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("muon", marks=needs_optax_0_2_6),
         "schedule-free adamw",
         "cocob",
         "mechanic adamw",
         "madam, log 4",
-    ):
-        row = UNTUNED[name]
-        points = [{"rate": row.rate, "schedule": s} for s in row.schedules]
-        for run in train(workload, row, points, task.budget, label=name):
-            assert not run["diverged"]
-            assert run["curve"]["loss"][-1] < run["curve"]["loss"][0]
+    ],
+)
+def test_untuned_optimizers_take_steps(name):
+    task = TASKS["smoke"]["coordinates"]
+    row = UNTUNED[name]
+    points = [{"rate": row.rate, "schedule": s} for s in row.schedules]
+    for run in train(task.make(None), row, points, task.budget, label=name):
+        assert not run["diverged"]
+        assert run["curve"]["loss"][-1] < run["curve"]["loss"][0]
 
 
 def test_madam_at_its_bound_steps_by_a_share_of_it():

@@ -3,7 +3,7 @@
 from typing import Any
 
 
-def load(name: str, *options: str, what: str, otherwise: str) -> Any:
+def load(name: str, *options: Any, what: str, otherwise: str) -> Any:
     """Loads a data set with the package ``datasets``.
 
     Args:

@@ -1,7 +1,7 @@
 """Images and an autoencoder, scored by how it reconstructs images held out."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import jax
@@ -18,18 +18,19 @@ class Autoencoder(nnx.Module):
 
     def __init__(self, widths: Sequence[int], rngs: nnx.Rngs):
         widths = [*widths, *reversed(widths[:-1])]
-        self.layers = nnx.List(
-            [nnx.Linear(before, after, rngs=rngs) for before, after in pairwise(widths)]
+        linear = [
+            nnx.Linear(before, after, rngs=rngs) for before, after in pairwise(widths)
+        ]
+        # Neither the code nor the last layer is bent.
+        straight = len(linear) // 2, len(linear)
+        bent = (
+            [x] if i in straight else [x, nnx.relu] for i, x in enumerate(linear, 1)
         )
+        self.layers = nnx.Sequential(*chain.from_iterable(bent))
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Returns the reconstruction of images."""
-        x = images.reshape(len(images), -1)
-        for i, layer in enumerate(self.layers):
-            # Neither the code nor the last layer is bent.
-            bent = i + 1 not in (len(self.layers) // 2, len(self.layers))
-            x = nnx.relu(layer(x)) if bent else layer(x)
-        return x.reshape(images.shape)
+        return self.layers(images.reshape(len(images), -1)).reshape(images.shape)
 
 
 def autoencoder(

@@ -63,21 +63,19 @@ class ResNet(nnx.Module):
         stem: int,
     ):
         self.stem = Convolution(channels, width, 3, stem, rngs)
-        self.blocks = nnx.List([])
-        before = width
+        residual, before = [], width
         for stage, repeats in enumerate(blocks):
             for i in range(repeats):
                 stride = 2 if stage > 0 and i == 0 else 1
                 after = width * 2**stage
-                self.blocks.append(ResidualBlock(before, after, stride, rngs))
+                residual.append(ResidualBlock(before, after, stride, rngs))
                 before = after
+        self.blocks = nnx.Sequential(*residual)
         self.head = nnx.Linear(before, classes, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Returns the logits of images."""
-        x = nnx.relu(self.stem(images))
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(nnx.relu(self.stem(images)))
         return self.head(x.mean((1, 2)))
 
 

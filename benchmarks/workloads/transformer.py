@@ -25,18 +25,17 @@ class Transformer(nnx.Module):
         heads: int,
     ):
         self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
-        self.places_embed = nnx.Param(0.02 * rngs.params.normal((context, width)))
-        self.blocks = nnx.List(
-            [Block(width, rngs, heads=heads, causal=True) for _ in range(layers)]
+        places = jax.random.normal(rngs.params(), (context, width))
+        self.places_embed = nnx.Param(0.02 * places)
+        self.blocks = nnx.Sequential(
+            *(Block(width, rngs, heads=heads, causal=True) for _ in range(layers))
         )
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, vocabulary, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns logits of shape (batch, tokens, vocabulary)."""
-        x = self.embed(tokens) + self.places_embed[...]
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(self.embed(tokens) + self.places_embed[...])
         return self.head(self.norm(x))
 
 

@@ -27,10 +27,10 @@ class ViT(nnx.Module):
     ):
         self.patch = patch
         self.embed = nnx.Linear(patch**2 * shape[-1], width, rngs=rngs)
-        places = 0.02 * rngs.params.normal(((shape[0] // patch) ** 2, width))
-        self.places_embed = nnx.Param(places)
-        self.blocks = nnx.List(
-            [Block(width, rngs, heads=heads, causal=False) for _ in range(layers)]
+        places = (shape[0] // patch) ** 2, width
+        self.places_embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), places))
+        self.blocks = nnx.Sequential(
+            *(Block(width, rngs, heads=heads, causal=False) for _ in range(layers))
         )
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, classes, rngs=rngs)
@@ -41,9 +41,7 @@ class ViT(nnx.Module):
         side = size // self.patch
         x = images.reshape(n, side, self.patch, side, self.patch, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(n, side**2, -1)
-        x = self.embed(x) + self.places_embed[...]
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(self.embed(x) + self.places_embed[...])
         return self.head(self.norm(x).mean(1))
 
 
