@@ -33,6 +33,10 @@ class Convolution(nnx.Module):
         return self.norm(self.conv(x))
 
 
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
 class ResidualBlock(nnx.Module):
     """Two convolutions beside a shortcut."""
 
@@ -40,13 +44,13 @@ class ResidualBlock(nnx.Module):
         self.conv1 = Convolution(channels, width, 3, stride, rngs)
         self.conv2 = Convolution(width, width, 3, 1, rngs)
         same = channels == width and stride == 1
-        shortcut = None if same else Convolution(channels, width, 1, stride, rngs)
-        self.shortcut = nnx.data(shortcut)
+        way = _same if same else Convolution(channels, width, 1, stride, rngs)
+        self.shortcut = nnx.Sequential(way)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the sum of both ways."""
         y = self.conv2(nnx.relu(self.conv1(x)))
-        return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+        return nnx.relu(y + self.shortcut(x))
 
 
 class ResNet(nnx.Module):
