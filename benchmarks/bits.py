@@ -41,6 +41,8 @@ BUDGETS: dict[Profile, dict[str, Budget]] = {
     },
 }
 
+SMOKE = ("float32", "log 8")  # Compiling takes time, too.
+
 # Told apart without colour, too: the marker is the format, the line the rounding.
 LINES = {
     ("log", "stochastic", "madam"): {"c": "#d55e00", "ls": "-", "marker": "o"},
@@ -91,6 +93,8 @@ def bits(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
         if shrink > 1:
             settings["shrink"] = shrink
         for name, storage, optimizer in rows():
+            if options.profile == "smoke" and storage.format not in SMOKE:
+                continue
             fixed = {
                 **dataclasses.asdict(storage),
                 "grid": repr(FORMATS.get(storage.format)),
