@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import optax
 import tyro
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import madax
 from benchmarks.data import images as load_images
@@ -53,7 +53,7 @@ def multihost(
         # What CPUs talk to each other by; GPUs and TPUs do not ask.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(coordinator, num_processes, process_id)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     everywhere = NamedSharding(mesh, PartitionSpec())
     by_example = NamedSharding(mesh, PartitionSpec("data"))
     if batch_size % jax.device_count():
