@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from madax._checks import check_bits, check_format_field
-from madax._numerics import expm1
+from madax._numerics import arcsinh, exp, expm1, log, log1p, rounded, sinh
 
 # What float32, which codes are decoded to, can hold of log|w|, in nats: it tells
 # apart values this close, and spans this much below 1.
@@ -34,6 +34,11 @@ def _check_bits(bits: Any, lowest: int = 2) -> None:
 
 def _levels(bits: int) -> int:
     return 2 ** (bits - 1) - 1
+
+
+def _root(x: jax.Array) -> jax.Array:
+    """The root of 1 + x**2."""
+    return jnp.sqrt(1 + rounded(x * x))
 
 
 def base_step_range(bits: int) -> tuple[float, float]:
@@ -195,13 +200,13 @@ class LogFormat(Format):
 
     def encode(self, x: jax.Array) -> jax.Array:
         """The real-valued code, in [-levels, levels]; in [-1, 1] only for 0."""
-        magnitude = self.levels + jnp.log(jnp.abs(x)) * (1 / self.base_step)
+        magnitude = self.levels + rounded(log(jnp.abs(x)) * (1 / self.base_step))
         return jnp.sign(x) * jnp.clip(magnitude, 1, self.levels)
 
     def decode(self, code: jax.Array) -> jax.Array:
         """The value of a code, relative to the scale."""
         c = code.astype(jnp.float32)
-        value = jnp.exp(self.base_step * (jnp.abs(c) - self.levels))
+        value = exp(self.base_step * (jnp.abs(c) - self.levels))
         return jnp.where(c < 0, -value, jnp.where(c > 0, value, 0))
 
     def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
@@ -213,7 +218,7 @@ class LogFormat(Format):
         """``sign(x) * log1p(u / x) / base_step`` where u is small against x."""
         x = self.decode(code)
         ratio = jnp.where(x == 0, -1, u / x)
-        small = jnp.sign(x) * jnp.log1p(ratio) * (1 / self.base_step)
+        small = jnp.sign(x) * log1p(ratio) * (1 / self.base_step)
         return jnp.where(jnp.abs(ratio) < 0.5, small, self.encode(x + u) - code)
 
     def saturate(self, code: jax.Array, sign: jax.Array) -> jax.Array:
@@ -273,12 +278,12 @@ class SymlogFormat(Format):
 
     def encode(self, x: jax.Array) -> jax.Array:
         """The real-valued code, in [-levels, levels]."""
-        code = jnp.arcsinh(x * (1 / self.linear_range)) * (1 / self.step)
+        code = arcsinh(x * (1 / self.linear_range)) * (1 / self.step)
         return jnp.clip(code, -self.levels, self.levels)
 
     def decode(self, code: jax.Array) -> jax.Array:
         """The value of a code, relative to the scale."""
-        return self.linear_range * jnp.sinh(code.astype(jnp.float32) * self.step)
+        return self.linear_range * sinh(code.astype(jnp.float32) * self.step)
 
     def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
         """``d / step``, whatever the code."""
@@ -292,15 +297,13 @@ class SymlogFormat(Format):
         of 1 + x**2: asinh(y) - asinh(x) = log1p((u + s(y) - s(x)) / (x + s(x))), and
         s(y) - s(x) = u * (x + y) / (s(x) + s(y)).
         """
-        theta = jnp.abs(code.astype(jnp.float32)) * self.step
+        theta = rounded(jnp.abs(code.astype(jnp.float32)) * self.step)
         sign = jnp.where(code < 0, -1, 1)
-        x, u = jnp.sinh(theta), sign * u * (1 / self.linear_range)
+        x, u = sinh(theta), rounded(sign * u * (1 / self.linear_range))
         y = x + u
-        slope = 1 + (x + y) / (jnp.cosh(theta) + jnp.sqrt(1 + y * y))
-        ratio = u * slope * jnp.exp(-theta)
-        change = jnp.where(
-            jnp.abs(ratio) < 0.5, jnp.log1p(ratio), jnp.arcsinh(y) - theta
-        )
+        slope = 1 + (x + y) / (_root(x) + _root(y))
+        ratio = u * slope * exp(-theta)
+        change = jnp.where(jnp.abs(ratio) < 0.5, log1p(ratio), arcsinh(y) - theta)
         return sign * change * (1 / self.step)
 
 

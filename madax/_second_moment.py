@@ -12,6 +12,7 @@ import optax
 from madax._checks import check_b1, check_decay, check_instance, check_seed
 from madax._leaves import flatten, flatten_like, path_name, zeros_like
 from madax._moments import MomentFormat
+from madax._numerics import expm1, log1p, rounded
 from madax._rounding import leaf_keys, random_bits
 
 
@@ -205,7 +206,8 @@ def _advance(
     old = codec.decode(stored)
     rate = jnp.asarray(1 - decay, old.dtype)
     # In float32, decay and 1 - decay do not add up to 1; these coefficients do.
-    new = codec.encode(jnp.where(ok, old - rate * old + rate * x, old))
+    new = old - rounded(rate * old) + rounded(rate * x)
+    new = codec.encode(jnp.where(ok, new, old))
     # What is skipped is not rounded once more. That this choice is among stored values
     # also keeps XLA on CPU from computing them twice, for the state and the direction.
     new = jnp.where(ok | codec.moved, new, stored)
@@ -215,7 +217,7 @@ def _advance(
 def _bias_correction(decay: Any, count: jax.Array) -> jax.Array:
     """``1 - decay**count``, without the cancellation that loses digits near 1."""
     rate = jnp.asarray(1 - decay, jnp.result_type(float))
-    return -jnp.expm1(count * jnp.log1p(-rate))
+    return -expm1(count * log1p(-rate))
 
 
 def _check_window(moment_format: MomentFormat | None, window: Any) -> Any:

@@ -1,13 +1,12 @@
 """Dtypes in, through and out; jit against eager; nothing compiles twice."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import oracle
 import pytest
+from precision import enable_x64
 
 import madax
 
@@ -15,17 +14,8 @@ DTYPES = ["float16", "bfloat16", "float32", "float64"]
 OPTIONS = [{}, {"b1": 0.9, "floor": 0.1}]
 
 
-def enable_x64():
-    # The name moved; either warns or is missing in the other half of jax 0.6 to 0.10.
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64
-
-    return enable_x64()
-
-
 def x64_for(dtype):
-    return enable_x64() if dtype == "float64" else contextlib.nullcontext()
+    return enable_x64(dtype == "float64")
 
 
 def example_params(dtype, seed=0):

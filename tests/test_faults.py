@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from precision import enable_x64
 
 import madax
 from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
@@ -40,15 +41,6 @@ FORMATS = {
 GRIDS = ("bbit_madam", "lns_madam")  # float leaves, too, are on a grid
 every_madam = pytest.mark.parametrize("name", MADAMS)
 every_poison = pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-
-
-def enable_x64():
-    # The name moved; either warns or is missing in the other half of jax 0.6 to 0.10.
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64
-
-    return enable_x64()
 
 
 def is_quantized(x):

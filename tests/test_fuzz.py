@@ -22,6 +22,7 @@ import optax
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from precision import enable_x64
 
 import madax
 from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
@@ -36,17 +37,6 @@ def forget_compiled_programs():
 
 EXAMPLES = max(200, settings.default.max_examples)
 F32 = np.float32(2) ** -23
-
-
-def enable_x64(on):
-    if not on:
-        return contextlib.nullcontext()
-    # The name moved; either warns or is missing in the other half of jax 0.6 to 0.10.
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64
-
-    return enable_x64()
 
 
 def is_quantized(x):

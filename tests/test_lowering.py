@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax import export
+from precision import enable_x64
 
 import madax
 from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
@@ -37,15 +38,6 @@ FORMATS = {
     "uniform8": UniformFormat(8),
 }
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
-
-
-def enable_x64():
-    # The name moved; either warns or is missing in the other half of jax 0.6 to 0.10.
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64
-
-    return enable_x64()
 
 
 def is_quantized(x):

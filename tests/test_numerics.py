@@ -3,29 +3,63 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from precision import enable_x64
 
-from madax._numerics import expm1, round_to_int
+from madax import _numerics
+from madax._numerics import arcsinh, exp, expm1, log, log1p, round_to_int, sinh
+
+POSITIVE = np.concatenate([np.logspace(-37, 38, 1_000_001), np.linspace(0.5, 2, 10**6)])
+SMALL = np.concatenate([np.linspace(-1, 1, 1_000_001), np.logspace(-37, 0, 100_001)])
+WIDE = np.concatenate([np.linspace(-86, 86, 1_000_001), SMALL, -np.logspace(-37, 1)])
+POINTS = {
+    "exp": WIDE,
+    "expm1": np.concatenate([WIDE, [-87, 88]]),
+    "sinh": WIDE,
+    "log": POSITIVE,
+    "log1p": np.concatenate([POSITIVE, SMALL[SMALL > -1]]),
+    "arcsinh": np.concatenate([SMALL, np.logspace(-1, 18, 100_001)]),
+}
 
 
-def test_expm1_is_exact_to_float32():
-    x = np.concatenate(
-        [
-            np.linspace(-87, 88, 1_000_001),
-            np.linspace(-1, 1, 1_000_001),
-            np.logspace(-37, 1, 100_001),
-            -np.logspace(-37, 1, 100_001),
-        ]
-    ).astype(np.float32)
-    expected = np.expm1(x.astype(np.float64))
-    np.testing.assert_allclose(jax.jit(expm1)(x), expected, rtol=3e-7)
+@pytest.mark.parametrize("name", POINTS)
+def test_functions_are_exact_to_float32(name):
+    x = POINTS[name].astype(np.float32)
+    expected = getattr(np, name)(x.astype(np.float64))
+    np.testing.assert_allclose(
+        jax.jit(getattr(_numerics, name))(x), expected, rtol=3e-7
+    )
 
 
-def test_expm1_saturates():
-    x = jnp.array([-1e30, -100.0, 0.0, 100.0, 1e30], jnp.float32)
+@pytest.mark.parametrize("name", POINTS)
+def test_float64_is_the_library_s(name):
+    with enable_x64():
+        x = jnp.linspace(0.1, 2, 101, dtype=jnp.float64)
+        y = getattr(_numerics, name)(x)
+    assert y.dtype == np.float64
+    np.testing.assert_allclose(y, getattr(np, name)(np.asarray(x)), rtol=1e-14)
+
+
+def test_functions_saturate_where_others_overflow():
+    x = jnp.array([-3e38, -100.0, 0.0, 100.0, 3e38], jnp.float32)
     y = np.asarray(expm1(x))
     assert np.isfinite(y).all()
     np.testing.assert_array_equal(y[:3], [-1, -1, 0])
     assert (y[3:] > 1e38).all()
+    assert np.isfinite(np.asarray(exp(x))).all() and exp(x)[2] == 1
+    assert np.isfinite(np.asarray(sinh(x))).all() and sinh(x)[2] == 0
+    assert np.asarray(arcsinh(x))[[0, 2, 4]].tolist() == [
+        -arcsinh(x)[4],
+        0,
+        arcsinh(x)[4],
+    ]
+    assert 42 < arcsinh(x)[4] < 90
+
+
+def test_logarithms_of_nothing_are_finite():
+    assert -89 < log(jnp.float32(0)) < -88
+    assert -89 < log1p(jnp.float32(-1)) < -88
+    assert log(jnp.float32(1)) == log1p(jnp.float32(0)) == 0
 
 
 def test_round_to_int_is_exact_compiled_or_not():

@@ -1,0 +1,202 @@
+"""However a step is compiled, its bits are the same.
+
+XLA fuses a product and a sum into one operation that rounds once, or does not, by the
+shape of an array; that is how a shard could come to train otherwise than the whole. So
+steps are compiled with fusions and without, with optimisations and without, and for
+pieces of all shapes.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from precision import enable_x64
+
+import madax
+from madax import LogFormat, MomentFormat, SymlogFormat, UniformFormat, _numerics
+
+OTHERWISE = {
+    "no_fusions": {"xla_disable_hlo_passes": "fusion"},
+    "no_optimisations": {"xla_backend_optimization_level": 0},
+}
+compiled_otherwise = pytest.mark.parametrize("how", OTHERWISE)
+
+# Adam's own sums are of exact products: see test_meshes.
+EXACT_ADAM = optax.adam(2**-7, b1=0.5, b2=0.75)
+
+
+def on_grid(fmt):
+    """Madam on float leaves that are kept on a grid."""
+    return optax.chain(
+        madax.scale_by_second_moment(),
+        optax.scale(-0.03),
+        madax.scale_by_sign_log(),
+        madax.clip_log_weights(),
+        madax.lns_quantize(fmt, rounding="nearest"),
+    )
+
+
+OPTIMIZERS = {
+    "madam": madax.madam(0.02),
+    "clipped": madax.madam(0.05, b1=0.9, floor=1.0, p_scale=1.0),
+    "moments8": madax.madam(0.02, b1=0.9, moment_format=MomentFormat(8)),
+    "nearest": madax.madam(0.05, rounding="nearest"),
+    "bbit_madam": madax.bbit_madam(0.02),
+    "lns_madam": madax.lns_madam(2**-5),
+    "symlog_grid": on_grid(SymlogFormat(12, 0.1)),
+    "uniform_grid": on_grid(UniformFormat(12)),
+    "wrapped_adam": madax.with_quantized_params(EXACT_ADAM),
+}
+FORMATS = {
+    "log8": LogFormat.from_dynamic_range(8, 100),
+    "log16": LogFormat.from_dynamic_range(16, 10_000),
+    "symlog8": SymlogFormat(8, 1 / 3),
+    "symlog16": SymlogFormat(16, 1e-3),
+    "uniform8": UniformFormat(8),
+    "uniform16": UniformFormat(16),
+}
+
+
+def compiled(f, *args, how=None):
+    return jax.jit(f).lower(*args).compile(compiler_options=OTHERWISE.get(how, {}))
+
+
+def bits_of(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def random_numbers(*shape, seed=0):
+    """Normal numbers times a size of their own each, over six decades."""
+    rng = np.random.default_rng(seed)
+    return np.float32(rng.normal(size=shape) * 10 ** rng.uniform(-3, 3, shape))
+
+
+@compiled_otherwise
+def test_other_compilers_round_a_product_before_a_sum_and_ours_does_not(how):
+    a, b, c = random_numbers(3, 10_000)
+    f, g = lambda a, b, c: a * b + c, lambda a, b, c: _numerics.rounded(a * b) + c
+    twice_rounded = (a * b + c).tobytes()
+    assert bits_of(compiled(f, a, b, c, how=how)(a, b, c)) == [twice_rounded]
+    assert bits_of(compiled(f, a, b, c)(a, b, c)) != [twice_rounded]
+    for compiler in (how, None):
+        got = bits_of(compiled(g, a, b, c, how=compiler)(a, b, c))
+        assert got == [twice_rounded]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rounded_is_the_identity(dtype):
+    info = np.finfo(dtype)
+    x = np.array([0.0, -0.0, 1.5, -2.5, info.tiny, info.max, info.min, np.inf, -np.inf])
+    with enable_x64(dtype == np.float64):
+        got = jax.jit(_numerics.rounded)(jnp.asarray(x, dtype))
+    assert got.dtype == dtype
+    assert np.asarray(got).tobytes() == x.astype(dtype).tobytes()
+
+
+FUNCTIONS = ("exp", "expm1", "log", "log1p", "sinh", "arcsinh")
+
+
+@compiled_otherwise
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name, how):
+    f, x = getattr(_numerics, name), random_numbers(100_000)
+    x = np.abs(x) if name.startswith("log") else np.clip(x, -80, 80)
+    # What goes in may be a product, and what comes out a term of a sum.
+    g, k = lambda x, k: f(x * k) + k, np.float32(0.7)
+    got, expected = (compiled(g, x, k, how=h)(x, k) for h in (how, None))
+    assert bits_of(got) == bits_of(expected)
+
+
+@compiled_otherwise
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(name, how):
+    fmt = FORMATS[name]
+    rng = np.random.default_rng(1)
+    code = rng.integers(-fmt.levels, fmt.levels + 1, 100_000).astype(np.int32)
+    x = np.float32(rng.uniform(-1, 1, 100_000))
+    u = random_numbers(100_000) / 100
+
+    def f(code, x, u):
+        steps = fmt.log_step(code, u), fmt.add_step(code, u)
+        steps = [jnp.clip(step, -fmt.levels, fmt.levels) for step in steps]
+        return fmt.encode(x), fmt.decode(code), steps
+
+    got, expected = (compiled(f, code, x, u, how=h)(code, x, u) for h in (how, None))
+    assert bits_of(got) == bits_of(expected)
+
+
+FLOATS = ("float32", "bias")
+LEAVES = dict.fromkeys(OPTIMIZERS, (*FLOATS, "log16", "symlog8", "uniform8")) | {
+    "madam": (*FLOATS, "log8", "uniform16", "bfloat16", "float16"),
+    "symlog_grid": FLOATS,
+    "uniform_grid": FLOATS,
+}
+
+
+def weights_and_grads(leaves):
+    w = np.random.default_rng(2).normal(size=(512, 20)).astype(np.float32) / 8
+    params = {k: madax.quantize_params(w, fmt) for k, fmt in FORMATS.items()}
+    params |= {"float32": w, "bias": np.zeros(999, np.float32)}
+    params |= {k: jnp.asarray(w, k) for k in ("bfloat16", "float16")}
+    params = {k: params[k] for k in leaves}
+    grads = [
+        {k: random_numbers(*np.shape(w), seed=i) for k, w in params.items()}
+        for i in range(3)
+    ]
+    return params, grads
+
+
+def step_of(name):
+    def step(params, state, grads):
+        updates, state = OPTIMIZERS[name].update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def train(step, carry, grads):
+    for g in grads:
+        carry = step(*carry, g)
+    return carry
+
+
+@compiled_otherwise
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name, how):
+    params, grads = weights_and_grads(LEAVES[name])
+    start = params, OPTIMIZERS[name].init(params)
+    got, expected = (
+        train(compiled(step_of(name), *start, grads[0], how=h), start, grads)
+        for h in (how, None)
+    )
+    assert bits_of(got) == bits_of(expected)
+
+
+# An axis of an array, and into how many pieces it is cut.
+PIECES = [
+    ((3, 3, 8, 4), 2, 8),
+    ((16, 4), 0, 4),
+    ((256, 4), 1, 2),
+    ((24, 20), 1, 4),
+    ((1024, 16), 1, 8),
+    ((3, 3, 16, 32), 3, 8),
+    ((1000,), 0, 5),
+]
+
+
+@pytest.mark.parametrize(("shape", "axis", "count"), PIECES)
+@pytest.mark.parametrize("name", ["madam", "clipped", "bbit_madam"])
+def test_pieces_of_a_leaf_train_as_the_whole(name, shape, axis, count):
+    step, w = jax.jit(step_of(name)), random_numbers(*shape)
+    state = OPTIMIZERS[name].init(w)
+    grads = [random_numbers(*shape, seed=i) for i in range(1, 4)]
+
+    def piece(i, tree):
+        cut = lambda x: np.split(np.asarray(x), count, axis)[i]
+        return jax.tree.map(lambda x: cut(x) if np.shape(x) == shape else x, tree)
+
+    whole = train(step, (w, state), grads)
+    for i in (0, count - 1):
+        got = train(step, *(piece(i, x) for x in ((w, state), grads)))
+        assert bits_of(got) == bits_of(piece(i, whole))
