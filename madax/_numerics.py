@@ -13,6 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # r / expm1(r) = 1 - r/2 + z (a - z) b, z = r**2, to 2e-9 on |r| <= ln(2) / 2.
 _EXPM1_A, _EXPM1_B = 60.239117276130735, 0.0013833723359935775
@@ -37,8 +38,8 @@ def rounded(x: jax.Array) -> jax.Array:
     Returns:
       The same.
     """
-    bits_dtype = jnp.int32 if x.dtype == jnp.float32 else jnp.int64
-    infinity = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, x.dtype), bits_dtype)
+    bits_dtype = np.dtype(np.int32 if x.dtype == np.float32 else np.int64)
+    infinity = np.array(np.inf, x.dtype).view(bits_dtype)
     bits = jax.lax.bitcast_convert_type(x, bits_dtype)
     return jax.lax.bitcast_convert_type(jnp.minimum(bits, infinity), x.dtype)
 
@@ -148,7 +149,8 @@ def _reduced_expm1(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     n = jnp.round(x * (1 / math.log(2)))
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW
     z = rounded(r * r)
-    e = r / ((1 - 0.5 * r) + rounded(z * (_EXPM1_A - z) * _EXPM1_B))
+    h = 0.5 * r - rounded(z * (_EXPM1_A - z) * _EXPM1_B)
+    e = r + rounded(r * h / (1 - h))  # r / (1 - h), to the last bit
     pattern = (round_to_int(n) + _BIAS) << _MANTISSA
     return jax.lax.bitcast_convert_type(pattern, jnp.float32), e
 
