@@ -178,7 +178,10 @@ def bbit_madam(
     check_learning_rate(learning_rate, 0.01)
     check_positive("g_bound", g_bound, 10.0)
     if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 15:
-        raise ValueError(f"bits must be an int in 1 to 15, got {bits!r} (default: 12).")
+        raise ValueError(
+            f"bits must be an int in 1 to 15, got {bits!r} (default: 12); formats are "
+            "static, name it in the static_args of optax.inject_hyperparams."
+        )
     lowest, highest = base_step_range(bits + 1)
     check_format_field("base_precision", base_precision, lowest, highest, "nats")
     format = LogFormat(bits + 1, base_precision)

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from madax._checks import check_non_negative, check_positive
-from madax._leaves import flatten_both, initial_scales, per_leaf, widen
+from madax._leaves import (
+    flatten_both,
+    initial_scales,
+    largest_weight,
+    per_leaf,
+    widen,
+)
 from madax._quantized_array import is_quantized
 
 
@@ -16,7 +22,8 @@ class ClipLogWeightsState(NamedTuple):
 
     Attributes:
       rms0: root mean square of each leaf at init, or ``zero_init_scale`` where the
-        leaf was all zeros; float32 or wider, shape (number of float leaves,).
+        leaf was all zeros; float32 or wider, shape (number of float leaves,), or
+        (1,) if there are none.
     """
 
     rms0: jax.Array
@@ -78,6 +85,7 @@ def clip_log_weights(
         del extra_args
         ws, us, treedef = flatten_both(params, updates)
         bounds = jnp.where(state.rms0 > 0, p_scale * state.rms0, 0)  # not inf * 0
+        bounds = jnp.where(jnp.isnan(bounds), jnp.inf, bounds)
         us = [
             u if is_quantized(w) else clip_update(w, u, bound)
             for w, u, bound in zip(ws, us, per_leaf(bounds, ws), strict=True)
@@ -90,7 +98,7 @@ def clip_log_weights(
 def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
     """Shortens ``u`` so that ``|w + u| <= bound``; otherwise leaves it alone."""
     dtype, x = jnp.result_type(w), widen(w)
-    largest = jnp.finfo(dtype).max
+    largest = largest_weight(dtype)
     bound = jnp.minimum(bound, largest)
     moved = x + u
     # Not clip(moved) - x everywhere: that would round updates that need no clipping.

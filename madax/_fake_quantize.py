@@ -19,7 +19,8 @@ def fake_quantize(
     of ``format``, with the largest magnitude of the array as the scale; the
     backward pass treats that as the identity, and rounds the gradient likewise, to
     ``backward_format``. Applied to the weights, activations and outputs of a layer
-    it simulates the low-precision matrix products of LNS-Madam.
+    it simulates the low-precision matrix products of LNS-Madam. One value that is not
+    finite has no scale, and makes all of the array, or of the gradient, NaN.
 
     Args:
       x: floating-point array, any shape.

@@ -70,6 +70,11 @@ class Format(ABC):
         return jnp.dtype(jnp.int8 if self.bits <= 8 else jnp.int16)
 
     @property
+    def step_dtype(self) -> Any:
+        """The integer dtype of a step between two codes: int16 or int32."""
+        return jnp.dtype(jnp.int16 if self.bits <= 8 else jnp.int32)
+
+    @property
     @abstractmethod
     def dynamic_range(self) -> float:
         """Ratio of the largest to the smallest non-zero magnitude."""

@@ -7,6 +7,7 @@ parameter's sharding onto everything shaped like the parameter tree
 (``flax.nnx.Optimizer``) cannot shard a scalar.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,17 @@ def compute_dtype(leaf: Any) -> Any:
 def widen(x: jax.typing.ArrayLike) -> jax.Array:
     """Casts to the dtype of the arithmetic."""
     return jnp.asarray(x).astype(compute_dtype(x))
+
+
+def largest_weight(dtype: Any) -> float:
+    """The bound on any weight of a dtype: the number next to the largest.
+
+    So that ``w + u`` is finite when ``u`` has been rounded to the dtype, too.
+    """
+    info = jnp.finfo(dtype)
+    largest = float(info.max)
+    _, exponent = math.frexp(largest)
+    return largest - float(info.eps) * 2.0 ** (exponent - 1)
 
 
 def zeros_like(leaf: Any, dtype: Any = None) -> jax.Array:
@@ -105,6 +117,14 @@ def flatten_both(params: Any, updates: Any) -> tuple[list[Any], list[Any], Any]:
     return ws, flatten_like(updates, treedef, "params", paths, ws), treedef
 
 
+def entries(leaves: int) -> tuple[int]:
+    """The shape of a vector with a scalar a leaf: one is there even for no leaf.
+
+    Checkpoints hold no empty arrays (Orbax refuses them).
+    """
+    return (max(leaves, 1),)
+
+
 def per_leaf(vector: jax.Array, leaves: Sequence[Any]) -> list[Any]:
     """Spreads one scalar a float leaf over all leaves; None for quantised ones.
 
@@ -112,13 +132,13 @@ def per_leaf(vector: jax.Array, leaves: Sequence[Any]) -> list[Any]:
       ValueError: if ``vector`` was made for other leaves.
     """
     floats = [i for i, leaf in enumerate(leaves) if not is_quantized(leaf)]
-    if vector.shape != (len(floats),):
+    if vector.shape != entries(len(floats)):
         raise ValueError(
             f"the optimizer state was made for {vector.shape[0]} float leaves, but "
             f"params has {len(floats)}; call init again with these params."
         )
     scalars: list[Any] = [None] * len(leaves)
-    for i, scalar in zip(floats, vector, strict=True):
+    for i, scalar in zip(floats, vector, strict=False):
         scalars[i] = scalar
     return scalars
 
@@ -127,7 +147,8 @@ def float_leaf_rms(params: Any) -> tuple[list[str], jax.Array]:
     """The paths of the float leaves, and their root mean squares as one vector.
 
     Raises:
-      TypeError: if ``params`` holds shapes (``jax.ShapeDtypeStruct``).
+      TypeError: if ``params`` holds shapes (``jax.ShapeDtypeStruct``), or floats of
+        less than 16 bits.
       ValueError: if a leaf is known to hold a NaN or an infinity.
     """
     floats = [
@@ -140,6 +161,13 @@ def float_leaf_rms(params: Any) -> tuple[list[str], jax.Array]:
             "init reads the values of params, got jax.ShapeDtypeStruct leaves; "
             "use jax.eval_shape(tx.init, params) for the shapes of the state."
         )
+    for path, leaf in floats:
+        if jnp.result_type(leaf).itemsize < 2:
+            raise TypeError(
+                f"{leaf_name('params', path)} has dtype {jnp.result_type(leaf)}, in "
+                "which updates of a few per cent are lost; use bfloat16 or wider, or "
+                "codes, made by quantize_params."
+            )
     paths = [path for path, _ in floats]
     rms = leaf_rms([jnp.asarray(leaf) for _, leaf in floats])
     for path, value in zip(paths, known_values(rms), strict=False):
@@ -172,9 +200,9 @@ def known_values(x: jax.Array) -> np.ndarray:
 
 @jax.jit
 def leaf_rms(leaves: Sequence[jax.Array]) -> jax.Array:
-    """The root mean square of each array, float32 or wider, (number of arrays,)."""
+    """The root mean square of each array, float32 or wider; 1 where there is none."""
     rms = [root_mean_square(w) for w in leaves]
-    return jnp.stack(rms) if rms else jnp.zeros(0, jnp.float32)
+    return jnp.stack(rms) if rms else jnp.ones(entries(0), jnp.float32)
 
 
 def root_mean_square(

@@ -14,7 +14,13 @@ from madax._checks import (
     check_seed,
 )
 from madax._formats import Format
-from madax._leaves import flatten_both, initial_scales, per_leaf, widen
+from madax._leaves import (
+    flatten_both,
+    initial_scales,
+    largest_weight,
+    per_leaf,
+    widen,
+)
 from madax._numerics import relative_to
 from madax._quantized_array import QuantizedArray, is_quantized
 from madax._rounding import (
@@ -32,7 +38,7 @@ class LnsQuantizeState(NamedTuple):
     Attributes:
       count: number of steps taken, int32 scalar.
       scale: value of the largest code of each float leaf, float32, shape (number of
-        float leaves,).
+        float leaves,), or (1,) if there are none.
     """
 
     count: jax.Array
@@ -150,12 +156,11 @@ def step_codes(
       bits: random bits of the leaf's shape, or None.
 
     Returns:
-      The code steps, with a scale of zero: what has to be added to ``w``.
+      The code steps, which are to be added to ``w``.
     """
     new = moved_codes(w.codes, w.format, steps, sign, rounding, bits)
-    # A step between codes of opposite sign may wrap around; adding it unwraps it.
-    delta = (new - w.codes.astype(jnp.int32)).astype(w.codes.dtype)
-    return QuantizedArray(delta, jnp.zeros_like(w.scale), w.format)
+    delta = new - w.codes.astype(jnp.int32)
+    return QuantizedArray.steps(delta, w.format)
 
 
 def moved_codes(
@@ -183,13 +188,13 @@ def _step_on_grid(
 ) -> jax.Array:
     """The update that takes ``w`` to a grid point near ``w + u``."""
     dtype = jnp.result_type(w)
-    largest = jnp.finfo(dtype).max  # float16 may not reach as far as the scale
+    largest = largest_weight(dtype)  # float16 may not reach as far as the scale
     x, step, moved = (relative_to(scale, v) for v in (widen(w), widen(u), widen(w) + u))
     code = format.saturate(jnp.round(format.encode(x)).astype(jnp.int32), jnp.sign(x))
     point = jnp.clip(scale * format.decode(code), -largest, largest).astype(dtype)
     # A weight that is on the grid to within float rounding is on the grid: its step
     # is counted from there in codes, as for a quantised leaf. Any other is encoded.
-    on_grid = jnp.abs(w - point) <= 8 * jnp.finfo(dtype).eps * jnp.abs(point)
+    on_grid = jnp.abs(w - point) <= 8 * float(jnp.finfo(dtype).eps) * jnp.abs(point)
     steps = jnp.where(
         on_grid,
         format.add_step(code, step),

@@ -14,7 +14,8 @@ from madax._formats import Format
 
 _REMEDY = (
     "codes are not to be scaled or averaged: use madax.dequantize_params(params), or "
-    "put the transform inside madax.with_quantized_params(...)."
+    "put the transform inside madax.with_quantized_params(...). Steps of codes are "
+    "added by optax.apply_updates, as they are."
 )
 
 
@@ -24,11 +25,13 @@ class QuantizedArray:
     """An array stored as integer codes of a number format.
 
     A pytree node with two children, ``codes`` and ``scale``; the format is static.
-    Two of them add code by code, so a tree of code steps adds to a tree of
-    parameters under plain ``optax.apply_updates``.
+    What an optimizer returns for one is another, with steps of codes in the place of
+    codes and False in that of the scale. Under ``optax.apply_updates`` both are added
+    as they are. Steps have a wider dtype than codes, so that whatever comes between
+    and makes something else of one or the other does not fit together: an error.
 
     Attributes:
-      codes: signed codes, int8 or int16, any shape.
+      codes: signed codes, int8 or int16, any shape; steps of them are int16 or int32.
       scale: value of the largest code, float32; a scalar, or one a channel, with a
         shape that broadcasts against ``codes``.
       format: the number format.
@@ -46,6 +49,19 @@ class QuantizedArray:
     codes: Any
     scale: Any
     format: Format
+
+    @classmethod
+    def steps(cls, delta: jax.Array, format: Format) -> "QuantizedArray":
+        """The update that adds ``delta``, integers, to the codes of a format.
+
+        Args:
+          delta: steps of codes, any integer dtype, the shape of the codes.
+          format: the number format.
+
+        Returns:
+          The update, to be added by ``optax.apply_updates``.
+        """
+        return cls(delta.astype(format.step_dtype), False, format)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,7 +81,7 @@ class QuantizedArray:
     @property
     def nbytes(self) -> int:
         """Bytes of the codes and the scale together."""
-        return self.codes.nbytes + self.scale.nbytes
+        return self.codes.nbytes + np.asarray(self.scale).nbytes
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The values of the codes.
@@ -93,9 +109,12 @@ class QuantizedArray:
     def tree_unflatten(cls, aux: Format, children: Any) -> "QuantizedArray":
         codes, scale = children
         # Where an average or a rescaling of codes would slip in as one of weights.
-        dtype = getattr(codes, "dtype", None)
-        if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
-            raise TypeError(f"the codes of a QuantizedArray became {dtype}; {_REMEDY}")
+        dtypes = [getattr(x, "dtype", type(x)) for x in children]
+        if not _fit(dtypes[0], dtypes[1], aux):
+            raise TypeError(
+                f"the codes of a QuantizedArray became {dtypes[0]}, and its scale "
+                f"{dtypes[1]}; {_REMEDY}"
+            )
         return cls(codes, scale, aux)
 
     def _no_arithmetic(self, *_: Any) -> Any:
@@ -112,6 +131,21 @@ class QuantizedArray:
             known = not traced and scale.ndim == 0
             scale = f"{float(scale):.6g}" if known else f"<{scale.shape}>"
         return f"QuantizedArray(shape={shape}, scale={scale}, {self.format!r})"
+
+
+def _fit(codes: Any, scale: Any, format: Format) -> bool:
+    """Whether dtypes are those of an array of the format, or of steps of its codes.
+
+    Trees of anything but arrays of numbers, as of masks, shapes and shardings, do.
+    """
+    if not isinstance(codes, np.dtype) or not jnp.issubdtype(codes, np.number):
+        return True
+    if scale in (bool, np.bool_):
+        return codes == format.step_dtype
+    number = isinstance(scale, np.dtype) or scale in (int, float)
+    return not number or (
+        codes == format.storage_dtype and jnp.issubdtype(scale, np.floating)
+    )
 
 
 def _serialize(format: Format) -> bytes:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from madax._checks import check_b1, check_decay, check_instance, check_seed
-from madax._leaves import flatten, flatten_like, path_name, zeros_like
+from madax._leaves import entries, flatten, flatten_like, path_name, zeros_like
 from madax._moments import MomentFormat
 from madax._numerics import expm1, log1p, rounded
 from madax._rounding import leaf_keys, random_bits
@@ -25,8 +25,9 @@ class ScaleBySecondMomentState(NamedTuple):
         of ``moment_format``.
       m: first moment, likewise; None unless ``b1`` is given.
       window: ``{moment_format: where each leaf's codes were placed}``, int32, shape
-        (number of leaves,); None without ``moment_format``. The key is there so that
-        a checkpoint of other codes does not fit.
+        (number of leaves,), or (1,) if there are none; None without
+        ``moment_format``. The key is there so that a checkpoint of other codes does
+        not fit.
     """
 
     count: jax.Array
@@ -95,7 +96,7 @@ def scale_by_second_moment(
         v_dtype, m_dtype, window = None, None, None
         if moment_format is not None:
             v_dtype, m_dtype = moment_format.v_dtype, moment_format.m_dtype
-            window = {repr(moment_format): jnp.zeros(len(leaves), jnp.int32)}
+            window = {repr(moment_format): jnp.zeros(entries(len(leaves)), jnp.int32)}
         v = treedef.unflatten([zeros_like(w, v_dtype) for w in leaves])
         m = None
         if b1 is not None:
@@ -205,6 +206,7 @@ def _advance(
     """``decay * moment + (1 - decay) * x`` where ``ok``: as stored, and its value."""
     old = codec.decode(stored)
     rate = jnp.asarray(1 - decay, old.dtype)
+    rate = jnp.where(jnp.isfinite(rate), rate, 0)  # a traced decay may be anything
     # In float32, decay and 1 - decay do not add up to 1; these coefficients do.
     new = old - rounded(rate * old) + rounded(rate * x)
     new = codec.encode(jnp.where(ok, new, old))

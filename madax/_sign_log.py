@@ -24,7 +24,8 @@ class ScaleBySignLogState(NamedTuple):
 
     Attributes:
       rms0: root mean square of each leaf at init, or ``zero_init_scale`` where the
-        leaf was all zeros; float32 or wider, shape (number of float leaves,).
+        leaf was all zeros; float32 or wider, shape (number of float leaves,), or
+        (1,) if there are none.
       zero_init: which leaves were all zeros at init; bool, same shape.
     """
 
@@ -109,7 +110,8 @@ def scale_by_sign_log(
         ws, ds, treedef = flatten_both(params, updates)
         ds = [jnp.where(jnp.isfinite(d), d, 0) for d in map(widen, ds)]
         floors = jnp.where(state.zero_init, 1.0, floor) * state.rms0
-        floors = per_leaf(jnp.minimum(floors, jnp.finfo(floors.dtype).max), ws)
+        floors = jnp.minimum(floors, jnp.finfo(floors.dtype).max)
+        floors = per_leaf(jnp.where(jnp.isnan(floors), 0, floors), ws)
         us = [
             w.format.log_step(w.codes, d)
             if is_quantized(w)

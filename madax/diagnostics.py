@@ -74,7 +74,8 @@ def count_skipped(grads: Any) -> dict[str, jax.Array]:
     overflows: neither its moments nor its weight change in that step.
 
     Args:
-      grads: tree of floating-point arrays.
+      grads: tree of floating-point arrays, no wider than their moments: float64
+        gradients of float32 weights are to be cast first, as the optimizer does.
 
     Returns:
       A count for each leaf, an int32 scalar.

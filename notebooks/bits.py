@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 from IPython.display import Markdown
 
 import benchmarks
@@ -85,7 +86,7 @@ for rounding, line in (("nearest", "--"), ("stochastic", "-")):
     update = jax.jit(tx.update)
     for _ in range(steps):
         updates, state = update(jnp.ones(1000), state, params)
-        params = jax.tree.map(jnp.add, params, updates)
+        params = optax.apply_updates(params, updates)
         path.append(float(jnp.log(params.dequantize() / 0.1).mean()))
     axes.plot(path, line, label=f"{rounding}, mean of 1000 weights")
 exact = -0.3 * fmt.base_step * np.arange(1, steps + 1)

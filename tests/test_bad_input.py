@@ -155,6 +155,16 @@ def test_leaves_that_cannot_be_trained(tx, name):
         tx.init(bad)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+@NEEDS_PARAMS
+def test_floats_in_which_updates_are_lost(tx, dtype):
+    params = {"a": W, "b": W.astype(dtype)}
+    with raises(TypeError, "params['b']", dtype.__name__, "quantize_params"):
+        tx.init(params)
+    codes = madax.quantize_params(jnp.ones((4, 4), dtype), madax.UniformFormat(8))
+    tx.init({"a": W, "b": codes})
+
+
 @pytest.mark.parametrize("name", BAD_LEAVES)
 @EVERY
 def test_updates_that_are_no_gradients(tx, name):

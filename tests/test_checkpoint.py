@@ -85,6 +85,37 @@ def test_codes_scales_formats_and_state_come_back(tmp_path, name, channel_axis):
     assert_identical(step(**restored, seed=9), step(**tree, seed=9))
 
 
+FLOAT = {"Dense_0": {"kernel": False}, "bias": True}
+NO_FLOATS = {
+    "all codes": (TX, lambda params: params["Dense_0"]),
+    "partition": (
+        optax.partition(
+            {"codes": TX, "floats": optax.adam(0.1)},
+            jax.tree.map(lambda is_float: "floats" if is_float else "codes", FLOAT),
+        ),
+        lambda params: params,
+    ),
+    "masked": (
+        optax.masked(TX, jax.tree.map(lambda is_float: not is_float, FLOAT)),
+        lambda params: params,
+    ),
+    "no leaf at all": (
+        optax.masked(TX, jax.tree.map(lambda is_float: False, FLOAT)),
+        lambda params: params,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_FLOATS)
+def test_states_of_no_float_leaf_come_back(tmp_path, name):
+    tx, part = NO_FLOATS[name]
+    params = part(make(FORMATS["log"]))
+    grads = jax.tree.map(jnp.ones_like, madax.dequantize_params(params))
+    _, state = tx.update(grads, tx.init(params), params)
+    save(tmp_path, state)
+    assert_identical(restore(tmp_path, abstract(state)), state)
+
+
 def test_a_target_of_arrays_does_too(tmp_path):
     tree = trained(FORMATS["log"])
     save(tmp_path, tree)

@@ -167,6 +167,15 @@ class Mlp(linen.Module):
         return LnsDense(10)(jax.nn.relu(LnsDense(48)(x)))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_has_no_scale(bad):
+    fmt = LogFormat.from_gamma(bits=8, gamma=8)
+    x, g = jnp.ones(3), jnp.array([1.0, bad, 2.0])
+    assert np.all(np.isnan(madax.fake_quantize(g, fmt)))
+    _, vjp = jax.vjp(lambda x: madax.fake_quantize(x, fmt, backward_format=fmt), x)
+    assert np.all(np.isnan(vjp(g)[0]))
+
+
 def test_an_8_bit_lns_network_learns_with_lns_madam():
     x, y = load_digits(return_X_y=True)
     x, y = jnp.asarray(x / 16, jnp.float32), jnp.asarray(y)

@@ -435,6 +435,36 @@ def test_one_bad_rate_of_a_schedule_or_injected(name, source):
     assert moved == [[True] * 3, [False] * 3, [True] * 3]
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["b1", "b2", "floor", "p_scale", "g_bound"])
+def test_one_bad_value_of_another_hyperparameter(name, bad):
+    params = {k: mixed()[k] for k in ("log8", "uniform8", "float32", "zeros")}
+    injected = optax.inject_hyperparams(madax.madam)
+    tx = injected(LR, b1=0.9, b2=0.99, floor=0.1, p_scale=3.0, g_bound=10.0)
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for count in range(3):
+        value = state.hyperparams[name]
+        if count == 1:
+            state.hyperparams[name] = jnp.float32(bad)
+        updates, state = update(gradients(count, params), state, params)
+        state.hyperparams[name] = value
+        before, params = params, optax.apply_updates(params, updates)
+        check_valid(params)
+        assert all_finite(state)
+    for k, w in arrays(params).items():
+        assert np.any(w != arrays(before)[k]), k
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_updates_that_are_not_finite_move_no_code(fmt):
+    tx = madax.lns_quantize(rounding="nearest")
+    params = madax.quantize_params(jnp.ones((4, 4)), fmt)
+    steps = jnp.zeros((4, 4)).at[0, 0].set(jnp.nan)
+    updates, _ = tx.update(steps, tx.init(params), params)
+    same(optax.apply_updates(params, updates), params)
+
+
 # --- scales at the ends of float32 ----------------------------------------------------
 
 
@@ -519,11 +549,36 @@ def test_floats_at_the_ends_of_their_dtype(name, lr):
                 assert np.all((np.sign(new) == np.sign(old)) | (new == 0)), k
 
 
+def next_to_largest(dtype):
+    """Where weights end: a rounding of ``w + u`` may add half a unit to it."""
+    return float(jnp.nextafter(jnp.finfo(dtype).max, jnp.zeros((), dtype)))
+
+
+@pytest.mark.parametrize("p_scale", [3.0, np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@every_madam
+def test_no_weight_is_rounded_beyond_its_dtype(name, dtype, p_scale):
+    """An update that leads to the largest number may, rounded, lead past it."""
+    rng = np.random.default_rng(0)
+    w = rng.choice([-1, 1], 3000) * rng.uniform(0.01, 1, 3000)
+    params = jnp.asarray(w * float(jnp.finfo(dtype).max), dtype)
+    if name in GRIDS:  # which have a largest value
+        p_scale = min(p_scale, 1e38)
+    make = partial(MADAMS[name], p_scale=p_scale)
+    step, tx = jitted(make), make(1.0)
+    state = tx.init(params)
+    for i in range(5):
+        grads = jnp.asarray(rng.standard_normal(3000), jnp.float32)
+        grads = jnp.where(rng.random(3000) < 0.1, [jnp.nan, jnp.inf, 0][i % 3], grads)
+        params, state = step(1.0, grads, state, params)
+        assert all_finite((params, state))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("p_scale", [3.0, np.inf])
 def test_weights_cross_the_whole_dtype_in_two_steps(dtype, p_scale):
     """With a floor a weight may go from one end to the other, which is twice max."""
-    largest = float(jnp.finfo(dtype).max)
+    largest = next_to_largest(dtype)
     w = jnp.asarray([largest, -largest], dtype)
     tx = madax.madam(1e30, floor=1.0, p_scale=p_scale)
     g, state = jnp.asarray([1.0, -1.0], dtype), tx.init(w)
@@ -538,7 +593,7 @@ def test_weights_cross_the_whole_dtype_in_two_steps(dtype, p_scale):
 @pytest.mark.parametrize("make", [madax.bbit_madam, madax.lns_madam])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_grid_that_reaches_beyond_the_dtype_ends_with_it(make, dtype):
-    largest = float(jnp.finfo(dtype).max)
+    largest = next_to_largest(dtype)
     w = jnp.asarray([largest, -largest, largest / 4], dtype)
     tx = make(0.1)
     state = tx.init(w)

@@ -130,8 +130,8 @@ def test_stochastic_rounding_is_unbiased_in_codes(fmt):
 
 
 @every_format
-def test_weights_change_sign_and_steps_wrap_around(fmt):
-    """Steps of up to twice the range: a difference of int8 codes does not fit int8."""
+def test_weights_change_sign_by_steps_of_up_to_twice_the_range(fmt):
+    """A difference of int8 codes does not fit int8."""
     n = fmt.levels
     codes = jnp.array([[-n, -n, n, n, -n, n, 1, -1]], fmt.storage_dtype)
     goals = np.array([[n, 1, -n, -1, -n, n, -1, 1]])
@@ -140,7 +140,7 @@ def test_weights_change_sign_and_steps_wrap_around(fmt):
     tx = madax.with_quantized_params(optax.sgd(1.0), rounding="nearest")
     grads = np.asarray(params.dequantize(), np.float64) - target
     updates, _ = tx.update(jnp.asarray(grads, jnp.float32), tx.init(params), params)
-    assert updates.codes.dtype == fmt.storage_dtype
+    assert updates.codes.dtype == fmt.step_dtype
     moved = optax.apply_updates(params, updates)
     np.testing.assert_array_equal(moved.codes, goals)
 

@@ -307,6 +307,29 @@ ERRORS = {
     "clip_by_global_norm after": lambda: optax.chain(
         madam(), optax.clip_by_global_norm(0.5)
     ),
+    # All of whole numbers, of which codes would stay whole.
+    "scale by 2 after": lambda: optax.chain(madam(), optax.scale(2)),
+    "scale by -1 after": lambda: optax.chain(madam(), optax.scale(-1)),
+    "scale_by_learning_rate after": lambda: optax.chain(
+        madam(), optax.scale_by_learning_rate(1)
+    ),
+    "scale_by_schedule after": lambda: optax.chain(
+        madam(), optax.scale_by_schedule(lambda count: 0.5)
+    ),
+    "scale_by_learning_rate of a schedule after": lambda: optax.chain(
+        madam(), optax.scale_by_learning_rate(optax.constant_schedule(1.0))
+    ),
+    "apply_every after": lambda: optax.chain(madam(), optax.apply_every(4)),
+    "trace after": lambda: optax.chain(madam(), optax.trace(1)),
+    "decay by 1 after": lambda: optax.chain(madam(), optax.add_decayed_weights(1)),
+    "clip after": lambda: optax.chain(madam(), optax.clip(1)),
+    "sign after": lambda: optax.chain(madam(), optax.scale_by_sign()),
+    "optimistic after": lambda: optax.chain(
+        madam(), optax.scale_by_optimistic_gradient(1, 1)
+    ),
+    "keep_params_nonnegative after": lambda: optax.chain(
+        madam(), optax.keep_params_nonnegative()
+    ),
     "decay before": lambda: optax.chain(optax.add_decayed_weights(0.1), madam()),
     "decay after": lambda: optax.chain(madam(), optax.add_decayed_weights(0.1)),
     "set_to_zero": lambda: optax.partition(
@@ -321,8 +344,13 @@ ERRORS = {
     "lion": lambda: optax.lion(0.1),
     "sgd": lambda: optax.sgd(0.1),
 }
-# Caught by JAX, which has its own words for adding floats to int16.
-DTYPE_ERRORS = {"reduce_on_plateau", "clip_by_global_norm after"}
+# Caught by JAX and optax, which have their own words for what a dtype does not allow.
+DTYPE_ERRORS = {
+    "reduce_on_plateau",
+    "scale_by_schedule after",
+    "scale_by_learning_rate of a schedule after",
+    "sign after",
+}
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -339,8 +367,8 @@ def test_arithmetic_on_codes_is_an_error(name, jit):
             p = optax.apply_updates(p, updates)
         return p
 
-    words = "int16" if name in DTYPE_ERRORS else "QuantizedArray"
-    with pytest.raises((TypeError, ValueError), match=words):
+    words = "int32|dtype" if name in DTYPE_ERRORS else "QuantizedArray"
+    with pytest.raises((TypeError, ValueError, AttributeError), match=words):
         (jax.jit(steps) if jit else steps)()
 
 
@@ -386,3 +414,60 @@ def test_averages_of_codes_are_errors(average):
 def test_a_quantized_array_is_not_a_number(compute):
     with pytest.raises(TypeError, match=r"used as a number.*dequantize_params"):
         compute(native_params()["kernel"])
+
+
+def test_steps_of_codes_are_added_by_apply_updates_alone():
+    params = native_params()
+    updates, _ = madam().update(gradient(params), madam().init(params), params)
+    assert updates["kernel"].codes.dtype == FORMAT.step_dtype
+    moved = optax.apply_updates(params, updates)["kernel"]
+    assert moved.codes.dtype == FORMAT.storage_dtype
+    assert moved.scale == params["kernel"].scale
+    with pytest.raises(TypeError, match=r"added by optax\.apply_updates"):
+        jax.tree.map(jnp.add, params, updates)
+
+
+def test_trees_of_other_things_than_arrays_of_numbers_may_be_made_of_codes():
+    params = native_params()
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for make in (jnp.shape, jnp.ndim, np.size, lambda x: True, lambda x: device):
+        jax.tree.map(make, params)
+    jax.tree.map(lambda x: x == x, params)
+    jax.eval_shape(lambda: params)
+
+
+def test_flatten_takes_the_start_from_zero_of_a_leaf():
+    """All leaves become one, with one scale, and zeros in it are zeros for good."""
+
+    def trained(tx, params):
+        return madax.dequantize_params(train(tx, params, 20)[0])
+
+    flat = optax.flatten(madam())
+    assert np.all(trained(madam(), float_params())["bias"] != 0)
+    assert np.all(trained(flat, float_params())["bias"] == 0)
+    assert np.all(trained(on_codes(flat), native_params())["bias"] == 0)
+    floored = optax.flatten(madam(floor=1.0))
+    assert np.all(trained(floored, float_params())["bias"] != 0)
+    with pytest.raises(ValueError, match="has shape"):
+        trained(flat, native_params())
+
+
+@pytest.mark.parametrize("frozen", ["bias", "kernel"])
+def test_selective_transform(frozen):
+    mask = {k: k == frozen for k in ("bias", "kernel")}
+    freeze = lambda tx: optax.selective_transform(tx, freeze_mask=mask)
+    cases = [(freeze(madam()), float_params()), (on_codes(freeze(madam())), None)]
+    if frozen == "bias":
+        cases.append((freeze(madam()), None))
+    for tx, params in cases:
+        params = native_params() if params is None else params
+        after, _ = train(tx, params, 3)
+        for k, is_frozen in mask.items():
+            old, new = (
+                jax.tree.leaves(madax.dequantize_params(p[k]))[0]
+                for p in (params, after)
+            )
+            assert np.array_equal(old, new) == is_frozen
+    if frozen == "kernel":
+        with pytest.raises(ValueError, match="pytree structure error"):
+            train(freeze(madam()), native_params(), 1)
