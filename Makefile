@@ -52,7 +52,7 @@ test-matrix: test-floor test-wheel
 
 # Many more examples of random trees, formats and hyperparameters.
 test-nightly: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --hypothesis-profile nightly tests/test_fuzz.py
+	$(BIN)/python -m pytest -n auto --hypothesis-profile nightly tests/test_fuzz*.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
