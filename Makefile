@@ -52,7 +52,9 @@ test-matrix: test-floor test-wheel
 
 # Many more examples of random trees, formats and hyperparameters.
 test-nightly: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --hypothesis-profile nightly tests/test_fuzz*.py
+	$(BIN)/python -m pytest -n auto --hypothesis-profile nightly tests/test_fuzz.py
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu \
+		$(BIN)/python -m pytest --hypothesis-profile nightly tests/test_fuzz_meshes.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
