@@ -166,7 +166,8 @@ def _exponent_and_mantissa(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _log(exponent: jax.Array, f: jax.Array) -> jax.Array:
     """``exponent * log(2) + log1p(f)``, for 1 + f in [sqrt(1/2), sqrt(2)]."""
     s = f / (2 + f)
-    z = rounded(s * s)
+    # Not s * s: XLA on CPU ends a kernel at a quotient that is used twice.
+    z = rounded(f * f / ((2 + f) * (2 + f)))
     square = rounded((z + _LOG_A) * (z + _LOG_A))
     log1p_f = f - rounded(s * (f - rounded(z * _LOG_C * (square + _LOG_B))))
     k = exponent.astype(jnp.float32)
