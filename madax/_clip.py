@@ -23,7 +23,7 @@ class ClipLogWeightsState(NamedTuple):
     Attributes:
       rms0: root mean square of each leaf at init, or ``zero_init_scale`` where the
         leaf was all zeros; float32 or wider, shape (number of float leaves,), or
-        (1,) if there are none.
+        () if there are none.
     """
 
     rms0: jax.Array

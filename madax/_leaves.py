@@ -117,12 +117,12 @@ def flatten_both(params: Any, updates: Any) -> tuple[list[Any], list[Any], Any]:
     return ws, flatten_like(updates, treedef, "params", paths, ws), treedef
 
 
-def entries(leaves: int) -> tuple[int]:
-    """The shape of a vector with a scalar a leaf: one is there even for no leaf.
+def entries(leaves: int) -> tuple[int, ...]:
+    """The shape of a vector with an entry a leaf, or of a scalar where there is none.
 
-    Checkpoints hold no empty arrays (Orbax refuses them).
+    Not of an empty vector: Orbax refuses to save one.
     """
-    return (max(leaves, 1),)
+    return (leaves,) if leaves else ()
 
 
 def per_leaf(vector: jax.Array, leaves: Sequence[Any]) -> list[Any]:
@@ -134,12 +134,12 @@ def per_leaf(vector: jax.Array, leaves: Sequence[Any]) -> list[Any]:
     floats = [i for i, leaf in enumerate(leaves) if not is_quantized(leaf)]
     if vector.shape != entries(len(floats)):
         raise ValueError(
-            f"the optimizer state was made for {vector.shape[0]} float leaves, but "
+            f"the optimizer state was made for {sum(vector.shape)} float leaves, but "
             f"params has {len(floats)}; call init again with these params."
         )
     scalars: list[Any] = [None] * len(leaves)
-    for i, scalar in zip(floats, vector, strict=False):
-        scalars[i] = scalar
+    for entry, i in enumerate(floats):
+        scalars[i] = vector[entry]
     return scalars
 
 
@@ -195,7 +195,7 @@ def initial_scales(
 
 def known_values(x: jax.Array) -> np.ndarray:
     """The values of ``x``, or an empty array under a JAX transformation."""
-    return np.zeros(0) if isinstance(x, jax.core.Tracer) else np.asarray(x)
+    return np.zeros(0) if isinstance(x, jax.core.Tracer) else np.asarray(x).ravel()
 
 
 @jax.jit

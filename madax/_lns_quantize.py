@@ -38,7 +38,7 @@ class LnsQuantizeState(NamedTuple):
     Attributes:
       count: number of steps taken, int32 scalar.
       scale: value of the largest code of each float leaf, float32, shape (number of
-        float leaves,), or (1,) if there are none.
+        float leaves,), or () if there are none.
     """
 
     count: jax.Array

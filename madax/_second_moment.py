@@ -25,7 +25,7 @@ class ScaleBySecondMomentState(NamedTuple):
         of ``moment_format``.
       m: first moment, likewise; None unless ``b1`` is given.
       window: ``{moment_format: where each leaf's codes were placed}``, int32, shape
-        (number of leaves,), or (1,) if there are none; None without
+        (number of leaves,), or () if there are none; None without
         ``moment_format``. The key is there so that a checkpoint of other codes does
         not fit.
     """

@@ -25,7 +25,7 @@ class ScaleBySignLogState(NamedTuple):
     Attributes:
       rms0: root mean square of each leaf at init, or ``zero_init_scale`` where the
         leaf was all zeros; float32 or wider, shape (number of float leaves,), or
-        (1,) if there are none.
+        () if there are none.
       zero_init: which leaves were all zeros at init; bool, same shape.
     """
 

@@ -13,7 +13,14 @@ import jax.numpy as jnp
 
 from madax._checks import check_positive
 from madax._clip import ClipLogWeightsState
-from madax._leaves import flatten, flatten_like, per_leaf, split_peak, widen
+from madax._leaves import (
+    entries,
+    flatten,
+    flatten_like,
+    per_leaf,
+    split_peak,
+    widen,
+)
 from madax._quantize_params import dequantize_params
 from madax._quantized_array import QuantizedArray, is_quantized
 
@@ -133,7 +140,7 @@ def fraction_at_bound(
     ]
     paths, leaves, _ = flatten(params)
     floats = sum(not is_quantized(leaf) for leaf in leaves)
-    if len(found) != 1 or found[0].rms0.shape != (floats,):
+    if len(found) != 1 or found[0].rms0.shape != entries(floats):
         raise ValueError(
             f"state must hold one ClipLogWeightsState for the {floats} leaves of "
             f"floats in params, got {[s.rms0.shape for s in found]}; pass the state of "

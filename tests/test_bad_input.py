@@ -180,6 +180,16 @@ def test_missing_params(tx):
         tx.update(TREE, tx.init(TREE))
 
 
+@pytest.mark.parametrize("made_for", ["codes", "floats"])
+def test_a_state_of_codes_is_none_of_floats(made_for):
+    w = jnp.ones((4, 4))
+    both = {"floats": w, "codes": madax.quantize_params(w, madax.UniformFormat(8))}
+    state = madax.madam().init(both.pop(made_for))
+    (params,) = both.values()
+    with raises(ValueError, "state was made for", "call init again"):
+        madax.madam().update(w, state, params)
+
+
 MISMATCHES = {
     "missing key": {"a": {"kernel": W}},
     "other key": {"a": {"bias": W}, "b": jnp.ones((2, 3))},

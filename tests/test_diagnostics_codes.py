@@ -75,3 +75,15 @@ def test_code_occupancy_counts_codes(run):
     codes, fmt = np.asarray(params["kernel"].codes), params["kernel"].format
     for code in range(-fmt.levels, fmt.levels + 1):
         assert counts["kernel"][code + fmt.levels] == np.sum(codes == code)
+
+
+def test_bounds_of_a_tree_of_codes_alone():
+    fmt = madax.UniformFormat(bits=8)
+    w = jnp.array([[-3.0, 3.0], [1.0, 0.5]]) / 3
+    params = {
+        "w": madax.QuantizedArray(
+            jnp.array([[-127, 127], [1, 0]], jnp.int8), w[0, 1], fmt
+        )
+    }
+    state = madax.madam().init(params)
+    assert diagnostics.fraction_at_bound(params, state)["w"] == 0.5
