@@ -85,7 +85,11 @@ class Format(ABC):
 
     @abstractmethod
     def decode(self, code: jax.Array) -> jax.Array:
-        """The value of a code, relative to the scale, float32."""
+        """The value of a code, relative to the scale, float32.
+
+        Not as a product with a constant: XLA would multiply that by the scale first,
+        and flush it where it is subnormal.
+        """
 
     @abstractmethod
     def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
@@ -288,7 +292,8 @@ class SymlogFormat(Format):
 
     def decode(self, code: jax.Array) -> jax.Array:
         """The value of a code, relative to the scale."""
-        return self.linear_range * sinh(code.astype(jnp.float32) * self.step)
+        theta = code.astype(jnp.float32) * self.step
+        return rounded(self.linear_range * sinh(theta))
 
     def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
         """``d / step``, whatever the code."""
@@ -345,7 +350,7 @@ class UniformFormat(Format):
 
     def decode(self, code: jax.Array) -> jax.Array:
         """The value of a code, relative to the scale."""
-        return code.astype(jnp.float32) * (1 / self.levels)
+        return rounded(code.astype(jnp.float32) * (1 / self.levels))
 
     def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
         """``code * expm1(sign(code) * d)``; ``d`` at zero."""
