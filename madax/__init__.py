@@ -8,7 +8,7 @@ from madax._clip import ClipLogWeightsState, clip_log_weights
 from madax._fake_quantize import fake_quantize
 from madax._formats import Format, LogFormat, SymlogFormat, UniformFormat
 from madax._lns_quantize import LnsQuantizeState, lns_quantize
-from madax._moments import MomentFormat
+from madax._moments import MomentFormat, MomentWindow
 from madax._quantize_params import dequantize_params, quantize_params
 from madax._quantized_array import QuantizedArray
 from madax._second_moment import ScaleBySecondMomentState, scale_by_second_moment
@@ -26,6 +26,7 @@ __all__ = [
     "LnsQuantizeState",
     "LogFormat",
     "MomentFormat",
+    "MomentWindow",
     "QuantizedArray",
     "ScaleBySecondMomentState",
     "ScaleBySignLogState",

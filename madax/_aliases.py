@@ -269,11 +269,16 @@ def lns_madam(
     check_learning_rate(learning_rate, 2**-7)
     check_positive("g_bound", g_bound, 10.0)
     check_instance("format", format, Format, or_none=False)
+    # One factor: XLA would merge two, or not, by how an array is sharded.
+    in_nats = (
+        (lambda count: learning_rate(count) * math.log(2))
+        if callable(learning_rate)
+        else learning_rate * math.log(2)
+    )
     return optax.chain(
         scale_by_second_moment(b2),
         optax.clip(g_bound),
-        optax.scale_by_learning_rate(learning_rate),
-        optax.scale(math.log(2)),
+        optax.scale_by_learning_rate(in_nats),
         scale_by_sign_log(zero_init_scale=zero_init_scale),
         clip_log_weights(p_scale, zero_init_scale=zero_init_scale),
         lns_quantize(

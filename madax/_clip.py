@@ -55,7 +55,8 @@ def clip_log_weights(
         leaf to zero.
 
     Returns:
-      A gradient transformation from updates to updates, in the parameters' dtype.
+      A gradient transformation from updates to updates, float32 or wider, which
+      :func:`lns_quantize` rounds to the parameters' dtype.
 
     Raises:
       ValueError: if an argument is out of range, ``params`` are missing or do not
@@ -83,7 +84,7 @@ def clip_log_weights(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        ws, us, treedef = flatten_both(params, updates)
+        _, ws, us, treedef = flatten_both(params, updates)
         bounds = jnp.where(state.rms0 > 0, p_scale * state.rms0, 0)  # not inf * 0
         bounds = jnp.where(jnp.isnan(bounds), jnp.inf, bounds)
         us = [
@@ -97,11 +98,11 @@ def clip_log_weights(
 
 def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
     """Shortens ``u`` so that ``|w + u| <= bound``; otherwise leaves it alone."""
-    dtype, x = jnp.result_type(w), widen(w)
-    largest = largest_weight(dtype)
+    x, u = widen(w), widen(u)
+    largest = largest_weight(jnp.result_type(w))
     bound = jnp.minimum(bound, largest)
     moved = x + u
     # Not clip(moved) - x everywhere: that would round updates that need no clipping.
     u = jnp.where(jnp.abs(moved) <= bound, u, jnp.clip(moved, -bound, bound) - x)
     # From one end of the dtype to the other is two steps.
-    return jnp.clip(u, -largest, largest).astype(dtype)
+    return jnp.clip(u, -largest, largest)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from madax._checks import check_float_leaf
 from madax._formats import Format
 from madax._leaves import widen
+from madax._numerics import straight_through
 
 
 def fake_quantize(
@@ -54,23 +55,23 @@ def fake_quantize(
                 f"{name} must be None or a number format, got {fmt!r} of type "
                 f"{type(fmt).__name__}; pass for example madax.LogFormat."
             )
-    return _straight_through(format, backward_format, jnp.asarray(x))
+    x = jnp.asarray(x)
+    on_grid = straight_through(x, _round_to_grid(x, format))
+    if backward_format is None:
+        return on_grid
+    return _with_gradient_on_grid(backward_format, on_grid)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _straight_through(format, backward_format, x):
-    return _round_to_grid(x, format)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_gradient_on_grid(format, x):
+    return x
 
 
-def _forward(format, backward_format, x):
-    return _round_to_grid(x, format), None
-
-
-def _backward(format, backward_format, residuals, g):
-    return (_round_to_grid(g, backward_format),)
-
-
-_straight_through.defvjp(_forward, _backward)
+# Through the function itself, so that the backward pass has a derivative, too.
+_with_gradient_on_grid.defvjp(
+    lambda format, x: (x, None),
+    lambda format, residuals, g: (fake_quantize(g, format),),
+)
 
 
 def _round_to_grid(x: jax.Array, format: Format | None) -> jax.Array:

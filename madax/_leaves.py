@@ -102,8 +102,10 @@ def flatten_like(
     return us
 
 
-def flatten_both(params: Any, updates: Any) -> tuple[list[Any], list[Any], Any]:
-    """The leaves of ``params``, those of matching ``updates``, and the treedef.
+def flatten_both(
+    params: Any, updates: Any
+) -> tuple[list[str], list[Any], list[Any], Any]:
+    """Paths and leaves of ``params``, leaves of matching ``updates``, and the treedef.
 
     Raises:
       ValueError: if ``params`` is None or the trees do not match.
@@ -114,7 +116,7 @@ def flatten_both(params: Any, updates: Any) -> tuple[list[Any], list[Any], Any]:
             "weights; call update(grads, state, params)."
         )
     paths, ws, treedef = flatten(params)
-    return ws, flatten_like(updates, treedef, "params", paths, ws), treedef
+    return paths, ws, flatten_like(updates, treedef, "params", paths, ws), treedef
 
 
 def entries(leaves: int) -> tuple[int, ...]:

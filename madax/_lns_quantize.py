@@ -21,7 +21,7 @@ from madax._leaves import (
     per_leaf,
     widen,
 )
-from madax._numerics import relative_to
+from madax._numerics import relative_to, straight_through
 from madax._quantized_array import QuantizedArray, is_quantized
 from madax._rounding import (
     Rounding,
@@ -66,10 +66,20 @@ def lns_quantize(
       \text{scale} = p_\text{scale} \cdot \mathrm{rms}_0
 
     It lands on a grid point exactly where the step is by less than a factor of two,
-    and to within a rounding otherwise. Without ``format`` float leaves pass through.
+    and to within a rounding otherwise. Without ``format``, leaves of bfloat16 and
+    float16 are moved to a number of their dtype, and wider ones pass through.
 
     Stochastic rounding is unbiased in code space: a step of 0.2 codes is one code,
-    one time in five. With nearest rounding, steps below half a code are lost.
+    one time in five. Steps below 1e-7 of a code, or of the spacing of a dtype, are
+    lost; with nearest rounding those below a half are.
+
+    The random numbers are a hash of the seed, the step, the path of a leaf and the
+    place of the weight in it. Under ``jax.vmap`` over models all have the same ones,
+    unless the seed is mapped over, too.
+
+    JAX's derivative of a step, as for a learning rate that is learned, is that of the
+    step before it was rounded, but for codes: these are integers, of which JAX has no
+    derivative.
 
     .. warning::
       Comes last in a chain, after :func:`clip_log_weights`.
@@ -117,10 +127,10 @@ def lns_quantize(
         scale = jnp.minimum(p_scale * rms0, jnp.finfo(rms0.dtype).max)
         return LnsQuantizeState(jnp.zeros([], jnp.int32), scale)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, layer=None, **extra_args):
         del extra_args
-        ws, us, treedef = flatten_both(params, updates)
-        keys = leaf_keys(seed, state.count, len(ws))
+        paths, ws, us, treedef = flatten_both(params, updates)
+        keys = leaf_keys(seed, state.count, paths, layer)
         out: list[Any] = []
         for w, u, scale, key in zip(
             ws, us, per_leaf(state.scale, ws), keys, strict=True
@@ -132,7 +142,7 @@ def lns_quantize(
             elif format is not None:
                 out.append(_step_on_grid(w, u, scale, format, rounding, bits))
             else:
-                out.append(u)
+                out.append(_step_in_dtype(w, u, rounding, bits))
         count = jnp.asarray(optax.safe_increment(state.count))
         return treedef.unflatten(out), LnsQuantizeState(count, state.scale)
 
@@ -174,8 +184,35 @@ def moved_codes(
     """The codes, int32, after real-valued ``steps`` are rounded and saturated."""
     beyond = 2 * format.levels + 1  # further than any two codes are apart
     steps = jnp.where(jnp.isnan(steps), 0, jnp.clip(steps, -beyond, beyond))
-    rounded = round_steps(steps, rounding, bits)
-    return format.saturate(codes.astype(jnp.int32) + rounded, sign)
+    whole = round_steps(steps, rounding, bits)
+    return format.saturate(codes.astype(jnp.int32) + whole, sign)
+
+
+def _step_in_dtype(
+    w: jax.Array, u: jax.Array, rounding: Rounding, bits: jax.Array | None
+) -> jax.Array:
+    """The update that takes ``w`` to a number of its dtype next to ``w + u``.
+
+    Exact where that is less than a factor of two away: then ``w + u`` needs no
+    rounding, and no step is lost, however small.
+    """
+    dtype = jnp.result_type(w)
+    if dtype.itemsize > 2:
+        return u
+    info, x, u = jnp.finfo(dtype), widen(w), widen(u)
+    # The power of two below |w + u|, or that of the finest spacing of the dtype, which
+    # must be a normal float32 itself.
+    finest = max(float(info.tiny), float(jnp.finfo(x.dtype).tiny) * 2.0**info.nmant)
+    pattern = jax.lax.bitcast_convert_type(
+        jnp.maximum(jnp.abs(x + u), finest), jnp.int32
+    )
+    power = jax.lax.bitcast_convert_type(pattern & 0x7F800000, x.dtype)
+    spacing = power * 2.0**-info.nmant
+    steps = round_steps((x + u) * (2.0**info.nmant / power), rounding, bits)
+    largest = largest_weight(dtype)
+    target = jnp.clip(steps.astype(x.dtype) * spacing, -largest, largest)
+    to_target = jnp.clip(target - x, -largest, largest)
+    return straight_through(u, to_target).astype(dtype)
 
 
 def _step_on_grid(
@@ -202,5 +239,5 @@ def _step_on_grid(
     )
     new = moved_codes(code, format, steps, jnp.sign(moved), rounding, bits)
     target = jnp.clip(scale * format.decode(new), -largest, largest).astype(dtype)
-    to_target = jnp.clip(target - w, -largest, largest)
-    return jnp.where(scale > 0, to_target, u).astype(dtype)
+    to_target = jnp.where(scale > 0, jnp.clip(target - w, -largest, largest), u)
+    return straight_through(u.astype(dtype), to_target.astype(dtype))

@@ -10,6 +10,7 @@ the rest of an optimizer step on CPU.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ _MANTISSA, _BIAS = 23, 127
 _SQRT_HALF = 0x3F3504F3  # its float32 pattern
 
 
+@jax.custom_jvp
 def rounded(x: jax.Array) -> jax.Array:
     """``x``, with a barrier to fusing the product that it is with a sum.
 
@@ -44,6 +46,36 @@ def rounded(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.minimum(bits, infinity), x.dtype)
 
 
+rounded.defjvps(lambda t, ans, x: t)
+
+
+@jax.custom_jvp
+def straight_through(value: jax.Array, stored: jax.Array) -> jax.Array:
+    """``stored``, what ``value`` was rounded to, with the derivative of ``value``."""
+    del value
+    return stored
+
+
+straight_through.defjvps(lambda t, ans, value, stored: t, None)
+
+
+def _differentiated(
+    derivative: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Callable[[Callable[[jax.Array], jax.Array]], Callable[[jax.Array], jax.Array]]:
+    """Gives a function of one array its derivative, of its value and its argument.
+
+    That of the code would be wrong: integer operations on patterns have none.
+    """
+
+    def decorate(function):
+        function = jax.custom_jvp(function)
+        function.defjvps(lambda t, ans, x: t * derivative(ans, x))
+        return function
+
+    return decorate
+
+
+@_differentiated(lambda ans, x: ans + 1)
 def expm1(x: jax.Array) -> jax.Array:
     """``exp(x) - 1``, float32 to a relative error of 3e-7; saturates, not overflows.
 
@@ -61,6 +93,7 @@ def expm1(x: jax.Array) -> jax.Array:
     return power * e + (power - 1)
 
 
+@_differentiated(lambda ans, x: ans)
 def exp(x: jax.Array) -> jax.Array:
     """``exp(x)``, as :func:`expm1`; below x = -87 that of -87."""
     if x.dtype != jnp.float32:
@@ -69,6 +102,7 @@ def exp(x: jax.Array) -> jax.Array:
     return power * (1 + e)
 
 
+@_differentiated(lambda ans, x: 1 / x)
 def log(x: jax.Array) -> jax.Array:
     """``log(x)``, float32 to 3e-7, relative or absolute; of 0, and below 2**-126, -88.
 
@@ -86,6 +120,7 @@ def log(x: jax.Array) -> jax.Array:
     return _log(exponent, mantissa - 1)
 
 
+@_differentiated(lambda ans, x: 1 / (1 + x))
 def log1p(x: jax.Array) -> jax.Array:
     """``log(1 + x)``, float32 to a relative error of 3e-7; of -1, -88.
 
@@ -104,6 +139,7 @@ def log1p(x: jax.Array) -> jax.Array:
     return _log(exponent, jnp.where(exponent == 0, x, mantissa - 1))
 
 
+@_differentiated(lambda ans, x: jnp.sqrt(1 + ans * ans))
 def sinh(x: jax.Array) -> jax.Array:
     """The hyperbolic sine, float32 to a relative error of 3e-7 for |x| < 88."""
     if x.dtype != jnp.float32:
@@ -113,6 +149,7 @@ def sinh(x: jax.Array) -> jax.Array:
     return jnp.where(x < 0, -magnitude, magnitude)
 
 
+@_differentiated(lambda ans, x: 1 / jnp.sqrt(1 + x * x))
 def arcsinh(x: jax.Array) -> jax.Array:
     """Its inverse, to a relative error of 3e-7; beyond 1e18 in size that of 1e18."""
     if x.dtype != jnp.float32:
@@ -135,12 +172,13 @@ def round_to_int(x: jax.Array) -> jax.Array:
 
 
 def relative_to(scale: jax.Array, x: jax.Array) -> jax.Array:
-    """``x / scale``, also where the reciprocal of ``scale`` would underflow.
+    """``x / scale``, as the product with a reciprocal that does not underflow.
 
-    XLA multiplies by it, and flushes what is subnormal: to 0 above 8.5e37.
+    XLA makes such a product of a quotient by one number, or does not, by how the array
+    is sharded. What is subnormal it flushes: the reciprocal of all above 8.5e37.
     """
     down = jnp.where(scale > 1, 0.125, 1.0).astype(scale.dtype)
-    return rounded((x * down) / (scale * down))
+    return rounded((x * down) * rounded(1 / (scale * down)))
 
 
 def _reduced_expm1(x: jax.Array) -> tuple[jax.Array, jax.Array]:

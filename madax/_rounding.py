@@ -1,13 +1,15 @@
 """Rounding of real-valued code steps: nearest, or stochastic from a counter hash.
 
-The random bits of an element are a hash of (seed, step, leaf, its index in the
-whole array). So they are the same numbers on one device or a mesh, under jit or
+The random bits of an element are a hash of (seed, step, path of the leaf, its index
+in the whole array). So they are the same numbers on one device or a mesh, under jit or
 eager; they take no key, no state and no memory traffic, only a few integer
 operations inside the kernel that rounds.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, Literal, get_args
 
 import jax
@@ -28,13 +30,41 @@ def check_rounding(rounding: Any) -> None:
         )
 
 
-def leaf_keys(seed: Any, count: jax.Array, leaves: int) -> jax.Array:
-    """Two 32-bit keys a leaf, from (seed, step, leaf): uint32, shape (leaves, 2)."""
+def leaf_keys(
+    seed: Any, count: jax.Array, paths: Sequence[str], layer: Any = None
+) -> jax.Array:
+    """Two 32-bit keys a leaf, from (seed, step, path): uint32, shape (leaves, 2).
+
+    A leaf has the same keys in whatever part of the tree it is trained with. Indices
+    in a path are numbers: layer 3 of a stack, ``layers/w`` with ``layer=3``, has the
+    keys of ``layers/3/w``.
+
+    Args:
+      seed: integer scalar.
+      count: number of steps taken, integer scalar.
+      paths: paths of the leaves, as :func:`madax._leaves.path_name` has them.
+      layer: index of a layer, integer scalar, if they are a slice of a stack.
+
+    Returns:
+      The keys.
+    """
     seed = np.uint32(seed % 2**32) if isinstance(seed, int) else seed
-    keys = jnp.arange(2 * leaves, dtype=jnp.uint32)
+    parts = [path.split("/") for path in paths]
+    names = ["/".join(p for p in path if not p.isdecimal()) for path in parts]
+    digests = [hashlib.blake2s(name.encode(), digest_size=8).digest() for name in names]
+    keys = np.array([np.frombuffer(d, "<u4") for d in digests]).reshape(-1, 2)
+    keys = keys.astype(np.uint32)
+    keys = keys if layer is None else _mix(keys + jnp.asarray(layer).astype(jnp.uint32))
+    # The first indices of all leaves, then the second ones, ...
+    indices = [[int(p) % 2**32 for p in path if p.isdecimal()] for path in parts]
+    for level in zip_longest(*indices):
+        there = np.array([[i is not None] for i in level])
+        index = np.array([[i or 0] for i in level], np.uint32)
+        where = np if layer is None else jnp
+        keys = where.where(there, _mix(keys + index), keys)
     for counter in (count, seed):
         keys = _mix(keys) + jnp.asarray(counter).astype(jnp.uint32)
-    return _mix(keys).reshape(leaves, 2)
+    return _mix(keys)
 
 
 def random_bits(key: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -45,7 +75,8 @@ def random_bits(key: jax.Array, shape: Sequence[int]) -> jax.Array:
       shape: the leaf's whole (global) shape.
 
     Returns:
-      The bits; the high and the low half may be used as independent numbers.
+      The bits. The low half and the high 23 bits may be used as two numbers: that they
+      share bits matters to what has a probability of 2**-16 only.
     """
     index = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
@@ -63,8 +94,8 @@ def round_steps(
     Args:
       steps: real-valued steps, in codes, float32, less than 2**22.
       rounding: "nearest" (halves to even) or "stochastic" (up with a probability
-        of the fractional part, to within 2**-17).
-      bits: the elements' random bits, whose high half is used; None for nearest.
+        of the fractional part, to within 2**-23).
+      bits: the elements' random bits, the high 23 are used; None for nearest.
 
     Returns:
       The steps, int32.
@@ -73,20 +104,20 @@ def round_steps(
     nearest = round_to_int(steps)
     if bits is None or rounding == "nearest":
         return nearest
-    # 16 random bits as the top of a mantissa: a float in [1, 2), centred on 0.
-    pattern = (bits >> 16 << 7) | jnp.uint32(0x3F800000)
-    uniform = jax.lax.bitcast_convert_type(pattern, jnp.float32) - (1.5 - 2.0**-17)
+    # Random bits as a mantissa: a float in [1, 2), about 0.
+    pattern = (bits >> 9) | jnp.uint32(0x3F800000)
+    uniform = jax.lax.bitcast_convert_type(pattern, jnp.float32) - 1.5
     # Fractions apart: added to a large whole step, they would lose their digits.
     return nearest + round_to_int(steps - nearest.astype(jnp.float32) + uniform)
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def _mix(x: Any) -> Any:
     """A bijection of 32 bits in which every input bit flips half of the output's.
 
     Two rounds of xor-shift and multiply, by constants whose bias Wellons found to
     be lowest in a search (`Prospecting for hash functions
     <https://nullprogram.com/blog/2018/07/31/>`_, "lowbias32").
     """
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)

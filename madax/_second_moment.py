@@ -1,8 +1,7 @@
 """Layer 1, direction: the gradient over the root of its second moment."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import islice
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from madax._checks import check_b1, check_decay, check_instance, check_seed
-from madax._leaves import entries, flatten, flatten_like, path_name, zeros_like
-from madax._moments import MomentFormat
-from madax._numerics import expm1, log1p, rounded
+from madax._leaves import flatten, flatten_like, path_name, zeros_like
+from madax._moments import MomentFormat, MomentWindow, decayed
+from madax._numerics import exp, expm1, log1p, rounded, straight_through
 from madax._rounding import leaf_keys, random_bits
 
 
@@ -24,10 +23,9 @@ class ScaleBySecondMomentState(NamedTuple):
       v: second moment, a tree like the parameters: float32 or wider, or the codes
         of ``moment_format``.
       m: first moment, likewise; None unless ``b1`` is given.
-      window: ``{moment_format: where each leaf's codes were placed}``, int32, shape
-        (number of leaves,), or () if there are none; None without
-        ``moment_format``. The key is there so that a checkpoint of other codes does
-        not fit.
+      window: ``{moment_format: where the codes lie}``, a
+        :class:`madax.MomentWindow`; None without ``moment_format``. The key is there
+        so that a checkpoint of other codes does not fit.
     """
 
     count: jax.Array
@@ -96,14 +94,14 @@ def scale_by_second_moment(
         v_dtype, m_dtype, window = None, None, None
         if moment_format is not None:
             v_dtype, m_dtype = moment_format.v_dtype, moment_format.m_dtype
-            window = {repr(moment_format): jnp.zeros(entries(len(leaves)), jnp.int32)}
+            window = {repr(moment_format): moment_format.start(len(leaves))}
         v = treedef.unflatten([zeros_like(w, v_dtype) for w in leaves])
         m = None
         if b1 is not None:
             m = treedef.unflatten([zeros_like(w, m_dtype) for w in leaves])
         return ScaleBySecondMomentState(jnp.zeros([], jnp.int32), v, m, window)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, layer=None, **extra_args):
         del params, extra_args
         with_path, treedef = jax.tree_util.tree_flatten_with_path(state.v)
         paths, vs = [path_name(p) for p, _ in with_path], [v for _, v in with_path]
@@ -111,23 +109,36 @@ def scale_by_second_moment(
         ms = None if b1 is None else treedef.flatten_up_to(state.m)
         window = _check_window(moment_format, state.window)
         count = jnp.asarray(optax.safe_increment(state.count))
-        correction = jnp.sqrt(_bias_correction(b2, count))
+        rate, bias = _rate(b2), _bias_correction(b2, count)
+        # The root of v is to be divided by its own correction, and that of its unit.
+        correction = jnp.sqrt(bias)
         if b1 is not None:
             correction /= _bias_correction(b1, count)
+        if moment_format is None or window is None or not vs:
+            storages = [_Floats(v.dtype) for v in vs]
+        else:
+            keys = [
+                leaf_keys(seed, state.count, [path + name for path in paths], layer)
+                for name in ("", "/m")
+            ]
+            storages, window = _storages(
+                moment_format, window, vs, rate, keys, state.count
+            )
+            # E[1 / root of v] is (1 + 3/8 of the variance) / root of E[v].
+            noise = moment_format.rounding_variance * (1 - (rate / bias) ** 2)
+            correction *= exp(-0.375 * noise) / jnp.sqrt(window.scale)
 
         directions = []
-        v_codecs, m_codecs, window = _codecs(
-            moment_format, vs, window, seed, state.count
-        )
-        for i, g in enumerate(gs):
-            g = jnp.asarray(g).astype(v_codecs[i].dtype)
-            ok = g * g < jnp.inf
-            vs[i], v = _advance(vs[i], g * g, b2, ok, v_codecs[i])
+        for i, (g, storage) in enumerate(zip(gs, storages, strict=True)):
+            g = jnp.asarray(g).astype(storage.dtype)
+            vs[i], v, ok = storage.add_square(vs[i], g, rate)
             if ms is not None:
-                ms[i], g = _advance(ms[i], g, b1, ok, m_codecs[i])
-            # Not g / sqrt(v / correction**2): that quotient can overflow. The bound is
-            # none to roots that are used, but keeps XLA from rsqrt, slower on CPU.
-            root = jnp.maximum(jnp.sqrt(v), jnp.finfo(v.dtype).tiny)
+                ms[i], g = storage.add(ms[i], g, ok, _rate(b1))
+            # Not g / sqrt(v / correction**2): that quotient can overflow. The bounds
+            # are none to roots that are used. The inner one keeps derivatives finite,
+            # the outer one keeps XLA from rsqrt, slower on CPU.
+            tiny = jnp.finfo(v.dtype).tiny
+            root = jnp.maximum(jnp.sqrt(jnp.maximum(v, tiny)), tiny)
             direction = g * correction.astype(v.dtype) / root
             directions.append(jnp.where(ok & (v > 0), direction, 0))
 
@@ -141,79 +152,103 @@ def scale_by_second_moment(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class _Codec(NamedTuple):
-    """How one moment of one leaf is stored.
-
-    Attributes:
-      dtype: what it is decoded to.
-      decode: from what is stored before the step to values.
-      encode: from values to what is stored after it.
-      decode_new: from that to values.
-      moved: whether the same value is stored differently after the step.
-    """
+@dataclasses.dataclass(frozen=True)
+class _Floats:
+    """One leaf's moments, stored as they are."""
 
     dtype: Any
-    decode: Callable[[jax.Array], jax.Array]
-    encode: Callable[[jax.Array], jax.Array]
-    decode_new: Callable[[jax.Array], jax.Array]
-    moved: jax.typing.ArrayLike
+
+    def add_square(self, v: jax.Array, g: jax.Array, rate: jax.Array) -> Any:
+        """``v`` after a gradient: stored, its value, and where it is finite."""
+        ok = g * g < jnp.inf
+        v = jnp.where(ok, _average(v, g * g, rate), v)
+        return v, v, ok
+
+    def add(self, m: jax.Array, g: jax.Array, ok: jax.Array, rate: jax.Array) -> Any:
+        """``m`` after a gradient, where ``ok``: stored, and its value."""
+        m = jnp.where(ok, _average(m, g, rate), m)
+        return m, m
 
 
-def _same(x: jax.Array) -> jax.Array:
-    return x
+@dataclasses.dataclass(frozen=True)
+class _Codes:
+    """One leaf's moments, stored as codes of a format.
+
+    Attributes:
+      format: the format.
+      before: where its codes lie before the step.
+      octaves: how far those of ``v`` have gone down since, by the decay of the scale.
+      after: where its codes lie after the step.
+      scale: the unit of ``v`` after the step.
+      keys: the keys of the leaf for ``v`` and for ``m``.
+    """
+
+    format: MomentFormat
+    before: jax.Array
+    octaves: jax.Array
+    after: jax.Array
+    scale: jax.Array
+    keys: tuple[jax.Array, jax.Array]
+    dtype = jnp.dtype(jnp.float32)
+
+    def add_square(self, v: jax.Array, g: jax.Array, rate: jax.Array) -> Any:
+        """``v`` after a gradient: stored, its value over the scale, where it fits."""
+        old = self.format.v_grid(self.before).lowered(self.octaves)
+        new = self.format.v_grid(self.after)
+        square = jnp.where(g * g < jnp.inf, g * g, 0)
+        share = (rate / self.scale).astype(jnp.float32)
+        value = old.decode(v.astype(jnp.int32)) + rounded(share * square)
+        code = new.encode(value, random_bits(self.keys[0], v.shape))
+        ok = (g * g < jnp.inf) & (code <= new.highest)
+        code = jnp.where(value > 0, jnp.clip(code, 1, new.highest), 0)
+        stored = code.astype(v.dtype)
+        # Decoded anew from what is stored, lest XLA on CPU compute that twice.
+        decoded = new.decode(stored.astype(jnp.int32))
+        return stored, straight_through(value, decoded), ok
+
+    def add(self, m: jax.Array, g: jax.Array, ok: jax.Array, rate: jax.Array) -> Any:
+        """``m`` after a gradient, where ``ok``: stored, and its value."""
+        old, new = map(self.format.m_grid, (self.before, self.after))
+        code = m.astype(jnp.int32)
+        value = jnp.where(code < 0, -1, 1) * old.decode(jnp.abs(code))
+        value = jnp.where(ok, _average(value, g, rate), value)
+        bits = random_bits(self.keys[1], m.shape)
+        code = new.encode_from_zero(jnp.abs(value), bits)
+        decoded = new.decode(code)
+        decoded = straight_through(value, jnp.where(value < 0, -decoded, decoded))
+        return jnp.where(value < 0, -code, code).astype(m.dtype), decoded
 
 
-def _codecs(
-    moment_format: MomentFormat | None,
+def _storages(
+    format: MomentFormat,
+    window: MomentWindow,
     vs: Sequence[jax.Array],
-    window: jax.Array | None,
-    seed: jax.typing.ArrayLike,
+    rate: jax.Array,
+    keys: Sequence[jax.Array],
     count: jax.Array,
-) -> tuple[list[_Codec], list[_Codec], jax.Array | None]:
-    """How v and m of every leaf are stored, and the windows from now on."""
-    if moment_format is None or window is None or not vs:
-        same = [_Codec(v.dtype, _same, _same, _same, False) for v in vs]
-        return same, same, window
-
-    def place():
-        return jnp.stack(list(map(moment_format.place, window, vs)))
-
-    # Behind a branch, as it reads every code, and once is enough. Codes, not gradients:
-    # those would all have to be there before the first of them could be used up.
-    placed = jax.lax.cond(jnp.all(window > 0), lambda: window, place)
-
-    def codec(decode, encode, i, key):
-        before, after, bits = window[i], placed[i], random_bits(key, vs[i].shape)
-        return _Codec(
-            jnp.float32,
-            partial(decode, window=before),
-            partial(encode, window=after, bits=bits),
-            partial(decode, window=after),
-            before != after,
-        )
-
-    keys = enumerate(leaf_keys(seed, count, 2 * len(vs)))
-    v_functions = moment_format.decode_v, moment_format.encode_v
-    m_functions = moment_format.decode_m, moment_format.encode_m
-    v_codecs = [codec(*v_functions, i, key) for i, key in islice(keys, len(vs))]
-    m_codecs = [codec(*m_functions, i - len(vs), key) for i, key in keys]
-    return v_codecs, m_codecs, placed
+) -> tuple[list[_Codes], MomentWindow]:
+    """How the moments of every leaf are stored, and the window from now on."""
+    scale, octaves = decayed(window.scale, rate.astype(jnp.float32))
+    before = window.octave
+    after = format.follow(before, count, vs)
+    after = jnp.where(after > 0, jnp.maximum(after - octaves, 1), 0)
+    storages = [
+        _Codes(format, before[i], octaves, after[i], scale, (keys[0][i], keys[1][i]))
+        for i in range(len(vs))
+    ]
+    return storages, MomentWindow(after, scale)
 
 
-def _advance(
-    stored: jax.Array, x: jax.Array, decay: Any, ok: jax.Array, codec: _Codec
-) -> tuple[jax.Array, jax.Array]:
-    """``decay * moment + (1 - decay) * x`` where ``ok``: as stored, and its value."""
-    old = codec.decode(stored)
-    rate = jnp.asarray(1 - decay, old.dtype)
-    rate = jnp.where(jnp.isfinite(rate), rate, 0)  # a traced decay may be anything
+def _average(moment: jax.Array, x: jax.Array, rate: jax.Array) -> jax.Array:
     # In float32, decay and 1 - decay do not add up to 1; these coefficients do.
-    new = old - rounded(rate * old) + rounded(rate * x)
-    new = codec.encode(jnp.where(ok, new, old))
-    # What is skipped is not rounded once more. That this choice is among stored values
-    # also keeps XLA on CPU from computing them twice, for the state and the direction.
-    new = jnp.where(ok | codec.moved, new, stored)
-    return new, codec.decode_new(new)
+    rate = rate.astype(moment.dtype)
+    return moment - rounded(rate * moment) + rounded(rate * x)
+
+
+def _rate(decay: Any) -> jax.Array:
+    """``1 - decay``; 0 for what is not finite, as a traced decay may be anything."""
+    rate = jnp.asarray(1 - decay, jnp.result_type(float))
+    return jnp.where(jnp.isfinite(rate), rate, 0)
 
 
 def _bias_correction(decay: Any, count: jax.Array) -> jax.Array:

@@ -77,7 +77,8 @@ def scale_by_sign_log(
       zero_init_scale: the scale given to a leaf of zeros, in units of the weights.
 
     Returns:
-      A gradient transformation from log-steps to updates of the parameters' dtype.
+      A gradient transformation from log-steps to updates, float32 or wider, which
+      :func:`lns_quantize` rounds to the parameters' dtype.
 
     Raises:
       ValueError: if an argument is negative or not finite, ``params`` are missing
@@ -107,7 +108,7 @@ def scale_by_sign_log(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        ws, ds, treedef = flatten_both(params, updates)
+        _, ws, ds, treedef = flatten_both(params, updates)
         ds = [jnp.where(jnp.isfinite(d), d, 0) for d in map(widen, ds)]
         floors = jnp.where(state.zero_init, 1.0, floor) * state.rms0
         floors = jnp.minimum(floors, jnp.finfo(floors.dtype).max)
@@ -126,12 +127,11 @@ def scale_by_sign_log(
 def sign_log_update(w: jax.Array, d: jax.Array, floor: jax.Array) -> jax.Array:
     """The update that takes log-step ``d`` from ``w``; additive up to ``floor``."""
     x = widen(w)
-    u = jnp.where(
+    return jnp.where(
         jnp.abs(x) > floor,
         x * expm1(jnp.where(x < 0, -d, d)),
         floor * d,
     )
-    return u.astype(jnp.result_type(w))
 
 
 def _warn_of_stuck_leaves(paths, rms0) -> None:

@@ -80,13 +80,13 @@ def with_quantized_params(
         return WithQuantizedParamsState(jnp.zeros([], jnp.int32), inner.init(decoded))
 
     def update_fn(updates, state, params=None, **extra_args):
-        ws, _, treedef = flatten_both(params, updates)
+        paths, ws, _, treedef = flatten_both(params, updates)
         decoded = dequantize_params(params)
         updates, inner_state = inner.update(
             updates, state.inner_state, decoded, **extra_args
         )
         us = treedef.flatten_up_to(updates)
-        keys = leaf_keys(seed, state.count, len(ws))
+        keys = leaf_keys(seed, state.count, paths, extra_args.get("layer"))
         for i, (w, u) in enumerate(zip(ws, us, strict=True)):
             if is_quantized(w):
                 bits = random_bits(keys[i], w.shape)

@@ -1,7 +1,8 @@
 """Stored moments: small floats, against their formula; and what training does to them.
 
-A code c > 0 of v stands for (1 + f / 2**M) 2**(window - 127 + e), where c - 1 = e 2**M
-+ f and M = bits - 6; a code of m likewise, with half the octaves and a sign.
+A code c > 0 of v stands for scale (1 + f / 2**M) 2**(octave - 127 + e), where c - 1 =
+e 2**M + f and M = bits - 6; a code of m likewise, with half the octaves and a sign, and
+no scale.
 """
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 
 import madax
 from madax import MomentFormat
+from madax._moments import decayed
 
 BITS = range(8, 17)
 WINDOWS = [1, 2, 77, 100, 101, 190]
@@ -29,7 +31,25 @@ def oracle_decode(bits, code, lowest):
 
 def placed(state):
     (window,) = state.window.values()
-    return window
+    return window.octave
+
+
+def decode(kind, fmt, code, octave):
+    grid = getattr(fmt, f"{kind}_grid")(octave)
+    return np.sign(code) * grid.decode(jnp.abs(jnp.asarray(code, jnp.int32)))
+
+
+def encode(kind, fmt, x, octave, bits):
+    """The codes as they are stored: v saturates at both ends, m also falls to zero."""
+    grid, x = getattr(fmt, f"{kind}_grid")(octave), jnp.asarray(x, jnp.float32)
+    if kind == "m":
+        return np.sign(x) * grid.encode_from_zero(jnp.abs(x), bits)
+    return jnp.where(x > 0, jnp.clip(grid.encode(x, bits), 1, grid.highest), 0)
+
+
+def stored_v(fmt, state):
+    (window,) = state.window.values()
+    return window.scale * decode("v", fmt, state.v, window.octave[0])
 
 
 def lowest_v(window):
@@ -50,38 +70,33 @@ def noise(shape, seed=0):
 @pytest.mark.parametrize("bits", BITS)
 def test_every_code_has_its_value_and_round_trips(bits, window):
     fmt, where = MomentFormat(bits), jnp.int32(window)
-    # Codes of one length for all widths, so that XLA compiles once.
-    v = np.minimum(np.arange(2**16), 2**bits - 1)
     assert fmt.v_dtype == (jnp.uint8 if bits == 8 else jnp.uint16)
     assert fmt.m_dtype == (jnp.int8 if bits == 8 else jnp.int16)
-    values = fmt.decode_v(jnp.asarray(v, fmt.v_dtype), where)
-    np.testing.assert_array_equal(values, oracle_decode(bits, v, lowest_v(window)))
-    back = fmt.encode_v(values, where, noise(v.shape))
-    assert back.dtype == fmt.v_dtype
-    np.testing.assert_array_equal(back, v)
+    # Codes of one length for all widths, so that XLA compiles once.
+    v = np.minimum(np.arange(2**16), 2**bits - 1)
     m = np.clip(np.arange(-(2**15), 2**15), 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
-    values = fmt.decode_m(jnp.asarray(m, fmt.m_dtype), where)
-    expected = np.sign(m) * oracle_decode(bits, np.abs(m), lowest_m(window))
-    np.testing.assert_array_equal(values, expected)
-    back = fmt.encode_m(values, where, noise(m.shape))
-    assert back.dtype == fmt.m_dtype
-    np.testing.assert_array_equal(back, m)
+    for kind, codes, lowest in (("v", v, lowest_v), ("m", m, lowest_m)):
+        values = decode(kind, fmt, codes, where)
+        expected = np.sign(codes) * oracle_decode(bits, np.abs(codes), lowest(window))
+        np.testing.assert_array_equal(values, expected)
+        back = encode(kind, fmt, values, where, noise(codes.shape))
+        np.testing.assert_array_equal(back, codes)
 
 
 @pytest.mark.parametrize("bits", [8, 9, 12, 16])
 def test_octaves_and_saturation(bits):
-    fmt, window = MomentFormat(bits), jnp.int32(100)
-    top = 2**bits - 1
-    lowest, highest = fmt.decode_v(jnp.array([1, top], fmt.v_dtype), window)
+    fmt, window, top = MomentFormat(bits), jnp.int32(100), 2**bits - 1
+    lowest, highest = decode("v", fmt, np.array([1, top]), window)
     assert np.log2(highest / lowest) >= 60
-    lowest, highest = fmt.decode_m(jnp.array([1, top // 2], fmt.m_dtype), window)
+    lowest, highest = decode("m", fmt, np.array([1, top // 2]), window)
     assert np.log2(highest / lowest) >= 30
-    v = jnp.array([0.0, 1e-37, 1e-20, 1e30, 3e38], jnp.float32)
-    codes = fmt.encode_v(v, window, noise(v.shape))
-    np.testing.assert_array_equal(codes, [0, 1, 1, top, top])
-    m = jnp.array([-3e38, -1e30, 0.0, 1e30, 3e38], jnp.float32)
-    codes = fmt.encode_m(m, window, noise(m.shape))
-    np.testing.assert_array_equal(codes, np.array([-1, -1, 0, 1, 1]) * (top // 2))
+    v = [0.0, 1e-37, 1e-20, 1e30, 3e38]
+    np.testing.assert_array_equal(
+        encode("v", fmt, v, window, noise(5)), [0, 1, 1, top, top]
+    )
+    m = [-3e38, -1e30, 0.0, 1e30, 3e38]
+    expected = np.array([-1, -1, 0, 1, 1]) * (top // 2)
+    np.testing.assert_array_equal(encode("m", fmt, m, window, noise(5)), expected)
 
 
 @pytest.mark.parametrize("bits", [8, 11, 16])
@@ -90,19 +105,25 @@ def test_octaves_and_saturation(bits):
     [
         ([0.0], 0),
         ([], 0),
-        ([0.0, 1.0], 127 - 30),
-        ([2.0, 1e-9], 128 - 30),
-        ([2.0**-80], 47 - 30),
-        ([1e-37], 1),
+        ([0.0, 1.0], 127 - 54),
+        ([2.0, 1e-9], 128 - 54),
+        ([2.0**-50], 77 - 54),
+        ([2.0**-80], 1),
         ([3e38], 190),
     ],
 )
-def test_the_first_v_that_is_not_zero_places_the_window_for_good(bits, v, window):
-    fmt, v = MomentFormat(bits), jnp.asarray(v, jnp.float32)
-    unplaced = jnp.int32(0)
-    codes = fmt.encode_v(v, unplaced, jnp.zeros(v.shape, jnp.uint32))
-    assert fmt.place(unplaced, codes) == window
-    assert fmt.place(jnp.int32(55), codes) == 55
+def test_the_octaves_follow_the_largest_v(bits, v, window):
+    fmt = MomentFormat(bits)
+    for octave in (0, 1, 30, 55, 190):
+        octave = jnp.int32(octave)
+        ends = np.array([1, int(fmt.v_grid(octave).highest)])
+        reached = np.log2(decode("v", fmt, ends, octave))
+        if octave and any(x > 0 and not np.diff(reached < np.log2(x))[0] for x in v):
+            continue  # saturated there: they follow in several steps
+        codes = encode("v", fmt, v, octave, jnp.zeros(len(v), jnp.uint32))
+        for count, due in [(0, 1), (63, 1), (64, 1), (65, 0), (71, 0), (72, 1)]:
+            got = fmt.follow(octave[None], jnp.int32(count), [codes])
+            np.testing.assert_array_equal(got, [window if due else octave])
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -110,33 +131,29 @@ def test_before_placement_every_octave_is_there(bits):
     fmt, unplaced, m = MomentFormat(bits), jnp.int32(0), bits - 8
     octaves = np.repeat(np.arange(-126.0, 128), 2**m)
     fractions = np.tile(np.arange(2**m) / 2**m, 254)
-    codes = jnp.arange(1, 254 * 2**m + 1).astype(fmt.v_dtype)
-    values = fmt.decode_v(codes, unplaced)
+    codes = np.arange(1, 254 * 2**m + 1)
+    values = decode("v", fmt, codes, unplaced)
     np.testing.assert_array_equal(values, (1 + fractions) * 2.0**octaves)
-    back = fmt.encode_v(values, unplaced, noise(values.shape))
+    back = encode("v", fmt, values, unplaced, noise(values.shape))
     np.testing.assert_array_equal(back, codes)
 
-    codes = jnp.arange(1 - 2 ** (bits - 1), 2 ** (bits - 1)).astype(fmt.m_dtype)
-    values = fmt.decode_m(codes, unplaced)
+    codes = np.arange(1 - 2 ** (bits - 1), 2 ** (bits - 1))
+    values = decode("m", fmt, codes, unplaced)
     assert np.all(np.diff(values) > 0) and np.all(np.isfinite(values))
     assert 64 <= np.log2(values[-1]) <= 66
-    back = fmt.encode_m(values, unplaced, noise(values.shape))
+    back = encode("m", fmt, values, unplaced, noise(values.shape))
     np.testing.assert_array_equal(back, codes)
 
 
-def test_the_window_is_placed_in_the_second_step_and_then_kept():
-    tx = madax.scale_by_second_moment(b1=0.9, moment_format=MomentFormat(8))
-    state = tx.init(jnp.ones(100))
-    windows = []
-    for size in (0.0, 1e3, 1.0, 1e-3):
-        direction, state = tx.update(jnp.full(100, size), state)
-        windows.append(int(placed(state)[0]))
-        if size:
-            # As far as the moments' mantissas tell, and no octave off.
-            assert 0.05 < float(jnp.median(jnp.abs(direction))) < 3
-    octave = 127 + int(np.floor(np.log2(1e-3 * 1e6)))  # of (1 - b2) g**2
-    assert windows[:2] == [0, 0] and windows[2] == windows[3]
-    assert windows[2] in (octave - 30, octave + 1 - 30)
+@pytest.mark.parametrize("rate", [0.0, 1e-5, 1e-3, 0.3, 0.9, 1.0])
+def test_the_scale_decays_without_the_codes(rate):
+    scale, octave, exact = jnp.float32(1), 0, 0.0
+    for _ in range(200):
+        scale, octaves = decayed(scale, jnp.float32(rate))
+        octave += int(octaves)
+        assert 1 <= float(scale) < 2
+        exact += np.log2(max(1 - rate, 2.0**-100))
+        assert np.log2(float(scale)) - octave == pytest.approx(exact, abs=1e-4)
 
 
 VALUES = [1.0, 1.06, 1.9999, 2.3, 3e-9, 777.0]
@@ -146,15 +163,14 @@ VALUES = [1.0, 1.06, 1.9999, 2.3, 3e-9, 777.0]
 @pytest.mark.parametrize("kind", ["v", "m"])
 def test_stochastic_rounding_is_unbiased(bits, kind):
     fmt, window, n = MomentFormat(bits), jnp.int32(87), 2**20
-    encode, decode = getattr(fmt, f"encode_{kind}"), getattr(fmt, f"decode_{kind}")
     values = list(VALUES)
     if kind == "m":  # also between zero and the smallest code
         smallest = 2.0 ** lowest_m(87)
         values += [-1.06, -777.0, 0.3 * smallest, -0.01 * smallest, 1.01 * smallest]
     random = noise(n)
     for value in np.float32(values):
-        codes = encode(jnp.full(n, value), window, random)
-        drawn = np.asarray(decode(codes, window), np.float64)
+        codes = encode(kind, fmt, jnp.full(n, value), window, random)
+        drawn = np.asarray(decode(kind, fmt, codes, window), np.float64)
         grid = np.unique(drawn)
         assert len(grid) <= 2
         # 16 random bits leave a bias of one part of them at most.
@@ -183,7 +199,7 @@ def test_gradient_scale_is_invisible(bits):
     grads = jnp.asarray(grads * (rng.random((30, 40)) > 0.2), jnp.float32)
     run = runner(b2=0.9, b1=0.9, moment_format=MomentFormat(bits))
     plain, directions = run(grads)
-    for exponent in (-40, -39, -13, 1, 2, 19, 20):
+    for exponent in (-20, -19, -13, 1, 2, 19, 20):
         scaled, scaled_directions = run(grads * np.float32(2.0**exponent))
         np.testing.assert_array_equal(directions, scaled_directions)
         np.testing.assert_array_equal(plain.v, scaled.v)
@@ -204,13 +220,13 @@ def test_any_gradient_scale_is_invisible_in_distribution():
 def test_v_never_returns_to_zero(bits):
     grads = np.zeros((1000, 64), np.float32)
     grads[0] = 10.0 ** np.linspace(-12, 0, 64)
-    grads[800] = 1e-6
+    grads[800:] = 1e-6
     run = runner(b2=0.9, moment_format=MomentFormat(bits))
     state, directions = run(jnp.asarray(grads))
     assert np.all(np.asarray(state.v) >= 1)
     assert np.all(np.isfinite(directions))
-    # And it still follows: after the pause, a gradient is a gradient again.
-    assert np.all(np.asarray(directions[800]) > 0.1)
+    # After the pause a gradient is a gradient again, once the octaves have followed.
+    assert np.all(np.asarray(directions[830:]) > 0.1)
 
 
 def test_v_is_zero_only_before_the_first_gradient():
@@ -227,25 +243,32 @@ def test_v_is_zero_only_before_the_first_gradient():
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_a_gradient_that_is_not_finite_leaves_codes_unchanged(bits):
+def test_a_gradient_that_is_not_finite_is_added_to_no_moment(bits):
     """Also one whose square overflows; also as the first gradient of all."""
     rng = np.random.default_rng(0)
     grads = rng.standard_normal((6, 50)).astype(np.float32)
     bad = rng.random(50) < 0.5
     poison = np.resize([np.nan, np.inf, -np.inf, 1e30], bad.sum())
     grads[0, bad] = grads[5, bad] = poison
-    tx = madax.scale_by_second_moment(b1=0.9, moment_format=MomentFormat(bits))
+    fmt = MomentFormat(bits)
+    tx = madax.scale_by_second_moment(b1=0.9, moment_format=fmt)
     state, update = tx.init(jnp.zeros(50)), jax.jit(tx.update)
+
+    def moments(state):
+        v, m = stored_v(fmt, state), decode("m", fmt, state.m, placed(state)[0])
+        return np.asarray(v)[bad], np.asarray(m)[bad]
+
     for i, g in enumerate(grads):
         before = state
         direction, state = update(jnp.asarray(g), state)
         assert np.all(np.isfinite(direction))
         if i in (0, 5):
-            np.testing.assert_array_equal(state.v[bad], before.v[bad])
-            np.testing.assert_array_equal(state.m[bad], before.m[bad])
+            (v, m), (v0, m0) = moments(state), moments(before)
+            np.testing.assert_array_equal(m, m0)
+            np.testing.assert_allclose(v, 0.999 * v0, rtol=1e-6)  # decays all the same
             assert not np.any(np.asarray(direction)[bad])
             assert np.all(np.asarray(direction)[~bad] != 0)
-    assert 80 <= int(placed(state)[0]) <= 95
+    assert 60 <= int(placed(state)[0]) <= 70
 
 
 @pytest.mark.parametrize(("bits", "spread"), [(8, 0.4), (10, 0.15), (16, 0.03)])
@@ -258,7 +281,7 @@ def test_codes_track_float_moments_in_distribution(bits, spread):
     exact, wanted = runner(**options)(grads)
     fmt = MomentFormat(bits)
     state, got = runner(moment_format=fmt, seed=1, **options)(grads)
-    ratio = np.asarray(fmt.decode_v(state.v, placed(state)[0]) / exact.v, np.float64)
+    ratio = np.asarray(stored_v(fmt, state) / exact.v, np.float64)
     assert abs(ratio.mean() - 1) < SIGMAS * ratio.std() / np.sqrt(ratio.size) + 2e-3
     assert ratio.std() < spread
     np.testing.assert_allclose(
@@ -267,6 +290,55 @@ def test_codes_track_float_moments_in_distribution(bits, spread):
         rtol=0.1,
         atol=0.01,
     )
+
+
+def jump(i, before, after, at):
+    return jnp.where(i < at, before, after)
+
+
+def outlier(i, g, at, size):
+    return g.at[0].set(jnp.where(i == at, size, g[0]))
+
+
+HARD = {
+    # name: what becomes of the gradients g of step i
+    "constant": lambda i, g: g,
+    "growth": lambda i, g: g * 10.0 ** (6 * jnp.minimum(i / 1000, 1) - 6),
+    "fall": lambda i, g: g * 10.0 ** (-6 * jnp.minimum(i / 1000, 1)),
+    "sudden_growth": lambda i, g: g * jump(i, 1e-6, 1.0, 100),
+    "sudden_fall": lambda i, g: g * jump(i, 1.0, 1e-6, 100),
+    "outlier": lambda i, g: outlier(i, g, 100, 1e8),
+    "outlier_first": lambda i, g: outlier(i, g, 0, 1e8),
+    "one_alone_first": lambda i, g: jnp.where(i > 0, g, outlier(i, 0 * g, 0, 1e-5)),
+    "rare": lambda i, g: jnp.where(i % 100 == jnp.arange(g.size) % 100, g, 0),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_directions_are_those_of_float_moments_under_hard_conditions(name):
+    """The mean of |direction|, clipped as madam does; v does not stay saturated."""
+    n, steps = 2000, 2000
+
+    def run(moment_format):
+        tx = madax.scale_by_second_moment(b1=0.9, moment_format=moment_format)
+
+        def step(state, i):
+            g = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (n,))
+            direction, state = tx.update(HARD[name](i, g), state)
+            return state, jnp.mean(jnp.clip(jnp.abs(direction), 0, 10))
+
+        return jax.lax.scan(step, tx.init(jnp.zeros(n)), jnp.arange(steps))
+
+    run = jax.jit(run, static_argnums=0)
+    exact = np.asarray(run(None)[1])
+    for bits in (8, 16):
+        state, got = run(MomentFormat(bits))
+        # Whatever has changed, at step 100 or before, is followed within 100 steps.
+        got, want = (np.mean(x.reshape(-1, 50), axis=1) for x in (got, exact))
+        off = np.abs(np.asarray(got) / want - 1)
+        assert np.max(np.delete(off, [2, 3])) < 0.1, bits
+        assert np.mean(off[10:]) < 0.04, bits
+        assert np.mean(np.asarray(state.v) == 2**bits - 1) < 1e-3
 
 
 @pytest.mark.parametrize("bits", [8, 16])
