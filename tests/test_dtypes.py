@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from precision import enable_x64
+from helpers import enable_x64
 
 import madax
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax import export
-from precision import enable_x64
+from helpers import enable_x64
 
 import madax
 from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat

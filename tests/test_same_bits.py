@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from precision import enable_x64
+from helpers import enable_x64
 
 import madax
 from madax import LogFormat, MomentFormat, SymlogFormat, UniformFormat, _numerics
