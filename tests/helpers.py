@@ -26,6 +26,14 @@ def formats(*names):
     return {name: FORMATS[name] for name in names}
 
 
+def mostly_nightly(cases, *now):
+    """The cases of a parametrized test, of which all but ``now`` wait for the night."""
+    nightly = pytest.mark.nightly
+    each = [case if isinstance(case, tuple) else (case,) for case in cases]
+    now = [case if isinstance(case, tuple) else (case,) for case in now]
+    return [pytest.param(*c, marks=() if c in now else nightly) for c in each]
+
+
 def is_quantized(x):
     return isinstance(x, madax.QuantizedArray)
 

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import event, given, settings
-from hypothesis import strategies as st
 from helpers import enable_x64, is_quantized
 from helpers import step as run_step
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 from oracle import decode, encode, levels, spacing
 
 import madax
@@ -193,7 +193,7 @@ def gradients(params, seed, t=0, bad=True):
     return jax.tree.map(like, params, is_leaf=is_quantized)
 
 
-# --- codes, in float64 -----------------------------------------------------------------
+# --- codes, in float64 ----------------------------------------------------------------
 
 
 def code_error(fmt, x):

@@ -209,7 +209,7 @@ SHARDED = {
 class TrueVersions(ast.NodeTransformer):
     """Mends what in upstream's module would skip its cases, or touch our process."""
 
-    def visit_Compare(self, node):  # noqa: N802
+    def visit_Compare(self, node):
         # As strings, "0.10.2" < "0.7.2", so optax 0.2.8 skips itself on jax 0.10.
         if ast.unparse(node.left) == "jax.__version__":
             numbers = re.findall(r"\d+", ast.literal_eval(node.comparators[0]))
@@ -217,7 +217,7 @@ class TrueVersions(ast.NodeTransformer):
             return ast.parse(f"jax.__version_info__ < {version}", mode="eval").body
         return node
 
-    def visit_Assign(self, node):  # noqa: N802
+    def visit_Assign(self, node):
         return None if ast.unparse(node.targets[0]).startswith("os.environ") else node
 
 
