@@ -445,10 +445,13 @@ def test_codes_do_not_feel_the_scale(name):
         k: madax.quantize_params(jnp.asarray(normal()), f) for k, f in FORMATS.items()
     }
     for size in np.float32([1e-38, 1.1e38]):
-        one, other = start, {
-            k: QuantizedArray(w.codes, jnp.float32(3 * size), w.format)
-            for k, w in start.items()
-        }
+        one, other = (
+            start,
+            {
+                k: QuantizedArray(w.codes, jnp.float32(3 * size), w.format)
+                for k, w in start.items()
+            },
+        )
         state, other_state = init(name, one), init(name, other)
         for seed in range(3):
             g = gradients(seed, one)
