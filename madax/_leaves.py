@@ -256,6 +256,8 @@ def split_peak(
     largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
     info = jnp.finfo(x.dtype)
     power = jax.lax.reduce_precision(0.75 * largest, info.nexp, 0)
+    # Of a power of two, that was a tie: to either side, by its exponent.
+    power = jnp.where(2 * power <= largest, 2 * power, power)
     peak = jnp.where(largest == 0, 1, jnp.maximum(power, info.tiny))
     # The reciprocal of the largest floats would underflow.
     shrink = jnp.where(peak > 1, 0.125, 1.0).astype(x.dtype)

@@ -1,12 +1,19 @@
-"""Madam in plain NumPy float64, one leaf at a time, written from the formulas.
+"""Madam and number formats in plain NumPy float64, written from the formulas.
 
 Imports neither jax nor madax, so that a mistake cannot be made twice in the same way.
-Each class is one transform: built from the leaf's first weights, called once a step.
+Each class is one transform: built from a leaf's first weights, called once a step.
 
     v = b2 v + (1-b2) g^2                  g_hat = g / sqrt(v / (1 - b2^t)),   0/0 = 0
     d = -lr clip(g_hat, -g_bound, g_bound)
     u = w expm1(sign(w) d)   where |w| > floor rms0,   else   floor rms0 d
     |w + u| <= p_scale rms0
+
+Formats are known by their fields. A code c, real-valued, of at most n = 2^(bits-1) - 1
+in size, and its value relative to the scale:
+
+    log      sign(c) exp(-base_step (n - |c|)),    1 <= |c| but for 0
+    symlog   linear_range sinh(c asinh(1 / linear_range) / n)
+    uniform  c / n
 """
 
 import numpy as np
@@ -95,3 +102,36 @@ class Madam:
         g_hat = np.clip(self.direction(g), -self.g_bound, self.g_bound)
         self.w = self.w + self.clip(self.sign_log(-lr * g_hat, self.w), self.w)
         return self.w
+
+
+def levels(fmt):
+    return 2 ** (fmt.bits - 1) - 1
+
+
+def spacing(fmt):
+    """The step between codes, in nats; None where there is no such."""
+    if hasattr(fmt, "base_step"):
+        return fmt.base_step
+    if hasattr(fmt, "linear_range"):
+        return np.arcsinh(1 / fmt.linear_range) / levels(fmt)
+    return None
+
+
+def decode(fmt, code):
+    c, n = np.asarray(code, np.float64), levels(fmt)
+    if hasattr(fmt, "base_step"):
+        return np.sign(c) * np.exp(-fmt.base_step * (n - np.abs(c)))
+    if hasattr(fmt, "linear_range"):
+        return fmt.linear_range * np.sinh(c * spacing(fmt))
+    return c / n
+
+
+def encode(fmt, x):
+    x, n = np.asarray(x, np.float64), levels(fmt)
+    if hasattr(fmt, "base_step"):
+        with np.errstate(divide="ignore"):
+            magnitude = n + np.log(np.abs(x)) / fmt.base_step
+        return np.sign(x) * np.clip(magnitude, 1, n)
+    if hasattr(fmt, "linear_range"):
+        return np.clip(np.arcsinh(x / fmt.linear_range) / spacing(fmt), -n, n)
+    return np.clip(x * n, -n, n)

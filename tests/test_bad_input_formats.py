@@ -37,7 +37,7 @@ MAKERS = {
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_bits(make):
-    for bits in (0, 1, -8, 17, 32):
+    for bits in (0, 1, -8, 17):
         raises(
             ValueError, rf"bits must be in \d+ to 16, got {bits}\b", partial(make, bits)
         )
@@ -53,13 +53,18 @@ def test_bits_too_few():
 
 
 FIELDS = {
-    "base_step": (lambda x: LogFormat(8, x), (0, -0.1, 1e-7, 0.7, INF, NAN)),
+    "base_step": (lambda x: LogFormat(8, x), (0, -0.1, 9e-7, 0.64, INF, NAN)),
     "gamma": (lambda x: LogFormat.from_gamma(8, x), (0, -8, 1, 1e6, INF, NAN)),
     "ratio": (
         lambda x: LogFormat.from_dynamic_range(8, x),
         (0, 1, 0.5, -10, 1e35, INF, NAN),
     ),
-    "linear_range": (lambda x: SymlogFormat(8, x), (0, -1, 1e-9, 1e4, INF, NAN)),
+    "linear_range": (lambda x: SymlogFormat(8, x), (0, -1, 9e-7, 1100, INF, NAN)),
+    # The argument is called so here, whatever the format calls it.
+    "base_precision": (
+        lambda x: madax.bbit_madam(base_precision=x),
+        (0, -1e-3, 0.02, NAN),
+    ),
 }
 
 
@@ -72,137 +77,69 @@ def test_fields(name):
     for value in ("0.5", None, True, 1j, [0.5]):
         got = re.escape(f"got {value!r}")
         raises(TypeError, f"^{name} must be .*{got}", partial(make, value))
-    traced = lambda x: make(x).levels
+    traced = lambda x: make(x) and 0
     raises(TypeError, f"{name} must be .*static_args", lambda: jax.jit(traced)(0.5))
-
-
-def test_base_precision():
-    """The argument is called base_precision here, whatever the format calls it."""
-    make = lambda **kw: madax.bbit_madam(0.01, **kw)
-    for bits, value in [(12, 0.5), (12, 0), (12, -1e-3), (15, 0.01), (8, NAN)]:
-        call = partial(make, bits=bits, base_precision=value)
-        raises(ValueError, rf"^base_precision must be in .*got {value}", call)
-    call = partial(make, base_precision="fine")
-    raises(TypeError, "^base_precision must be .*'fine'", call)
-    for bits in (0, 16, 99):
-        raises(ValueError, f"^bits must be .*got {bits}", partial(make, bits=bits))
-    for bits in (12.0, True, "12"):
-        with pytest.raises((TypeError, ValueError), match=f"^bits must be .*{bits!r}"):
-            make(bits=bits)
 
 
 # --- quantize_params and dequantize_params --------------------------------------------
 
 
-def ones(*shape):
-    return jnp.ones(shape)
+def ones(*shape, dtype=jnp.float32):
+    return jnp.ones(shape, dtype)
 
 
-def everything(path, leaf):
-    return True
-
-
+ALL = {"where": lambda path, leaf: True}
+W = {"w": ones(4, 4)}
 BAD_QUANTIZE = {
     # name: (error, pattern, params, arguments)
-    "no_format": (TypeError, "format must be .*None", ones(4, 4), {"format": None}),
-    "number": (TypeError, "format must be .*8 .*int", ones(4, 4), {"format": 8}),
-    "class": (
-        TypeError,
-        "format must be .*LogFormat",
-        ones(4, 4),
-        {"format": LogFormat},
-    ),
-    "moment_format": (
-        TypeError,
-        "format must be .*MomentFormat",
-        ones(4, 4),
-        {"format": MomentFormat(8)},
-    ),
-    "p_scale": (ValueError, "p_scale .*got 0", ones(4, 4), {"p_scale": 0}),
-    "p_scale_nan": (ValueError, "p_scale .*got nan", ones(4, 4), {"p_scale": NAN}),
-    "p_scale_inf": (ValueError, "p_scale .*got inf", ones(4, 4), {"p_scale": INF}),
-    "p_scale_text": (TypeError, "p_scale .*'3'", ones(4, 4), {"p_scale": "3"}),
-    "where": (TypeError, "where must be .*3", ones(4, 4), {"where": 3}),
+    "no format": (TypeError, "format must be .*None", W, {"format": None}),
+    "number": (TypeError, "format must be .*8 .*int", W, {"format": 8}),
+    "class": (TypeError, "format must be .*LogFormat", W, {"format": LogFormat}),
+    "moments": (TypeError, "format must .*MomentF", W, {"format": MomentFormat(8)}),
+    "p_scale": (ValueError, "p_scale .*got 0", W, {"p_scale": 0}),
+    "p_scale inf": (ValueError, "p_scale .*got inf", W, {"p_scale": INF}),
+    "p_scale text": (TypeError, "p_scale .*'3'", W, {"p_scale": "3"}),
+    "where": (TypeError, "where must be .*3", W, {"where": 3}),
     "axis": (
         ValueError,
         r"channel_axis is 2, but params\['w'\] has shape \(4, 4\)",
-        {"w": ones(4, 4)},
+        W,
         {"channel_axis": 2},
     ),
-    "axis_of_a_scalar": (
+    "axis of a scalar": (
         ValueError,
         r"channel_axis is -1, but params\['w'\] has shape \(\)",
         {"w": ones()},
-        {"channel_axis": -1, "where": everything},
+        {"channel_axis": -1, **ALL},
     ),
-    "axis_float": (
-        TypeError,
-        "channel_axis must be .*1.5",
-        ones(4, 4),
-        {"channel_axis": 1.5},
-    ),
-    "axis_text": (
-        TypeError,
-        "channel_axis must be .*'0'",
-        ones(4, 4),
-        {"channel_axis": "0"},
-    ),
-    "zeros": (
-        ValueError,
-        r"params\['a/w'\] .*all zeros",
-        {"a": {"w": jnp.zeros((4, 4))}},
-        {},
-    ),
-    "zero_channel": (
+    "axis float": (TypeError, "channel_axis must .*1.5", W, {"channel_axis": 1.5}),
+    "axis bool": (TypeError, "channel_axis must .*True", W, {"channel_axis": True}),
+    "zeros": (ValueError, r"params\['w'\] .*zeros", {"w": jnp.zeros((4, 4))}, {}),
+    "zero channel": (
         ValueError,
         r"params\['w'\] .*channel.* all zeros",
         {"w": ones(4, 4).at[:, 2].set(0)},
         {"channel_axis": 1},
     ),
-    "nan": (
-        ValueError,
-        r"params\['w'\] .*not finite",
-        {"w": ones(4, 4).at[1].set(NAN)},
-        {},
-    ),
-    "inf": (
-        ValueError,
-        r"params\['w'\] .*not finite",
-        {"w": ones(4, 4).at[1].set(INF)},
-        {},
-    ),
-    "bare_nan": (ValueError, r"^params .*not finite", ones(4, 4) * NAN, {}),
-    "scale_overflows": (ValueError, r"params\['w'\] ", {"w": ones(4, 4) * 2e38}, {}),
-    "scale_underflows": (
+    "nan": (ValueError, r"params\['w'\] .*not finite", {"w": ones(4, 4) * NAN}, {}),
+    "inf": (ValueError, r"params\['w'\] .*not finite", {"w": ones(4, 4) * INF}, {}),
+    "bare nan": (ValueError, r"^params .*not finite", ones(4, 4) * NAN, {}),
+    "scale overflows": (ValueError, r"params\['w'\] ", {"w": ones(4, 4) * 2e38}, {}),
+    "scale underflows": (
         ValueError,
         r"params\['w'\] ",
         {"w": ones(4, 4) * 2e-38},
         {"p_scale": 0.1},
     ),
-    "integers": (
-        TypeError,
-        r"params\['n'\] has dtype int32",
-        {"n": jnp.ones((4, 4), jnp.int32)},
-        {"where": everything},
-    ),
-    "bools": (
-        TypeError,
-        r"params\['n'\] has dtype bool",
-        {"n": jnp.ones((4, 4), bool)},
-        {"where": everything},
-    ),
-    "complex": (
-        TypeError,
-        r"params\['n'\] is complex",
-        {"n": jnp.ones((4, 4), jnp.complex64)},
-        {"where": everything},
-    ),
-    "text": (TypeError, r"params\['n'\] must be", {"n": "w"}, {"where": everything}),
+    "ints": (TypeError, r"\['n'\] has dtype", {"n": ones(4, 4, dtype=int)}, ALL),
+    "bools": (TypeError, r"\['n'\] has dtype", {"n": ones(4, 4, dtype=bool)}, ALL),
+    "complex": (TypeError, r"\['n'\] is complex", {"n": 1j * ones(4, 4)}, ALL),
+    "text": (TypeError, r"params\['n'\] must be", {"n": "w"}, ALL),
     "twice": (
         TypeError,
         r"params\['w'\] is a QuantizedArray already.*dequantize_params",
-        {"w": madax.quantize_params(ones(4, 4), FMT)},
-        {"where": everything},
+        madax.quantize_params(W, FMT),
+        ALL,
     ),
 }
 
@@ -210,21 +147,13 @@ BAD_QUANTIZE = {
 @pytest.mark.parametrize("case", BAD_QUANTIZE.values(), ids=BAD_QUANTIZE)
 def test_quantize_params(case):
     kind, pattern, params, arguments = case
-    arguments = {"format": FMT} | arguments
-    before = jax.tree.map(lambda x: np.array(x) if hasattr(x, "shape") else x, params)
-    raises(kind, pattern, lambda: madax.quantize_params(params, **arguments))
-    jax.tree.map(np.testing.assert_array_equal, before, params)
-
-
-def test_already_quantised_leaves_pass_by_default():
-    params = {"w": madax.quantize_params(ones(4, 4), FMT)}
-    assert madax.quantize_params(params, UniformFormat(8))["w"] is params["w"]
+    call = lambda: madax.quantize_params(params, **{"format": FMT} | arguments)
+    raises(kind, pattern, call)
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.complex64, bool])
 def test_dequantize_params(dtype):
-    params = madax.quantize_params({"w": ones(4, 4)}, FMT)
-    call = lambda: madax.dequantize_params(params, dtype)
+    call = lambda: madax.dequantize_params(madax.quantize_params(W, FMT), dtype)
     raises(TypeError, "dtype must be a floating dtype", call)
 
 
@@ -233,114 +162,43 @@ def test_dequantize_params(dtype):
 GRID = partial(madax.lns_quantize, FMT)
 WRAP = partial(madax.with_quantized_params, optax.sgd(0.1))
 MOMENT = partial(madax.scale_by_second_moment, moment_format=MomentFormat(8))
-A_KEY = jax.random.key(0)
+MADAM, LNS, WRAPPED = madax.madam, madax.lns_madam, madax.with_quantized_params
+A_KEY, RAW_KEY = jax.random.key(0), jnp.zeros(2, jnp.uint32)
 
-BAD_MAKE = {
-    "rounding": (
-        ValueError,
-        "rounding must be one of .*'up'",
-        GRID,
-        {"rounding": "up"},
-    ),
-    "rounding_none": (ValueError, "rounding must be .*None", GRID, {"rounding": None}),
-    "rounding_list": (
-        ValueError,
-        r"rounding must be .*\['nearest'\]",
-        GRID,
-        {"rounding": ["nearest"]},
-    ),
-    "madam_rounding": (ValueError, "rounding must be", madax.madam, {"rounding": 1}),
-    "wrap_rounding": (ValueError, "rounding must be", WRAP, {"rounding": "Nearest"}),
-    "seed_float": (TypeError, "seed must be an integer, got 0.5", GRID, {"seed": 0.5}),
-    "seed_bool": (TypeError, "seed must be an integer, got True", GRID, {"seed": True}),
-    "seed_key": (
-        TypeError,
-        "seed must be .*not a jax.random key",
-        GRID,
-        {"seed": A_KEY},
-    ),
-    "seed_raw_key": (
-        TypeError,
-        "seed must be",
-        GRID,
-        {"seed": jnp.zeros(2, jnp.uint32)},
-    ),
-    "seed_none": (TypeError, "seed must be .*None", madax.madam, {"seed": None}),
-    "wrap_seed": (TypeError, "seed must be .*'0'", WRAP, {"seed": "0"}),
-    "moment_seed": (TypeError, "seed must be .*1.0", MOMENT, {"seed": 1.0}),
-    "grid_format": (TypeError, "format must be .*8", madax.lns_quantize, {"format": 8}),
-    "grid_moment_format": (
-        TypeError,
-        "format must be .*MomentFormat",
-        madax.lns_quantize,
-        {"format": MomentFormat(8)},
-    ),
-    "lns_format": (
-        TypeError,
-        "format must be .*'int8'",
-        madax.lns_madam,
-        {"format": "int8"},
-    ),
-    "moment_format": (
-        TypeError,
-        "moment_format must be .*LogFormat",
-        madax.madam,
-        {"moment_format": FMT},
-    ),
-    "moment_bits": (
-        TypeError,
-        "moment_format must be",
-        madax.madam,
-        {"moment_format": 8},
-    ),
-    "grid_p_scale": (ValueError, "p_scale .*got -1", GRID, {"p_scale": -1}),
-    "grid_p_scale_inf": (ValueError, "p_scale .*got inf", GRID, {"p_scale": INF}),
-    "bbit_p_scale_inf": (
-        ValueError,
-        "p_scale .*inf",
-        madax.bbit_madam,
-        {"p_scale": INF},
-    ),
-    "lns_p_scale_inf": (ValueError, "p_scale .*inf", madax.lns_madam, {"p_scale": INF}),
-    "inner_none": (
-        TypeError,
-        "inner must be .*None",
-        madax.with_quantized_params,
-        {"inner": None},
-    ),
-    "inner_function": (
-        TypeError,
-        "inner must be .*optax.adam",
-        madax.with_quantized_params,
-        {"inner": optax.adam},
-    ),
-    "inner_rate": (
-        TypeError,
-        "inner must be .*0.1",
-        madax.with_quantized_params,
-        {"inner": 0.1},
-    ),
-}
+BAD_MAKE = [
+    (ValueError, "rounding must be one of .*'up'", GRID, {"rounding": "up"}),
+    (ValueError, "rounding must be .*None", GRID, {"rounding": None}),
+    (ValueError, "rounding must be .*nearest'", GRID, {"rounding": ["nearest"]}),
+    (ValueError, "rounding must be", MADAM, {"rounding": 1}),
+    (ValueError, "rounding must be", WRAP, {"rounding": "Nearest"}),
+    (TypeError, "seed must be an integer, got 0.5", GRID, {"seed": 0.5}),
+    (TypeError, "seed must be an integer, got True", GRID, {"seed": True}),
+    (TypeError, "seed must be .*not a jax.random key", GRID, {"seed": A_KEY}),
+    (TypeError, "seed must be", GRID, {"seed": RAW_KEY}),
+    (TypeError, "seed must be .*None", MADAM, {"seed": None}),
+    (TypeError, "seed must be .*'0'", WRAP, {"seed": "0"}),
+    (TypeError, "seed must be .*1.0", MOMENT, {"seed": 1.0}),
+    (TypeError, "format must be .*8", madax.lns_quantize, {"format": 8}),
+    (TypeError, "format must .*Moment", madax.lns_quantize, {"format": MomentFormat()}),
+    (TypeError, "format must be .*'int8'", LNS, {"format": "int8"}),
+    (TypeError, "format must be", LNS, {"format": None}),
+    (TypeError, "moment_format must be .*LogFormat", MADAM, {"moment_format": FMT}),
+    (TypeError, "moment_format must be", MOMENT, {"moment_format": 8}),
+    (TypeError, "inner must be .*None", WRAPPED, {"inner": None}),
+    (TypeError, "inner must be .*optax.adam", WRAPPED, {"inner": optax.adam}),
+]
 
 
-@pytest.mark.parametrize("case", BAD_MAKE.values(), ids=BAD_MAKE)
+@pytest.mark.parametrize("case", BAD_MAKE, ids=lambda case: f"{case[1]}")
 def test_arguments_of_transforms(case):
     kind, pattern, make, arguments = case
     raises(kind, pattern, partial(make, **arguments))
 
 
-def test_lns_madam_needs_a_format():
-    raises(TypeError, "format must be", lambda: madax.lns_madam(format=None))
-
-
 @pytest.mark.parametrize("seed", [2**31, 2**32 - 1, 2**40, -(2**31) - 1])
-def test_a_seed_of_more_than_31_bits_works_or_is_named(seed):
+def test_a_seed_of_more_than_31_bits_works(seed):
     params = madax.quantize_params(ones(4, 4), FMT)
-    try:
-        tx = madax.madam(0.1, seed=seed)
-    except ValueError as error:
-        assert re.match(rf"seed must .*{seed}", str(error))
-        return
+    tx = madax.madam(0.1, seed=seed)
     tx.update(ones(4, 4), tx.init(params), params)
 
 
@@ -353,70 +211,45 @@ every_transform = pytest.mark.parametrize("tx", TRANSFORMS.values(), ids=TRANSFO
 
 
 def mixed():
-    params = {"w": ones(4, 4), "b": jnp.ones(4)}
-    return madax.quantize_params(params, FMT)
+    return madax.quantize_params({"w": ones(4, 4), "b": jnp.ones(4)}, FMT)
 
 
-BAD_UPDATES = {
-    "missing": (ValueError, "same tree structure", {"w": ones(4, 4)}),
-    "more": (
-        ValueError,
-        "same tree structure",
-        {"w": ones(4, 4), "b": ones(4), "c": ones(1)},
-    ),
-    "other_names": (ValueError, "same tree structure", {"w": ones(4, 4), "c": ones(4)}),
-    "shape": (
-        ValueError,
-        r"updates\['w'\] has shape \(4, 5\), but .*\['w'\] has shape \(4, 4\)",
-        {"w": ones(4, 5), "b": ones(4)},
-    ),
-    "integers": (
-        TypeError,
-        r"updates\['w'\] has dtype int32",
-        {"w": jnp.ones((4, 4), jnp.int32), "b": ones(4)},
-    ),
-    "codes": (TypeError, r"updates\['w'\] .*QuantizedArray", mixed()),
-    "inside_the_codes": (
-        ValueError,
+SHAPES = r"updates\['w'\] has shape \(4, 5\), but .*\['w'\] has shape \(4, 4\)"
+BAD_UPDATES = [
+    (ValueError, "same tree structure", {"w": ones(4, 4)}),
+    (ValueError, "same tree structure", {"w": ones(4, 4), "c": ones(4)}),
+    (ValueError, SHAPES, {"w": ones(4, 5), "b": ones(4)}),
+    (TypeError, r"\['w'\] has dtype", {"w": ones(4, 4, dtype=int), "b": ones(4)}),
+    (TypeError, r"updates\['w'\] .*QuantizedArray", mixed()),
+    (
+        (TypeError, ValueError),
         "same tree structure|must be a floating",
         {"w": [ones(4, 4), ones()], "b": ones(4)},
     ),
-}
+]
 
 
-@pytest.mark.parametrize("case", BAD_UPDATES.values(), ids=BAD_UPDATES)
 @every_transform
-def test_gradients_for_another_tree(tx, case):
-    kind, pattern, updates = case
+def test_gradients_for_another_tree(tx):
     params = mixed()
     state = tx.init(params)
     before = jax.tree.map(np.array, (params, state))
-    with pytest.raises((kind, TypeError), match=pattern):
-        tx.update(updates, state, params)
-    with pytest.raises((kind, TypeError), match=pattern):
-        jax.jit(tx.update)(updates, state, params)
+    for kind, pattern, updates in BAD_UPDATES:
+        for update in (tx.update, jax.jit(tx.update)):
+            with pytest.raises(kind, match=pattern):
+                update(updates, state, params)
     jax.tree.map(np.testing.assert_array_equal, before, (params, state))
-
-
-@every_transform
-def test_no_params(tx):
-    params = mixed()
     grads = madax.dequantize_params(params)
-    call = lambda: tx.update(grads, tx.init(params))
-    raises(ValueError, "params is None", call)
+    raises(ValueError, "params is None", lambda: tx.update(grads, state))
 
 
 @every_transform
-@pytest.mark.parametrize("bad", [jnp.int32(1), jnp.complex64(1)], ids=repr)
-def test_leaves_that_cannot_be_trained(tx, bad):
-    params = mixed() | {"n": bad}
-    grads = madax.dequantize_params(mixed()) | {"n": jnp.float32(1)}
-
-    def call():
-        state = tx.init(params)
-        tx.update(grads, state, params)
-
-    raises(TypeError, r"params\['n'\]", call)
+def test_leaves_that_cannot_be_trained(tx):
+    for bad in (jnp.int32(1), jnp.complex64(1)):
+        params = mixed() | {"n": bad}
+        grads = madax.dequantize_params(mixed()) | {"n": jnp.float32(1)}
+        call = lambda: tx.update(grads, tx.init(params), params)  # noqa: B023
+        raises(TypeError, r"params\['n'\]", call)
 
 
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
@@ -424,40 +257,30 @@ def test_state_of_other_params(jit):
     """Of floats, for codes: the vectors of scalars tell."""
     floats = {"w": ones(4, 4), "b": jnp.ones(4)}
     for tx in (GRID(), madax.scale_by_sign_log(), madax.clip_log_weights()):
-        state, params = tx.init(floats), mixed()
-        steps = {"w": ones(4, 4), "b": ones(4)}
-        call = lambda: jit(tx.update)(steps, state, params)  # noqa: B023
-        pattern = "made for 2 float leaves, but params has 1; call init again"
-        raises(ValueError, pattern, call)
-        state = tx.init(mixed())
-        call = lambda: jit(tx.update)(steps, state, floats)  # noqa: B023
-        pattern = "made for 1 float leaves, but params has 2; call init again"
-        raises(ValueError, pattern, call)
+        for made_for, params, counts in (
+            (floats, mixed(), (2, 1)),
+            (mixed(), floats, (1, 2)),
+        ):
+            state = tx.init(made_for)
+            call = lambda: jit(tx.update)(floats, state, params)  # noqa: B023
+            message = "made for {} float leaves, but params has {}; call init again"
+            raises(ValueError, message.format(*counts), call)
 
 
 # --- fake_quantize --------------------------------------------------------------------
 
-BAD_FAKE = {
-    "format": (TypeError, "^format must be .*8", (jnp.ones(3), 8), {}),
-    "backward": (
-        TypeError,
-        "^backward_format must be .*MomentFormat",
-        (jnp.ones(3), FMT),
-        {"backward_format": MomentFormat(8)},
-    ),
-    "integers": (TypeError, "^x has dtype int32", (jnp.arange(3), FMT), {}),
-    "complex": (TypeError, "^x is complex", (jnp.ones(3, jnp.complex64), FMT), {}),
-    "list": (TypeError, "^x must be .*list", ([1.0, 2.0], FMT), {}),
-    "codes": (
-        TypeError,
-        "^x must be .*QuantizedArray",
-        (madax.quantize_params(jnp.ones((4, 4)), FMT), FMT),
-        {},
-    ),
-}
+X = jnp.ones(3)
+BAD_FAKE = [
+    (TypeError, "^format must be .*8", (X, 8), {}),
+    (TypeError, "^backward_format must .*Format", (X, FMT), {"backward_format": 8}),
+    (TypeError, "^x has dtype int32", (jnp.arange(3), FMT), {}),
+    (TypeError, "^x is complex", (1j * X, FMT), {}),
+    (TypeError, "^x must be .*list", ([1.0, 2.0], FMT), {}),
+    (TypeError, "^x must be .*QuantizedArray", (mixed()["w"], FMT), {}),
+]
 
 
-@pytest.mark.parametrize("case", BAD_FAKE.values(), ids=BAD_FAKE)
+@pytest.mark.parametrize("case", BAD_FAKE, ids=lambda case: case[1])
 def test_fake_quantize(case):
     kind, pattern, args, kwargs = case
     raises(kind, pattern, lambda: madax.fake_quantize(*args, **kwargs))

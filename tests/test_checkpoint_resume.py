@@ -38,7 +38,6 @@ from madax import LogFormat, MomentFormat
 
 # --- on another mesh ------------------------------------------------------------------
 
-on_eight_devices = pytest.mark.devices(8)
 needs_set_mesh = pytest.mark.skipif(
     not hasattr(jax, "set_mesh"), reason="Orbax needs a newer JAX to save from a mesh"
 )
@@ -95,7 +94,6 @@ def arbitrary(tree):
 
 
 @needs_set_mesh
-@on_eight_devices
 def test_every_state_goes_from_eight_devices_to_four_to_one(tmp_path):
     params, _ = start_all()
     states = {k: jax.eval_shape(tx.init, params) for k, tx in EVERY_STATE.items()}
@@ -123,7 +121,6 @@ def test_every_state_goes_from_eight_devices_to_four_to_one(tmp_path):
 
 
 @needs_set_mesh
-@on_eight_devices
 def test_training_goes_on_where_it_is_restored(tmp_path):
     name, leaves = "moments8", ("bias", "log8")
     half = range(STEPS // 2), range(STEPS // 2, STEPS)

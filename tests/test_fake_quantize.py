@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen
+from oracle import decode, encode
 from sklearn.datasets import load_digits
 
 import madax
@@ -25,21 +26,9 @@ every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def oracle(x, fmt):
     """The value on the grid, and whether x is within float32's accuracy of a tie."""
     x = np.asarray(x, np.float64)
-    n, scale = 2 ** (fmt.bits - 1) - 1, np.abs(x).max(initial=0)
-    if scale == 0:
-        return x, np.zeros(x.shape, bool)
-    r = x / scale
-    if isinstance(fmt, LogFormat):
-        with np.errstate(divide="ignore"):
-            code = np.sign(r) * np.clip(n + np.log(np.abs(r)) / fmt.base_step, 1, n)
-        value = lambda c: np.sign(c) * np.exp(-fmt.base_step * (n - np.abs(c)))
-    elif isinstance(fmt, SymlogFormat):
-        a = np.arcsinh(1 / fmt.linear_range)
-        code = np.arcsinh(r / fmt.linear_range) / a * n
-        value = lambda c: fmt.linear_range * np.sinh(c * a / n)
-    else:
-        code, value = r * n, lambda c: c / n
-    return scale * value(np.rint(code)), np.abs(np.abs(code) % 1 - 0.5) < 1e-3
+    scale = np.abs(x).max(initial=0)
+    code = encode(fmt, x / (scale or 1))
+    return scale * decode(fmt, np.rint(code)), np.abs(np.abs(code) % 1 - 0.5) < 1e-3
 
 
 def assert_on_grid(got, x, fmt, rtol=3e-6):

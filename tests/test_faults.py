@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 import pytest
-from precision import enable_x64
+from helpers import enable_x64, formats, is_quantized, jitted_step
+from helpers import step as eager_step
 
 import madax
-from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
+from madax import MomentFormat, QuantizedArray
 
 LR = 0.05
 MADAMS = {
@@ -32,40 +34,20 @@ WRAPPED = {
     "wrapped_sgd": lambda lr: madax.with_quantized_params(optax.sgd(lr)),
     "wrapped_adam": lambda lr: madax.with_quantized_params(optax.adam(lr)),
 }
-FORMATS = {
-    "log8": LogFormat.from_dynamic_range(8, 100),
-    "log16": LogFormat.from_dynamic_range(16, 10_000),
-    "symlog8": SymlogFormat(8, 0.3),
-    "uniform8": UniformFormat(8),
-}
+FORMATS = formats("log8", "log16", "symlog8", "uniform8")
 GRIDS = ("bbit_madam", "lns_madam")  # float leaves, too, are on a grid
 every_madam = pytest.mark.parametrize("name", MADAMS)
-every_poison = pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-
-
-def is_quantized(x):
-    return isinstance(x, QuantizedArray)
-
-
-@partial(jax.jit, static_argnums=0)
-def jitted_step(tx, grads, params, state):
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
 
 
 @functools.cache
-def jitted(make):
+def compiled(make):
     """A step with the rate as an argument, compiled once for all tests of a shape."""
-
-    def step(lr, grads, state, params):
-        updates, state = make(lr).update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
+    step = lambda lr, *args: eager_step(make(lr), *args)
     return jax.jit(step)
 
 
 def step_of(name):
-    return jitted((MADAMS | WRAPPED)[name])
+    return compiled((MADAMS | WRAPPED)[name])
 
 
 def init(name, params):
@@ -99,26 +81,20 @@ def gradients(seed, params=None, scale=1.0):
     return jax.tree.map(like, params, is_leaf=is_quantized)
 
 
-def where_bad(where, params):
-    """For each leaf, which elements: one of them all, one leaf, or all."""
+def masks_of(where, params):
+    """For each leaf, which elements: one of each leaf, or all."""
     masks = {}
     for i, (name, w) in enumerate(params.items()):
-        mask = np.zeros(w.shape, bool)
-        if where == "all" or (where == "leaf" and name in ("log8", "float32")):
-            mask[...] = True
-        elif where == "element":  # one a leaf
-            mask.reshape(-1)[i % mask.size] = True
-        masks[name] = mask
+        masks[name] = np.full(w.shape, where == "all")
+        masks[name].reshape(-1)[i % w.size] = True
     return masks
 
 
-def poisoned(grads, masks, poison=None):
-    """The gradients with that value in the masks, or with all that is not finite."""
+def poisoned(grads, masks):
+    """The gradients with all that is not finite in the masks, one after the other."""
 
     def fault(g, mask):
-        values = np.resize(
-            [np.nan, np.inf, -np.inf] if poison is None else poison, g.shape
-        )
+        values = np.resize([np.nan, np.inf, -np.inf], g.shape)
         return jnp.asarray(np.where(mask, values, np.asarray(g)), g.dtype)
 
     return {k: fault(g, masks[k]) for k, g in grads.items()}
@@ -180,29 +156,27 @@ def counted(state, steps):
 # --- gradients ------------------------------------------------------------------------
 
 
-@every_poison
 @every_madam
-def test_faulty_steps_everywhere_are_steps_that_have_not_been(name, poison):
+def test_faulty_steps_everywhere_are_steps_that_have_not_been(name):
     """All leaves, several steps: the same bits as before, but for the count."""
     step, params = step_of(name), mixed()
     state = init(name, params)
     for seed in range(3):
         params, state = step(LR, gradients(seed), state, params)
-    masks = where_bad("all", params)
+    masks = masks_of("all", params)
     after, after_state = params, state
     for seed in range(4):
-        bad = poisoned(gradients(seed), masks, poison)
+        bad = poisoned(gradients(seed), masks)
         after, after_state = step(LR, bad, after_state, after)
     same_on_grid(name, after, params)
     same(after_state, counted(state, 4))
 
 
-@pytest.mark.parametrize("where", ["element", "leaf"])
 @every_madam
-def test_an_element_misses_its_faulty_steps_and_no_other_notices(name, where):
+def test_an_element_misses_its_faulty_steps_and_no_other_notices(name):
     """Bit for bit, during the faults and in the clean steps after them."""
     step, params = step_of(name), mixed()
-    masks = where_bad(where, params)
+    masks = masks_of("element", params)
     state = init(name, params)
     for seed in range(2):
         params, state = step(LR, gradients(seed), state, params)
@@ -240,34 +214,13 @@ def test_an_element_misses_its_faulty_steps_and_no_other_notices(name, where):
             same_on_grid(name, now[mask], arrays(as_if)[k][mask])
             np.testing.assert_array_equal(now[~mask], arrays(clean)[k][~mask])
     for k, mask in masks.items():
-        assert (
-            np.any(arrays(faulty)[k][~mask] != arrays(params)[k][~mask]) or mask.all()
-        )
+        moved = arrays(faulty)[k][~mask] != arrays(params)[k][~mask]
+        assert np.any(moved) or mask.all()
 
 
-@every_madam
-def test_an_element_that_is_faulty_for_ever_stays_for_ever(name):
-    step, start = step_of(name), mixed()
-    masks = where_bad("element", start)
-    state = init(name, start)
-    if name in GRIDS:  # the first step brings floats there
-        start, state = step(LR, gradients(0), state, start)
-    params = start
-    for seed in range(40):
-        bad = poisoned(gradients(seed), masks)
-        params, state = step(LR, bad, state, params)
-    check_valid(params)
-    assert all_finite(state)
-    for k, mask in masks.items():
-        old, new = arrays(start)[k], arrays(params)[k]
-        same_on_grid(name, new[mask], old[mask])
-        if not mask.all():
-            assert np.mean(new[~mask] != old[~mask]) > 0.8
-
-
-@pytest.mark.parametrize("options", [{}, {"b1": 0.9}], ids=str)
+@pytest.mark.parametrize("b1", [None, 0.9])
 @pytest.mark.parametrize("faults", [1, 5, 200, 5000])
-def test_the_first_clean_step_after_a_faulty_start(faults, options):
+def test_the_first_clean_step_after_a_faulty_start(faults, b1):
     """The count has gone on while v has not: a longer step, and known how long.
 
     With v = (1 - b2) g**2 and the bias corrected for n steps, g_hat is the root of
@@ -275,38 +228,29 @@ def test_the_first_clean_step_after_a_faulty_start(faults, options):
     than g_bound.
     """
     w = jnp.float32([0.5, -2.0])
-    tx = madax.madam(0.01, p_scale=100.0, **options)
-    state = tx.init(w)
-    bad = jnp.full(2, jnp.nan)
-    run = jax.jit(
-        lambda w, state: jax.lax.scan(
-            lambda c, _: (jitted_step(tx, bad, *c), None), (w, state), length=faults
-        )[0]
-    )
-    after, state = run(w, state)
-    np.testing.assert_array_equal(after, w)
-    g = jnp.float32([3.0, 0.1])
-    after, state = jitted_step(tx, g, after, state)
+    tx = madax.madam(0.01, p_scale=100.0, b1=b1)
+    first, *rest = tx.init(w)
+    state = (first._replace(count=jnp.int32(faults)), *rest)
+    after, state = jitted_step(tx, jnp.float32([3.0, 0.1]), state, w)
     n = faults + 1
     g_hat = np.sqrt((1 - 0.999**n) / (1 - 0.999))
-    if options:
+    if b1:
         g_hat *= (1 - 0.9) / (1 - 0.9**n)
     want = -0.01 * min(g_hat, 10.0) * np.sign(w)
     np.testing.assert_allclose(np.log(after / w), want, rtol=2e-4)
     assert all_finite(state)
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_stored_moments_are_placed_by_the_first_clean_gradients(bits):
+def test_stored_moments_are_placed_by_the_first_clean_gradients():
     """Their window is for good: neither a fault nor its neighbours may misplace it."""
     w = jnp.ones((4, 4))
-    tx = madax.madam(0.01, moment_format=MomentFormat(bits))
+    tx = madax.madam(0.01, moment_format=MomentFormat(8))
     clean = jnp.full((4, 4), 1e-6)
 
     def window_after(*grads):
         state = tx.init(w)
         for g in grads:
-            _, state = jitted_step(tx, g, w, state)
+            _, state = jitted_step(tx, g, state, w)
         (window,) = jax.tree.leaves(state[0].window)
         return int(window[0])
 
@@ -329,11 +273,61 @@ def test_float64_gradients_too_large_for_the_moments_do_not_place_them():
         clean = jnp.full(4, 1e-3, jnp.float64)
         windows = []
         for first in (clean, clean.at[0].set(1e25)):
-            _, state = jitted_step(tx, first, w, tx.init(w))
-            _, state = jitted_step(tx, clean, w, state)
+            _, state = jitted_step(tx, first, tx.init(w), w)
+            _, state = jitted_step(tx, clean, state, w)
             windows.append(int(jax.tree.leaves(state[0].window)[0][0]))
         assert windows[0] > 0
         assert abs(windows[1] - windows[0]) <= 1
+
+
+W = np.float32([0.5, -2.0, 1.0, -0.25, 3.0])
+# One step from W: gradients, and the direction that each weight must take.
+ONE_STEP = {
+    "zeros": ([0, 0, 0, 0, 0], [0, 0, 0, 0, 0]),
+    "negative zeros": ([-0.0, 0.0, -0.0, 1, -1], [0, 0, 0, -1, 1]),
+    "square overflows": ([1e20, -1e30, 3e38, 1, -1], [0, 0, 0, -1, 1]),
+    "square just fits": ([1e19, -1.8e19, 1, 1, 1], [-1, 1, -1, -1, -1]),
+    "second moment underflows": ([1e-30, -1e-25, 1e-23, 1, -1], [0, 0, 0, -1, 1]),
+    "second moment just fits": ([1e-17, -1e-16, 1, 1, 1], [-1, 1, -1, -1, -1]),
+    "subnormal": ([1e-40, -1e-44, 1e-45, 1, -1], [0, 0, 0, -1, 1]),
+    "mixed scales": ([1e-16, 1e18, -1e-5, 1e5, -1], [-1, -1, 1, -1, 1]),
+}
+
+
+@pytest.mark.parametrize("b1", [None, 0.9])
+@pytest.mark.parametrize("name", ONE_STEP)
+def test_one_step_from_edge_gradients(name, b1):
+    grads, direction = ONE_STEP[name]
+    tx = edge_madam(b1)
+    w, state = jitted_step(tx, jnp.float32(grads), tx.init(W), W)
+    want = W * np.exp(np.sign(W) * LR * np.float64(direction))
+    np.testing.assert_allclose(w, want, rtol=1.5e-7)
+    still = np.float64(direction) == 0
+    np.testing.assert_array_equal(np.asarray(w)[still], W[still])
+    assert all_finite(state)
+
+
+@functools.cache
+def edge_madam(b1):
+    return madax.madam(LR, b1=b1, p_scale=10.0)
+
+
+def test_clean_steps_after_bad_ones_follow_the_oracle():
+    rng = np.random.default_rng(0)
+    grads = np.float32(rng.standard_normal((30, 5)))
+    grads[0, 0] = grads[7, :3] = grads[8] = np.nan
+    tx, model = edge_madam(0.9), oracle.Madam(W, LR, b1=0.9, p_scale=10.0)
+    w, state = jnp.asarray(W), tx.init(W)
+    for g in grads:
+        w, state = jitted_step(tx, g, state, w)
+        np.testing.assert_allclose(w, model.step(g), rtol=1e-6)
+
+
+def test_tiny_gradients_after_large_ones_give_tiny_steps():
+    tx = madax.scale_by_second_moment()
+    _, state = tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+    got, state = tx.update(jnp.float32([1e-30, -1e-10]), state)
+    np.testing.assert_allclose(got, [1e-30, -1e-10] / np.sqrt(0.5), rtol=1e-3)
 
 
 # --- learning rates -------------------------------------------------------------------
@@ -352,24 +346,24 @@ def test_rate_zero_moves_nothing(name):
     assert all_finite(state)
 
 
-@pytest.mark.parametrize("lr", [np.nan, np.inf, -np.inf])
 @every_madam
-def test_a_rate_that_is_not_finite_moves_no_weight(name, lr):
+def test_a_rate_that_is_not_finite_moves_no_weight(name):
     """A rate can be such only from a schedule, or traced; moments go on as ever."""
     step, params = step_of(name), mixed()
     state = init(name, params)
     params, state = step(LR, gradients(0), state, params)
-    after, after_state = step(lr, gradients(1), state, params)
     _, clean_state = step(LR, gradients(1), state, params)
-    same_on_grid(name, after, params)
-    same(after_state, clean_state)
-    after, _ = step(LR, gradients(2), after_state, after)
-    check_valid(after)
-    for k, w in arrays(after).items():
-        assert np.any(w != arrays(params)[k])
+    for lr in (np.nan, np.inf, -np.inf):
+        after, after_state = step(lr, gradients(1), state, params)
+        same_on_grid(name, after, params)
+        same(after_state, clean_state)
+        after, _ = step(LR, gradients(2), after_state, after)
+        check_valid(after)
+        for k, w in arrays(after).items():
+            assert np.any(w != arrays(params)[k])
 
 
-@pytest.mark.parametrize("lr", [1.0, 1e6, 1e30])
+@pytest.mark.parametrize("lr", [1e6, 1e30])
 @pytest.mark.parametrize("name", [*MADAMS, "wrapped_sgd"])
 def test_a_huge_rate_leaves_weights_at_the_ends_of_their_range(name, lr):
     step, params = step_of(name), mixed()
@@ -384,7 +378,7 @@ def test_a_huge_rate_leaves_weights_at_the_ends_of_their_range(name, lr):
         params, state = step(lr, grads, state, params)
         check_valid(params)
         assert all_finite(state)
-        if lr >= 1e6 and (seed > 0 or name == "wrapped_sgd"):
+        if seed > 0 or name == "wrapped_sgd":
             codes = arrays(params)
             for k in ("symlog8", "uniform8"):
                 if k == "symlog8" or name == "wrapped_sgd":
@@ -405,55 +399,25 @@ def test_a_huge_rate_leaves_weights_at_the_ends_of_their_range(name, lr):
     assert any(np.any(arrays(params)[k] < w) for k, w in arrays(before).items())
 
 
-@pytest.mark.parametrize("source", ["schedule", "injected"])
-@every_madam
-def test_one_bad_rate_of_a_schedule_or_injected(name, source):
-    """Two ways for a rate to go bad on one step and to be fine on the next."""
-    make, params = MADAMS[name], {k: mixed()[k] for k in ("log8", "float32", "zeros")}
-    if source == "schedule":
-        tx = make(lambda count: jnp.where(count == 1, jnp.nan, LR))
-    else:
-        keep = {"format", "moment_format", "bits", "base_precision", "rounding"}
-        function, fixed = make, {}
-        if isinstance(make, partial):
-            function, fixed = make.func, make.keywords
-        names = function.__kwdefaults__.keys() | set(
-            function.__code__.co_varnames[: function.__code__.co_argcount]
-        )
-        tx = optax.inject_hyperparams(function, static_args=keep & names)(LR, **fixed)
-    state = tx.init(params)
-    update = jax.jit(tx.update)
-    moved = []
-    for count in range(3):
-        if source == "injected":
-            rate = jnp.float32(np.nan if count == 1 else LR)
-            state.hyperparams["learning_rate"] = rate
-        updates, state = update(gradients(count, params), state, params)
-        before, params = params, optax.apply_updates(params, updates)
-        moved.append([np.any(arrays(before)[k] != arrays(params)[k]) for k in params])
-        check_valid(params)
-    assert moved == [[True] * 3, [False] * 3, [True] * 3]
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["b1", "b2", "floor", "p_scale", "g_bound"])
-def test_one_bad_value_of_another_hyperparameter(name, bad):
+def test_one_bad_value_of_an_injected_hyperparameter():
     params = {k: mixed()[k] for k in ("log8", "uniform8", "float32", "zeros")}
     injected = optax.inject_hyperparams(madax.madam)
     tx = injected(LR, b1=0.9, b2=0.99, floor=0.1, p_scale=3.0, g_bound=10.0)
-    state = tx.init(params)
-    update = jax.jit(tx.update)
-    for count in range(3):
-        value = state.hyperparams[name]
-        if count == 1:
-            state.hyperparams[name] = jnp.float32(bad)
-        updates, state = update(gradients(count, params), state, params)
-        state.hyperparams[name] = value
-        before, params = params, optax.apply_updates(params, updates)
-        check_valid(params)
-        assert all_finite(state)
-    for k, w in arrays(params).items():
-        assert np.any(w != arrays(before)[k]), k
+    start, step = (params, tx.init(params)), partial(jitted_step, tx)
+    for name in ("learning_rate", "b1", "b2", "floor", "p_scale", "g_bound"):
+        for bad in (np.nan, np.inf):
+            params, state = start
+            for count in range(3):
+                value = state.hyperparams[name]
+                if count == 1:
+                    state.hyperparams[name] = jnp.float32(bad)
+                before = params
+                params, state = step(gradients(count, params), state, params)
+                state.hyperparams[name] = value
+                check_valid(params)
+                assert all_finite(state)
+            for k, w in arrays(params).items():
+                assert np.any(w != arrays(before)[k]), (name, k)
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
@@ -473,41 +437,44 @@ def normal(shape=(4, 4)):
     return w / np.sqrt(np.mean(w**2))
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1.1e38])
-@pytest.mark.parametrize("name", [*MADAMS, *WRAPPED])
-def test_codes_do_not_feel_the_scale(name, scale):
+@pytest.mark.parametrize("name", ["madam", *WRAPPED])
+def test_codes_do_not_feel_the_scale(name):
     """Native codes take the same steps; wrapped optimizers valid ones."""
-    size, step = np.float32(scale), step_of(name)
-    one = {
+    step = step_of(name)
+    start = {
         k: madax.quantize_params(jnp.asarray(normal()), f) for k, f in FORMATS.items()
     }
-    other = {
-        k: QuantizedArray(w.codes, jnp.float32(3 * size), w.format)
-        for k, w in one.items()
-    }
-    state, other_state = init(name, one), init(name, other)
-    for seed in range(3):
-        g = gradients(seed, one)
-        if name in WRAPPED:
-            g = jax.tree.map(lambda x: x * size, g)
-        one, state = step(LR, g, state, one)
-        other, other_state = step(LR, g, other_state, other)
-        if name in MADAMS:
-            same(arrays(other), arrays(one))
-        check_valid(other)
+    for size in np.float32([1e-38, 1.1e38]):
+        one, other = (
+            start,
+            {
+                k: QuantizedArray(w.codes, jnp.float32(3 * size), w.format)
+                for k, w in start.items()
+            },
+        )
+        state, other_state = init(name, one), init(name, other)
+        for seed in range(3):
+            g = gradients(seed, one)
+            if name in WRAPPED:
+                g = jax.tree.map(lambda x: x * size, g)  # noqa: B023
+            one, state = step(LR, g, state, one)
+            other, other_state = step(LR, g, other_state, other)
+            if name in MADAMS:
+                same(arrays(other), arrays(one))
+            check_valid(other)
 
 
 @pytest.mark.parametrize("channel_axis", [None, -1])
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("exponent", [-120, 110, 125])
-def test_weights_of_any_size_become_the_same_codes(exponent, fmt, channel_axis):
+def test_weights_of_any_size_become_the_same_codes(fmt, channel_axis):
     """Above 2**124 the reciprocal of the scale is subnormal."""
-    w, size = jnp.asarray(normal()), np.float32(2.0**exponent)
-    one, other = (
-        madax.quantize_params(x, fmt, channel_axis=channel_axis) for x in (w, w * size)
-    )
-    same(other.codes, one.codes)
-    same(other.scale, one.scale * size)
+    quantize = partial(madax.quantize_params, format=fmt, channel_axis=channel_axis)
+    one = quantize(normal())
+    for exponent in (-120, 110, 125):
+        size = np.float32(2.0**exponent)
+        other = quantize(normal() * size)
+        same(other.codes, one.codes)
+        same(other.scale, one.scale * size)
 
 
 EXTREMES = {
@@ -519,9 +486,8 @@ EXTREMES = {
 }
 
 
-@pytest.mark.parametrize("lr", [LR, 1.0, 1e30])
 @every_madam
-def test_floats_at_the_ends_of_their_dtype(name, lr):
+def test_floats_at_the_ends_of_their_dtype(name):
     """Weights and gradients of the largest and the smallest numbers there are.
 
     At huge rates too, whose steps lead from one end of the dtype to the other.
@@ -533,20 +499,21 @@ def test_floats_at_the_ends_of_their_dtype(name, lr):
         for dtype in dtypes
     }
     step = step_of(name)
-    for kind in EXTREMES.values():
-        now, state = params, init(name, params)
-        g = {
-            k: jnp.asarray(kind(jnp.finfo(w.dtype)), w.dtype) for k, w in params.items()
-        }
-        for sign in (1, -1, -1, 1, 1):
-            grads = {k: sign * x for k, x in g.items()}
-            now, state = step(lr, grads, state, now)
-            check_valid(now)
-            assert all_finite(state)
-        for k, w in now.items():
-            old, new = (np.asarray(x, np.float64) for x in (params[k], w))
-            if name != "b1_floor":  # without a floor no sign changes
-                assert np.all((np.sign(new) == np.sign(old)) | (new == 0)), k
+    for lr in (LR, 1.0, 1e30):
+        for kind in EXTREMES.values():
+            now, state = params, init(name, params)
+            for sign in (1, -1, -1, 1, 1):
+                grads = {
+                    k: sign * jnp.asarray(kind(jnp.finfo(w.dtype)), w.dtype)
+                    for k, w in params.items()
+                }
+                now, state = step(lr, grads, state, now)
+                check_valid(now)
+                assert all_finite(state)
+            for k, w in now.items():
+                old, new = (np.asarray(x, np.float64) for x in (params[k], w))
+                if name != "b1_floor":  # without a floor no sign changes
+                    assert np.all((np.sign(new) == np.sign(old)) | (new == 0)), k
 
 
 def next_to_largest(dtype):
@@ -554,27 +521,27 @@ def next_to_largest(dtype):
     return float(jnp.nextafter(jnp.finfo(dtype).max, jnp.zeros((), dtype)))
 
 
-@pytest.mark.parametrize("p_scale", [3.0, np.inf])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@every_madam
-def test_no_weight_is_rounded_beyond_its_dtype(name, dtype, p_scale):
+every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+
+
+@every_dtype
+@pytest.mark.parametrize("name", ["madam", "b1_floor", "bbit_madam"])
+def test_no_weight_is_rounded_beyond_its_dtype(name, dtype):
     """An update that leads to the largest number may, rounded, lead past it."""
     rng = np.random.default_rng(0)
     w = rng.choice([-1, 1], 3000) * rng.uniform(0.01, 1, 3000)
     params = jnp.asarray(w * float(jnp.finfo(dtype).max), dtype)
-    if name in GRIDS:  # which have a largest value
-        p_scale = min(p_scale, 1e38)
-    make = partial(MADAMS[name], p_scale=p_scale)
-    step, tx = jitted(make), make(1.0)
+    # A grid has a largest value.
+    tx = MADAMS[name](1.0, p_scale=1e38 if name in GRIDS else np.inf)
     state = tx.init(params)
     for i in range(5):
         grads = jnp.asarray(rng.standard_normal(3000), jnp.float32)
         grads = jnp.where(rng.random(3000) < 0.1, [jnp.nan, jnp.inf, 0][i % 3], grads)
-        params, state = step(1.0, grads, state, params)
+        params, state = jitted_step(tx, grads, state, params)
         assert all_finite((params, state))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@every_dtype
 @pytest.mark.parametrize("p_scale", [3.0, np.inf])
 def test_weights_cross_the_whole_dtype_in_two_steps(dtype, p_scale):
     """With a floor a weight may go from one end to the other, which is twice max."""
@@ -584,14 +551,14 @@ def test_weights_cross_the_whole_dtype_in_two_steps(dtype, p_scale):
     g, state = jnp.asarray([1.0, -1.0], dtype), tx.init(w)
     seen = [w]
     for _ in range(2):
-        w, state = jitted_step(tx, g, w, state)
+        w, state = jitted_step(tx, g, state, w)
         seen.append(w)
     got = np.asarray(jnp.stack(seen), np.float64)
     np.testing.assert_array_equal(got, np.array([[1, -1], [0, 0], [-1, 1]]) * largest)
 
 
+@every_dtype
 @pytest.mark.parametrize("make", [madax.bbit_madam, madax.lns_madam])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_grid_that_reaches_beyond_the_dtype_ends_with_it(make, dtype):
     largest = next_to_largest(dtype)
     w = jnp.asarray([largest, -largest, largest / 4], dtype)
@@ -600,23 +567,23 @@ def test_a_grid_that_reaches_beyond_the_dtype_ends_with_it(make, dtype):
     assert all_finite(state)
     outwards = -jnp.sign(w)
     for _ in range(20):
-        w, state = jitted_step(tx, outwards, w, state)
+        w, state = jitted_step(tx, outwards, state, w)
         assert all_finite(w)
     np.testing.assert_array_equal(
         np.asarray(w[:2], np.float64), np.array([largest, -largest])
     )
     before = w
-    w, state = jitted_step(tx, -outwards, w, state)
+    w, state = jitted_step(tx, -outwards, state, w)
     assert np.all(np.abs(np.asarray(w, np.float64)) < np.abs(np.float64(before)))
 
 
-@pytest.mark.parametrize("floor", [1e10, 1e30, 3e38])
+@pytest.mark.parametrize("floor", [1e10, 3e38])
 def test_a_floor_beyond_all_floats_is_the_largest(floor):
     w = jnp.float32([1e30, -1e30, 0.0])
     tx = madax.madam(LR, floor=floor)
     state = tx.init(w)
     for g in ([0.0, 0.0, 0.0], [1.0, 0.0, np.nan], [0.0, -1.0, 1.0]):
-        w, state = jitted_step(tx, jnp.float32(g), w, state)
+        w, state = jitted_step(tx, jnp.float32(g), state, w)
         assert all_finite((w, state))
 
 
@@ -625,22 +592,21 @@ def test_a_floor_beyond_all_floats_is_the_largest(floor):
 
 def wrapped_steps(tx, params, state, gs):
     for g in gs:
-        params, state = jitted_step(tx, g, params, state)
+        params, state = jitted_step(tx, g, state, params)
     return params, state
 
 
-@every_poison
-def test_moments_of_adam_that_are_lost_freeze_their_codes_and_no_others(poison):
+def test_moments_of_adam_that_are_lost_freeze_their_codes_and_no_others():
     """What the wrapper promises: codes are valid. It cannot mend Adam's moments."""
     params = {k: w for k, w in mixed().items() if is_quantized(w)}
-    masks = where_bad("element", params)
-    tx = adam()
+    masks = masks_of("element", params)
+    tx = madax.with_quantized_params(optax.adam(LR))
     params, state = wrapped_steps(tx, params, tx.init(params), [gradients(0, params)])
     clean = bad = params
     clean_state = bad_state = state
     for seed in range(1, 6):
         g = gradients(seed, params)
-        fault = poisoned(g, masks, poison) if seed < 3 else g
+        fault = poisoned(g, masks) if seed < 3 else g
         clean, clean_state = wrapped_steps(tx, clean, clean_state, [g])
         bad, bad_state = wrapped_steps(tx, bad, bad_state, [fault])
         check_valid(bad)
@@ -651,23 +617,12 @@ def test_moments_of_adam_that_are_lost_freeze_their_codes_and_no_others(poison):
     assert not all_finite(bad_state.inner_state)
 
 
-@functools.cache
-def adam():
-    return madax.with_quantized_params(optax.adam(0.05))
-
-
-@functools.cache
-def guarded_adam():
-    inner = optax.apply_if_finite(optax.adam(0.05), max_consecutive_errors=10)
-    return madax.with_quantized_params(inner)
-
-
-@pytest.mark.parametrize("where", ["element", "leaf", "all"])
-def test_adam_recovers_with_apply_if_finite_inside_the_wrapper(where):
+def test_adam_recovers_with_apply_if_finite_inside_the_wrapper():
     """Not around it: updates of codes have another structure than gradients."""
     params = mixed()
-    masks = where_bad(where, params)
-    tx = guarded_adam()
+    masks = masks_of("element", params)
+    inner = optax.apply_if_finite(optax.adam(LR), max_consecutive_errors=10)
+    tx = madax.with_quantized_params(inner)
     state = tx.init(params)
     params, state = wrapped_steps(tx, params, state, [gradients(0), gradients(1)])
     faults = [poisoned(gradients(s), masks) for s in (2, 3, 4)]

@@ -1,17 +1,14 @@
-"""Random trees, formats and hyperparameters: every outcome is right, or our error.
+"""Random trees, formats and hyperparameters: every step is right.
 
 Right is what plain NumPy float64 says, one step at a time: from the weights and the
 moments that a step started with, an interval for each element of what it must end
 with, as wide as the roundings of the arithmetic. Where the interval holds no tie, that
 is one code. The formulas are written out here again; nothing of madax computes them.
-
-More examples: MADAX_FUZZ=nightly, or pytest --hypothesis-profile=nightly.
 """
 
 import contextlib
 import dataclasses
 import math
-import traceback
 import warnings
 from typing import Any, NamedTuple
 
@@ -20,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import enable_x64, is_quantized
+from helpers import step as run_step
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from precision import enable_x64
+from oracle import decode, encode, levels, spacing
 
 import madax
-from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
+from madax import LogFormat, MomentFormat, SymlogFormat, UniformFormat
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,13 +34,9 @@ def forget_compiled_programs():
     jax.clear_caches()
 
 
-EXAMPLES = max(200, settings.default.max_examples)
+EXAMPLES = settings.default.max_examples
 F32 = np.float32(2) ** -23
 LARGEST = float(np.finfo(np.float32).max)
-
-
-def is_quantized(x):
-    return isinstance(x, QuantizedArray)
 
 
 def leaves_of(tree):
@@ -198,40 +193,7 @@ def gradients(params, seed, t=0, bad=True):
     return jax.tree.map(like, params, is_leaf=is_quantized)
 
 
-# --- formats, in float64 --------------------------------------------------------------
-
-
-def levels(fmt):
-    return 2 ** (fmt.bits - 1) - 1
-
-
-def spacing(fmt):
-    """The step between codes, in nats where there are such."""
-    if isinstance(fmt, LogFormat):
-        return fmt.base_step
-    if isinstance(fmt, SymlogFormat):
-        return np.arcsinh(1 / fmt.linear_range) / levels(fmt)
-    return None
-
-
-def decode(fmt, c):
-    c, n = f64(c), levels(fmt)
-    if isinstance(fmt, LogFormat):
-        return np.sign(c) * np.exp(fmt.base_step * (np.abs(c) - n))
-    if isinstance(fmt, SymlogFormat):
-        return fmt.linear_range * np.sinh(c * spacing(fmt))
-    return c / n
-
-
-def encode(fmt, x):
-    n = levels(fmt)
-    with np.errstate(divide="ignore"):
-        if isinstance(fmt, LogFormat):
-            c = np.clip(n + np.log(np.abs(x)) / fmt.base_step, 1, n)
-            return np.sign(x) * c
-    if isinstance(fmt, SymlogFormat):
-        return np.clip(np.arcsinh(x / fmt.linear_range) / spacing(fmt), -n, n)
-    return np.clip(x * n, -n, n)
+# --- codes, in float64 ----------------------------------------------------------------
 
 
 def code_error(fmt, x):
@@ -669,11 +631,6 @@ def optimizers(draw, names=("madam",) * 6 + ("bbit_madam", "lns_madam")):
     return name, learning_rate, kw, rule
 
 
-def run_step(tx, grads, state, params):
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-
 # Compiling takes a hundred times as long as an eager step.
 modes = st.sampled_from(["eager"] * 10 + ["no jit"])
 
@@ -711,7 +668,7 @@ DTYPES = ["float32", "float32", "bfloat16", "float16"]
 seeds = st.integers(0, 2**20)
 
 
-@settings(max_examples=3 * EXAMPLES // 4)
+@settings(max_examples=EXAMPLES)
 @given(trees(DTYPES, ends=True), optimizers(), seeds, modes, st.integers(1, 3))
 def test_every_step_is_the_oracles(tree, optimizer, seed, mode, steps):
     take_steps(tree, optimizer, seed, mode, steps)
@@ -719,7 +676,7 @@ def test_every_step_is_the_oracles(tree, optimizer, seed, mode, steps):
 
 # One test an optimizer: a draw leaves the others next to nothing of so few examples.
 @pytest.mark.parametrize("name", ["madam", "bbit_madam", "lns_madam"])
-@settings(max_examples=EXAMPLES // 12)
+@settings(max_examples=EXAMPLES // 8)
 @given(trees(DTYPES, ends=True), st.data(), seeds, st.integers(2, 3))
 def test_every_compiled_step_is_the_oracles(name, tree, data, seed, steps):
     optimizer = data.draw(optimizers([name]))
@@ -728,7 +685,7 @@ def test_every_compiled_step_is_the_oracles(name, tree, data, seed, steps):
 
 # Every operation compiles anew: few examples.
 @pytest.mark.parametrize("mode", ["eager", "jit"])
-@settings(max_examples=EXAMPLES // 20)
+@settings(max_examples=EXAMPLES // 8)
 @given(trees(["float64", "float64", "float32"]), optimizers(), seeds)
 def test_every_step_is_the_oracles_with_float64(mode, tree, optimizer, seed):
     with enable_x64(True):
@@ -775,7 +732,7 @@ def check_wrapped(w, new, u, error, rounding):
     check_codes_between(new, c_low, c_high, np.sign(low), np.sign(high), f"{fmt}")
 
 
-@settings(max_examples=EXAMPLES // 3)
+@settings(max_examples=EXAMPLES)
 @given(
     trees(["float32"]),
     st.sampled_from(["sgd", "adam"]),
@@ -815,382 +772,3 @@ def test_wrapped_optimizers_move_codes_as_they_would_floats(
                     assert np.all((off <= size + 1e-37) | np.isnan(want))
                     assert np.all(np.isnan(f64(after)) == np.isnan(want))
             params = new
-
-
-# --- mistakes -------------------------------------------------------------------------
-
-
-def number_in(condition):
-    """Whether a value is a real number, of whatever type, within a condition.
-
-    Unsigned ones, which cannot be negated, and what JAX has no room for, are not.
-    """
-
-    def valid(value):
-        if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-            real = jnp.issubdtype(value.dtype, np.floating) or whole(value)
-            if not real or np.shape(value) != () or value.dtype.kind == "u":
-                return False
-            if value.dtype == np.longdouble:
-                return False
-            value = float(np.asarray(value).item())
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return False
-        if isinstance(value, int) and abs(value) >= 2**31:
-            return False
-        return bool(condition(value)) and not 3.4e38 < abs(value) < math.inf
-
-    return valid
-
-
-def whole(value):
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        return np.shape(value) == () and jnp.issubdtype(value.dtype, np.integer)
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-in_unit = number_in(lambda x: 0 <= x < 1)
-not_negative = number_in(lambda x: 0 <= x < math.inf)
-positive = number_in(lambda x: x > 0)
-scale_like = number_in(lambda x: 0 < x < math.inf)
-or_none = lambda valid: lambda value: value is None or valid(value)
-one_of = lambda *values: lambda value: isinstance(value, str) and value in values
-a = lambda kind: lambda value: isinstance(value, kind)
-
-MADAM = {
-    "learning_rate": not_negative,
-    "b2": in_unit,
-    "p_scale": positive,
-    "g_bound": positive,
-    "zero_init_scale": not_negative,
-}
-ARGUMENTS = {
-    "madam": MADAM
-    | {
-        "b1": or_none(in_unit),
-        "floor": not_negative,
-        "moment_format": or_none(a(MomentFormat)),
-        "rounding": one_of("stochastic", "nearest"),
-        "seed": whole,
-    },
-    "bbit_madam": MADAM
-    | {
-        "p_scale": scale_like,
-        "bits": lambda x: type(x) is int and 1 <= x <= 15,
-        # With 12 bits; the ends are printed with six digits.
-        "base_precision": lambda x: (
-            not isinstance(x, (np.ndarray, jax.Array))
-            and number_in(lambda x: 1e-6 <= x <= 80 / 4095)(x)
-        ),
-    },
-    "lns_madam": MADAM | {"p_scale": scale_like, "format": a(madax.Format)},
-}
-PAIRS = [(make, name) for make, names in ARGUMENTS.items() for name in names]
-
-anything = st.one_of(
-    st.floats(),
-    st.floats(0, 1),
-    st.floats(0.001, 0.019),
-    st.integers(-3, 40),
-    st.integers(),
-    st.booleans(),
-    st.none(),
-    st.text(max_size=8),
-    st.sampled_from(["nearest", "stochastic", "0.1", b"1", 1j, 10**400, -(10**400)]),
-    st.sampled_from([MomentFormat(8), *FORMATS, LogFormat, object(), len, ...]),
-    st.lists(st.floats(), max_size=2),
-    st.dictionaries(st.text(max_size=2), st.floats(), max_size=1),
-    st.complex_numbers(),
-    st.fractions(),
-    st.decimals(),
-    st.builds(
-        lambda dtype, shape, value: np.full(shape, value, dtype),
-        st.sampled_from(["float32", "float16", "int8", "uint64", "bool", "complex64"]),
-        st.sampled_from([(), (), (), (1,), (2, 3), (0,)]),
-        st.sampled_from([0, 1, 0.5, 100]),
-    ),
-    st.builds(
-        lambda dtype, shape, value: jnp.full(shape, value, dtype),
-        st.sampled_from(["float32", "bfloat16", "int32", "bool", "complex64"]),
-        st.sampled_from([(), (), (1,)]),
-        st.sampled_from([0, 1, 0.5]),
-    ),
-    st.sampled_from([np.float64(0.5), np.int16(3), np.bool_(True), np.str_("x")]),
-    st.sampled_from([np.uint8(1), np.longdouble(0.5), np.int64(2**40), 2**31, 2**40]),
-    st.sampled_from([1e300, -1e300, np.float64(1e300), 3e38, 1e-300, 1e-45]),
-    st.sampled_from([jax.random.key(0), jax.ShapeDtypeStruct((), jnp.float32)]),
-)
-
-
-@contextlib.contextmanager
-def our_error(*words):
-    """TypeError or ValueError, raised by madax itself, whose message has the words."""
-    with pytest.raises((TypeError, ValueError)) as info, warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-    assert type(info.value) in (TypeError, ValueError)
-    where = traceback.extract_tb(info.value.__traceback__)[-1].filename
-    assert where.startswith(madax.__path__[0]), where
-    for word in words:
-        assert word in str(info.value), f"{word!r} not in {info.value}"
-
-
-SMALL = {"w": np.float32([0.5, -2.0]), "b": np.zeros(2, np.float32)}
-SMALL_CODES = madax.quantize_params(
-    SMALL, FORMATS[0], where=lambda path, leaf: path == "w"
-)
-
-
-@settings(max_examples=EXAMPLES)
-@given(st.sampled_from(PAIRS), anything)
-def test_any_argument_is_fine_or_named(pair, value):
-    """What is fine also takes steps, that leave no weight infinite."""
-    make, name = pair
-    if not ARGUMENTS[make][name](value):
-        if not (name == "learning_rate" and callable(value)):
-            with our_error(name):
-                getattr(madax, make)(**{name: value})
-        return
-    event(f"fine: {name}")
-    tx = getattr(madax, make)(**{name: value})
-    # A zero, as a float32: a leaf of zeros stays there, and it is said.
-    zeros_stay = name == "zero_init_scale" and np.float32(value) == 0
-    for params in (SMALL, SMALL_CODES):
-        with pytest.warns(UserWarning) if zeros_stay else contextlib.nullcontext():
-            state = tx.init(params)
-        for sign in (1, -1):
-            grads = {"w": np.float32([sign, sign]), "b": np.float32([sign, 0])}
-            params, state = run_step(tx, grads, state, params)
-        for w in leaves_of(madax.dequantize_params(params)):
-            assert np.all(np.isfinite(w)), (make, name, value, w)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [10**400, -(10**400), 2**31, 2**40, np.uint8(1), np.longdouble(0.5), 1e300],
-    ids=lambda value: f"{str(value)[:6]}_{type(value).__name__}",
-)
-@pytest.mark.parametrize(("make", "name"), PAIRS)
-def test_numbers_that_jax_has_no_room_for_are_named(make, name, value):
-    """Not an OverflowError of a later step, nor the negative of an unsigned number."""
-    if not ARGUMENTS[make][name](value):
-        with our_error(name):
-            getattr(madax, make)(**{name: value})
-        return
-    assert name == "seed"
-    tx = getattr(madax, make)(seed=value)
-    run_step(tx, SMALL, tx.init(SMALL_CODES), SMALL_CODES)
-
-
-@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
-def test_python_floats_are_leaves(rounding):
-    params = {"scalar": 0.5, "w": np.ones(2, np.float32)}
-    tx = madax.madam(0.1, rounding=rounding)
-    after, _ = run_step(tx, params, tx.init(params), params)
-    np.testing.assert_allclose(after["scalar"], 0.5 * np.exp(-0.1), rtol=1e-6)
-
-
-BAD_LEAVES = [
-    np.ones(2, np.int32),
-    jnp.ones((2, 2), jnp.int8),
-    np.ones(3, bool),
-    jnp.ones(2, jnp.complex64),
-    np.complex128(1j),
-    np.int64(3),
-    3,
-    True,
-    1j,
-    "w",
-    b"w",
-    object(),
-    len,
-    np.array(["w"]),
-    jax.random.key(0),
-    np.float32([1, np.nan]),
-    jnp.float32([[-np.inf]]),
-    math.inf,
-]
-EVERY = {
-    "madam": madax.madam(b1=0.9, moment_format=MomentFormat(8)),
-    "bbit_madam": madax.bbit_madam(),
-    "lns_madam": madax.lns_madam(),
-    "wrapped": madax.with_quantized_params(optax.sgd(0.1)),
-}
-every_optimizer = st.sampled_from(list(EVERY))
-
-
-def put(tree, leaf):
-    """The tree with something more, and the path of that."""
-    return {"tree": tree, "more": [None, (leaf,)]}, "more/1/0"
-
-
-@settings(max_examples=EXAMPLES // 4)
-@given(trees(DTYPES), st.sampled_from(BAD_LEAVES), every_optimizer)
-def test_a_leaf_that_cannot_be_trained_is_named(tree, bad, name):
-    params, path = put(jax.tree.map(Leaf.make, tree), bad)
-    if name == "wrapped":
-        # Its init is that of the inner optimizer; its update looks at all leaves.
-        good, _ = put(params["tree"], np.float32([1, 2]))
-        state, grads = EVERY[name].init(good), gradients(good, 0, bad=False)
-        if isinstance(bad, float) or getattr(bad, "dtype", None) == np.float32:
-            return  # a NaN is the inner optimizer's affair
-        with our_error(f"params['{path}']"):
-            EVERY[name].update(grads, state, params)
-        return
-    with our_error(f"params['{path}']"):
-        EVERY[name].init(params)
-
-
-@settings(max_examples=EXAMPLES // 4)
-@given(trees(DTYPES), st.data(), every_optimizer)
-def test_gradients_that_do_not_fit_are_named(tree, data, name):
-    params, path = put(jax.tree.map(Leaf.make, tree), np.float32([1, 2]))
-    tx, good = EVERY[name], np.float32([3, 4])
-    state = tx.init(params)
-    fine = gradients(params["tree"], 1)
-    bad, words = data.draw(
-        st.sampled_from(
-            [
-                (put(fine, np.ones(2, np.int32))[0], (f"updates['{path}']",)),
-                (put(fine, np.ones(3, np.float32))[0], (f"updates['{path}']", "(3,)")),
-                (put(fine, np.ones((2, 1), np.float32))[0], (f"updates['{path}']",)),
-                (put(fine, np.ones(2, np.complex64))[0], (f"updates['{path}']",)),
-                (put(fine, None)[0], ("updates",)),
-                (put(fine, [good])[0], ("updates",)),
-                ({"tree": fine}, ("updates", "structure")),
-                (good, ("updates", "structure")),
-                (None, ("updates",)),
-                (put(fine, good)[0] | {"other": good}, ("updates", "structure")),
-            ]
-        )
-    )
-    before = jax.tree.map(np.array, (params, state))
-    with our_error(*words):
-        tx.update(bad, state, params)
-    with our_error(*words):
-        jax.eval_shape(tx.update, bad, state, params)
-    with our_error("params is None"):
-        tx.update(put(fine, good)[0], state)
-    jax.tree.map(np.testing.assert_array_equal, before, (params, state))
-
-
-FIELDS = {
-    "base_step": (LogFormat, 2),
-    "gamma": (LogFormat.from_gamma, 2),
-    "ratio": (LogFormat.from_dynamic_range, 3),
-    "linear_range": (SymlogFormat, 2),
-}
-
-
-def field_range(name, bits):
-    n = 2 ** (bits - 1) - 1
-    return {
-        "base_step": (1e-6, 80 / n),
-        "gamma": (math.log(2) * n / 80, math.log(2) / 1e-6),
-        "ratio": (math.exp(1e-6 * (n - 1)), math.exp(min(80 * (n - 1) / n, 700))),
-        "linear_range": (1e-6, 1e3),
-    }[name]
-
-
-some_bits = st.one_of(st.integers(-1, 18), anything)
-some_value = st.one_of(anything, st.floats(0, 1), st.floats(1, 1e6))
-as_static = st.sampled_from([float, float, np.float64, np.float32])
-
-
-@st.composite
-def valid_fields(draw, name):
-    """Bits and a value for them, over all orders of magnitude that there are."""
-    bits = draw(st.integers(FIELDS[name][1], 16))
-    logs = st.floats(*map(math.log, field_range(name, bits)))
-    return bits, draw(as_static)(math.exp(draw(logs)))
-
-
-def check_grid(make):
-    """Rising codes whose values are theirs again."""
-    fmt = make()
-    codes = np.unique(np.linspace(-fmt.levels, fmt.levels, 257).astype(int))
-    got = f64(fmt.decode(jnp.asarray(codes, fmt.storage_dtype)))
-    np.testing.assert_allclose(got, decode(fmt, codes), rtol=2e-5, atol=1e-37)
-    assert np.all(np.diff(got) > 0)
-    again = f64(fmt.encode(jnp.asarray(got, jnp.float32)))
-    error = 2 * code_error(fmt, decode(fmt, codes)) + 1e-3
-    np.testing.assert_array_less(np.abs(again - codes), error)
-    assert hash(fmt) == hash(make()) and fmt == make()
-
-
-@pytest.mark.parametrize("name", FIELDS)
-@settings(max_examples=EXAMPLES // 4)
-@given(st.data())
-def test_a_format_is_a_grid_or_an_error(name, data):
-    """One that is valid, half of the time; else an error that names the field."""
-    make, fewest = FIELDS[name]
-    fields = st.one_of(valid_fields(name), st.tuples(some_bits, some_value))
-    bits, value = data.draw(fields)
-    if not (type(bits) is int and fewest <= bits <= 16):
-        with our_error("bits"):
-            make(bits, value)
-        return
-    static = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    real = static and not isinstance(value, np.complexfloating)
-    low, high = field_range(name, bits)
-    if not (real and low * (1 - 2e-5) <= value <= high * (1 + 2e-5)):
-        with our_error(name):
-            make(bits, value)
-        return
-    if not low <= value <= high:  # within the digits that the bounds are printed with
-        return
-    event(f"fine: {name}")
-    check_grid(lambda: make(bits, value))
-
-
-@pytest.mark.parametrize("bits", range(2, 17))
-def test_a_uniform_format_is_a_grid(bits):
-    check_grid(lambda: UniformFormat(bits))
-
-
-@settings(max_examples=EXAMPLES // 4)
-@given(some_bits.filter(lambda bits: type(bits) is not int or not 2 <= bits <= 16))
-def test_a_uniform_format_of_other_bits_is_an_error(bits):
-    with our_error("bits"):
-        UniformFormat(bits)
-
-
-@settings(max_examples=EXAMPLES // 4)
-@given(
-    st.sampled_from(FORMATS),
-    st.sampled_from(SHAPES),
-    st.one_of(st.integers(-5, 5), anything),
-    st.one_of(anything, st.floats(0.1, 10)),
-    st.sampled_from(["w", "zeros", "nan", "int"]),
-)
-def test_quantize_params_is_fine_or_names_what_is_not(fmt, shape, axis, p_scale, kind):
-    w = np.float32(np.random.default_rng(0).standard_normal(shape))
-    w = {"w": w, "zeros": 0 * w, "nan": w * np.nan, "int": np.ones(shape, int)}[kind]
-    every = lambda path, leaf: True
-    call = lambda: madax.quantize_params(
-        {"w": w}, fmt, where=every, channel_axis=axis, p_scale=p_scale
-    )
-    axis_fine = axis is None or (type(axis) is int and -len(shape) <= axis < len(shape))
-    if not scale_like(p_scale) or not (axis is None or type(axis) is int):
-        name = "p_scale" if axis is None or type(axis) is int else "channel_axis"
-        with our_error(name):
-            call()
-    elif kind == "int":
-        with our_error("params['w']"):
-            call()
-    elif not axis_fine:
-        with our_error("channel_axis", "params['w']"):
-            call()
-    elif kind != "w" and w.size:
-        with our_error("params['w']"):
-            call()
-    else:
-        scales = float(p_scale) * np.abs(f64(w))
-        if w.size and not (scales.min() > 1e-36 and scales.max() < 1e37):
-            return  # at the ends of float32
-        codes = call()["w"]
-        assert codes.shape == shape and codes.codes.dtype == fmt.storage_dtype
-        x = f64(w) / np.where(f64(codes.scale) > 0, f64(codes.scale), 1)
-        error = code_error(fmt, x)
-        ends = rounded(encode(fmt, x) - error, encode(fmt, x) + error, "nearest")
-        check_codes_between(codes, *ends, np.sign(x), np.sign(x), "codes")

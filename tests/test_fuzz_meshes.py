@@ -2,10 +2,6 @@
 
 To the last bit, as in test_meshes, of which the layouts, shapes and hyperparameters
 are chosen to meet what is hard; here they are drawn, and shards come out of all sizes.
-
-More examples: MADAX_FUZZ=nightly, which the process of eight devices inherits, and a
---hypothesis-profile does not; they take longer than that process is given, so start
-pytest in one: XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu.
 """
 
 import dataclasses
@@ -32,10 +28,8 @@ from test_meshes import different, enter, make_mesh, needs_explicit_axes, values
 import madax
 from madax import LogFormat, SymlogFormat, UniformFormat
 
-pytestmark = pytest.mark.devices(8)
-
 MESH = {"data": 2, "model": 4}
-# Each example compiles anew: to shrink one would outlast the process's ten minutes.
+# Each example compiles anew: to shrink one takes ten minutes.
 PHASES = [phase for phase in Phase if phase is not Phase.shrink]
 
 

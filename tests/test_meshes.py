@@ -22,8 +22,6 @@ from jax.sharding import PartitionSpec as P
 import madax
 from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
 
-pytestmark = pytest.mark.devices(8)
-
 FLAX = tuple(int(n) for n in re.findall(r"\d+", flax.__version__)[:2])
 STEPS = 50
 
@@ -452,12 +450,12 @@ needs_flax_0_12 = pytest.mark.skipif(
 )
 
 
-# nnx of floats is in test_optax_sharding, on axes of both types.
 @pytest.mark.parametrize(
     ("trained", "fmt"),
     [
         pytest.param(trained_linen, None, id="linen-float"),
         pytest.param(trained_linen, FORMATS["log8"], id="linen-native"),
+        pytest.param(trained_nnx, None, id="nnx-float", marks=needs_flax_0_12),
         pytest.param(
             trained_nnx, FORMATS["log8"], id="nnx-native", marks=needs_flax_0_12
         ),

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from precision import enable_x64
+from helpers import enable_x64
 
 from madax import _numerics
 from madax._numerics import arcsinh, exp, expm1, log, log1p, round_to_int, sinh

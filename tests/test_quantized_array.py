@@ -6,15 +6,13 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from helpers import is_quantized
+from oracle import encode
 
 import madax
 from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
 
 FMT = LogFormat.from_dynamic_range(bits=8, ratio=1000)
-
-
-def is_quantized(x):
-    return isinstance(x, QuantizedArray)
 
 
 def kinds(tree):
@@ -29,34 +27,23 @@ def normal(shape, seed=0, scale=1.0):
     return jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
 
 
-def oracle_codes(w, fmt, scale):
-    """Real-valued codes of the formulas, float64."""
-    x, n = np.asarray(w, np.float64) / scale, 2 ** (fmt.bits - 1) - 1
-    if isinstance(fmt, LogFormat):
-        magnitude = np.clip(n + np.log(np.abs(x)) / fmt.base_step, 1, n)
-        return np.sign(x) * magnitude
-    if isinstance(fmt, SymlogFormat):
-        r = fmt.linear_range
-        return np.clip(np.arcsinh(x / r) / np.arcsinh(1 / r) * n, -n, n)
-    return np.clip(x * n, -n, n)
-
-
 FORMATS = [FMT, LogFormat(16, 3e-4), SymlogFormat(8, 0.3), UniformFormat(4)]
 
 
-@pytest.mark.parametrize("channel_axis", [None, 0, 1, -1])
-@pytest.mark.parametrize("p_scale", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("channel_axis", "p_scale"), [(None, 3.0), (None, 1.0), (0, 3.0), (-1, 3.0)]
+)
 @pytest.mark.parametrize("fmt", FORMATS, ids=repr)
 def test_codes_and_scales_follow_the_formula(fmt, p_scale, channel_axis):
     w = normal((20, 30)) * jnp.exp(normal(30, 1))
     q = madax.quantize_params(w, fmt, p_scale=p_scale, channel_axis=channel_axis)
-    axes = {None: None, 0: 1, 1: 0, -1: 0}[channel_axis]
+    axes = {None: None, 0: 1, -1: 0}[channel_axis]
     mean = np.mean(np.float64(w) ** 2, axis=axes, keepdims=axes is not None)
     scale = p_scale * np.sqrt(mean)
     assert q.scale.shape == np.shape(scale) and q.scale.dtype == jnp.float32
     np.testing.assert_allclose(q.scale, scale, rtol=1e-6)
     assert q.codes.dtype == fmt.storage_dtype
-    exact = oracle_codes(w, fmt, scale)
+    exact = encode(fmt, w / scale)
     no_tie = np.abs(exact - np.floor(exact) - 0.5) > 0.01
     np.testing.assert_array_equal(np.asarray(q.codes)[no_tie], np.rint(exact)[no_tie])
     assert np.mean(no_tie) > 0.95
@@ -219,22 +206,8 @@ def test_linen_and_nnx_trees():
 
     model = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
     graph, state = nnx.split(model)
-    pure = nnx.to_pure_dict(state)
-    quantized = madax.quantize_params(pure, FMT)
-    assert kinds(quantized) == expected
-    state = nnx.State(madax.dequantize_params(quantized))
-    out = nnx.merge(graph, state)(jnp.ones((2, 8)))
-    np.testing.assert_allclose(out, model(jnp.ones((2, 8))), atol=0.1)
-
-
-def test_nnx_state_keeps_its_variables():
-    """An nnx.State is a tree like any other: its variables stay in their places."""
-    model = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(model)
     quantized = madax.quantize_params(state, FMT)
     assert sorted(kinds(quantized).values()) == [False, True]
     assert any("kernel" in path for path, codes in kinds(quantized).items() if codes)
-    back = nnx.merge(graph, madax.dequantize_params(quantized))
-    np.testing.assert_allclose(
-        back(jnp.ones((2, 8))), model(jnp.ones((2, 8))), atol=0.1
-    )
+    out = nnx.merge(graph, madax.dequantize_params(quantized))(jnp.ones((2, 8)))
+    np.testing.assert_allclose(out, model(jnp.ones((2, 8))), atol=0.1)

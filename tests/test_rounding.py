@@ -1,22 +1,13 @@
 """Rounding of code steps: unbiased, independent, the same numbers everywhere.
 
 Seeds are fixed, so nothing here is flaky: thresholds are those of a false alarm once
-in about a million tests. On eight devices: this file as a script, in a second process.
+in about a million tests. That a mesh draws the same numbers is shown by test_meshes.
 """
-
-import json
-import os
-import subprocess
-import sys
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from scipy import stats
 
 import madax
@@ -197,101 +188,3 @@ def test_every_kind_of_seed_gives_its_own_numbers(seed):
     keys = leaf_keys(seed, jnp.int32(0), 2)
     assert not np.array_equal(keys, leaf_keys(12345, jnp.int32(0), 2))
     assert keys.dtype == jnp.uint32 and keys.shape == (2, 2)
-
-
-# --- eight devices --------------------------------------------------------------------
-
-SPECS = {
-    "rows": (P("x", None), P(None)),
-    "columns": (P(None, "y"), P("y")),
-    "both": (P("x", "y"), P(("x", "y"))),
-}
-
-
-FORMATS = {"kernel": madax.LogFormat(8, 0.05), "other": madax.SymlogFormat(16, 0.3)}
-
-
-def example():
-    """Codes and gradients; quantised before sharding, as a sum has an order."""
-    rng = np.random.default_rng(0)
-    shapes = {"kernel": (16, 32), "other": (64,)}
-    draw = lambda: {
-        k: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-        for k, shape in shapes.items()
-    }
-    params = {
-        k: madax.quantize_params(w, FORMATS[k], where=lambda path, w: True)
-        for k, w in draw().items()
-    }
-    return params, [draw() for _ in range(3)]
-
-
-def train(params, grads):
-    moments = madax.MomentFormat(8)
-    tx = madax.madam(0.02, b1=0.9, moment_format=moments, seed=3)
-    state = tx.init(params)
-
-    @jax.jit
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    for g in grads:
-        params, state = step(params, state, g)
-    codes = [w.codes for w in params.values()]
-    return [*codes, *jax.tree.leaves((state[0].v, state[0].m))], codes
-
-
-def run_on_mesh(axis_type, spec_name, params, grads, alone):
-    """Empty if eight devices give the codes of one, else what differs."""
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
-    specs = dict(zip(("kernel", "other"), SPECS[spec_name], strict=True))
-
-    def place(tree):
-        def put(spec, x):
-            return jax.device_put(x, NamedSharding(mesh, spec if x.ndim else P()))
-
-        return {k: jax.tree.map(partial(put, specs[k]), x) for k, x in tree.items()}
-
-    with jax.set_mesh(mesh):
-        sharded, codes = train(place(params), [place(g) for g in grads])
-    for i, (a, b) in enumerate(zip(alone, sharded, strict=True)):
-        if not np.array_equal(a, np.asarray(b)):
-            return f"array {i}: {np.mean(np.asarray(a) != np.asarray(b)):.3f} differ"
-    for code, spec in zip(codes, specs.values(), strict=True):
-        expected = NamedSharding(mesh, spec)
-        if not code.sharding.is_equivalent_to(expected, code.ndim):
-            return f"sharding {code.sharding} is not {expected}"
-    return ""
-
-
-CASES = [(kind, spec) for kind in ("Auto", "Explicit") for spec in SPECS]
-
-
-@pytest.fixture(scope="module")
-def on_eight_devices():
-    flags = "--xla_force_host_platform_device_count=8"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, env=env
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="needs jax 0.7.2")
-@pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_a_mesh_gives_the_codes_of_one_device(on_eight_devices, case):
-    assert on_eight_devices["-".join(case)] == ""
-
-
-if __name__ == "__main__":
-    report, (params, grads) = {}, example()
-    alone, _ = train(params, grads)
-    for kind, spec in CASES:
-        try:
-            outcome = run_on_mesh(AxisType[kind], spec, params, grads, alone)
-        except Exception as error:
-            outcome = f"{type(error).__name__}: {error}"[:500]
-        report[f"{kind}-{spec}"] = outcome
-    print(json.dumps(report))

@@ -6,21 +6,25 @@ steps are compiled with fusions and without, with optimisations and without, and
 pieces of all shapes.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from precision import enable_x64
+from helpers import FORMATS, enable_x64, jitted_step, mostly_nightly, step
 
 import madax
-from madax import LogFormat, MomentFormat, SymlogFormat, UniformFormat, _numerics
+from madax import MomentFormat, SymlogFormat, UniformFormat, _numerics
 
 OTHERWISE = {
     "no_fusions": {"xla_disable_hlo_passes": "fusion"},
     "no_optimisations": {"xla_backend_optimization_level": 0},
 }
-compiled_otherwise = pytest.mark.parametrize("how", OTHERWISE)
+compiled_otherwise = pytest.mark.parametrize(
+    "how", mostly_nightly(OTHERWISE, "no_fusions")
+)
 
 # Adam's own sums are of exact products: see test_meshes.
 EXACT_ADAM = optax.adam(2**-7, b1=0.5, b2=0.75)
@@ -47,14 +51,6 @@ OPTIMIZERS = {
     "symlog_grid": on_grid(SymlogFormat(12, 0.1)),
     "uniform_grid": on_grid(UniformFormat(12)),
     "wrapped_adam": madax.with_quantized_params(EXACT_ADAM),
-}
-FORMATS = {
-    "log8": LogFormat.from_dynamic_range(8, 100),
-    "log16": LogFormat.from_dynamic_range(16, 10_000),
-    "symlog8": SymlogFormat(8, 1 / 3),
-    "symlog16": SymlogFormat(16, 1e-3),
-    "uniform8": UniformFormat(8),
-    "uniform16": UniformFormat(16),
 }
 
 
@@ -109,7 +105,7 @@ def test_functions(name, how):
 
 
 @compiled_otherwise
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", mostly_nightly(FORMATS, "log16", "symlog16"))
 def test_formats(name, how):
     fmt = FORMATS[name]
     rng = np.random.default_rng(1)
@@ -147,27 +143,20 @@ def weights_and_grads(leaves):
     return params, grads
 
 
-def step_of(name):
-    def step(params, state, grads):
-        updates, state = OPTIMIZERS[name].update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
 def train(step, carry, grads):
     for g in grads:
-        carry = step(*carry, g)
+        carry = step(g, *carry[::-1])
     return carry
 
 
 @compiled_otherwise
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", mostly_nightly(OPTIMIZERS, "madam", "moments8"))
 def test_optimizers(name, how):
     params, grads = weights_and_grads(LEAVES[name])
-    start = params, OPTIMIZERS[name].init(params)
+    tx = OPTIMIZERS[name]
+    start = params, tx.init(params)
     got, expected = (
-        train(compiled(step_of(name), *start, grads[0], how=h), start, grads)
+        train(compiled(partial(step, tx), grads[0], *start[::-1], how=h), start, grads)
         for h in (how, None)
     )
     assert bits_of(got) == bits_of(expected)
@@ -185,11 +174,13 @@ PIECES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "axis", "count"), PIECES)
-@pytest.mark.parametrize("name", ["madam", "clipped", "bbit_madam"])
+@pytest.mark.parametrize(
+    ("shape", "axis", "count"), mostly_nightly(PIECES, PIECES[0], PIECES[3])
+)
+@pytest.mark.parametrize("name", mostly_nightly(["clipped", "bbit_madam"], "clipped"))
 def test_pieces_of_a_leaf_train_as_the_whole(name, shape, axis, count):
-    step, w = jax.jit(step_of(name)), random_numbers(*shape)
-    state = OPTIMIZERS[name].init(w)
+    w, tx = random_numbers(*shape), OPTIMIZERS[name]
+    step, state = partial(jitted_step, tx), tx.init(w)
     grads = [random_numbers(*shape, seed=i) for i in range(1, 4)]
 
     def piece(i, tree):

