@@ -111,7 +111,7 @@ class MomentFormat:
         return _grid(octave, octave, 1, self.bits, self.bits - 6)
 
     def m_grid(self, octave: jax.Array) -> "MomentGrid":
-        """The grid of a leaf's ``|m|``, where that of its ``v`` begins at ``octave``."""
+        """The grid of a leaf's ``|m|``, given the ``octave`` of ``v``."""
         # The lowest octave of m: its highest squares to the highest of v.
         highest = (octave + _OCTAVES_V - _BIAS + 1) >> 1
         lowest = highest - _OCTAVES_M + _BIAS

@@ -94,7 +94,7 @@ def round_steps(
     Args:
       steps: real-valued steps, in codes, float32, less than 2**22.
       rounding: "nearest" (halves to even) or "stochastic" (up with a probability
-        of the fractional part, to within 2**-23).
+        of the fractional part, to within 2**-22).
       bits: the elements' random bits, the high 23 are used; None for nearest.
 
     Returns:

@@ -4,11 +4,13 @@ import contextlib
 import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import madax
-from madax import LogFormat, SymlogFormat, UniformFormat
+from madax import LogFormat, MomentFormat, SymlogFormat, UniformFormat
 
 FORMATS = {
     "log8": LogFormat.from_dynamic_range(8, 100),
@@ -42,6 +44,27 @@ def step(tx, grads, state, params):
     """One step: the parameters and the state after it."""
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
+
+
+def moment_values(state):
+    """The trees v and m of a state of ``scale_by_second_moment``, as floats."""
+    if state.window is None:
+        return state.v, state.m
+    ((name, window),) = state.window.items()
+    fmt = MomentFormat(int(re.search(r"bits=(\d+)", name)[1]))
+    octaves = list(window.octave.reshape(-1))
+
+    def decode(tree, grid, unit):
+        leaves, treedef = jax.tree.flatten(tree)
+        codes = [np.asarray(x, np.int32) for x in leaves]
+        values = [
+            unit * np.sign(c) * np.asarray(grid(octave).decode(jnp.abs(c)))
+            for c, octave in zip(codes, octaves, strict=True)
+        ]
+        return treedef.unflatten(values)
+
+    m = None if state.m is None else decode(state.m, fmt.m_grid, 1)
+    return decode(state.v, fmt.v_grid, np.float32(window.scale)), m
 
 
 # Compiled once for an optimizer and the shapes of a tree.

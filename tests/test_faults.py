@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from helpers import enable_x64, formats, is_quantized, jitted_step
+from helpers import enable_x64, formats, is_quantized, jitted_step, moment_values
 from helpers import step as eager_step
 
 import madax
@@ -169,7 +169,14 @@ def test_faulty_steps_everywhere_are_steps_that_have_not_been(name):
         bad = poisoned(gradients(seed), masks)
         after, after_state = step(LR, bad, after_state, after)
     same_on_grid(name, after, params)
-    same(after_state, counted(state, 4))
+    if name != "moments8":
+        same(after_state, counted(state, 4))
+        return
+    # Codes of v decay all together, and lie where they may.
+    (v, m), (old_v, old_m) = map(moment_values, (after_state[0], state[0]))
+    same(m, old_m)
+    decayed = lambda now, old: np.testing.assert_allclose(now, 0.999**4 * old, 1e-6)
+    jax.tree.map(decayed, v, old_v)
 
 
 @every_madam
@@ -192,15 +199,16 @@ def test_an_element_misses_its_faulty_steps_and_no_other_notices(name):
             now, other = arrays(faulty)[k], arrays(clean)[k]
             same_on_grid(name, now[mask], before[k][mask])
             np.testing.assert_array_equal(now[~mask], other[~mask])
-            for moment in ("v", "m"):
-                now, old, other = (
-                    getattr(s[0], moment)
-                    for s in (faulty_state, before_state, clean_state)
-                )
-                if now is None:
+            states = faulty_state, before_state, clean_state
+            for moment, *trees in zip(
+                "vm", *(moment_values(s[0]) for s in states), strict=True
+            ):
+                if trees[0] is None:
                     continue
-                now, old, other = (np.asarray(x[k]) for x in (now, old, other))
-                np.testing.assert_array_equal(now[mask], old[mask])
+                now, old, other = (np.asarray(tree[k]) for tree in trees)
+                if name == "moments8" and moment == "v":  # decays all together
+                    old = np.float32(0.999) * old
+                np.testing.assert_allclose(now[mask], old[mask], rtol=2e-7)
                 np.testing.assert_array_equal(now[~mask], other[~mask])
     # The clean steps after: of the faulted elements as with the old moments.
     as_if, as_if_state = params, counted(state, 3)
@@ -211,7 +219,8 @@ def test_an_element_misses_its_faulty_steps_and_no_other_notices(name):
         as_if, as_if_state = step(LR, g, as_if_state, as_if)
         for k, mask in masks.items():
             now = arrays(faulty)[k]
-            same_on_grid(name, now[mask], arrays(as_if)[k][mask])
+            if name != "moments8":
+                same_on_grid(name, now[mask], arrays(as_if)[k][mask])
             np.testing.assert_array_equal(now[~mask], arrays(clean)[k][~mask])
     for k, mask in masks.items():
         moved = arrays(faulty)[k][~mask] != arrays(params)[k][~mask]
@@ -242,7 +251,7 @@ def test_the_first_clean_step_after_a_faulty_start(faults, b1):
 
 
 def test_stored_moments_are_placed_by_the_first_clean_gradients():
-    """Their window is for good: neither a fault nor its neighbours may misplace it."""
+    """Neither a fault nor its neighbours may misplace the octaves."""
     w = jnp.ones((4, 4))
     tx = madax.madam(0.01, moment_format=MomentFormat(8))
     clean = jnp.full((4, 4), 1e-6)
@@ -251,8 +260,8 @@ def test_stored_moments_are_placed_by_the_first_clean_gradients():
         state = tx.init(w)
         for g in grads:
             _, state = jitted_step(tx, g, state, w)
-        (window,) = jax.tree.leaves(state[0].window)
-        return int(window[0])
+        (window,) = state[0].window.values()
+        return int(window.octave[0])
 
     placed = window_after(clean, clean)
     assert placed > 0
@@ -275,7 +284,8 @@ def test_float64_gradients_too_large_for_the_moments_do_not_place_them():
         for first in (clean, clean.at[0].set(1e25)):
             _, state = jitted_step(tx, first, tx.init(w), w)
             _, state = jitted_step(tx, clean, state, w)
-            windows.append(int(jax.tree.leaves(state[0].window)[0][0]))
+            (window,) = state[0].window.values()
+            windows.append(int(window.octave[0]))
         assert windows[0] > 0
         assert abs(windows[1] - windows[0]) <= 1
 

@@ -334,11 +334,12 @@ def largest_square(rule, w):
 class Moments:
     """The stored moments of leaf i before and after a step, checked as they are read.
 
-    With a format, v and m are what their codes say: on the grid of the window that
-    they are in, which is placed by the first codes, one step after these.
+    With a format, v and m are what their codes say: on the grid of the octaves that
+    they are in, which follow the codes, one step after these; v in units of a scale
+    that decays.
     """
 
-    def __init__(self, rule, i, before, after):
+    def __init__(self, rule, i, before, after, count):
         self.codes = rule.moment_bits is not None
         states = (before, after)
         self.raw = [
@@ -348,36 +349,53 @@ class Moments:
             }
             for state in states
         ]
-        self.moved = False
         if not self.codes:
             self.old, self.new = ({k: f64(x) for k, x in r.items()} for r in self.raw)
             return
-        old, new = (int(next(iter(s.window.values()))[i]) for s in states)
-        grids = [moment_grids(rule.moment_bits, window) for window in (old, new)]
+        windows = [next(iter(state.window.values())) for state in states]
+        old, new = (int(window.octave[i]) for window in windows)
+        grids = [moment_grids(rule.moment_bits, octave) for octave in (old, new)]
+        units = [{"v": float(window.scale), "m": 1.0} for window in windows]
         self.old, self.new = (
-            {k: np.sign(f64(x)) * g[k].decode(np.abs(f64(x))) for k, x in r.items()}
-            for r, g in zip(self.raw, grids, strict=True)
+            {
+                k: u[k] * np.sign(f64(x)) * g[k].decode(np.abs(f64(x)))
+                for k, x in r.items()
+            }
+            for r, g, u in zip(self.raw, grids, units, strict=True)
         )
-        self.grids, self.moved = grids[1], old != new
-        placed = old
-        if not old and np.any(self.old["v"]):
-            peak = int(np.floor(np.log2(self.old["v"].max())))
-            placed = np.clip(peak + 127 - 30, 1, 190)
-        assert new == placed
+        self.grids, self.unit = grids[1], units[1]
+        # In float32 little may be left of a tiny b2.
+        rate, unit = np.float32(1 - rule.b2), np.float32(units[0]["v"])
+        decay = max(unit - rate * unit, 2.0**-100)
+        octaves = np.log2(units[1]["v"] / decay)
+        down = int(np.round(octaves))
+        assert abs(octaves - down) < 1e-5
+        follows, peak = count <= 64, np.max(self.raw[0]["v"], initial=0)
+        if follows and peak:
+            octave = np.floor(np.log2(grids[0]["v"].decode(peak)))
+            old = int(np.clip(octave + 127 - 54, 1, 190))
+        assert new == (max(old - down, 1) if old else 0)
 
     def check(self, name, value, error, ok):
         """After the step: that value; where not ``ok``, nothing new."""
-        old, new = (raw[name] for raw in self.raw)
-        if not self.moved:
-            np.testing.assert_array_equal(new[~ok], old[~ok])
         if not self.codes:
-            check_between(new, value - error, value + error, name)
+            np.testing.assert_array_equal(self.new[name][~ok], self.old[name][~ok])
+            check_between(self.new[name], value - error, value + error, name)
             return
-        assert np.all((np.sign(f64(new)) * value >= 0) | (np.abs(value) <= error))
-        self.grids[name].check(np.abs(f64(new)), np.abs(value), error, name)
+        new, unit = f64(self.raw[1][name]), self.unit[name]
+        assert np.all((np.sign(new) * value >= 0) | (np.abs(value) <= error))
+        self.grids[name].check(np.abs(new), np.abs(value) / unit, error / unit, name)
         if name == "v":  # no zero but the true one, or what a tiny b2 leaves of v
             assert np.all(new[value > error] > 0)
             assert not np.any(new[value == 0])
+
+    def fits(self, value):
+        """Where v does, and where it may."""
+        if not self.codes:
+            return np.full(np.shape(value), True), np.full(np.shape(value), True)
+        grid = self.grids["v"]
+        top, next_up = self.unit["v"] * grid.decode([grid.highest, grid.highest + 1])
+        return value < top * (1 - 1e-5), value < next_up * (1 + 1e-5)
 
 
 def directions(rule, i, w, g, before, after, count):
@@ -387,27 +405,37 @@ def directions(rule, i, w, g, before, after, count):
         g2 = g**2
     ok = np.isfinite(g) & (g2 < largest_square(rule, w))
     g, g2 = np.where(ok, g, 0), np.where(ok, g2, 0)
-    moments = Moments(rule, i, before, after)
+    moments = Moments(rule, i, before, after, count)
     old = moments.old
-    v = np.where(ok, rule.b2 * old["v"] + (1 - rule.b2) * g2, old["v"])
+    # Codes of v decay all together.
+    decays = ok | moments.codes
+    v = np.where(decays, rule.b2 * old["v"], old["v"]) + (1 - rule.b2) * g2
     v_error = 8 * F32 * (old["v"] + g2) + 1e-37
     moments.check("v", v, v_error, ok)
+    fits, may_fit = moments.fits(v)
+    ok, perhaps = ok & may_fit, ok & may_fit & ~fits
     top, top_error = g, 4 * F32 * np.abs(g)
     if rule.b1 is not None:
         m = np.where(ok, rule.b1 * old["m"] + (1 - rule.b1) * g, old["m"])
         m_error = 8 * F32 * (np.abs(old["m"]) + np.abs(g)) + 1e-37
+        m_error += np.where(perhaps, np.abs(g), 0)
         moments.check("m", m, m_error, ok)
         if moments.codes:  # the direction is that of the moments as stored
             m, m_error = moments.new["m"], 4 * F32 * np.abs(moments.new["m"])
         correction = 1 - rule.b1**count
         top, top_error = m / correction, 2 * m_error / correction
+    bias = 1 - rule.b2**count
     if moments.codes:
         v, v_error = moments.new["v"], 4 * F32 * moments.new["v"]
-    v_hat = v / (1 - rule.b2**count)
+        # The mean of 1 / root of v, of a v with a relative variance.
+        variance = 0.5 * 0.7213 / 2 ** (rule.moment_bits - 6)
+        top = top * np.exp(-3 / 8 * variance * (1 - ((1 - rule.b2) / bias) ** 2))
+    v_hat = v / bias
     moves = ok & (v > 0)
     root = np.sqrt(np.where(moves, v_hat, 1))
     direction = np.where(moves, top / root, 0)
     error = np.where(moves, top_error / root, 0) + 2e-6 * np.abs(direction)
+    error += np.where(perhaps, np.abs(direction), 0)
     # With a tiny b2 what is left of v may be all rounding.
     error += np.abs(direction) * np.where(moves, v_error / np.where(moves, v, 1), 0)
     return direction, error
