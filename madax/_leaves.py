@@ -9,6 +9,7 @@ parameter's sharding onto everything shaped like the parameter tree
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -216,12 +217,26 @@ def root_mean_square(
     anything not finite is NaN.
     """
     axes = tuple(range(w.ndim)) if axes is None else tuple(axes)
-    peak, relative = split_peak(jnp.abs(widen(w)), axes)
+    rms = _root_mean_square(axes, widen(w))
+    return rms if keepdims else jnp.squeeze(rms, axes)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _root_mean_square(axes: tuple[int, ...], w: jax.Array) -> jax.Array:
+    peak, relative = split_peak(jnp.abs(w), axes)
     mean = (relative / 2) ** 2
     for axis in axes:
         mean = _orderless_mean(mean, axis) if w.size else jnp.full_like(peak, 0.25)
-    rms = jnp.where(jnp.isfinite(peak), peak * (2 * jnp.sqrt(mean)), jnp.nan)
-    return rms if keepdims else jnp.squeeze(rms, axes)
+    return jnp.where(jnp.isfinite(peak), peak * (2 * jnp.sqrt(mean)), jnp.nan)
+
+
+@_root_mean_square.defjvp
+def _root_mean_square_jvp(axes, primals, tangents):
+    # Sums of integers have no derivative.
+    (w,), (t,) = primals, tangents
+    rms = _root_mean_square(axes, w)
+    relative = w / jnp.where(rms > 0, rms, 1)
+    return rms, jnp.mean(relative * t, axes, keepdims=True, where=rms > 0)
 
 
 def _orderless_mean(x: jax.Array, axis: int) -> jax.Array:

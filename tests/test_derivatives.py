@@ -1,0 +1,135 @@
+"""Derivatives through an update are right: of rates, decays, weights and gradients.
+
+Finite differences in float64 are the judge: what is learned through an optimizer
+(hypergradients, meta-learning) needs what ``jax.grad`` says of it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import FORMATS, enable_x64
+from jax.test_util import check_grads
+
+import madax
+from madax import MomentFormat
+from madax._numerics import arcsinh, exp, expm1, log, log1p, rounded, sinh
+
+FUNCTIONS = {
+    # name: (ours, NumPy's, its derivative, its second derivative)
+    "expm1": (expm1, np.expm1, np.exp, np.exp),
+    "exp": (exp, np.exp, np.exp, np.exp),
+    "log": (log, np.log, lambda x: 1 / x, lambda x: -1 / x**2),
+    "log1p": (log1p, np.log1p, lambda x: 1 / (1 + x), lambda x: -1 / (1 + x) ** 2),
+    "sinh": (sinh, np.sinh, np.cosh, np.sinh),
+    "arcsinh": (
+        arcsinh,
+        np.arcsinh,
+        lambda x: (1 + x**2) ** -0.5,
+        lambda x: -x * (1 + x**2) ** -1.5,
+    ),
+    "rounded": (rounded, np.positive, np.ones_like, np.zeros_like),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_have_their_derivatives(name):
+    """First and second order, forward and reverse; the float32 ones are our own."""
+    ours, value, first, second = FUNCTIONS[name]
+    x = np.float32([0.01, 0.3, 1.0, 2.0, 7.0])
+    x = x if name == "log" else np.concatenate([-0.1 * x, x])
+    for d1 in (jax.grad(ours), jax.jacfwd(ours)):
+        np.testing.assert_allclose(jax.vmap(d1)(x), first(x), rtol=1e-5)
+        for d2 in (jax.grad(d1), jax.jacfwd(d1)):
+            np.testing.assert_allclose(jax.vmap(d2)(x), second(x), rtol=1e-5)
+    np.testing.assert_allclose(ours(x), value(x), rtol=1e-6, atol=1e-7)
+
+
+rng = np.random.default_rng(0)
+W = {"w": rng.normal(size=(4, 4)), "b": np.zeros(3)}
+GRADS = [{k: rng.normal(size=w.shape) for k, w in W.items()} for _ in range(3)]
+HYPER = {"learning_rate": 0.03, "b2": 0.9}
+ALIASES = {
+    "madam": madax.madam,
+    "floor_b1": lambda **kw: madax.madam(floor=1.0, b1=0.5, **kw),
+    # A grid has no derivative; that of the step before it is rounded is meant.
+    "bbit_madam": madax.bbit_madam,
+    "lns_madam": madax.lns_madam,
+}
+
+
+def trained(make, hyper, w, grads=GRADS, codes=None):
+    """A number that depends on all weights after three steps."""
+    tx, params = make(**hyper), dict(w)
+    if codes is not None:
+        params["codes"] = codes
+        grads = [g | {"codes": jnp.ones(codes.shape)} for g in grads]
+    state = tx.init(params)
+    for g in grads:
+        updates, state = tx.update(g, state, params)
+        # Not optax.apply_updates: it would move the codes, which have no derivative.
+        params = params | {k: params[k] + updates[k] for k in w}
+    return sum(jnp.sum(jnp.sin((1 + i) * params[k])) for i, k in enumerate(w))
+
+
+@pytest.mark.parametrize(("name", "order"), [("madam", 1), ("floor_b1", 2)])
+def test_derivatives_of_updates_are_finite_differences(name, order):
+    """Of the rate, the decay and the weights, forward and reverse."""
+    with enable_x64():
+        # Not of the zeros, which are trained otherwise if they are almost zeros.
+        f = jax.jit(
+            lambda hyper, w: trained(ALIASES[name], hyper, W | {"w": w}, GRADS[:2])
+        )
+        args = jax.tree.map(jnp.float64, (HYPER, W["w"]))
+        check_grads(f, args, order, modes=("fwd", "rev"), eps=1e-5)
+
+
+@pytest.mark.parametrize("codes", [None, "log8", "symlog8", "uniform8"])
+@pytest.mark.parametrize("bits", [None, 16])
+def test_float_parts_of_native_trees_have_derivatives(codes, bits):
+    """float32, stored moments and codes beside: those of floats alone, roundly."""
+    if codes is not None:
+        codes = madax.quantize_params(jnp.asarray(W["w"], jnp.float32), FORMATS[codes])
+    moments = None if bits is None else MomentFormat(bits)
+    make = lambda **kw: madax.madam(moment_format=moments, **kw)
+    w, hyper = jax.tree.map(jnp.float32, (W, HYPER))
+    grad = jax.jit(jax.grad(lambda h: trained(make, h, w, codes=codes)))(hyper)
+    with enable_x64():
+        exact = lambda h: trained(madax.madam, h, jax.tree.map(jnp.float64, W))
+        want = jax.grad(exact)(jax.tree.map(jnp.float64, HYPER))
+    # Of the moments' own history only the last step is differentiated.
+    rtol = 1e-4 if bits is None else 0.02
+    np.testing.assert_allclose(grad["learning_rate"], want["learning_rate"], rtol=rtol)
+    if bits is None:
+        np.testing.assert_allclose(grad["b2"], want["b2"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bbit_madam", "lns_madam"])
+def test_on_a_grid_the_derivative_is_that_of_the_step_before_rounding(name):
+    w = {"w": jnp.asarray(W["w"], jnp.float32)}
+    grads = [{"w": jnp.asarray(GRADS[0]["w"], jnp.float32)}]
+    if name == "lns_madam":
+        rate, plain = 0.03 / np.log(2), lambda h: {"learning_rate": h * np.log(2)}
+        f = lambda h: trained(madax.lns_madam, {"learning_rate": h}, w, grads)
+    else:  # whose rates are whole numbers of codes: the weights' part
+        rate, plain = 0.03, lambda h: {"learning_rate": 0.03, "b2": h}
+        f = lambda h: trained(madax.bbit_madam, {"b2": h}, w, grads)
+        rate = 0.9
+    want = jax.grad(lambda h: trained(madax.madam, plain(h), w, grads))(rate)
+    np.testing.assert_allclose(jax.grad(f)(rate), want, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_fake_quantize_has_second_derivatives(backward):
+    fmt = madax.LogFormat(bits=16, base_step=1e-3)
+    backward_format = fmt if backward else None
+    q = lambda x: madax.fake_quantize(x, fmt, backward_format=backward_format)
+    f, x = lambda x: jnp.sum(q(x) ** 3), jnp.array([1.0, 0.5, 0.3])
+    hessian = jax.jacrev(jax.jacrev(f)) if backward else jax.hessian(f)
+    np.testing.assert_allclose(hessian(x), np.diag(6 * x), rtol=2e-3)
+    if backward:
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.jvp(f, (x,), (jnp.ones(3),))
+    else:
+        _, slope = jax.jvp(f, (x,), (jnp.ones(3),))
+        np.testing.assert_allclose(slope, np.sum(3 * x**2), rtol=2e-3)
