@@ -211,16 +211,22 @@ def kill(directory, stop_at, delay):
     return lines[0].split()[-1]
 
 
+# A step, and for how long the save behind it may go on: at once, it is cut.
+MOMENTS = {
+    "in a save": (8, 0.0),
+    "late in a save": (4, 0.05),
+    "after a save": (12, 0.2),
+    "between saves": (9, 0.0),
+}
+
+
 @pytest.fixture(
     scope="module",
-    params=mostly_nightly([(8, 0.0), (4, 0.1), (12, 0.05), (9, 0.0)], (8, 0.0)),
+    params=mostly_nightly(MOMENTS, "in a save"),
 )
 def killed_and_not(request, tmp_path_factory):
-    """A run that was killed and one that was not, from the last checkpoints.
-
-    A save goes on behind the steps: at once, it is cut; later, perhaps not.
-    """
-    stop_at, delay = request.param
+    """A run that was killed and one that was not, from the last checkpoints."""
+    stop_at, delay = MOMENTS[request.param]
 
     def make(path):
         assert kill(path / "killed", stop_at, delay) == "None"

@@ -394,7 +394,7 @@ def test_vmap_over_hyperparameters_is_a_python_loop():
     values = {
         "learning_rate": [0.0, 0.1],
         "b2": [0.5, 0.9],
-        "p_scale": [1.0, 2.0],
+        "p_scale": [4.0, 1.0],
         "g_bound": [0.5, 5.0],
         "floor": [0.0, 0.5],
         "zero_init_scale": [0.1, 1.0],
