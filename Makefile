@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 AWAY := $(abspath build/away)
 
+# Where the wheel's tests are found, when it is tested.
+TESTS ?= tests
+
 .PHONY: demo notebooks test test-wheel test-floor test-matrix test-nightly lint
 .PRECIOUS: $(VENV)/.%
 .DELETE_ON_ERROR:
@@ -19,9 +22,15 @@ demo: $(VENV)/.demo
 notebooks: $(VENV)/.notebooks
 	cd notebooks && $(abspath $(BIN))/jupytext --to ipynb --execute *.py
 
-# The notebooks run, too, at a small size.
+# What runs before every commit; tests/conftest.py says what is left for the night.
 test: $(VENV)/.test
-	MADAX_SMOKE=1 $(BIN)/python -m pytest -n auto --nbmake tests madax notebooks/*.ipynb
+	$(BIN)/python -m pytest -n auto --dist loadfile tests madax
+	$(MAKE) $(VENV)/notebook-run
+
+# The quickest of the notebooks, when something that it uses has changed.
+$(VENV)/notebook-run: notebooks/bits.ipynb $(wildcard madax/*.py benchmarks/*.py)
+	MADAX_SMOKE=1 $(BIN)/python -m pytest --nbmake $<
+	touch $@
 
 # The wheel as users get it, with no source of the library in reach.
 test-wheel: VENV := .venv-wheel
@@ -36,7 +45,8 @@ test-wheel:
 		-c $(CONSTRAINTS) "$$(echo build/wheel/*.whl)[test]"
 	mkdir -p $(AWAY)
 	cp -r tests benchmarks notebooks README.md pyproject.toml $(AWAY)
-	cd $(AWAY) && $(abspath $(BIN))/python -m pytest -n auto --pyargs tests madax
+	cd $(AWAY) && $(abspath $(BIN))/python -m pytest -n auto --dist loadfile \
+		--pyargs $(TESTS) madax
 
 # The oldest JAX, optax and Flax that pyproject.toml allows, under the wheel.
 test-floor:
@@ -50,11 +60,14 @@ test-matrix: test-floor test-wheel
 		fi; \
 	done
 
-# Many more examples of random trees, formats and hyperparameters.
+# The rest: what is marked so, many more examples in every search, the notebooks at a
+# small size, and all tests on the oldest versions.
 test-nightly: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --hypothesis-profile nightly tests/test_fuzz.py
-	XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu \
-		$(BIN)/python -m pytest --hypothesis-profile nightly tests/test_fuzz_meshes.py
+	$(BIN)/python -m pytest -n auto --dist loadfile -m nightly tests
+	$(BIN)/python -m pytest -n auto -m "" --hypothesis-profile nightly \
+		tests/test_fuzz.py tests/test_fuzz_meshes.py tests/test_properties.py
+	MADAX_SMOKE=1 $(BIN)/python -m pytest -n auto --nbmake notebooks/*.ipynb
+	$(MAKE) test-floor
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .

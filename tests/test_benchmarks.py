@@ -88,6 +88,7 @@ def test_debians_files():
     assert np.bincount(workload.train[1]).tolist() == [6000] * 10
 
 
+@pytest.mark.nightly
 def test_bits_resumes_and_its_table_is_that_of_the_records(
     folder, tmp_path, monkeypatch, capsys
 ):
@@ -127,6 +128,7 @@ def test_a_row_cut_short_is_known_by_its_seeds(tmp_path):
     assert [run["seed"] for run in records.find(raw, settings)] == [0, 2]
 
 
+@pytest.mark.nightly
 def test_stall_and_lns_run_from_the_command_line(tmp_path, capsys):
     main(["stall", "--out", str(tmp_path)])
     runs = records.read(tmp_path / "stall.jsonl").set_index(["storage", "rate"])

@@ -6,7 +6,6 @@ This file is also the script that is killed: ``directory stop_at``.
 import functools
 import os
 import pathlib
-import random
 import signal
 import sys
 import time
@@ -18,6 +17,7 @@ import optax
 import orbax.checkpoint as ocp
 import processes
 import pytest
+from helpers import mostly_nightly
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_meshes import (
@@ -145,7 +145,7 @@ def test_training_goes_on_where_it_is_restored(tmp_path):
 
 # --- killed at any moment -------------------------------------------------------------
 
-LAST, EVERY = 40, 4
+LAST, EVERY = 20, 4
 KINDS = ("float", "native")
 KILLED = {
     "float": madax.madam(0.02, b1=0.9, floor=1.0),
@@ -211,28 +211,34 @@ def kill(directory, stop_at, delay):
     return lines[0].split()[-1]
 
 
-@pytest.fixture(scope="module")
-def killed_and_not(tmp_path_factory):
-    """A run that was killed twice and one that was not, from the last checkpoints."""
+# A step, and for how long the save behind it may go on: at once, it is cut.
+MOMENTS = {
+    "in a save": (8, 0.0),
+    "late in a save": (4, 0.05),
+    "after a save": (12, 0.2),
+    "between saves": (9, 0.0),
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=mostly_nightly(MOMENTS, "in a save"),
+)
+def killed_and_not(request, tmp_path_factory):
+    """A run that was killed and one that was not, from the last checkpoints."""
+    stop_at, delay = MOMENTS[request.param]
 
     def make(path):
-        rng = random.Random()
-        directory = path / "killed"
-        # A save goes on behind the steps: at once, it is cut; later, perhaps not.
-        first = EVERY * rng.randint(1, 4)
-        second = rng.randint(first + EVERY + 1, LAST - 1)
-        assert kill(directory, first, 0.0) == "None"
-        resumed = kill(directory, second, rng.uniform(0, 0.1))
-        assert resumed in (str(first), str(first - EVERY)), (first, resumed)
+        assert kill(path / "killed", stop_at, delay) == "None"
         out, _ = processes.finish(
-            processes.start(__file__, directory, LAST + 1),
+            processes.start(__file__, path / "killed", LAST + 1),
             processes.start(__file__, path / "whole", LAST + 1),
         )
-        newest = second - second % EVERY
+        newest = stop_at - stop_at % EVERY
         resumed = out.split()[-1]
-        assert resumed in (str(newest), str(newest - EVERY)), (second, resumed)
+        assert resumed in (str(newest), str(newest - EVERY)), (stop_at, resumed)
 
-    path = processes.once(tmp_path_factory, "runs", make)
+    path = processes.once(tmp_path_factory, f"runs_{stop_at}_{delay}", make)
     trees = []
     for directory in (path / "killed", path / "whole"):
         with ocp.CheckpointManager(directory) as manager:

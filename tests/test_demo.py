@@ -37,6 +37,7 @@ def runs(out, printed):
     return records.read(out / "demo.jsonl")
 
 
+@pytest.mark.nightly
 def test_records_hold_every_run(runs):
     keys = ["optimizer", "multiplier", "seed"]
     assert not runs.duplicated(keys).any()
@@ -50,6 +51,7 @@ def test_records_hold_every_run(runs):
     assert (runs[["step_us", "bytes_per_weight"]] > 0).all(axis=None)
 
 
+@pytest.mark.nightly
 def test_table_and_figure_agree_with_records(out, printed, runs):
     for name in DEMO:
         chosen = (runs["optimizer"] == name) & (runs["multiplier"] == 1)
@@ -63,6 +65,7 @@ def test_table_and_figure_agree_with_records(out, printed, runs):
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.nightly
 def test_madam_learns_at_its_default_rate(runs):
     chosen = runs[(runs["optimizer"] == "madam") & (runs["multiplier"] == 1)]
     assert chosen["accuracy"].min() > 0.5  # Chance is 0.1.
@@ -70,12 +73,14 @@ def test_madam_learns_at_its_default_rate(runs):
         assert curve["loss"][-1] < curve["loss"][0]
 
 
+@pytest.mark.nightly
 def test_madam_state_is_one_moment(runs):
     stored = runs.groupby("optimizer")["bytes_per_weight"].first()
     assert stored["madam"] == pytest.approx(8, rel=0.01)
     assert stored["adam"] == pytest.approx(12, rel=0.01)
 
 
+@pytest.mark.nightly
 def test_seeds_and_rates_change_runs(runs):
     curves = [json.dumps(curve["loss"]) for curve in runs["curve"]]
     assert len(set(curves)) == len(runs)

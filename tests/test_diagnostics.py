@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import mostly_nightly
 
 import madax
 from madax import diagnostics
@@ -30,7 +31,7 @@ def norm(x):
     return np.sqrt(np.sum(x**2))
 
 
-@pytest.fixture(params=["eager", "jit"])
+@pytest.fixture(params=mostly_nightly(["eager", "jit"], "jit"))
 def compiled(request):
     return (lambda f: f) if request.param == "eager" else jax.jit
 
@@ -95,7 +96,7 @@ def test_relative_update_size_by_hand(compiled, name):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
-@pytest.mark.parametrize("p_scale", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("p_scale", mostly_nightly([0.5, 1.0, 3.0], 0.5))
 def test_fraction_at_bound(compiled, p_scale, dtype):
     params = tree(0, dtype=dtype)
     tx = madax.madam(0.5, p_scale=p_scale)

@@ -5,7 +5,6 @@ They start with leaves of zeros: biases, the last layer, the gate of a residual 
 
 import functools
 import re
-import warnings
 
 import flax
 import flax.linen as nn
@@ -210,41 +209,6 @@ def test_ordinary_init_trains_under_the_papers_rule_too():
         assert np.all(np.sign(leaf) == np.sign(before[name])), name
 
 
-def test_no_warning_at_defaults():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        madax.madam().init({"bias": jnp.zeros(3)})
-        madax.madam(zero_init_scale=0.0).init({"kernel": jnp.ones(3)})
-
-
-@needs_flax_0_12
-def test_nnx_functional_loop_is_the_same():
-    # nnx.split and nnx.merge around jax.jit, with the transform used directly.
-    x, y = data()
-    tx = madax.madam(0.02)
-    graphdef, params, rest = nnx.split(NnxNet(nnx.Rngs(0)), nnx.Param, ...)
-    state = tx.init(params)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-    def step(params, rest, state):
-        def loss(params):
-            model = nnx.merge(graphdef, params, rest, copy=True)
-            return nnx_loss(model, x, y), nnx.split(model, nnx.Param, ...)[2]
-
-        (value, rest), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), rest, state, value
-
-    losses = []
-    for _ in range(STEPS):
-        params, rest, state, value = step(params, rest, state)
-        losses.append(float(value))
-    expected = train_nnx(tx)
-    np.testing.assert_allclose(losses, expected.losses, rtol=1e-4)
-    for name, leaf in by_path(params).items():
-        np.testing.assert_allclose(leaf, expected.after[name], rtol=1e-2, atol=1e-3)
-
-
 @needs_flax_0_12
 def test_nnx_wrappers_and_reading_the_rate():
     model = NnxNet(nnx.Rngs(0))
@@ -260,27 +224,3 @@ def test_nnx_wrappers_and_reading_the_rate():
         np.testing.assert_allclose(injected[...], rate, rtol=1e-6)
         same = {name: np.array_equal(before[name], after[name]) for name in before}
         assert all(same.values()) if rate == 0 else not same["last/bias"]
-
-
-@needs_flax_0_12
-def test_nnx_partition_adam_for_vectors():
-    model = NnxNet(nnx.Rngs(0))
-    tx = optax.partition(
-        {"madam": madax.madam(0.02), "adam": optax.adam(1e-2)},
-        lambda tree: jax.tree.map(lambda p: "madam" if p.ndim >= 2 else "adam", tree),
-    )
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    run = Run(nnx.state(model, nnx.Param))
-    for _ in range(STEPS):
-        run.log(*nnx_step(model, optimizer, *data()))
-    run.finish(nnx.state(model, nnx.Param))
-    assert all(run.moved(name) > 0.9 for name in run.before)
-    assert run.losses[-1] < 0.8 * run.losses[0]
-
-
-@needs_flax_0_12
-def test_low_bit_state_in_nnx():
-    tx = madax.madam(0.02, b1=0.9, moment_format=madax.MomentFormat(bits=8))
-    run = train_nnx(tx)
-    assert all(run.moved(name) > 0.9 for name in run.before)
-    assert run.losses[-1] < 0.8 * run.losses[0]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import enable_x64, is_quantized
+from helpers import enable_x64, is_quantized, mostly_nightly
 from helpers import step as run_step
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -712,7 +712,7 @@ def test_every_compiled_step_is_the_oracles(name, tree, data, seed, steps):
 
 
 # Every operation compiles anew: few examples.
-@pytest.mark.parametrize("mode", ["eager", "jit"])
+@pytest.mark.parametrize("mode", mostly_nightly(["eager", "jit"], "jit"))
 @settings(max_examples=EXAMPLES // 8)
 @given(trees(["float64", "float64", "float32"]), optimizers(), seeds)
 def test_every_step_is_the_oracles_with_float64(mode, tree, optimizer, seed):

@@ -158,7 +158,7 @@ def misplaced(leaves, tree, mesh):
 @pytest.mark.parametrize(
     "axis_type", ["auto", pytest.param("explicit", marks=needs_explicit_axes)]
 )
-@settings(max_examples=EXAMPLES // 20, phases=PHASES)
+@settings(max_examples=EXAMPLES // 25, phases=PHASES)
 @given(trees, optimizers(ALIASES), seeds)
 def test_steps_and_layouts_are_those_of_one_device(axis_type, tree, optimizer, seed):
     event(optimizer[0])

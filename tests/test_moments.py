@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import mostly_nightly
 
 import madax
 from madax import MomentFormat
 from madax._moments import decayed
 
-BITS = range(8, 17)
-WINDOWS = [1, 2, 77, 100, 101, 190]
+BITS = mostly_nightly(range(8, 17), 8, 9, 16)
+WINDOWS = mostly_nightly([1, 2, 77, 100, 101, 190], 1, 100, 190)
 SIGMAS = 5.0
 
 

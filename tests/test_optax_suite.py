@@ -142,10 +142,12 @@ class TestMadamConvergesFromSameSigns(
     """The convergence targets: upstream's length and tolerance, other starts."""
 
 
+@pytest.mark.nightly
 class TestFlooredMadam(upstream_class(FLOORED)):
     """Everything, unchanged."""
 
 
+@pytest.mark.nightly
 class TestMadamWithFirstMoment(upstream_class(FIRST_MOMENT)):
     """Everything, unchanged."""
 

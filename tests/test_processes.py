@@ -133,6 +133,7 @@ def printed(tmp_path_factory):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.nightly
 def test_the_example_is_the_same_in_two_processes(printed):
     alone, *pair = printed
     who = ("process", "processes", "devices")
@@ -145,6 +146,7 @@ def test_the_example_is_the_same_in_two_processes(printed):
     assert alone == pair[0] == pair[1]
 
 
+@pytest.mark.nightly
 def test_the_example_learns(printed):
     assert printed[0]["accuracy"] > 0.8
     assert printed[0]["weights"] == 64 * 256 + 256 * 256 + 256 * 10

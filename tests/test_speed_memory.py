@@ -33,6 +33,7 @@ def test_the_tree_is_that_of_gpt2(size, millions):
     assert sum(x.size for x in leaves) / 1e6 == pytest.approx(millions, abs=0.01)
 
 
+@pytest.mark.nightly
 def test_the_network_is_causal_and_starts_at_chance():
     size = gpt2.SIZES["tiny"]
     model = gpt2.GPT2(size, gpt2.nnx.Rngs(0))
@@ -45,6 +46,7 @@ def test_the_network_is_causal_and_starts_at_chance():
     assert loss == pytest.approx(np.log(size.vocabulary), abs=1)
 
 
+@pytest.mark.nightly
 def test_speed(few, tmp_path, capsys):
     speed.speed(tmp_path, profile="smoke")
     (raw,) = tmp_path.rglob("speed.jsonl")
@@ -62,6 +64,7 @@ def test_speed(few, tmp_path, capsys):
     assert (raw.parent / "speed.png").stat().st_size > 1000
 
 
+@pytest.mark.nightly
 def test_memory(few, tmp_path, capsys):
     memory.memory(tmp_path, profile="smoke")
     (raw,) = tmp_path.rglob("memory.jsonl")
@@ -90,6 +93,7 @@ def unstacked(tree):
 
 
 @pytest.mark.parametrize("format", [None, speed.LOG_8])
+@pytest.mark.nightly
 def test_gradients_layer_by_layer_are_those_of_the_whole(format):
     size = gpt2.SIZES["tiny"]
     params = layerwise.quantize(layerwise.init(size, jax.random.key(0)), format)
@@ -100,6 +104,7 @@ def test_gradients_layer_by_layer_are_those_of_the_whole(format):
     chex.assert_trees_all_close(unstacked(grads), expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_layer_by_layer_no_more_than_a_layer_is_decoded():
     deep = dataclasses.replace(gpt2.SIZES["tiny"], layers=12, width=64)
     row = speed.ROWS["native 8, 8-bit v"]

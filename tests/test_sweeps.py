@@ -216,11 +216,11 @@ needs_optax_0_2_6 = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("muon", marks=needs_optax_0_2_6),
         "schedule-free adamw",
-        "cocob",
-        "mechanic adamw",
-        "madam, log 4",
+        pytest.param("muon", marks=(needs_optax_0_2_6, pytest.mark.nightly)),
+        pytest.param("cocob", marks=pytest.mark.nightly),
+        pytest.param("mechanic adamw", marks=pytest.mark.nightly),
+        pytest.param("madam, log 4", marks=pytest.mark.nightly),
     ],
 )
 def test_untuned_optimizers_take_steps(name):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_nightly
 
 from benchmarks.data import cifar, idx, images
 from benchmarks.data.photo import photo
@@ -22,7 +23,7 @@ def smoke(name):
     return TASKS["smoke"][name].make(None)
 
 
-@pytest.mark.parametrize("name", TASKS["smoke"])
+@pytest.mark.parametrize("name", mostly_nightly(TASKS["smoke"], "mlp", "gru"))
 def test_every_workload_learns(name):
     task = TASKS["smoke"][name]
     workload = smoke(name)

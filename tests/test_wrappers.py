@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import jitted_step, mostly_nightly
 
 import madax
 
@@ -21,6 +22,9 @@ VARIANTS = {
     "floored": {"b1": 0.9, "floor": 1.0, "p_scale": 1.5},
     "low_bit_moments": {"b1": 0.9, "moment_format": madax.MomentFormat(bits=8)},
 }
+every_variant = pytest.mark.parametrize(
+    "variant", mostly_nightly(VARIANTS, "low_bit_moments")
+)
 # The same arguments give the same functions, so that steps compile once.
 madam = functools.cache(madax.madam)
 
@@ -44,20 +48,11 @@ def make_grads(params, steps=STEPS, seed=1):
     ]
 
 
-@functools.cache
-def jitted_step(tx):
-    def step(params, state, g):
-        updates, state = tx.update(g, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return jax.jit(step)
-
-
 def run(tx, params, grads, state=None):
     """Takes one step a gradient; the parameters and the state after the last."""
     state = tx.init(params) if state is None else state
     for g in grads:
-        params, state = jitted_step(tx)(params, state, g)
+        params, state = jitted_step(tx, g, state, params)
     return params, state
 
 
@@ -121,20 +116,6 @@ def test_inject_hyperparams_takes_schedules():
     )
 
 
-def test_rate_changed_by_hand_takes_effect():
-    params = make_params()
-    grads = make_grads(params)
-    tx = optax.inject_hyperparams(madax.madam)(learning_rate=0.01)
-    middle, state = run(tx, params, grads[:2])
-    state.hyperparams["learning_rate"] = jnp.asarray(0.1)
-    faster, _ = run(tx, middle, grads[2:], state)
-    rates = optax.piecewise_constant_schedule(0.01, {2: 10.0})
-    assert_close(faster, run(madam(rates), params, grads)[0])
-    state.hyperparams["learning_rate"] = jnp.asarray(0.0)
-    stopped, _ = run(tx, middle, grads[2:], state)
-    assert_equal(stopped, middle)
-
-
 HYPERPARAMS = {
     "learning_rate": 0.3,
     "b2": 0.5,
@@ -146,15 +127,14 @@ HYPERPARAMS = {
 }
 
 
-@pytest.mark.parametrize("as_arrays", [True, False], ids=["arrays", "numbers"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_hyperparameter_can_be_injected(variant, as_arrays):
+@every_variant
+def test_every_hyperparameter_can_be_injected(variant):
     hyperparams = {**VARIANTS[variant], **HYPERPARAMS}
     if variant == "madam":
         del hyperparams["b1"], hyperparams["floor"]
     injectable = {
-        name: jnp.asarray(value) if as_arrays else value
-        for name, value in hyperparams.items()
+        name: jnp.asarray(value) if i % 2 else value
+        for i, (name, value) in enumerate(hyperparams.items())
         if name != "moment_format"
     }
     static = {k: v for k, v in hyperparams.items() if k not in injectable}
@@ -206,7 +186,7 @@ def test_masked_leaves_the_others_alone():
     assert_equal(actual["dense"]["kernel"], expected)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@every_variant
 def test_partition_madam_for_matrices_adam_for_the_rest(variant):
     params = make_params()
     grads = make_grads(params)
@@ -227,8 +207,8 @@ def test_partition_madam_for_matrices_adam_for_the_rest(variant):
     assert_moved(actual, params)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", mostly_nightly(["float32", "bfloat16"], "float32"))
+@every_variant
 def test_multi_steps_accumulates(variant, dtype):
     params = make_params(dtype=dtype)
     grads = make_grads(params, steps=8)
@@ -265,19 +245,6 @@ def test_apply_if_finite_skips_the_whole_step():
     assert int(state.total_notfinite) == 1
 
 
-def test_without_it_only_the_elements_that_are_not_finite_skip():
-    params = {"w": jnp.array([1.0, 2.0, -3.0])}
-    good = {"w": jnp.array([1.0, -1.0, 1.0])}
-    bad = {"w": jnp.array([jnp.nan, -1.0, -jnp.inf])}
-    actual, _ = run(madam(0.1), params, [good, bad, good])
-    all_steps, _ = run(madam(0.1), params, [good] * 3)
-    assert_equal(actual["w"][1], all_steps["w"][1])
-    assert np.all(np.isfinite(actual["w"]))
-    # Two log-steps, both of one rate, to within a small change of bias correction.
-    ratio = np.log(actual["w"] / params["w"])[np.array([0, 2])]
-    np.testing.assert_allclose(ratio, [-0.2, 0.2], rtol=0.2)
-
-
 def test_chain_with_gradient_transforms_before():
     params = make_params()
     grads = make_grads(params)
@@ -294,18 +261,8 @@ def test_chain_with_gradient_transforms_before():
         norm = np.linalg.norm(np.concatenate(leaves))
         assert norm > 0.5
         g = jax.tree.map(lambda g, w, n=norm: g * (0.5 / n) + 0.3 * w, g, expected)
-        expected, state = jitted_step(inner)(expected, state, g)
+        expected, state = jitted_step(inner, g, state, expected)
     assert_close(actual, expected)
-
-
-def test_scaling_the_updates_afterwards_breaks_the_law():
-    # The reason for the rule of order: what rescales comes before, or is the rate.
-    w, g = jnp.ones(1), jnp.full(1, -1.0)
-    after = optax.chain(madam(0.1), optax.scale(0.5))
-    halved, _ = run(after, w, [g])
-    np.testing.assert_allclose(run(madam(0.05), w, [g])[0], np.exp(0.05))
-    np.testing.assert_allclose(halved, 1 + np.expm1(0.1) / 2, rtol=1e-6)
-    assert abs(float(halved[0]) - np.exp(0.05)) > 1e-3
 
 
 def test_extra_args_are_ignored():
@@ -338,7 +295,7 @@ def test_extra_args_reach_the_others_of_a_chain():
     assert_equal(updates, optax.tree.zeros_like(params))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@every_variant
 def test_map_params_finds_the_moments_and_nothing_else(variant):
     params = make_params()
     tx = madam(0.1, **VARIANTS[variant])
@@ -380,12 +337,12 @@ def test_lookahead():
     params = optax.LookaheadParams.init_synced(start)
     state = tx.init(params)
     for g in grads:
-        params, state = jitted_step(tx)(params, state, g)
+        params, state = jitted_step(tx, g, state, params)
 
     fast = slow = start
     inner = madam(0.1).init(fast)
     for t, g in enumerate(grads):
-        fast, inner = jitted_step(madam(0.1))(fast, inner, g)
+        fast, inner = jitted_step(madam(0.1), g, inner, fast)
         if t % 3 == 2:
             fast = slow = jax.tree.map(lambda s, f: s + 0.5 * (f - s), slow, fast)
     assert_close(params.fast, fast)
@@ -408,7 +365,7 @@ def scan_train(tx, params, grads):
     return jax.lax.scan(step, (params, tx.init(params)), grads)[0]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@every_variant
 def test_scan_is_a_python_loop(variant):
     tx = madam(optax.cosine_decay_schedule(0.1, STEPS), **VARIANTS[variant])
     params = make_params()
@@ -419,7 +376,7 @@ def test_scan_is_a_python_loop(variant):
     assert_same_run(variant, actual, expected)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@every_variant
 def test_vmap_over_seeds_is_a_python_loop(variant):
     tx = madam(0.1, **VARIANTS[variant])
     starts = [make_params(seed) for seed in range(3)]
@@ -431,28 +388,13 @@ def test_vmap_over_seeds_is_a_python_loop(variant):
     assert_same_run(variant, actual, stack(expected))
 
 
-def test_vmap_over_learning_rates_is_a_python_loop():
-    params = make_params()
-    grads = make_grads(params)
-    rates = [0.0, 0.01, 0.1, 0.3]
-
-    @jax.jit
-    @jax.vmap
-    def train(rate):
-        return scan_train(madax.madam(rate), params, stack(grads))[0]
-
-    actual = train(jnp.array(rates))
-    expected = [run(madax.madam(rate), params, grads)[0] for rate in rates]
-    assert_close(actual, stack(expected))
-    assert_equal(jax.tree.map(lambda x: x[0], actual), params)
-
-
-def test_vmap_over_other_hyperparameters_is_a_python_loop():
+def test_vmap_over_hyperparameters_is_a_python_loop():
     params = make_params()
     grads = make_grads(params)
     values = {
+        "learning_rate": [0.0, 0.1],
         "b2": [0.5, 0.9],
-        "p_scale": [1.0, 2.0],
+        "p_scale": [4.0, 1.0],
         "g_bound": [0.5, 5.0],
         "floor": [0.0, 0.5],
         "zero_init_scale": [0.1, 1.0],
@@ -461,22 +403,25 @@ def test_vmap_over_other_hyperparameters_is_a_python_loop():
     @jax.jit
     @jax.vmap
     def train(hyperparams):
-        return scan_train(madax.madam(0.1, **hyperparams), params, stack(grads))[0]
+        return scan_train(madax.madam(**hyperparams), params, stack(grads))[0]
 
     actual = train({name: jnp.array(v) for name, v in values.items()})
     expected = []
     for i in range(2):
         given = {name: v[i] for name, v in values.items()}
-        expected.append(run(madam(0.1, **given), params, grads)[0])
+        expected.append(run(madam(**given), params, grads)[0])
     assert_close(actual, stack(expected))
+    assert_equal(jax.tree.map(lambda x: x[0], actual), params)
 
 
 def buffers(tree):
     return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree) if x.size]
 
 
-@pytest.mark.parametrize("jit_init", [True, False], ids=["jit", "eager"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "jit_init", [True, pytest.param(False, marks=pytest.mark.nightly)]
+)
+@every_variant
 def test_params_and_state_can_be_donated(variant, jit_init):
     tx = madam(0.1, **VARIANTS[variant])
     params = make_params()
@@ -502,7 +447,7 @@ def test_params_and_state_can_be_donated(variant, jit_init):
     assert len(set(pointers)) == len(pointers)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", mostly_nightly(["bfloat16", "float32"], "bfloat16"))
 @pytest.mark.parametrize(
     ("variant", "rate"),
     [
@@ -544,14 +489,3 @@ def test_types_are_stable(variant, rate, dtype):
     assert types(stepped[1]) == types(state)
     assert_equal(stepped, jax.jit(tx.update)(g, state, params))
     assert_equal(maybe_step(False, params, state)[1], state)
-
-
-def test_gradients_of_another_dtype_than_the_params():
-    params = make_params(dtype=jnp.bfloat16)
-    grads = make_grads(make_params())
-    tx = madam(0.1)
-    actual, state = run(tx, params, grads)
-    assert {x.dtype for x in jax.tree.leaves(actual)} == {jnp.dtype(jnp.bfloat16)}
-    wide, _ = run(tx, jax.tree.map(jnp.float32, params), grads)
-    assert_close(jax.tree.map(jnp.float32, actual), wide, rtol=0.05, atol=0.01)
-    assert state[0].v["norm"].dtype == jnp.float32
