@@ -65,13 +65,17 @@ def _with_states(args: tuple[Any, ...], filters: list[Any]) -> tuple[Any, ...]:
 
     Variables that modules share are with the first of them.
     """
-    predicates = [
+    predicates: list[Any] = [
         nnx.filterlib.to_predicate(f)
         for arg, f in zip(args, filters, strict=True)
         for _ in _modules(arg)
     ]
     modules = _modules(args)
-    taken = nnx.state(modules, lambda path, x: predicates[path[0]](path[1:], x))
+
+    def is_taken(path: Any, x: Any) -> bool:
+        return predicates[path[0]](path[1:], x)
+
+    taken = nnx.state(modules, is_taken)
     states = iter(taken.get(i, nnx.State({})) for i in range(len(modules)))
     return jax.tree.map(
         lambda x: next(states) if _is_module(x) else x, args, is_leaf=_is_leaf

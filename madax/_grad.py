@@ -69,7 +69,7 @@ def value_and_grad(
             f"fun must be a function, got {fun!r} of type {type(fun).__name__}; pass "
             "the loss, not its value."
         )
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"dtype must be a floating dtype, got {dtype!r}; pass jnp.float32 or "
             "jnp.bfloat16."

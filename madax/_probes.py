@@ -27,6 +27,8 @@ class ProbedArray(QuantizedArray):
     def of(cls, w: QuantizedArray, probe: jax.Array) -> "ProbedArray":
         """The codes ``w``, to be differentiated with respect to ``probe``."""
         w.check_has_value()
+        if isinstance(w, ProbedArray):  # a derivative within a derivative
+            probe = w.probe.astype(probe.dtype) + probe
         return cls(w.codes, w.scale, w.format, probe)
 
     def without_probe(self) -> QuantizedArray:

@@ -274,7 +274,7 @@ def _index_scale(scale: Any, shape: tuple[int, ...], index: Any) -> Any:
         return jnp.reshape(scale, ())
     scale = jnp.reshape(scale, (1,) * (len(shape) - np.ndim(scale)) + np.shape(scale))
     index = index if isinstance(index, tuple) else (index,)
-    if any(jnp.result_type(i) == bool for i in index if _is_array(i)):
+    if any(jnp.issubdtype(jnp.result_type(i), bool) for i in index if _is_array(i)):
         return jnp.broadcast_to(scale, shape)[index]
     missing = len(shape) - sum(i is not None and i is not Ellipsis for i in index)
     where = next((n for n, i in enumerate(index) if i is Ellipsis), len(index))

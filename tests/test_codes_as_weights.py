@@ -30,7 +30,7 @@ def decoded(w):
     return np.asarray(w.scale * w.format.decode(w.codes))
 
 
-I, J = np.array([[0, 5], [2, 2]]), np.array([3, -1])
+ROWS, J = np.array([[0, 5], [2, 2]]), np.array([3, -1])
 INDICES = {
     "all": ...,
     "int": 2,
@@ -44,11 +44,11 @@ INDICES = {
     "ellipsis of none": (0, slice(None), ..., slice(3)),
     "new axes": (None, slice(2), None, 1),
     "empty": (slice(0), slice(3, 1)),
-    "rows": I,
-    "traced rows": jnp.asarray(I),
+    "rows": ROWS,
+    "traced rows": jnp.asarray(ROWS),
     "middle": (slice(None), J),
     "last": (..., J),
-    "pairs": (I, 1, I % 5),
+    "pairs": (ROWS, 1, ROWS % 5),
     "pairs apart": (J, slice(None), J),
     "int and rows apart": (2, slice(1, 3), J),
     "scalar arrays": (jnp.int32(1), slice(None), jnp.int32(2)),
