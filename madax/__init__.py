@@ -7,6 +7,7 @@ from madax._aliases import bbit_madam, lns_madam, madam
 from madax._clip import ClipLogWeightsState, clip_log_weights
 from madax._fake_quantize import fake_quantize
 from madax._formats import Format, LogFormat, SymlogFormat, UniformFormat
+from madax._grad import grad, value_and_grad
 from madax._lns_quantize import LnsQuantizeState, lns_quantize
 from madax._moments import MomentFormat, MomentWindow
 from madax._quantize_params import dequantize_params, quantize_params
@@ -38,11 +39,13 @@ __all__ = [
     "dequantize_params",
     "diagnostics",
     "fake_quantize",
+    "grad",
     "lns_madam",
     "lns_quantize",
     "madam",
     "quantize_params",
     "scale_by_second_moment",
     "scale_by_sign_log",
+    "value_and_grad",
     "with_quantized_params",
 ]

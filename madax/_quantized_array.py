@@ -1,8 +1,11 @@
-"""Parameters that are codes of a number format."""
+"""Parameters that are codes of a number format, and stand where floats would."""
 
 import dataclasses
 import json
 import math
+import operator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from madax._formats import Format
+from madax._numerics import rounded
 
 _REMEDY = (
     "codes are not to be scaled or averaged: use madax.dequantize_params(params), or "
@@ -19,16 +23,36 @@ _REMEDY = (
 )
 
 
+def _by_value(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """The method that applies a function of arrays to the decoded value."""
+    return lambda self, *others: operation(self.dequantize(), *others)
+
+
+def _by_value_from_the_right(operation: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, other: operation(other, self.dequantize())
+
+
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedArray:
     """An array stored as integer codes of a number format.
 
+    It stands where a weight stands: operators, ``jnp`` functions, and layers of Flax
+    take it as the float32 array that its codes decode to, and decode it where they use
+    it. Indexing decodes what it takes, so a look-up in a table of codes costs a few
+    rows; ``w[...]`` is the array, for functions that want one (those of ``jax.lax``,
+    and with JAX 0.6 sums and the like). Derivatives are :func:`madax.value_and_grad`'s:
+    ``jax.grad`` knows none of integers.
+
     A pytree node with two children, ``codes`` and ``scale``; the format is static.
+    Functions of trees see those two, so a norm or a penalty over a tree of weights
+    wants ``madax.dequantize_params(params)``.
+
     What an optimizer returns for one is another, with steps of codes in the place of
-    codes and False in that of the scale. Under ``optax.apply_updates`` both are added
-    as they are. Steps have a wider dtype than codes, so that whatever comes between
-    and makes something else of one or the other does not fit together: an error.
+    codes and False in that of the scale, which have no value. Under
+    ``optax.apply_updates`` both are added as they are. Steps have a wider dtype than
+    codes, so that whatever comes between and makes something else of one or the other
+    does not fit together: an error.
 
     Attributes:
       codes: signed codes, int8 or int16, any shape; steps of them are int16 or int32.
@@ -40,15 +64,18 @@ class QuantizedArray:
       >>> import jax.numpy as jnp, madax
       >>> fmt = madax.LogFormat(bits=8, base_step=0.05)
       >>> w = madax.quantize_params(jnp.full((4, 4), -0.5), fmt)
-      >>> w
-      QuantizedArray(shape=(4, 4), scale=1.5, LogFormat(bits=8, base_step=0.05))
-      >>> print(f"{w.nbytes} bytes, w[0, 0] = {w.dequantize()[0, 0]:.3f}")
-      20 bytes, w[0, 0] = -0.499
+      >>> print(w.codes.dtype, w.dtype, w.nbytes, "bytes")
+      int8 float32 20 bytes
+      >>> print(f"{w[0, 0]:.3f} {jnp.sum(w @ w):.2f}")
+      -0.499 15.97
     """
 
     codes: Any
     scale: Any
     format: Format
+
+    # NumPy's arrays leave operators to this class.
+    __array_priority__ = 100
 
     @classmethod
     def steps(cls, delta: jax.Array, format: Format) -> "QuantizedArray":
@@ -79,6 +106,12 @@ class QuantizedArray:
         return math.prod(self.shape)
 
     @property
+    def dtype(self) -> Any:
+        """What codes decode to: float32. That of steps is an integer's."""
+        steps = self.codes.dtype == self.format.step_dtype
+        return self.format.step_dtype if steps else jnp.dtype(jnp.float32)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the codes and the scale together."""
         return self.codes.nbytes + np.asarray(self.scale).nbytes
@@ -91,9 +124,91 @@ class QuantizedArray:
 
         Returns:
           An array of the shape of the codes.
+
+        Raises:
+          TypeError: if these are steps, which have no value.
         """
-        value = self.scale * self.format.decode(self.codes)
-        return value.astype(jnp.float32 if dtype is None else dtype)
+        self.check_has_value()
+        return self._value().astype(self.dtype if dtype is None else dtype)
+
+    def check_has_value(self) -> None:
+        """Raises if these are steps of codes, which have no value."""
+        if getattr(self.codes, "dtype", None) == self.format.step_dtype:
+            raise TypeError(f"{self!r} was used as a number; {_REMEDY}")
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """The values in another dtype, as of an array."""
+        return self.dequantize().astype(dtype)
+
+    def reshape(self, *shape: Any, **options: Any) -> jax.Array:
+        """The values in another shape, as of an array."""
+        return self.dequantize().reshape(*shape, **options)
+
+    def transpose(self, *axes: Any) -> jax.Array:
+        """The values with axes permuted, as of an array."""
+        return self.dequantize().transpose(*axes)
+
+    @property
+    def T(self) -> jax.Array:  # noqa: N802
+        """The values with all axes reversed."""
+        return self.dequantize().T
+
+    @property
+    def mT(self) -> jax.Array:  # noqa: N802
+        """The values with the last two axes swapped."""
+        return self.dequantize().mT
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        """The values at an index, of which alone the codes are decoded."""
+        self.check_has_value()
+        return self._at(index).dequantize()
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter(self.dequantize())
+
+    def __jax_array__(self) -> jax.Array:
+        return self.dequantize()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("the values of codes are decoded: there is no copy=False.")
+        return np.asarray(self.dequantize(), dtype)
+
+    def __float__(self) -> float:
+        return float(self.dequantize())
+
+    def __bool__(self) -> bool:
+        return bool(self.dequantize())
+
+    __add__ = _by_value(operator.add)
+    __sub__ = _by_value(operator.sub)
+    __mul__ = _by_value(operator.mul)
+    __truediv__ = _by_value(operator.truediv)
+    __floordiv__ = _by_value(operator.floordiv)
+    __mod__ = _by_value(operator.mod)
+    __pow__ = _by_value(operator.pow)
+    __matmul__ = _by_value(operator.matmul)
+    __radd__ = _by_value_from_the_right(operator.add)
+    __rsub__ = _by_value_from_the_right(operator.sub)
+    __rmul__ = _by_value_from_the_right(operator.mul)
+    __rtruediv__ = _by_value_from_the_right(operator.truediv)
+    __rfloordiv__ = _by_value_from_the_right(operator.floordiv)
+    __rmod__ = _by_value_from_the_right(operator.mod)
+    __rpow__ = _by_value_from_the_right(operator.pow)
+    __rmatmul__ = _by_value_from_the_right(operator.matmul)
+    __neg__ = _by_value(operator.neg)
+    __pos__ = _by_value(operator.pos)
+    __abs__ = _by_value(operator.abs)
+    __lt__ = _by_value(operator.lt)
+    __le__ = _by_value(operator.le)
+    __gt__ = _by_value(operator.gt)
+    __ge__ = _by_value(operator.ge)
+    __eq__ = _by_value(operator.eq)
+    __ne__ = _by_value(operator.ne)
+    __hash__ = None  # type: ignore[assignment]
 
     def tree_flatten_with_keys(self) -> Any:
         # The format is part of the key, so that a checkpoint's names tell formats
@@ -107,30 +222,77 @@ class QuantizedArray:
 
     @classmethod
     def tree_unflatten(cls, aux: Format, children: Any) -> "QuantizedArray":
-        codes, scale = children
+        codes, scale, *others = children
         # Where an average or a rescaling of codes would slip in as one of weights.
-        dtypes = [getattr(x, "dtype", type(x)) for x in children]
+        dtypes = [getattr(x, "dtype", type(x)) for x in (codes, scale)]
+        if dtypes[0] == jax.dtypes.float0:
+            raise TypeError(
+                "a derivative was taken with respect to the codes of a QuantizedArray, "
+                "which are integers; use madax.value_and_grad or madax.grad."
+            )
         if not _fit(dtypes[0], dtypes[1], aux):
             raise TypeError(
                 f"the codes of a QuantizedArray became {dtypes[0]}, and its scale "
                 f"{dtypes[1]}; {_REMEDY}"
             )
-        return cls(codes, scale, aux)
+        return cls(codes, scale, aux, *others)
 
-    def _no_arithmetic(self, *_: Any) -> Any:
-        raise TypeError(f"{self!r} was used as a number; {_REMEDY}")
+    def _value(self) -> jax.Array:
+        return decode(self.format, self.codes, self.scale)
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __neg__ = _no_arithmetic
-    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = _no_arithmetic
+    def _at(self, index: Any) -> "QuantizedArray":
+        """The codes at an index, with the scales that belong to them."""
+        scale = _index_scale(self.scale, self.shape, index)
+        return QuantizedArray(self.codes[index], scale, self.format)
 
     def __repr__(self) -> str:
         shape = getattr(self.codes, "shape", self.codes)
         scale = self.scale
         if isinstance(scale, (jax.Array, np.ndarray)):
             traced = isinstance(scale, jax.core.Tracer)
-            known = not traced and scale.ndim == 0
-            scale = f"{float(scale):.6g}" if known else f"<{scale.shape}>"
+            known = not traced and scale.size == 1
+            scale = f"{scale.item():.6g}" if known else f"<{scale.shape}>"
         return f"QuantizedArray(shape={shape}, scale={scale}, {self.format!r})"
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def decode(format: Format, codes: jax.Array, scale: jax.Array) -> jax.Array:
+    """The values of codes, the same bits in every program that they are used in."""
+    return rounded(scale * format.decode(codes))
+
+
+@decode.defjvp
+def _decode_jvp(format, primals, tangents):
+    codes, _ = primals
+    _, scale_tangent = tangents
+    return decode(format, *primals), scale_tangent * format.decode(codes)
+
+
+def _index_scale(scale: Any, shape: tuple[int, ...], index: Any) -> Any:
+    """What ``broadcast_to(scale, shape)[index]`` holds, in a shape that broadcasts."""
+    if np.size(scale) == 1:
+        return jnp.reshape(scale, ())
+    scale = jnp.reshape(scale, (1,) * (len(shape) - np.ndim(scale)) + np.shape(scale))
+    index = index if isinstance(index, tuple) else (index,)
+    if any(jnp.issubdtype(jnp.result_type(i), bool) for i in index if _is_array(i)):
+        return jnp.broadcast_to(scale, shape)[index]
+    missing = len(shape) - sum(i is not None and i is not Ellipsis for i in index)
+    where = next((n for n, i in enumerate(index) if i is Ellipsis), len(index))
+    whole = (slice(None),) * missing
+    index = (*index[:where], *whole, *index[where + 1 :])
+    sizes = iter(zip(scale.shape, shape, strict=True))
+    return scale[tuple(i if i is None else _index_axis(i, *next(sizes)) for i in index)]
+
+
+def _index_axis(index: Any, scales: int, size: int) -> Any:
+    """The index of the scales on an axis of them, which may be one for all."""
+    if scales == size:
+        return index
+    return slice(None) if isinstance(index, slice) else jnp.zeros_like(index)
+
+
+def _is_array(index: Any) -> bool:
+    return not (index is None or index is Ellipsis or isinstance(index, slice))
 
 
 def _fit(codes: Any, scale: Any, format: Format) -> bool:

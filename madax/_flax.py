@@ -1,0 +1,94 @@
+"""Gradients of losses of Flax nnx modules; imported only where Flax has been."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from madax._grad import differentiable, position, probed, without_probes
+from madax._quantized_array import is_quantized
+
+# The base of what nnx keeps track of was renamed in Flax 0.12.
+_BASE = getattr(nnx, "Pytree", None) or nnx.Object
+
+
+def holds_modules(tree: Any) -> bool:
+    """Whether nnx keeps track of what a function does to something in a tree.
+
+    Of an nnx.State it does not: that is a tree of arrays.
+    """
+    kinds = (_BASE, nnx.Variable)
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, (*kinds, nnx.State)))
+    return any(isinstance(x, kinds) for x in leaves)
+
+
+def differentiate(fun, argnums, has_aux, dtype, args, kwargs):
+    """The value and gradients of a function of modules, and of trees without them."""
+    by_filter = [isinstance(a, nnx.DiffState) for a in argnums]
+    filters = [
+        a.filter if is_filtered else nnx.Param
+        for a, is_filtered in zip(argnums, by_filter, strict=True)
+    ]
+    positions = [
+        position(a.argnum if is_filtered else a, args)
+        for a, is_filtered in zip(argnums, by_filter, strict=True)
+    ]
+    arrays = _with_states(tuple(args[i] for i in positions), filters)
+    weights, treedef = jax.tree.flatten(arrays, is_leaf=is_quantized)
+
+    # nnx hands over copies of all modules, and writes back what is changed in them.
+    def loss(floats, args, kwargs):
+        given = list(args)
+        arrays = treedef.unflatten(probed(weights, floats))
+        for i, array in zip(positions, arrays, strict=True):
+            given[i] = jax.tree.map(_updated, given[i], array, is_leaf=_is_module)
+        out = fun(*given, **kwargs)
+        for module in _modules(given):
+            nnx.update(module, without_probes(nnx.state(module)))
+        return without_probes(out, is_leaf=_is_module)
+
+    gradient = nnx.value_and_grad(loss, has_aux=has_aux)
+    value, grads = gradient(differentiable(weights, dtype), args, kwargs)
+    return value, treedef.unflatten(grads)
+
+
+def _is_module(x: Any) -> bool:
+    return isinstance(x, _BASE)
+
+
+def _modules(tree: Any) -> list[Any]:
+    return [x for x in jax.tree.leaves(tree, is_leaf=_is_module) if _is_module(x)]
+
+
+def _with_states(args: tuple[Any, ...], filters: list[Any]) -> tuple[Any, ...]:
+    """The arguments, with the variables of each module that a filter takes for it.
+
+    Variables that modules share are with the first of them.
+    """
+    predicates: list[Any] = [
+        nnx.filterlib.to_predicate(f)
+        for arg, f in zip(args, filters, strict=True)
+        for _ in _modules(arg)
+    ]
+    modules = _modules(args)
+
+    def is_taken(path: Any, x: Any) -> bool:
+        return predicates[path[0]](path[1:], x)
+
+    taken = nnx.state(modules, is_taken)
+    states = iter(taken.get(i, nnx.State({})) for i in range(len(modules)))
+    return jax.tree.map(
+        lambda x: next(states) if _is_module(x) else x, args, is_leaf=_is_leaf
+    )
+
+
+def _is_leaf(x: Any) -> bool:
+    return _is_module(x) or is_quantized(x)
+
+
+def _updated(old: Any, new: Any) -> Any:
+    """The new array, or the module with the new values of its variables."""
+    if not _is_module(old):
+        return new
+    nnx.update(old, new)
+    return old

@@ -1,0 +1,64 @@
+"""Codes whose values have derivatives.
+
+Integers have none. So a loss is differentiated with respect to probes instead: zeros
+of a weight's shape, which its decoded value is said to follow one to one. Nothing
+reads a probe, so XLA makes no array of it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from madax._quantized_array import QuantizedArray
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ProbedArray(QuantizedArray):
+    """Codes whose value, in the dtype of ``probe``, has the derivative of ``probe``.
+
+    Slices, scans and maps take the probe along.
+    """
+
+    probe: Any
+
+    @classmethod
+    def of(cls, w: QuantizedArray, probe: jax.Array) -> "ProbedArray":
+        """The codes ``w``, to be differentiated with respect to ``probe``."""
+        w.check_has_value()
+        if isinstance(w, ProbedArray):  # a derivative within a derivative
+            probe = w.probe.astype(probe.dtype) + probe
+        return cls(w.codes, w.scale, w.format, probe)
+
+    def without_probe(self) -> QuantizedArray:
+        """The codes alone."""
+        return QuantizedArray(self.codes, self.scale, self.format)
+
+    @property
+    def dtype(self) -> Any:
+        """What the codes decode to."""
+        return self.probe.dtype
+
+    def tree_flatten_with_keys(self) -> Any:
+        children, format = super().tree_flatten_with_keys()
+        return (*children, (jax.tree_util.GetAttrKey("probe"), self.probe)), format
+
+    def _value(self) -> jax.Array:
+        return _tied(super()._value().astype(self.dtype), self.probe)
+
+    def _at(self, index: Any) -> QuantizedArray:
+        return ProbedArray.of(super()._at(index), self.probe[index])
+
+
+@jax.custom_jvp
+def _tied(value: jax.Array, probe: jax.Array) -> jax.Array:
+    """The value, with the derivative of the probe."""
+    del probe
+    return value
+
+
+@_tied.defjvp
+def _tied_jvp(primals, tangents):
+    _, tangent = tangents
+    return _tied(*primals), tangent

@@ -1,0 +1,252 @@
+"""Gradients with respect to codes: those of the decoded weights, at less memory."""
+
+import inspect
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import madax
+from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
+
+WIDTH, LAYERS, WORDS = 16, 3, 40
+FORMATS = [LogFormat(8, 0.05), SymlogFormat(8, 1 / 3), UniformFormat(16)]
+
+
+def same(a, b):
+    def check(x, y):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+    jax.tree.map(check, a, b)
+
+
+def is_quantized(x):
+    return isinstance(x, QuantizedArray)
+
+
+def codes(seed, shape, fmt=FORMATS[1], scale_shape=None):
+    rng = np.random.default_rng(seed)
+    q = rng.integers(-fmt.levels, fmt.levels + 1, shape)
+    scale = rng.uniform(
+        0.1, 0.3, (1,) * len(shape) if scale_shape is None else scale_shape
+    )
+    return QuantizedArray(
+        jnp.asarray(q, fmt.storage_dtype), jnp.asarray(scale, jnp.float32), fmt
+    )
+
+
+@pytest.fixture(scope="module")
+def params():
+    """A network with a tied table, stacked layers, codes of channels, and floats."""
+    bias = jnp.linspace(-1, 1, LAYERS * WIDTH).reshape(LAYERS, WIDTH)
+    return {
+        "table": codes(0, (WORDS, WIDTH), FORMATS[0]),
+        "place": codes(1, (5, WIDTH), FORMATS[2], (1, WIDTH)),
+        "layers": {
+            "kernel": codes(2, (LAYERS, WIDTH, WIDTH), scale_shape=(LAYERS, 1, 1)),
+            "bias": bias,
+        },
+    }
+
+
+IDS = jnp.asarray(np.random.default_rng(3).integers(0, WORDS, (2, 5)))
+
+
+def layer(x, params):
+    return (x + jnp.tanh(x @ params["kernel"] + params["bias"])).astype(x.dtype)
+
+
+def layers_as(kind):
+    """The ways in which a network goes through its layers."""
+    if kind == "loop":
+        take = lambda p, i: jax.tree.map(lambda w: w[i], p)
+        return lambda x, p: [x := layer(x, take(p, i)) for i in range(LAYERS)][-1]
+    body = jax.checkpoint(layer) if "checkpoint" in kind else layer
+    return lambda x, p: jax.lax.scan(lambda x, p: (body(x, p), None), x, p)[0]
+
+
+def loss(params, ids, kind="scan"):
+    x = params["table"][ids] + params["place"]
+    x = layers_as(kind)(x, params["layers"])
+    logits = x @ params["table"].T
+    return jnp.mean(logits**2)
+
+
+def of_decoded(fun, dtype=None, transform=jax.value_and_grad, **options):
+    """The same derivatives, of weights decoded beforehand."""
+
+    def run(params, *args):
+        decode = lambda x: x.dequantize(dtype) if is_quantized(x) else x
+        params = jax.tree.map(decode, params, is_leaf=is_quantized)
+        return transform(fun, **options)(params, *args)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", ["loop", "scan", "scan, checkpoint"])
+def test_gradients_are_those_of_the_decoded_weights(params, kind, dtype):
+    fun = partial(loss, kind=kind)
+    actual = jax.jit(madax.value_and_grad(fun, dtype=dtype))(params, IDS)
+    same(actual, jax.jit(of_decoded(fun, dtype))(params, IDS))
+    grads = actual[1]
+    assert grads["table"].dtype == grads["layers"]["kernel"].dtype == dtype
+    assert grads["layers"]["bias"].dtype == jnp.float32
+    assert all(np.any(g != 0) for g in jax.tree.leaves(grads))
+    if dtype == jnp.float32:
+        same(jax.jit(madax.grad(fun))(params, IDS), grads)
+
+
+def test_outside_of_jit_too(params):
+    same(madax.value_and_grad(loss)(params, IDS), of_decoded(loss)(params, IDS))
+
+
+def test_arguments_are_those_of_jax(params):
+    def fun(x, table, bias, *, power):
+        y = x @ table.T + bias
+        return jnp.sum(y**power), (y, table)
+
+    x, bias = jnp.ones(WIDTH), jnp.ones(WORDS)
+    decoded = params["table"].dequantize()
+    for argnums in (0, 1, -1, (1,), (2, 1), [0, -2]):
+        actual = madax.value_and_grad(fun, argnums, has_aux=True)
+        given = actual(x, params["table"], bias, power=2)
+        expected = jax.value_and_grad(fun, argnums, has_aux=True)
+        (value, (y, _)), grads = expected(x, decoded, bias, power=2)
+        (of_codes, (y_of_codes, aux)), grads_of_codes = given
+        same((of_codes, y_of_codes, grads_of_codes), (value, y, grads))
+        assert type(aux) is QuantizedArray  # no probe leaves the function
+        same(aux.codes, params["table"].codes)
+        grads_alone = madax.grad(fun, argnums, has_aux=True)
+        same(grads_alone(x, params["table"], bias, power=2)[0], grads)
+    assert actual.__name__ == "fun"
+    for name in ("value_and_grad", "grad"):
+        ours, jaxs = (
+            inspect.signature(getattr(module, name)).parameters
+            for module in (madax, jax)
+        )
+        assert list(ours)[:2] == list(jaxs)[:2] == ["fun", "argnums"]
+        assert ours["has_aux"].default is jaxs["has_aux"].default is False
+
+
+def test_nested_and_other_derivatives(params):
+    """Second derivatives, and forward ones of what is not codes."""
+    w, fmt = params["place"], params["place"].format
+    energy = lambda w, x: jnp.sum(jnp.sin(w * x) ** 2)
+    x = jnp.linspace(0.5, 1, WIDTH)
+
+    def norm_of_grad(grad, w, x):
+        return jnp.sum(grad(energy)(w, x) ** 2)
+
+    for transform in (madax.grad, partial(madax.value_and_grad)):
+        second = jax.jit(transform(partial(norm_of_grad, madax.grad)))(w, x)
+        expected = {madax.grad: jax.grad}.get(transform, jax.value_and_grad)
+        decoded = jax.jit(expected(partial(norm_of_grad, jax.grad)))(w.dequantize(), x)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), second, decoded)
+        assert np.all(jax.tree.leaves(second)[-1] != 0)
+    forward = jax.jacfwd(madax.grad(energy), argnums=1)(w, x)
+    expected = jax.jacfwd(jax.grad(energy), argnums=1)(w.dequantize(), x)
+    np.testing.assert_allclose(forward, expected, rtol=1e-5)
+    # Scales are floats: their derivative is nobody's secret.
+    of_scale = jax.grad(lambda s: jnp.sum(QuantizedArray(w.codes, s, fmt) * x))(w.scale)
+    np.testing.assert_allclose(of_scale[0], jnp.sum(fmt.decode(w.codes), 0) * x, 1e-5)
+
+
+def test_vmap_over_examples_and_over_stacks_of_codes(params):
+    per_example = lambda grad: jax.vmap(grad, in_axes=(None, 0))
+    fun = lambda w, x: jnp.sum(jnp.tanh(x @ w) ** 2)
+    stack = params["layers"]["kernel"]
+    w = jax.tree.map(lambda x: x[0], stack)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, WIDTH)), jnp.float32)
+    same(
+        jax.jit(per_example(madax.grad(fun)))(w, x),
+        jax.jit(per_example(jax.grad(fun)))(w.dequantize(), x),
+    )
+    same(
+        jax.jit(jax.vmap(madax.grad(fun)))(stack, x[:LAYERS]),
+        jax.jit(jax.vmap(jax.grad(fun)))(stack.dequantize(), x[:LAYERS]),
+    )
+
+
+def temporaries(fun, *args):
+    return jax.jit(fun).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_blocks_under_checkpoint_have_their_own_weights_in_floats_and_no_others():
+    """By XLA's count, beside arguments and results: a layer or two, not all of them."""
+    depth, width = 16, 128
+    w = codes(0, (depth, width, width), scale_shape=(depth, 1, 1))
+    block = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+    fun = lambda w, x: jnp.sum(jax.lax.scan(block, x, w)[0])
+    in_layers = lambda f: temporaries(f, w, jnp.ones((2, width))) / (4 * width**2)
+    assert in_layers(of_decoded(fun)) > depth
+    assert in_layers(madax.value_and_grad(fun)) < 3
+
+
+def test_probes_are_not_there():
+    """A step from codes to codes has no float array of a weight's size but two."""
+    w = codes(0, (512, 512))
+    x = jnp.ones((4, 512))
+    fun = lambda w, x: jnp.sum(jnp.tanh(x @ w))
+
+    def step(w, x):
+        return jnp.sign(madax.grad(fun)(w, x)).astype(jnp.int8)
+
+    # The weight for the forward pass, and its gradient.
+    assert temporaries(step, w, x) < 2.2 * 4 * w.size
+    ours, decoded = (
+        jax.jit(f).lower(w, x).compile().as_text().count("f32[512,512]")
+        for f in (madax.grad(fun), of_decoded(fun, transform=jax.grad))
+    )
+    assert ours == decoded
+
+
+def test_a_look_up_and_its_gradient_decode_the_rows_it_takes():
+    table = codes(0, (5000, 8))
+    fun = lambda w, ids: jnp.sum(jnp.tanh(w[ids]))
+    jaxpr = jax.make_jaxpr(madax.grad(fun))(table, jnp.arange(3))
+    decoded = [e for e in jaxpr.eqns if e.primitive.name == "convert_element_type"]
+    assert not [e for e in decoded if e.invars[0].aval.shape == table.shape]
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda f, w: jax.grad(f, allow_int=True)(w),
+        lambda f, w: jax.vjp(f, w)[1](1.0),
+        lambda f, w: jax.value_and_grad(f, allow_int=True)({"w": w}),
+    ],
+)
+def test_what_jax_would_say_of_codes_is_an_error(derive):
+    fun = lambda tree: jnp.sum(jax.tree.leaves(tree, is_leaf=is_quantized)[0][...] ** 2)
+    w = codes(0, (4, 4))
+    with pytest.raises(TypeError, match=r"madax\.value_and_grad or madax\.grad"):
+        derive(fun, w)
+    with pytest.raises(TypeError, match="int8"):
+        jax.grad(fun)(w)
+
+
+def test_bad_arguments_are_named():
+    w = codes(0, (4, 4))
+    with pytest.raises(TypeError, match="fun must be a function, got 3"):
+        madax.value_and_grad(3)
+    for dtype in (jnp.int8, None, "complex64"):
+        with pytest.raises(TypeError, match="dtype must be a floating dtype"):
+            madax.grad(jnp.sum, dtype=dtype)
+    with pytest.raises(ValueError, match="names argument 2, but 1 positional"):
+        madax.grad(jnp.sum, 2)(w)
+    with pytest.raises(TypeError):
+        madax.grad(jnp.sum, "0")(w)
+    with pytest.raises(TypeError, match="int32"):
+        madax.grad(lambda p: 1.0)({"w": w, "count": jnp.int32(3)})
+    with pytest.raises(TypeError, match="scalar-output"):
+        madax.grad(lambda w: w * 2)(w)
+
+
+def test_repr_of_codes_in_a_loss():
+    seen = []
+    madax.grad(lambda w: seen.append(repr(w)) or jnp.sum(w[...]))(codes(0, (4, 4)))
+    assert seen[0].startswith("QuantizedArray(shape=(4, 4)")
