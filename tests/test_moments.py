@@ -342,6 +342,48 @@ def test_directions_are_those_of_float_moments_under_hard_conditions(name):
         assert np.mean(np.asarray(state.v) == 2**bits - 1) < 1e-3
 
 
+def test_a_warm_up_after_a_last_layer_of_zeros():
+    """Hidden gradients begin near nothing, and grow by orders of magnitude."""
+    rng = np.random.default_rng(4)
+    x = jnp.asarray(rng.standard_normal((64, 32)), jnp.float32)
+    y = jnp.sin(3 * x[:, :4])
+    hidden = jnp.asarray(rng.standard_normal((3, 32, 32)) / 32**0.5, jnp.float32)
+    params = {"hidden": list(hidden), "last": jnp.zeros((32, 4))}
+    schedule = optax.warmup_cosine_decay_schedule(0, 0.01, 4000, 9000)
+    tx = madax.madam(schedule, moment_format=MomentFormat(8))
+    exact = madax.scale_by_second_moment()
+
+    def loss(params):
+        h = x
+        for w in params["hidden"]:
+            h = h + jnp.tanh(h @ w)
+        return jnp.mean((h @ params["last"] - y) ** 2)
+
+    def step(carry, _):
+        params, state, exact_state = carry
+        g = jax.grad(loss)(params)
+        directions = [
+            tx_.update(g, s) for tx_, s in [(stored, state[0]), (exact, exact_state)]
+        ]
+        (got, _), (want, exact_state) = directions
+        updates, state = tx.update(g, state, params)
+        size = lambda d: jnp.mean(jnp.clip(jnp.abs(d), 0, 10))
+        sizes = jax.tree.map(lambda *d: jnp.stack(list(map(size, d))), got, want)
+        top = jax.tree.map(lambda v: jnp.mean(v == 255), state[0].v)
+        carry = optax.apply_updates(params, updates), state, exact_state
+        return carry, (sizes, top, jnp.max(jnp.abs(g["hidden"][0])))
+
+    stored = madax.scale_by_second_moment(moment_format=MomentFormat(8))
+    carry = params, tx.init(params), exact.init(params)
+    scan = jax.jit(lambda carry: jax.lax.scan(step, carry, length=1200))
+    _, (sizes, top, largest) = scan(carry)
+    assert np.max(largest) > 1e5 * largest[1]
+    for leaf in jax.tree.leaves(sizes):
+        got, want = np.mean(np.reshape(leaf[100:], (11, 100, 2)), axis=1).T
+        np.testing.assert_allclose(got, want, rtol=0.1)
+    assert max(float(jnp.max(t[100:])) for t in jax.tree.leaves(top)) < 0.01
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 def test_training_with_stored_moments_is_as_good(bits):
     """Linear regression: the loss falls as with float32 moments."""
