@@ -1,4 +1,4 @@
-"""How far weights move, of how far they should: bfloat16 against codes."""
+"""How far weights move, of how far they should: bfloat16, codes, float32."""
 
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,19 @@ RATES = np.logspace(-4, -1, 13)
 LOG_8 = madax.LogFormat.from_dynamic_range(bits=8, ratio=100)
 LOG_16 = madax.LogFormat.from_dynamic_range(bits=16, ratio=1000)
 STORAGES = {
-    "bfloat16": lambda w: w.astype(jnp.bfloat16),
-    "int8 codes, stochastic": lambda w: madax.quantize_params(w, LOG_8),
-    "int16 codes, stochastic": lambda w: madax.quantize_params(w, LOG_16),
-    "float32": lambda w: w,
+    # name: (how weights are stored, how their steps are rounded)
+    "bfloat16, nearest": (lambda w: w.astype(jnp.bfloat16), "nearest"),
+    "bfloat16, stochastic": (lambda w: w.astype(jnp.bfloat16), "stochastic"),
+    "int8 codes, stochastic": (lambda w: madax.quantize_params(w, LOG_8), "stochastic"),
+    "int16 codes, stochastic": (
+        lambda w: madax.quantize_params(w, LOG_16),
+        "stochastic",
+    ),
+    "float32": (lambda w: w, "nearest"),
 }
 STYLES: tuple[dict[str, Any], ...] = (
     {"c": "#0072b2", "ls": "--", "marker": "s"},
+    {"c": "#0072b2", "ls": "-", "marker": "^"},
     {"c": "#d55e00", "ls": "-", "marker": "o"},
     {"c": "#e69f00", "ls": "-.", "marker": "v"},
     {"c": "black", "ls": ":", "marker": ""},
@@ -33,10 +39,10 @@ STYLES: tuple[dict[str, Any], ...] = (
 
 
 def stall(out: Path = Path("benchmarks/results/stall")) -> None:
-    """Show where bfloat16 weights stall and codes do not; takes seconds.
+    """Show where bfloat16 weights stall, and what does not; takes seconds.
 
     Madam takes ten steps down a constant gradient, from the same weights stored in
-    four ways, at rates from 1e-4 to 0.1: each weight should shrink by ten times the
+    five ways, at rates from 1e-4 to 0.1: each weight should shrink by ten times the
     rate, in nats.
 
     Args:
@@ -48,9 +54,9 @@ def stall(out: Path = Path("benchmarks/results/stall")) -> None:
     key_size, key_sign = jax.random.split(jax.random.key(0))
     size = jnp.exp(jax.random.uniform(key_size, (256, 256), minval=-0.7, maxval=0.7))
     weights = size * jax.random.rademacher(key_sign, size.shape, jnp.float32)
-    for name, store in STORAGES.items():
+    for name, (store, rounding) in STORAGES.items():
         for rate in RATES.tolist():
-            share = moved(store(weights), rate) / (STEPS * rate)
+            share = moved(store(weights), rate, rounding) / (STEPS * rate)
             record = {"storage": name, "rate": rate, "steps": STEPS, "share": share}
             records.append(raw, record)
     stall_report(out)
@@ -60,14 +66,15 @@ def stall(out: Path = Path("benchmarks/results/stall")) -> None:
     print(f"\nFigure:  {out / 'stall.png'}\nRecords: {raw}")
 
 
-def moved(params: Any, rate: float) -> float:
+def moved(params: Any, rate: float, rounding: Any) -> float:
     """Returns the mean of how far the weights shrank, in nats.
 
     Args:
       params: weights, an array or a ``madax.QuantizedArray``.
       rate: learning rate.
+      rounding: of the steps, "stochastic" or "nearest".
     """
-    tx = madax.madam(rate)
+    tx = madax.madam(rate, rounding=rounding)
 
     @jax.jit
     def step(params, state):
