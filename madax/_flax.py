@@ -41,7 +41,7 @@ def differentiate(fun, argnums, has_aux, dtype, args, kwargs):
         given = list(args)
         arrays = treedef.unflatten(probed(weights, floats))
         for i, array in zip(positions, arrays, strict=True):
-            given[i] = jax.tree.map(_updated, given[i], array, is_leaf=_is_module)
+            given[i] = jax.tree.map(_updated, given[i], array, is_leaf=_is_leaf)
         out = fun(*given, **kwargs)
         for module in _modules(given):
             nnx.update(module, without_probes(nnx.state(module)))
