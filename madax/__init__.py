@@ -12,6 +12,7 @@ from madax._lns_quantize import LnsQuantizeState, lns_quantize
 from madax._moments import MomentFormat, MomentWindow
 from madax._quantize_params import dequantize_params, quantize_params
 from madax._quantized_array import QuantizedArray
+from madax._saving import from_flat_dict, to_flat_dict
 from madax._second_moment import ScaleBySecondMomentState, scale_by_second_moment
 from madax._sign_log import ScaleBySignLogState, scale_by_sign_log
 from madax._with_quantized_params import (
@@ -39,6 +40,7 @@ __all__ = [
     "dequantize_params",
     "diagnostics",
     "fake_quantize",
+    "from_flat_dict",
     "grad",
     "lns_madam",
     "lns_quantize",
@@ -46,6 +48,7 @@ __all__ = [
     "quantize_params",
     "scale_by_second_moment",
     "scale_by_sign_log",
+    "to_flat_dict",
     "value_and_grad",
     "with_quantized_params",
 ]

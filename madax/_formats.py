@@ -5,6 +5,7 @@ code, so in [-1, 1]; and on codes in [-levels, levels], odd and monotone in the
 value, 0 exactly zero. Formats know nothing of rounding, trees or optimizers.
 """
 
+import ast
 import dataclasses
 import math
 from abc import ABC, abstractmethod
@@ -361,3 +362,21 @@ class UniformFormat(Format):
         """``u`` in codes, whatever the code."""
         del code
         return u * self.levels
+
+
+def parse_format(text: str) -> Format:
+    """The number format that prints as ``text``.
+
+    Raises:
+      ValueError: if there is no such format.
+    """
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in Format.__subclasses__()}
+    name, _, fields = text.removesuffix(")").partition("(")
+    try:
+        pairs = (field.split("=") for field in fields.split(", "))
+        return kinds[name](**{key: ast.literal_eval(value) for key, value in pairs})
+    except (KeyError, TypeError, ValueError, SyntaxError) as error:
+        raise ValueError(
+            f"{text!r} is no number format of this version of madax, which has "
+            f"{', '.join(kinds)}."
+        ) from error

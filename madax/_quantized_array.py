@@ -1,11 +1,11 @@
 """Parameters that are codes of a number format, and stand where floats would."""
 
 import dataclasses
-import json
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from madax._formats import Format
+from madax._formats import Format, parse_format
 from madax._numerics import rounded
 
 _REMEDY = (
@@ -67,7 +67,7 @@ class QuantizedArray:
       >>> print(w.codes.dtype, w.dtype, w.nbytes, "bytes")
       int8 float32 20 bytes
       >>> print(f"{w[0, 0]:.3f} {jnp.sum(w @ w):.2f}")
-      -0.499 15.97
+      -0.499 15.96
     """
 
     codes: Any
@@ -76,6 +76,12 @@ class QuantizedArray:
 
     # NumPy's arrays leave operators to this class.
     __array_priority__ = 100
+
+    def __post_init__(self) -> None:
+        # Not on import of this module: Flax may be imported later, or never.
+        serialization = sys.modules.get("flax.serialization")
+        if serialization is not None:
+            _register_in(serialization)
 
     @classmethod
     def steps(cls, delta: jax.Array, format: Format) -> "QuantizedArray":
@@ -210,15 +216,20 @@ class QuantizedArray:
     __ne__ = _by_value(operator.ne)
     __hash__ = None  # type: ignore[assignment]
 
+    def parts(self) -> dict[str, Any]:
+        """The codes and the scale by the names that files know them by.
+
+        The format is in the name, so that names tell formats apart: codes restored as
+        another format's would be silent nonsense.
+        """
+        return {f"codes:{self.format!r}": self.codes, "scale": self.scale}
+
     def tree_flatten_with_keys(self) -> Any:
-        # The format is part of the key, so that a checkpoint's names tell formats
-        # apart: codes restored as another format's would be silent nonsense.
-        codes_key = jax.tree_util.GetAttrKey(f"codes:{self.format!r}")
         children = (
-            (codes_key, self.codes),
-            (jax.tree_util.GetAttrKey("scale"), self.scale),
+            (jax.tree_util.GetAttrKey(name), part)
+            for name, part in self.parts().items()
         )
-        return children, self.format
+        return tuple(children), self.format
 
     @classmethod
     def tree_unflatten(cls, aux: Format, children: Any) -> "QuantizedArray":
@@ -310,23 +321,30 @@ def _fit(codes: Any, scale: Any, format: Format) -> bool:
     )
 
 
-def _serialize(format: Format) -> bytes:
-    fields = dataclasses.asdict(format)
-    return json.dumps([type(format).__name__, fields]).encode()
-
-
-def _deserialize(data: bytes) -> Format:
-    name, fields = json.loads(data)
-    formats: dict[str, Any] = {kind.__name__: kind for kind in Format.__subclasses__()}
-    return formats[name](**fields)
-
-
 jax.export.register_pytree_node_serialization(
     QuantizedArray,
     serialized_name="madax.QuantizedArray",
-    serialize_auxdata=_serialize,
-    deserialize_auxdata=_deserialize,
+    serialize_auxdata=lambda format: repr(format).encode(),
+    deserialize_auxdata=lambda text: parse_format(bytes(text).decode()),
 )
+
+
+@cache
+def _register_in(serialization: Any) -> None:
+    """Lets ``flax.serialization`` take QuantizedArrays apart, and put them together."""
+    serialization.register_serialization_state(
+        QuantizedArray, QuantizedArray.parts, _from_parts
+    )
+
+
+def _from_parts(target: QuantizedArray, parts: Any) -> QuantizedArray:
+    if parts.keys() != target.parts().keys():
+        raise ValueError(
+            f"codes were saved as {sorted(parts)}, but the target has "
+            f"{sorted(target.parts())}; pass a target of that format."
+        )
+    codes, scale = (parts[name] for name in target.parts())
+    return QuantizedArray(jnp.asarray(codes), jnp.asarray(scale), target.format)
 
 
 def is_quantized(x: Any) -> bool:

@@ -1,0 +1,238 @@
+"""Codes in files of every kind, and in a process that has never seen them."""
+
+import copy
+import io
+import pickle
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import processes
+import pytest
+from flax import nnx, serialization
+
+import madax
+from madax import LogFormat, MomentFormat, SymlogFormat, UniformFormat
+
+FORMATS = {
+    "log": LogFormat.from_dynamic_range(8, 1000),
+    "symlog": SymlogFormat(16, 1 / 3),
+    "uniform": UniformFormat(4),
+}
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(jnp.tanh(nn.Dense(16)(x)))
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(8, 16, rngs=rngs)
+        self.last = nnx.Linear(16, 3, rngs=rngs)
+        self.batch_norm = nnx.BatchNorm(16, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.batch_norm(self.first(x)))
+
+
+X = jnp.linspace(-1, 1, 8)[None]
+
+
+def make(fmt=FORMATS["log"], channel_axis=None):
+    params = jax.jit(Net().init)(jax.random.key(0), X)
+    return madax.quantize_params(params, fmt, channel_axis=channel_axis)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return make()
+
+
+def assert_identical(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def through_a_file(flat):
+    file = io.BytesIO()
+    np.savez(file, **flat)
+    file.seek(0)
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.parametrize("channel_axis", [None, -1])
+@pytest.mark.parametrize("name", FORMATS)
+def test_flat_dictionaries_come_back(name, channel_axis):
+    params = make(FORMATS[name], channel_axis)
+    flat = madax.to_flat_dict(params)
+    assert set(flat) == {
+        f"params/Dense_{i}/{part}"
+        for i in range(2)
+        for part in (f"kernel/codes:{FORMATS[name]!r}", "kernel/scale", "bias")
+    }
+    arrays = through_a_file(flat)
+    assert_identical(madax.from_flat_dict(arrays), params)
+    floats = madax.dequantize_params(params)
+    shapes = jax.eval_shape(lambda: floats)
+    for target in (params, floats, shapes, make(UniformFormat(7))):
+        assert_identical(madax.from_flat_dict(arrays, target), params)
+
+
+def test_trees_of_all_kinds_come_back(params):
+    tx = madax.madam(0.1, moment_format=MomentFormat(8))
+    tree = [params, tx.init(params), (jnp.ones(3), None)]
+    arrays = through_a_file(madax.to_flat_dict(tree))
+    assert_identical(madax.from_flat_dict(arrays, tree), tree)
+    alone = params["params"]["Dense_0"]["kernel"]
+    flat = madax.to_flat_dict(alone)
+    assert "scale" in flat
+    assert_identical(madax.from_flat_dict(flat), alone)
+    assert_identical(madax.from_flat_dict(flat, alone), alone)
+
+
+def test_nnx_state_is_loaded_into_a_model_in_floats():
+    def saved(model):
+        return nnx.state(model, (nnx.Param, nnx.BatchStat))
+
+    trained, fresh = (NnxNet(nnx.Rngs(seed)) for seed in (0, 1))
+    state = saved(trained)
+    kernels = lambda path, w: path.removesuffix("/value").endswith("kernel")
+    state = madax.quantize_params(state, FORMATS["log"], where=kernels)
+    nnx.update(trained, state)
+    flat = madax.to_flat_dict(saved(trained))
+    assert f"first/kernel/codes:{FORMATS['log']!r}" in flat
+    assert "batch_norm/mean" in flat
+    nnx.update(fresh, madax.from_flat_dict(through_a_file(flat), saved(fresh)))
+    assert_identical(saved(fresh), saved(trained))
+    np.testing.assert_array_equal(fresh(X), trained(X))
+
+
+def test_what_does_not_fit_is_named(params):
+    flat = madax.to_flat_dict(params)
+    codes, scale = (
+        f"params/Dense_0/kernel/codes:{FORMATS['log']!r}",
+        "Dense_0/kernel/scale",
+    )
+    bias = "params/Dense_0/bias"
+    without = lambda name: {k: v for k, v in flat.items() if k != name}
+    error = lambda match: pytest.raises(ValueError, match=match)
+    with error("no 'params/Dense_0/kernel/scale'"):
+        madax.from_flat_dict(without(f"params/{scale}"))
+    with error(r"'params/Dense_0/bias'\] are missing, none are not wanted"):
+        madax.from_flat_dict(without(bias), params)
+    with error(r"none are missing, \['other'\] are not wanted"):
+        madax.from_flat_dict({**flat, "other": jnp.ones(3)}, params)
+    with error(
+        r"Dense_0/kernel'\] are missing.*Dense_0/kernel/scale'\] are not wanted"
+    ):
+        madax.from_flat_dict(without(codes), params)
+    with error(r"bias' has shape \(4,\), but \(3,\) in target"):
+        madax.from_flat_dict({**flat, bias: jnp.ones(4)}, params)
+    with error("two arrays of the tree are called 'a/b'"):
+        madax.to_flat_dict({"a/b": jnp.ones(3), "a": {"b": jnp.ones(3)}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "PositFormat(bits=8)",
+        "LogFormat(bits=99, base_step=0.1)",
+        "LogFormat(bits=8, step=0.1)",
+        "UniformFormat(8)",
+        "UniformFormat(bits=exit())",
+        "UniformFormat()",
+    ],
+)
+def test_codes_of_no_format_are_an_error(text):
+    arrays = {f"w/codes:{text}": jnp.ones(3, jnp.int8), "w/scale": jnp.ones(1)}
+    with pytest.raises(ValueError, match=r"is no number format.*has LogFormat"):
+        madax.from_flat_dict(arrays)
+
+
+def test_flax_serialization(params):
+    data = serialization.to_bytes(params)
+    fresh = jax.tree.map(jnp.zeros_like, params)
+    assert_identical(serialization.from_bytes(fresh, data), params)
+    without_target = serialization.msgpack_restore(data)
+    assert_identical(madax.from_flat_dict(without_target), params)
+    with pytest.raises(ValueError, match=r"codes were saved as.*LogFormat.*Uniform"):
+        serialization.from_bytes(make(UniformFormat(8)), data)
+
+
+def test_flax_may_be_imported_after_madax():
+    lines = [
+        "import sys, jax.numpy as jnp, madax",
+        "assert 'flax' not in sys.modules",
+        "from flax import serialization",
+        "w = madax.quantize_params(jnp.ones((4, 4)), madax.UniformFormat(8))",
+        "data = serialization.to_bytes({'w': w})",
+        "print(serialization.from_bytes({'w': w}, data)['w'])",
+    ]
+    (out,) = processes.finish(processes.start("-c", "\n".join(lines)))
+    assert out.startswith("QuantizedArray(shape=(4, 4)")
+
+
+def test_pickle_and_copies(params):
+    for again in (
+        pickle.loads(pickle.dumps(params)),
+        copy.deepcopy(params),
+        copy.copy(params),
+    ):
+        assert_identical(again, params)
+
+
+def save_with_orbax(path, tree):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+
+
+def restore_with_orbax(path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        return madax.from_flat_dict(checkpointer.restore(path))
+
+
+def test_orbax_without_a_target(params, tmp_path):
+    save_with_orbax(tmp_path / "orbax", params)
+    assert_identical(restore_with_orbax(tmp_path / "orbax"), params)
+
+
+LOADERS = {
+    "orbax": restore_with_orbax,
+    "weights.npz": lambda path: madax.from_flat_dict(dict(np.load(path))),
+    "weights.msgpack": lambda path: madax.from_flat_dict(
+        serialization.msgpack_restore(path.read_bytes())
+    ),
+    "weights.pickle": lambda path: pickle.loads(path.read_bytes()),
+}
+
+
+def infer(folder):
+    """What a process does that has only the files, and the code of the model."""
+    for name, load in LOADERS.items():
+        params = load(folder / name)
+        kernel = params["params"]["Dense_0"]["kernel"]
+        logits = jax.jit(Net().apply)(params, X)
+        print(name, type(kernel).__name__, np.asarray(logits).tobytes().hex())
+
+
+def test_inference_in_a_fresh_process(params, tmp_path):
+    save_with_orbax(tmp_path / "orbax", params)
+    np.savez(tmp_path / "weights.npz", **madax.to_flat_dict(params))
+    (tmp_path / "weights.msgpack").write_bytes(serialization.to_bytes(params))
+    (tmp_path / "weights.pickle").write_bytes(pickle.dumps(params))
+    (out,) = processes.finish(processes.start(__file__, tmp_path))
+    logits = np.asarray(jax.jit(Net().apply)(params, X)).tobytes().hex()
+    assert out.splitlines() == [f"{name} QuantizedArray {logits}" for name in LOADERS]
+
+
+if __name__ == "__main__":
+    infer(Path(sys.argv[1]))
