@@ -378,5 +378,5 @@ def parse_format(text: str) -> Format:
     except (KeyError, TypeError, ValueError, SyntaxError) as error:
         raise ValueError(
             f"{text!r} is no number format of this version of madax, which has "
-            f"{', '.join(kinds)}."
+            f"{', '.join(kinds)}; use the version that wrote it."
         ) from error

@@ -69,7 +69,9 @@ def flatten(params: Any, name: str = "params") -> tuple[list[str], list[Any], An
     paths = [path_name(path) for path, _ in with_path]
     leaves = [leaf for _, leaf in with_path]
     for path, leaf in zip(paths, leaves, strict=True):
-        if not is_quantized(leaf):
+        if is_quantized(leaf):
+            leaf.check_has_codes()
+        else:
             check_float_leaf(name, path, leaf)
     return paths, leaves, treedef
 

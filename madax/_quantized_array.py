@@ -137,9 +137,20 @@ class QuantizedArray:
         self.check_has_value()
         return self._value().astype(self.dtype if dtype is None else dtype)
 
+    def check_has_codes(self) -> None:
+        """Raises if there are no arrays inside, as where a mask took them away."""
+        if not hasattr(self.codes, "dtype"):
+            raise TypeError(
+                f"a QuantizedArray holds {self.codes!r} in the place of codes, and "
+                f"{self.scale!r} in that of the scale; masks and labels are for whole "
+                "QuantizedArrays: use a tree by path, or jax.tree.map(..., is_leaf="
+                "lambda x: isinstance(x, madax.QuantizedArray))."
+            )
+
     def check_has_value(self) -> None:
-        """Raises if these are steps of codes, which have no value."""
-        if getattr(self.codes, "dtype", None) == self.format.step_dtype:
+        """Raises if these are steps of codes, which have no value, or none at all."""
+        self.check_has_codes()
+        if self.codes.dtype == self.format.step_dtype:
             raise TypeError(f"{self!r} was used as a number; {_REMEDY}")
 
     def astype(self, dtype: Any) -> jax.Array:
@@ -180,7 +191,7 @@ class QuantizedArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError("the values of codes are decoded: there is no copy=False.")
+            raise ValueError("values of codes are always new: leave copy=False out.")
         return np.asarray(self.dequantize(), dtype)
 
     def __float__(self) -> float:
@@ -236,7 +247,7 @@ class QuantizedArray:
         codes, scale, *others = children
         # Where an average or a rescaling of codes would slip in as one of weights.
         dtypes = [getattr(x, "dtype", type(x)) for x in (codes, scale)]
-        if dtypes[0] == jax.dtypes.float0:
+        if isinstance(dtypes[0], np.dtype) and dtypes[0] == jax.dtypes.float0:
             raise TypeError(
                 "a derivative was taken with respect to the codes of a QuantizedArray, "
                 "which are integers; use madax.value_and_grad or madax.grad."

@@ -49,8 +49,8 @@ def to_flat_dict(tree: Any) -> dict[str, Any]:
             full = "/".join(filter(None, (name, part)))
             if full in flat:
                 raise ValueError(
-                    f"two arrays of the tree are called {full!r}; rename a key that "
-                    "has a slash in it."
+                    f"two arrays of the tree are called {full!r}; use keys without "
+                    "slashes."
                 )
             flat[full] = array
     return flat
@@ -124,8 +124,8 @@ def _joined(arrays: dict[str, Any]) -> dict[str, Any]:
             path, format = codes[name]["path"], parse_format(codes[name]["format"])
             if f"{path}scale" not in arrays:
                 raise ValueError(
-                    f"there is {name!r}, but no '{path}scale'; the arrays are not all "
-                    "that to_flat_dict made."
+                    f"there is {name!r}, but no '{path}scale'; pass all arrays that "
+                    "to_flat_dict made."
                 )
             scale = arrays[f"{path}scale"]
             leaves[path.removesuffix("/")] = QuantizedArray(array, scale, format)

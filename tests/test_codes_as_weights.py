@@ -140,7 +140,7 @@ def test_methods_are_those_of_the_values(fmt):
     same(np.stack(list(w)), values)
     same(np.asarray(w), values)
     assert np.asarray(w, np.float64).dtype == np.float64
-    with pytest.raises(ValueError, match="no copy"):
+    with pytest.raises(ValueError, match="leave copy=False out"):
         np.asarray(w, copy=False)
     matrix = make(fmt, (1, 1), (4, 5))
     x = np.random.default_rng(1).standard_normal((3, 4), np.float32)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import is_quantized
 
 import madax
 from madax import QuantizedArray, SymlogFormat
@@ -18,10 +19,6 @@ from madax import QuantizedArray, SymlogFormat
 FLAX = tuple(int(n) for n in re.findall(r"\d+", flax.__version__)[:2])
 FMT = SymlogFormat(8, 1 / 3)
 WIDTH, LAYERS, WORDS, LENGTH = 8, 2, 24, 6
-
-
-def is_quantized(x):
-    return isinstance(x, QuantizedArray)
 
 
 def plain(tree):

@@ -6,17 +6,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import is_quantized
 
 import madax
-from madax import QuantizedArray, SymlogFormat
+from madax import SymlogFormat
 
 FMT = SymlogFormat(16, 1 / 3)
 FROZEN = {"frozen": True, "moving": False, "bias": False}
 STEPS = 5
-
-
-def is_quantized(x):
-    return isinstance(x, QuantizedArray)
 
 
 def make():
@@ -83,6 +80,15 @@ def test_frozen_codes_do_not_move_and_the_others_do(name):
         np.testing.assert_array_equal(after["bias"], free["bias"])
     else:
         assert np.any(after["moving"].codes != before["moving"].codes)
+
+
+@pytest.mark.parametrize("inner", [madam(), NO_STEPS])
+def test_labels_of_parts_of_codes_are_an_error(inner):
+    tx = optax.partition(
+        {"moving": inner, "frozen": inner}, lambda p: labels_of(p, None)
+    )
+    with pytest.raises(TypeError, match=r"holds MaskedNode.*is_leaf=lambda x"):
+        tx.init(make())
 
 
 def test_averages_of_values():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import is_quantized
 
 import madax
 from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
@@ -21,10 +22,6 @@ def same(a, b):
         np.testing.assert_array_equal(x, y)
 
     jax.tree.map(check, a, b)
-
-
-def is_quantized(x):
-    return isinstance(x, QuantizedArray)
 
 
 def codes(seed, shape, fmt=FORMATS[1], scale_shape=None):
@@ -141,12 +138,11 @@ def test_nested_and_other_derivatives(params):
     def norm_of_grad(grad, w, x):
         return jnp.sum(grad(energy)(w, x) ** 2)
 
-    for transform in (madax.grad, partial(madax.value_and_grad)):
-        second = jax.jit(transform(partial(norm_of_grad, madax.grad)))(w, x)
-        expected = {madax.grad: jax.grad}.get(transform, jax.value_and_grad)
-        decoded = jax.jit(expected(partial(norm_of_grad, jax.grad)))(w.dequantize(), x)
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), second, decoded)
-        assert np.all(jax.tree.leaves(second)[-1] != 0)
+    of_grad, of_jax = (partial(norm_of_grad, m.grad) for m in (madax, jax))
+    second = jax.jit(madax.value_and_grad(of_grad))(w, x)
+    expected = jax.jit(jax.value_and_grad(of_jax))(w.dequantize(), x)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), second, expected)
+    assert np.all(second[1] != 0)
     forward = jax.jacfwd(madax.grad(energy), argnums=1)(w, x)
     expected = jax.jacfwd(jax.grad(energy), argnums=1)(w.dequantize(), x)
     np.testing.assert_allclose(forward, expected, rtol=1e-5)
@@ -210,6 +206,29 @@ def test_a_look_up_and_its_gradient_decode_the_rows_it_takes():
     jaxpr = jax.make_jaxpr(madax.grad(fun))(table, jnp.arange(3))
     decoded = [e for e in jaxpr.eqns if e.primitive.name == "convert_element_type"]
     assert not [e for e in decoded if e.invars[0].aval.shape == table.shape]
+
+
+def test_on_a_mesh():
+    """Gradients are where those of decoded weights would be, and the same."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+    weights = {"in": codes(0, (64, 128)), "out": codes(1, (128, 64))}
+
+    def placed(x):
+        names = ("data", "model") if x.size > 1 else ()
+        spec = jax.sharding.PartitionSpec(*names)
+        return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+
+    fun = lambda w, x: jnp.mean((jnp.tanh(x @ w["in"]) @ w["out"]) ** 2)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((16, 64)), jnp.float32)
+    on_one = jax.jit(madax.grad(fun))(weights, x)
+    weights, x = jax.tree.map(placed, (weights, x))
+    actual = jax.jit(madax.grad(fun))(weights, x)
+    expected = jax.jit(of_decoded(fun, transform=jax.grad))(weights, x)
+    same(actual, expected)
+    for name, g in actual.items():
+        assert len(g.sharding.device_set) == 8
+        assert g.sharding == expected[name].sharding
+        np.testing.assert_allclose(g, on_one[name], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,13 @@ import numpy as np
 import optax
 import pytest
 from flax.training import train_state
+from helpers import is_quantized
 
 import madax
-from madax import QuantizedArray, SymlogFormat
+from madax import SymlogFormat
 
 FMT = SymlogFormat(8, 1 / 3)
 WIDTH, LAYERS, WORDS = 8, 3, 24
-
-
-def is_quantized(x):
-    return isinstance(x, QuantizedArray)
 
 
 def same(a, b):
