@@ -111,11 +111,8 @@ def falling(*rates):
 
 BBIT = {
     # name: bits, base precision, learning rate in codes
-    "12bit": (12, 1e-3, 10),
-    "10bit": (10, 5e-3, 3),
     "8bit": (8, 1e-2, 1),
     "9bit_coarse": (9, 0.05, 2),
-    "12bit_falling": (12, 1e-3, (16, 4, 1)),
     "11bit_falling_below_one_code": (11, 1e-3, (16, 4, 0.3)),
 }
 
@@ -137,8 +134,6 @@ def test_bbit_madam_is_the_integer_model(bits, spacing, rate, storage):
 
 LNS = {
     "default": (16, 2048, 2**-7),
-    "slow": (16, 2048, 2**-10),
-    "8bit": (8, 8, 0.25),
     "not_whole": (12, 100, 0.037),
 }
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen
+from helpers import mostly_nightly
 from oracle import decode, encode
 from sklearn.datasets import load_digits
 
@@ -20,7 +21,9 @@ FORMATS = {
     "symlog": SymlogFormat(8, 0.1),
     "uniform": UniformFormat(4),
 }
-every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+every_format = pytest.mark.parametrize(
+    "fmt", mostly_nightly(FORMATS.values(), FORMATS["lns"], FORMATS["symlog"])
+)
 
 
 def oracle(x, fmt):

@@ -760,7 +760,7 @@ def check_wrapped(w, new, u, error, rounding):
     check_codes_between(new, c_low, c_high, np.sign(low), np.sign(high), f"{fmt}")
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES // 2)
 @given(
     trees(["float32"]),
     st.sampled_from(["sgd", "adam"]),

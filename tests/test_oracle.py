@@ -73,20 +73,15 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("schedule", "options"),
-    [
-        ("constant", {}),
-        ("constant", {"b1": 0.9}),
-        ("constant", {"floor": 0.1}),
-        ("cosine", {"floor": 0.1, "b1": 0.9}),
-        ("warmup", {"floor": 1.0}),
-        ("cosine", {"floor": 1.0, "b1": 0.9}),
-        ("warmup", {"b2": 0.9, "p_scale": 1.0, "g_bound": 1.0}),
-        ("cosine", {"b2": 0.99, "b1": 0.5, "zero_init_scale": 1e-3, "p_scale": 0.3}),
-    ],
-    ids=str,
-)
+OPTIONS = [
+    ("constant", {}),
+    ("cosine", {"floor": 0.1, "b1": 0.9}),
+    ("warmup", {"b2": 0.9, "p_scale": 1.0, "g_bound": 1.0}),
+    ("cosine", {"b2": 0.99, "b1": 0.5, "zero_init_scale": 1e-3, "p_scale": 0.3}),
+]
+
+
+@pytest.mark.parametrize(("schedule", "options"), OPTIONS, ids=str)
 def test_madam_follows_the_oracle(schedule, options):
     rng = np.random.default_rng(0)
     params, grads = draw_weights(rng), draw_gradients(rng, STEPS)
@@ -103,7 +98,7 @@ def test_madam_follows_the_oracle(schedule, options):
         assert np.any(want[-1] != w0), name
 
 
-@pytest.mark.parametrize("lr", [1e-3, 0.01, 0.3])
+@pytest.mark.parametrize("lr", [1e-3, 0.3])
 def test_first_step_is_a_factor_exp_lr(lr):
     rng = np.random.default_rng(1)
     w = np.float32(rng.standard_normal(200) * 10.0 ** rng.uniform(-4, 4, 200))
@@ -116,8 +111,7 @@ def test_first_step_is_a_factor_exp_lr(lr):
     np.testing.assert_allclose(optax.apply_updates(w, updates), want, rtol=rtol)
 
 
-@pytest.mark.parametrize("lr", [0.01, 0.1])
-@pytest.mark.parametrize("g_bound", [2.0, 10.0])
+@pytest.mark.parametrize(("lr", "g_bound"), [(0.01, 10.0), (0.1, 2.0)])
 def test_largest_step_is_a_factor_exp_g_bound_lr(lr, g_bound):
     """After 300 zeros a gradient is 16 deviations, the most that history allows."""
     w = np.float32([1.0, -1.0, 2.5, -1e-3])
@@ -141,8 +135,8 @@ def test_no_step_exceeds_the_largest():
     assert np.isclose(np.max(log_step), 0.1, atol=1e-6)
 
 
-@pytest.mark.parametrize("b2", [0.0, 0.5, 0.9, 0.999])
-@pytest.mark.parametrize("b1", [None, 0.0, 0.9])
+@pytest.mark.parametrize("b2", [0.0, 0.9, 0.999])
+@pytest.mark.parametrize("b1", [None, 0.9])
 def test_second_moment_follows_its_oracle(b1, b2):
     rng = np.random.default_rng(3)
     scale = np.float64([1e-6, 1e-3, 1.0, 1e3, 1e6])
@@ -162,20 +156,9 @@ def test_second_moment_follows_its_oracle(b1, b2):
     assert state.count == model.t == 200
 
 
-@pytest.mark.parametrize("b2", [0.9, 0.999, 0.99999])
-def test_bias_correction_keeps_a_constant_gradient_at_one(b2):
-    tx = madax.scale_by_second_moment(b2, b1=0.9)
-    g = jnp.float32([3e-5, -7.0, 2e9])
-    state = tx.init(g)
-    update = jax.jit(tx.update)
-    for _ in range(300):
-        got, state = update(g, state)
-        np.testing.assert_allclose(got, [1, -1, 1], rtol=1e-5)
-
-
 @pytest.mark.parametrize("zero_leaf", [False, True])
-@pytest.mark.parametrize("zero_init_scale", [0.1, 3.0])
-@pytest.mark.parametrize("floor", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("zero_init_scale", [3.0])
+@pytest.mark.parametrize("floor", [0.0, 0.1])
 def test_sign_log_follows_its_oracle(floor, zero_init_scale, zero_leaf):
     rng = np.random.default_rng(4)
     w0 = np.float32(rng.standard_normal(400) * 10.0 ** rng.uniform(-3, 1, 400))
@@ -190,7 +173,7 @@ def test_sign_log_follows_its_oracle(floor, zero_init_scale, zero_leaf):
 
 
 @pytest.mark.parametrize("zero_leaf", [False, True])
-@pytest.mark.parametrize("p_scale", [0.5, 1.0, 3.0, np.inf])
+@pytest.mark.parametrize("p_scale", [0.5, 3.0, np.inf])
 def test_clip_log_weights_follows_its_oracle(p_scale, zero_leaf):
     rng = np.random.default_rng(5)
     w0 = np.float32(rng.standard_normal(400)) * np.float32(not zero_leaf)

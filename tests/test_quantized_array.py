@@ -31,10 +31,10 @@ FORMATS = [FMT, LogFormat(16, 3e-4), SymlogFormat(8, 0.3), UniformFormat(4)]
 
 
 @pytest.mark.parametrize(
-    ("channel_axis", "p_scale"), [(None, 3.0), (None, 1.0), (0, 3.0), (-1, 3.0)]
+    ("fmt", "channel_axis", "p_scale"),
+    [*((fmt, None, 3.0) for fmt in FORMATS), (FMT, 0, 1.0), (FMT, -1, 3.0)],
 )
-@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
-def test_codes_and_scales_follow_the_formula(fmt, p_scale, channel_axis):
+def test_codes_and_scales_follow_the_formula(fmt, channel_axis, p_scale):
     w = normal((20, 30)) * jnp.exp(normal(30, 1))
     q = madax.quantize_params(w, fmt, p_scale=p_scale, channel_axis=channel_axis)
     axes = {None: None, 0: 1, -1: 0}[channel_axis]

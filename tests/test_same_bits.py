@@ -125,6 +125,7 @@ def test_formats(name, how):
 FLOATS = ("float32", "bias")
 LEAVES = dict.fromkeys(OPTIMIZERS, (*FLOATS, "log16", "symlog8", "uniform8")) | {
     "madam": (*FLOATS, "log8", "uniform16", "bfloat16", "float16"),
+    "moments8": ("float32", "log16", "uniform16", "bfloat16"),
     "symlog_grid": FLOATS,
     "uniform_grid": FLOATS,
 }
@@ -150,7 +151,7 @@ def train(step, carry, grads):
 
 
 @compiled_otherwise
-@pytest.mark.parametrize("name", mostly_nightly(OPTIMIZERS, "madam", "moments8"))
+@pytest.mark.parametrize("name", mostly_nightly(OPTIMIZERS, "moments8"))
 def test_optimizers(name, how):
     params, grads = weights_and_grads(LEAVES[name])
     tx = OPTIMIZERS[name]

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from sklearn.datasets import load_digits
 
 import madax
@@ -66,6 +67,7 @@ def accuracy(tx, seed, prepare=lambda params: params):
 RATE = optax.cosine_decay_schedule(0.01, STEPS)
 
 
+@pytest.mark.nightly
 def test_digits_at_defaults(seed=0):
     assert accuracy(madax.madam(RATE), seed) > 0.93
 

@@ -23,7 +23,7 @@ def smoke(name):
     return TASKS["smoke"][name].make(None)
 
 
-@pytest.mark.parametrize("name", mostly_nightly(TASKS["smoke"], "mlp", "gru"))
+@pytest.mark.parametrize("name", mostly_nightly(TASKS["smoke"], "mlp"))
 def test_every_workload_learns(name):
     task = TASKS["smoke"][name]
     workload = smoke(name)

@@ -354,7 +354,7 @@ DTYPE_ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("jit", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_arithmetic_on_codes_is_an_error(name, jit):
     params = native_params()
 

@@ -1,0 +1,287 @@
+"""Mistakes put into madax one at a time: make test must fail of each.
+
+::
+
+    python tests/mutants.py           # all of them: an hour or two
+    python tests/mutants.py clip 12   # those of a file, or of a number
+
+Each is tried on a copy: first by the files most likely to find it, then, if it is
+still alive, by all of ``make test``. It is an error if a line to change is not there.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# file of madax: (text that is there once, what it becomes, test files to try first)
+MUTANTS = {
+    "_checks": [
+        ("and not jnp.issubdtype(value.dtype, np.unsignedinteger)", "", "bad_input"),
+        (">= 2**31:", ">= 2**62:", "bad_input"),
+        ("3.4e38 < abs", "1e308 < abs", "bad_input"),
+        (
+            'lambda x: 0 <= x < math.inf,\n            "0 <= learning_rate',
+            'lambda x: 0 < x < math.inf,\n            "0 <= learning_rate',
+            "bad_input",
+        ),
+        ("0 <= x < 1, f", "0 <= x <= 1, f", "bad_input"),
+        ("lambda x: x > 0,", "lambda x: x >= 0,", "bad_input"),
+        ("lowest * (1 - 1e-5)", "lowest * (1 - 0.5)", "bad_input_formats"),
+        ("isinstance(seed, (bool, np.bool_))", "False", "bad_input_formats"),
+        ("if jnp.issubdtype(dtype, jnp.complexfloating):", "if False:", "bad_input"),
+    ],
+    "_formats": [
+        ("jnp.clip(magnitude, 1, self.levels)\n\n", "magnitude\n\n", "formats"),
+        ("(jnp.abs(c) - self.levels)", "(jnp.abs(c) - self.levels + 1)", "formats"),
+        ("< 0.5, small, self", "< 0.0, small, self", "formats"),
+        (
+            "sign < 0, -code, code), 1, self",
+            "sign < 0, -code, code), 0, self",
+            "formats",
+        ),
+        ("steps = _levels(bits) - 1", "steps = _levels(bits)", "formats"),
+        ("cls(bits, math.log(2) / gamma)", "cls(bits, 1 / gamma)", "formats"),
+        ("linear_range) / self.levels", "linear_range) / (self.levels + 1)", "formats"),
+        ("ratio = u * slope * exp(-theta)", "ratio = u * slope", "formats"),
+        ("jnp.where(code < 0, -1, 1)", "jnp.where(code < 0, 1, 1)", "formats"),
+        ("jnp.where(c == 0, d, c", "jnp.where(c == 0, 0, c", "formats fuzz"),
+        ("jnp.int8 if self.bits <= 8", "jnp.int8 if self.bits < 8", "formats"),
+        ("jnp.int16 if self.bits <= 8 else", "jnp.int8 if self.bits <= 8 else", "with"),
+    ],
+    "_leaves": [
+        ("largest - float(info.eps) * 2.0 ** (exponent - 1)", "largest", "faults"),
+        ("vector.shape != entries(len(floats))", "False", "bad_input_formats"),
+        ("(leaves,) if leaves else ()", "(leaves,)", "checkpoint"),
+        ("if not np.isfinite(value):", "if False:", "bad_input"),
+        ("jnp.full_like(peak, 0.25)", "0 * peak", "fuzz"),
+        ("jnp.sum(digit.astype(jnp.uint32)", "jnp.sum(digit", "meshes many_weights"),
+        ("jnp.where(peak > 1, 0.125, 1.0)", "jnp.ones_like(peak)", "faults fuzz"),
+        ("2 * power <= largest", "False", "properties"),
+        ("== jnp.float64\n", "== jnp.int8\n", "dtypes"),
+    ],
+    "_numerics": [
+        ("jnp.clip(x, -87.0, 88.0)", "jnp.clip(x, -87.0, 89.0)", "numerics"),
+        (
+            "return jax.lax.bitcast_convert_type(jnp.minimum(bits, infinity), x.dtype)",
+            "return x",
+            "same_bits meshes",
+        ),
+        ("exponent == 0, x, mantissa - 1", "exponent == 0, x, x", "numerics"),
+        ("exponent == 0, x,", "exponent == 9, x,", "numerics formats"),
+        ("jnp.where(scale > 1, 0.125, 1.0)", "jnp.ones_like(scale)", "faults with"),
+        ("lambda t, ans, value, stored: t,", "lambda t, *_: 0 * t,", "derivatives"),
+        ("lambda ans, x: 1 / (1 + x)", "lambda ans, x: 1 / x", "derivatives"),
+        ("jnp.float32(1.5 * 2**23)", "jnp.float32(2**23)", "numerics"),
+        ("0.6691226031125902", "0.6692", "numerics"),
+        ("0.5 * (e + e / (1 + e))", "0.5 * (e + e)", "numerics"),
+    ],
+    "_rounding": [
+        ("jnp.float32) - 1.5", "jnp.float32) - 1.4999", "rounding"),
+        ("nearest + round_to_int(steps - nearest", "round_to_int(steps", "rounding"),
+        (", axis) * stride", ", axis)", "rounding"),
+        ("for counter in (count, seed):", "for counter in (count, count):", "rounding"),
+        ("blake2s(name.encode()", "blake2s(b''", "rounding"),
+        ("keys if layer is None else", "keys if True else", "rounding"),
+        ("where.where(there, _mix", "where.where(~there, _mix", "rounding"),
+        ("x = (x ^ (x >> 15))", "x = (x ^ (x >> 31))", "rounding"),
+    ],
+    "_moments": [
+        ("- _BIAS + 1) >> 1", "- _BIAS) >> 1", "moments"),
+        ("(chance * smallest < x)", "(0.5 * smallest < x)", "moments"),
+        ("pattern += octaves << _MANTISSA", "pass", "moments"),
+        ("| (count % _INTERVAL == 0)", "", "moments"),
+        ("0.5 * 0.7213", "0.0 * 0.7213", "moments"),
+        ("(bits << 16) >>", "(bits & 0) >>", "moments"),
+        ("_BELOW = 54", "_BELOW = 40", "moments"),
+    ],
+    "_second_moment": [
+        (
+            "ok = g * g < jnp.inf\n        v",
+            "ok = jnp.isfinite(g)\n        v",
+            "faults",
+        ),
+        (
+            "moment - rounded(rate * moment) + rounded(rate * x)",
+            "moment - rate * moment + rate * x",
+            "same_bits meshes",
+        ),
+        ("correction = jnp.sqrt(bias)", "correction = bias", "oracle"),
+        ("correction /= _bias_correction(b1, count)", "pass", "oracle"),
+        ("ok & (v > 0)", "ok", "faults"),
+        ("jnp.clip(code, 1, new.highest), 0)", "code, 0)", "moments"),
+        ("& (code <= new.highest)", "", "moments"),
+        ("exp(-0.375 * noise)", "exp(-0.0 * noise)", "moments"),
+        ("jnp.where(jnp.isfinite(rate), rate, 0)", "rate", "faults"),
+        ("if made_for != wanted:", "if False:", "moments checkpoint"),
+    ],
+    "_sign_log": [
+        ("expm1(jnp.where(x < 0, -d, d))", "expm1(d)", "oracle"),
+        ("jnp.where(state.zero_init, 1.0, floor)", "floor", "oracle"),
+        ("jnp.where(jnp.isfinite(d), d, 0)", "d", "faults"),
+        ("stacklevel=3", "stacklevel=2", "bad_input"),
+        ("jnp.minimum(floors, jnp.finfo(floors.dtype).max)", "floors", "faults"),
+        ("jnp.where(jnp.isnan(floors), 0, floors)", "floors", "faults"),
+    ],
+    "_clip": [
+        ("jnp.abs(moved) <= bound", "moved != moved", "properties oracle"),
+        ("jnp.where(jnp.isnan(bounds), jnp.inf, bounds)", "bounds", "faults"),
+        ("return jnp.clip(u, -largest, largest)", "return u", "faults"),
+    ],
+    "_quantize_params": [
+        ("if a != channel_axis % w.ndim", "if a == channel_axis % w.ndim", "quantized"),
+        ("np.ndim(leaf) >= 2", "np.ndim(leaf) >= 1", "quantized"),
+        ("np.size(leaf) >= 16", "np.size(leaf) >= 15", "quantized"),
+        ("_check_scales(called, scale)\n", "pass\n", "bad_input_formats"),
+        ("jnp.round(format.encode(x))", "jnp.floor(format.encode(x))", "quantized"),
+    ],
+    "_quantized_array": [
+        ("return codes == format.step_dtype", "return True", "wrappers_training"),
+        ("codes == format.storage_dtype and", "True and", "wrappers_training"),
+        ('f"codes:{self.format!r}"', '"codes"', "checkpoint quantized"),
+        (
+            "rounded(scale * format.decode(codes))",
+            "scale * format.decode(codes)",
+            "same",
+        ),
+        ("formats[name](**fields)", "formats['LogFormat'](**fields)", "lowering"),
+        (
+            "scale_tangent * format.decode(codes)",
+            "0 * scale_tangent",
+            "derivatives grad",
+        ),
+        ("if scales == size:", "if True:", "codes_as_weights"),
+    ],
+    "_with_quantized_params": [
+        ("jnp.where(jnp.isfinite(u), widen(u), 0)", "widen(u)", "with faults"),
+        ("jnp.sign(w.format.decode(w.codes) + u)", "jnp.sign(w.codes)", "with"),
+        ("optax.safe_increment(state.count)", "state.count", "with fuzz"),
+    ],
+    "_lns_quantize": [
+        ("jnp.isnan(steps), 0, jnp.clip", "False, 0, jnp.clip", "faults"),
+        ("jnp.clip(steps, -beyond, beyond)", "steps", "faults with"),
+        ("<= 8 * float(", "<= 0 * float(", "bbit fuzz"),
+        ("jnp.where(scale > 0, jnp.clip", "jnp.where(True, jnp.clip", "fuzz faults"),
+        (
+            "jnp.minimum(p_scale * rms0, jnp.finfo(rms0.dtype).max)",
+            "p_scale * rms0",
+            "faults",
+        ),
+        ("if dtype.itemsize > 2:", "if True:", "rounding many_weights"),
+        ("optax.safe_increment(state.count)", "state.count", "fuzz"),
+    ],
+    "_fake_quantize": [
+        ("jnp.max(jnp.abs(wide), initial=0)", "jnp.max(wide, initial=0)", "fake"),
+        ("if backward_format is None:", "if True:", "fake"),
+        ("format.decode(code)).astype(x.dtype)", "format.decode(code))", "fake"),
+    ],
+    "_grad": [
+        ("return without_probes(fun(*given, **kwargs))", "return fun(*given)", "grad"),
+        ("return (grads, value[1]) if has_aux else grads", "return grads", "grad"),
+        ("if not -len(args) <= i < len(args):", "if False:", "grad"),
+    ],
+    "_probes": [
+        ("w.probe.astype(probe.dtype) + probe", "probe", "grad"),
+        (", self.probe[index])", ", self.probe)", "grad"),
+    ],
+    "_flax": [
+        ("nnx.update(module, without_probes(nnx.state(module)))", "pass", "flax_codes"),
+    ],
+    "_aliases": [
+        (
+            "optax.clip(g_bound),\n        optax.scale_by_learning_rate(learning_rate)",
+            "optax.scale_by_learning_rate(learning_rate)",
+            "oracle",
+        ),
+        (
+            "zero_init_scale=zero_init_scale),\n        lns_quantize(rounding=rounding",
+            "),\n        lns_quantize(rounding=rounding",
+            "oracle",
+        ),
+        ("rounding=rounding, seed=seed", "rounding=rounding", "native rounding"),
+        (
+            "moment_format=moment_format, seed=seed",
+            "moment_format=moment_format",
+            "moments",
+        ),
+        (
+            "xp.abs(rate) / base_precision), 1)",
+            "xp.abs(rate) / base_precision), 0)",
+            "bbit",
+        ),
+        ("learning_rate(count) * math.log(2)", "learning_rate(count)", "bbit fuzz"),
+        ("else learning_rate * math.log(2)", "else learning_rate", "bbit"),
+    ],
+    "diagnostics": [
+        ("zero = jnp.all(u == 0)", "zero = False", "diagnostics"),
+        ("(1 - 2**-6) * p_scale", "1.0 * p_scale", "diagnostics"),
+        ("jnp.abs(w.codes) == w.format.levels", "w.codes == w.format.levels", "diagn"),
+        ("jnp.sign(w) != jnp.sign(p)", "jnp.sign(w) == jnp.sign(p)", "diagnostics"),
+        ("nonzero = (w != 0)", "nonzero = (w == w)", "diagnostics"),
+        (".ravel() + w.format.levels", ".ravel()", "diagnostics"),
+        ("jnp.isfinite(jnp.square(widen(g)))", "jnp.isfinite(widen(g))", "diagnostics"),
+        ("jnp.nanmin(cosines)", "jnp.nanmax(cosines)", "diagnostics"),
+        ("moved.dequantize() - w.dequantize()", "moved.dequantize()", "diagnostics"),
+    ],
+}
+
+
+def source(file):
+    return (ROOT / "madax" / f"{file}.py").read_text(encoding="utf-8")
+
+
+def first_failure(copy, *arguments):
+    """What fails, or None if all passes."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", *arguments],
+        cwd=copy,
+        env=os.environ | {"PYTHONPATH": str(copy), "CI": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", run.stdout, re.MULTILINE)
+    # As when madax cannot even be imported.
+    return found[1] if found else run.stdout[-200:] + run.stderr[-200:]
+
+
+def main(words):
+    every = [(file, *m) for file, mutants in MUTANTS.items() for m in mutants]
+    stale = [(file, old) for file, old, *_ in every if source(file).count(old) != 1]
+    if stale:
+        sys.exit(f"not there, or more than once: {stale}")
+    survivors = 0
+    for number, (file, old, new, likely) in enumerate(every):
+        if words and not {file.strip("_"), str(number)} & set(words):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            copy, start = pathlib.Path(folder) / "madax", time.monotonic()
+            ignored = shutil.ignore_patterns(".*", "build", "__pycache__")
+            shutil.copytree(ROOT, copy, ignore=ignored)
+            text = source(file).replace(old, new)
+            (copy / "madax" / f"{file}.py").write_text(text, encoding="utf-8")
+            files = [
+                str(path.relative_to(ROOT))
+                for word in likely.split()
+                for path in sorted((ROOT / "tests").glob(f"test_{word}*.py"))
+            ]
+            found = first_failure(copy, *files) or first_failure(
+                copy, "-n", "auto", "--dist", "loadfile", "tests", "madax"
+            )
+        survivors += found is None
+        fate = f"killed by {found}" if found else "SURVIVED"
+        took = time.monotonic() - start
+        print(f"{number} {file}: {old!r} -> {new!r}: {fate} ({took:.0f} s)", flush=True)
+    print(f"{survivors} survived")
+    return survivors > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
