@@ -78,7 +78,7 @@ def check_non_negative(name: str, value: Any, default: float) -> None:
     )
 
 
-def check_positive(name: str, value: Any, default: float) -> None:
+def check_positive(name: str, value: Any, default: float | None) -> None:
     """Raises unless ``value`` is positive; ``inf`` stands for no bound at all."""
     check_number(name, value, lambda x: x > 0, f"{name} > 0", default)
 
@@ -88,7 +88,7 @@ def leaf_name(tree_name: str, path: str) -> str:
     return f"{tree_name}[{path!r}]" if path else tree_name
 
 
-def check_scale(name: str, value: Any, default: float) -> None:
+def check_scale(name: str, value: Any, default: float | None) -> None:
     """Raises unless ``value`` is positive and finite: a grid has a largest value."""
     check_number(name, value, lambda x: 0 < x < math.inf, f"0 < {name} < inf", default)
 

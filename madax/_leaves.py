@@ -8,6 +8,7 @@ parameter's sharding onto everything shaped like the parameter tree
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,9 +52,22 @@ def zeros_like(leaf: Any, dtype: Any = None) -> jax.Array:
     return jnp.zeros_like(array, compute_dtype(leaf) if dtype is None else dtype)
 
 
-def path_name(path: Any) -> str:
-    """A leaf's path as people write it: ``Dense_0/kernel``."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def path_names(paths: Sequence[jax.tree_util.KeyPath]) -> list[str]:
+    """The paths of all leaves of a tree as people write them: ``Dense_0/kernel``.
+
+    The boxes that Flax puts arrays in, variables of nnx and partitioned ones of linen,
+    are no part of a path: each is a node of its own with a single child, ``value``.
+    """
+    below = Counter(path[:i] for path in paths for i in range(len(path)))
+    value = jax.tree_util.GetAttrKey("value")
+    return [
+        jax.tree_util.keystr(
+            path[:-1] if path[-1:] == (value,) and below[path[:-1]] == 1 else path,
+            simple=True,
+            separator="/",
+        )
+        for path in paths
+    ]
 
 
 def flatten(params: Any, name: str = "params") -> tuple[list[str], list[Any], Any]:
@@ -65,7 +79,7 @@ def flatten(params: Any, name: str = "params") -> tuple[list[str], list[Any], An
     with_path, treedef = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=is_quantized
     )
-    paths = [path_name(path) for path, _ in with_path]
+    paths = path_names([path for path, _ in with_path])
     leaves = [leaf for _, leaf in with_path]
     for path, leaf in zip(paths, leaves, strict=True):
         if not is_quantized(leaf):
@@ -191,6 +205,33 @@ def initial_scales(
     zero_init = rms == 0
     scales = jnp.where(zero_init, jnp.asarray(zero_init_scale, rms.dtype), rms)
     return paths, scales, zero_init
+
+
+def check_code_scales(params: Any) -> None:
+    """Raises if a scale of codes is known not to be a positive, finite number.
+
+    ``quantize_params`` under ``jit``, where it knows no values, makes it NaN.
+    """
+    paths, leaves, _ = flatten(params)
+    usable = {
+        path: _usable(leaf.scale)
+        for path, leaf in zip(paths, leaves, strict=True)
+        if is_quantized(leaf) and not isinstance(leaf.scale, jax.ShapeDtypeStruct)
+    }
+    known = {k: ok for k, ok in usable.items() if not isinstance(ok, jax.core.Tracer)}
+    for path, ok in jax.device_get(known).items():  # all at once
+        if not ok:
+            raise ValueError(
+                f"{leaf_name('params', path)} holds codes without a scale, or one of "
+                "its channels does: the weights were all zeros or not finite. "
+                "Initialise them with finite values that are not all zero, or leave "
+                "them out with where; quantize_params says so outside of jax.jit."
+            )
+
+
+@jax.jit
+def _usable(scale: jax.Array) -> jax.Array:
+    return jnp.all((scale > 0) & (scale < jnp.inf))
 
 
 def known_values(x: jax.Array) -> np.ndarray:

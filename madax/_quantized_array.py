@@ -32,8 +32,8 @@ class QuantizedArray:
 
     Attributes:
       codes: signed codes, int8 or int16, any shape; steps of them are int16 or int32.
-      scale: value of the largest code, float32; a scalar, or one a channel, with a
-        shape that broadcasts against ``codes``.
+      scale: value of the largest code, float32, of the rank of ``codes``: of size 1,
+        or one a channel.
       format: the number format.
 
     Example:
@@ -128,8 +128,8 @@ class QuantizedArray:
         scale = self.scale
         if isinstance(scale, (jax.Array, np.ndarray)):
             traced = isinstance(scale, jax.core.Tracer)
-            known = not traced and scale.ndim == 0
-            scale = f"{float(scale):.6g}" if known else f"<{scale.shape}>"
+            known = not traced and scale.size == 1
+            scale = f"{scale.item():.6g}" if known else f"<{scale.shape}>"
         return f"QuantizedArray(shape={shape}, scale={scale}, {self.format!r})"
 
 

@@ -9,6 +9,7 @@ import optax
 
 from madax._checks import check_non_negative
 from madax._leaves import (
+    check_code_scales,
     flatten_both,
     initial_scales,
     known_values,
@@ -81,7 +82,7 @@ def scale_by_sign_log(
 
     Raises:
       ValueError: if an argument is negative or not finite, ``params`` are missing
-        or do not match.
+        or do not match, or codes have no scale.
       TypeError: if an argument is not a number, or a leaf is not real floating.
 
     Example:
@@ -101,6 +102,7 @@ def scale_by_sign_log(
     check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
+        check_code_scales(params)
         paths, rms0, zero_init = initial_scales(params, zero_init_scale)
         _warn_of_stuck_leaves(paths, rms0)
         return ScaleBySignLogState(rms0, zero_init)

@@ -69,7 +69,7 @@ def test_fields(name):
     for value in wrong:
         got = re.escape(f"got {value}")
         raises(ValueError, rf"^{name} must be in \[.*\] .*{got}", partial(make, value))
-    for value in ("0.5", None, True, 1j, [0.5]):
+    for value in ("0.5", b"1", True, 1j, [0.5]):
         got = re.escape(f"got {value!r}")
         raises(TypeError, f"^{name} must be .*{got}", partial(make, value))
     traced = lambda x: make(x).levels
@@ -147,18 +147,6 @@ BAD_QUANTIZE = {
         ones(4, 4),
         {"channel_axis": "0"},
     ),
-    "zeros": (
-        ValueError,
-        r"params\['a/w'\] .*all zeros",
-        {"a": {"w": jnp.zeros((4, 4))}},
-        {},
-    ),
-    "zero_channel": (
-        ValueError,
-        r"params\['w'\] .*channel.* all zeros",
-        {"w": ones(4, 4).at[:, 2].set(0)},
-        {"channel_axis": 1},
-    ),
     "nan": (
         ValueError,
         r"params\['w'\] .*not finite",
@@ -198,12 +186,6 @@ BAD_QUANTIZE = {
         {"where": everything},
     ),
     "text": (TypeError, r"params\['n'\] must be", {"n": "w"}, {"where": everything}),
-    "twice": (
-        TypeError,
-        r"params\['w'\] is a QuantizedArray already.*dequantize_params",
-        {"w": madax.quantize_params(ones(4, 4), FMT)},
-        {"where": everything},
-    ),
 }
 
 
@@ -214,11 +196,6 @@ def test_quantize_params(case):
     before = jax.tree.map(lambda x: np.array(x) if hasattr(x, "shape") else x, params)
     raises(kind, pattern, lambda: madax.quantize_params(params, **arguments))
     jax.tree.map(np.testing.assert_array_equal, before, params)
-
-
-def test_already_quantised_leaves_pass_by_default():
-    params = {"w": madax.quantize_params(ones(4, 4), FMT)}
-    assert madax.quantize_params(params, UniformFormat(8))["w"] is params["w"]
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.complex64, bool])
