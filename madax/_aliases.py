@@ -27,7 +27,7 @@ _UPDATE_GRID = LogFormat.from_gamma(bits=16, gamma=2048)
 def madam(
     learning_rate: optax.ScalarOrSchedule = 0.01,
     b2: jax.typing.ArrayLike = 0.999,
-    p_scale: jax.typing.ArrayLike = 3.0,
+    p_scale: jax.typing.ArrayLike | None = None,
     g_bound: jax.typing.ArrayLike = 10.0,
     *,
     b1: jax.typing.ArrayLike | None = None,
@@ -43,12 +43,14 @@ def madam(
 
       v &\leftarrow b_2 v + (1 - b_2) g^2 \\
       d &= -\eta\, \mathrm{clip}(g / \sqrt{\hat v}, \pm g_\text{bound}) \\
-      w &\leftarrow \mathrm{clip}(w\, e^{\mathrm{sign}(w)\, d},
-        \pm p_\text{scale} \mathrm{rms}_0)
+      w &\leftarrow \mathrm{clip}(w\, e^{\mathrm{sign}(w)\, d}, \pm w_\text{max})
 
     A typical step multiplies a weight by :math:`e^{\pm\eta}`, the largest by
     :math:`e^{\pm g_\text{bound}\eta}`, whatever the scale of weights or gradients.
     So one learning rate suits very different networks: start at 0.01, and decay it.
+    The bound :math:`w_\text{max}` of a leaf is :math:`p_\text{scale} \mathrm{rms}_0`,
+    or by default what no weight is beyond at init, pretrained ones neither:
+    :math:`\max(3\, \mathrm{rms}_0, \max|w_0|)`.
 
     The chain is ``scale_by_second_moment``, ``optax.clip``,
     ``optax.scale_by_learning_rate``, ``scale_by_sign_log``, ``clip_log_weights``,
@@ -65,7 +67,8 @@ def madam(
       learning_rate: :math:`\eta`, in nats a step, or a schedule of it.
       b2: decay rate of the second moment, in [0, 1).
       p_scale: bound on a weight, relative to the root mean square of its leaf at
-        init, frozen there.
+        init, frozen there; None for three times that, or the largest weight at init.
+        The paper has 1 to 3.
       g_bound: bound on the normalised gradient.
       b1: decay rate of a first moment, in [0, 1); None, the paper, for none.
       floor: magnitude below which steps are additive, relative to the root mean
@@ -122,7 +125,7 @@ def bbit_madam(
     bits: int = 12,
     base_precision: float = 0.001,
     b2: jax.typing.ArrayLike = 0.999,
-    p_scale: jax.typing.ArrayLike = 3.0,
+    p_scale: jax.typing.ArrayLike | None = None,
     g_bound: jax.typing.ArrayLike = 10.0,
     *,
     zero_init_scale: jax.typing.ArrayLike = 0.1,
@@ -131,13 +134,14 @@ def bbit_madam(
 
     .. math::
 
-      |w| &= p_\text{scale} \mathrm{rms}_0\, e^{-n \beta}, \qquad
+      |w| &= w_\text{max}\, e^{-n \beta}, \qquad
         n \in \{0, \dots, 2^B - 2\} \\
       n &\leftarrow n + \mathrm{round}(k\, \mathrm{clip}(g / \sqrt{\hat v},
         \pm g_\text{bound}))\, \mathrm{sign}(w), \qquad k = \eta / \beta
 
-    with the base precision :math:`\beta`, and the rate :math:`k` a whole number of
-    codes, 1 at least: a schedule that decays the rate is rounded to it.
+    with the bound :math:`w_\text{max}` of :func:`madam`, the base precision
+    :math:`\beta`, and the rate :math:`k` a whole number of codes, 1 at least: a
+    schedule that decays the rate is rounded to it.
 
     Float leaves stay float arrays, whose values are on the grid. To store codes,
     use ``quantize_params(params, LogFormat(bits + 1, base_precision))``: the extra
@@ -151,7 +155,7 @@ def bbit_madam(
       base_precision: :math:`\beta`, spacing of the grid, in nats.
       b2: decay rate of the second moment, in [0, 1).
       p_scale: largest magnitude, relative to the root mean square of its leaf at
-        init.
+        init; None as for :func:`madam`.
       g_bound: bound on the normalised gradient.
       zero_init_scale: scale given to leaves that are all zeros at init.
 
@@ -218,7 +222,7 @@ def lns_madam(
     learning_rate: optax.ScalarOrSchedule = 2**-7,
     format: Format = _UPDATE_GRID,
     b2: jax.typing.ArrayLike = 0.999,
-    p_scale: jax.typing.ArrayLike = 3.0,
+    p_scale: jax.typing.ArrayLike | None = None,
     g_bound: jax.typing.ArrayLike = 10.0,
     *,
     zero_init_scale: jax.typing.ArrayLike = 0.1,
@@ -241,7 +245,7 @@ def lns_madam(
         ``LogFormat.from_gamma(bits=16, gamma=2048)``.
       b2: decay rate of the second moment, in [0, 1).
       p_scale: largest magnitude, relative to the root mean square of its leaf at
-        init.
+        init; None as for :func:`madam`.
       g_bound: bound on the normalised gradient.
       zero_init_scale: scale given to leaves that are all zeros at init.
 

@@ -193,6 +193,12 @@ def float_leaf_rms(params: Any) -> tuple[list[str], jax.Array]:
     return paths, rms
 
 
+def float_leaf_peaks(params: Any) -> jax.Array:
+    """The largest magnitude in each float leaf, as one vector."""
+    leaves = [leaf for leaf in flatten(params)[1] if not is_quantized(leaf)]
+    return _leaf_peaks([jnp.asarray(leaf) for leaf in leaves])
+
+
 def initial_scales(
     params: Any, zero_init_scale: jax.typing.ArrayLike
 ) -> tuple[list[str], jax.Array, jax.Array]:
@@ -244,6 +250,12 @@ def leaf_rms(leaves: Sequence[jax.Array]) -> jax.Array:
     """The root mean square of each array, float32 or wider; 1 where there is none."""
     rms = [root_mean_square(w) for w in leaves]
     return jnp.stack(rms) if rms else jnp.ones(entries(0), jnp.float32)
+
+
+@jax.jit
+def _leaf_peaks(leaves: Sequence[jax.Array]) -> jax.Array:
+    peaks = [jnp.max(jnp.abs(widen(w)), initial=0) for w in leaves]
+    return jnp.stack(peaks) if peaks else jnp.zeros(entries(0), jnp.float32)
 
 
 def root_mean_square(

@@ -2,8 +2,7 @@
 
 import re
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madax._checks import check_float_leaf, check_instance, check_scale, leaf_name
+from madax._checks import (
+    CLIPPED,
+    check_float_leaf,
+    check_instance,
+    check_scale,
+    leaf_name,
+    listed,
+    warn_of_leaves,
+)
 from madax._formats import Format
 from madax._leaves import path_names, root_mean_square, widen
 from madax._numerics import relative_to
@@ -30,10 +37,6 @@ _NO_WEIGHT = re.compile(
 _ALL_ZEROS = (
     "all zeros, which have no scale, so these leaves stay floats; initialise them with "
     "values that are not all zero, or leave them out with where."
-)
-_CLIPPED = (
-    "this share of the weights is beyond p_scale times the root mean square, and was "
-    "clipped; leave p_scale at None for a scale that clips nothing, or make it larger."
 )
 _LOSSY = (
     "this share of the norm was lost in rounding; pass channel_axis=-1 for a scale a "
@@ -191,7 +194,7 @@ def _quantize_tree(
     if not chosen:
         raise ValueError(
             "where, or the default in its place, chooses no leaf of params, whose "
-            f"paths are {_listed(map(repr, paths))}; pass a where(path, leaf) that "
+            f"paths are {listed(map(repr, paths))}; pass a where(path, leaf) that "
             "is true of some."
         )
     names = [leaf_name("params", paths[i]) for i in chosen]
@@ -315,21 +318,10 @@ def _judge(names: Sequence[str], facts: Sequence[_Facts | None]) -> set[str]:
                 f"range: the scale of its codes would be {lowest} to {highest}; "
                 "initialise it with finite values, or leave it out with where."
             )
-    for leaves, amiss in (
-        (zeros, _ALL_ZEROS),
-        (clipped, _CLIPPED),
-        (lossy, _LOSSY),
-    ):
-        if leaves:
-            warnings.warn(f"{_listed(leaves)}: {amiss}", UserWarning, stacklevel=4)
+    warn_of_leaves(zeros, _ALL_ZEROS, stacklevel=4)
+    warn_of_leaves(clipped, CLIPPED, stacklevel=4)
+    warn_of_leaves(lossy, _LOSSY, stacklevel=4)
     return set(zeros)
-
-
-def _listed(items: Iterable[str], most: int = 8) -> str:
-    """The first items, and how many more there are."""
-    items = list(items)
-    more = [f"and {len(items) - most} more"] if len(items) > most else []
-    return ", ".join([*items[:most], *more])
 
 
 def _channel_axes(channel_axis: Any) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ Each class is one transform: built from the leaf's first weights, called once a 
     v = b2 v + (1-b2) g^2                  g_hat = g / sqrt(v / (1 - b2^t)),   0/0 = 0
     d = -lr clip(g_hat, -g_bound, g_bound)
     u = w expm1(sign(w) d)   where |w| > floor rms0,   else   floor rms0 d
-    |w + u| <= p_scale rms0
+    |w + u| <= p_scale rms0,   or for None   max(3 rms0, max |w0|)
 """
 
 import numpy as np
@@ -19,6 +19,14 @@ def first_rms(w0, zero_init_scale=0.1):
     if all_zero:
         return float(zero_init_scale), True
     return float(np.sqrt(np.mean(w0**2))), False
+
+
+def bound(w0, p_scale=None, zero_init_scale=0.1):
+    """Return what no weight may be beyond."""
+    rms = first_rms(w0, zero_init_scale)[0]
+    if p_scale is not None:
+        return p_scale * rms
+    return max(3 * rms, float(np.max(np.abs(np.float64(w0)), initial=0)))
 
 
 class SecondMoment:
@@ -59,8 +67,8 @@ class SignLog:
 class ClipLogWeights:
     """Shorten u so that w + u stays within the bound."""
 
-    def __init__(self, w0, p_scale=3.0, zero_init_scale=0.1):
-        self.bound = p_scale * first_rms(w0, zero_init_scale)[0]
+    def __init__(self, w0, p_scale=None, zero_init_scale=0.1):
+        self.bound = bound(w0, p_scale, zero_init_scale)
 
     def __call__(self, u, w):
         new = np.asarray(w, np.float64) + np.asarray(u, np.float64)
@@ -75,7 +83,7 @@ class Madam:
         w0,
         learning_rate=0.01,
         b2=0.999,
-        p_scale=3.0,
+        p_scale=None,
         g_bound=10.0,
         *,
         b1=None,
