@@ -1,6 +1,8 @@
 """The optimizers: chains of the transforms, one screen long each."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from madax._moments import MomentFormat
 from madax._rounding import Rounding
 from madax._second_moment import scale_by_second_moment
 from madax._sign_log import scale_by_sign_log
+from madax._weight_decay import add_decayed_log_weights
 
 _UPDATE_GRID = LogFormat.from_gamma(bits=16, gamma=2048)
 
@@ -33,6 +36,8 @@ def madam(
     b1: jax.typing.ArrayLike | None = None,
     floor: jax.typing.ArrayLike = 0.0,
     zero_init_scale: jax.typing.ArrayLike = 0.1,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Any | Callable[[Any], Any] | None = None,
     moment_format: MomentFormat | None = None,
     rounding: Rounding = "stochastic",
     seed: jax.typing.ArrayLike = 0,
@@ -42,7 +47,8 @@ def madam(
     .. math::
 
       v &\leftarrow b_2 v + (1 - b_2) g^2 \\
-      d &= -\eta\, \mathrm{clip}(g / \sqrt{\hat v}, \pm g_\text{bound}) \\
+      d &= -\eta\, (\mathrm{clip}(g / \sqrt{\hat v}, \pm g_\text{bound})
+        + \lambda\, \mathrm{sign}(w)) \\
       w &\leftarrow \mathrm{clip}(w\, e^{\mathrm{sign}(w)\, d}, \pm w_\text{max})
 
     A typical step multiplies a weight by :math:`e^{\pm\eta}`, the largest by
@@ -52,16 +58,17 @@ def madam(
     or by default what no weight is beyond at init, pretrained ones neither:
     :math:`\max(3\, \mathrm{rms}_0, \max|w_0|)`.
 
-    The chain is ``scale_by_second_moment``, ``optax.clip``,
-    ``optax.scale_by_learning_rate``, ``scale_by_sign_log``, ``clip_log_weights``,
-    ``lns_quantize``.
+    The chain is ``scale_by_second_moment``, ``optax.clip``, with a weight decay
+    ``add_decayed_log_weights``, ``optax.scale_by_learning_rate``,
+    ``scale_by_sign_log``, ``clip_log_weights``, ``lns_quantize``.
 
     Leaves that are codes, from :func:`quantize_params`, are trained natively, by
     additions of integers; float leaves beside them as ever.
 
     .. warning::
-      Transforms of the gradient (clipping, weight decay) go before ``madam`` in a
-      chain. Nothing that rescales the updates may come after it.
+      Transforms of the gradient, such as clipping, go before ``madam`` in a chain. But
+      not weight decay: whatever ``optax.add_decayed_weights`` adds to a gradient is
+      normalised with it. Nothing that rescales the updates may come after ``madam``.
 
     Args:
       learning_rate: :math:`\eta`, in nats a step, or a schedule of it.
@@ -77,6 +84,11 @@ def madam(
       zero_init_scale: scale given to leaves that are all zeros at init, such as
         biases, which are trained additively up to that size; 0, the paper, leaves
         them at zero for good.
+      weight_decay: :math:`\lambda` of decoupled weight decay, as of AdamW: every step
+        takes the share :math:`\eta\lambda` off a weight.
+      mask: which leaves decay, as in optax: a tree of booleans like the parameters,
+        or a function from them to one, to be named in the ``static_args`` of
+        ``optax.inject_hyperparams``; None for all.
       moment_format: how moments are stored, such as ``MomentFormat(bits=8)``; None
         for float32 or wider.
       rounding: rounding of code steps, "stochastic" or "nearest".
@@ -110,11 +122,15 @@ def madam(
     """
     check_learning_rate(learning_rate, 0.01)
     check_positive("g_bound", g_bound, 10.0)
+    geometry = {"floor": floor, "zero_init_scale": zero_init_scale}
+    decay = add_decayed_log_weights(weight_decay, mask, **geometry)
+    none = isinstance(weight_decay, (int, float)) and weight_decay == 0
     return optax.chain(
         scale_by_second_moment(b2, b1=b1, moment_format=moment_format, seed=seed),
         optax.clip(g_bound),
+        *([] if none else [decay]),
         optax.scale_by_learning_rate(learning_rate),
-        scale_by_sign_log(floor=floor, zero_init_scale=zero_init_scale),
+        scale_by_sign_log(**geometry),
         clip_log_weights(p_scale, zero_init_scale=zero_init_scale),
         lns_quantize(rounding=rounding, seed=seed),
     )

@@ -100,6 +100,13 @@ class Format(ABC):
         """How many codes a log-step of ``d`` nats moves, real-valued."""
 
     @abstractmethod
+    def relative_step(self, code: jax.Array) -> jax.Array:
+        """The log-step that adds a small share of a value to it, over that share.
+
+        The value over its derivative by the log-step, in [-1, 1]; float32.
+        """
+
+    @abstractmethod
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
         """How many codes adding ``u``, relative to the scale, moves, real-valued.
 
@@ -235,6 +242,10 @@ class LogFormat(Format):
         del code
         return d * (1 / self.base_step)
 
+    def relative_step(self, code: jax.Array) -> jax.Array:
+        """``sign(code)``: any log-step is relative."""
+        return jnp.sign(code).astype(jnp.float32)
+
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
         """``sign(x) * log1p(u / x) / base_step`` where u is small against x."""
         x = self.decode(code)
@@ -312,6 +323,11 @@ class SymlogFormat(Format):
         del code
         return d * (1 / self.step)
 
+    def relative_step(self, code: jax.Array) -> jax.Array:
+        """``tanh(code * step)``, the hyperbolic sine over its derivative."""
+        x = sinh(code.astype(jnp.float32) * self.step)
+        return x / _root(x)
+
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
         """The difference of two inverse hyperbolic sines, as one log1p if small.
 
@@ -368,6 +384,10 @@ class UniformFormat(Format):
         """``code * expm1(sign(code) * d)``; ``d`` at zero."""
         c = code.astype(jnp.float32)
         return jnp.where(c == 0, d, c * expm1(jnp.where(c < 0, -d, d)))
+
+    def relative_step(self, code: jax.Array) -> jax.Array:
+        """``sign(code)``: a log-step multiplies the code."""
+        return jnp.sign(code).astype(jnp.float32)
 
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
         """``u`` in codes, whatever the code."""

@@ -28,7 +28,7 @@ from madax._quantized_array import QuantizedArray, is_quantized
 # axes, and every leaf of a stack of layers has one more.
 _NO_WEIGHT = re.compile(
     r"norm"  # anywhere in the path: LayerNorm_0/scale, final_norm/weight
-    r"|(^|/)(ln|bn)(_?\w+)?/"  # ln_1/weight, bn2/scale
+    r"|(^|/)(ln|bn)(_\w+|\d*)/"  # ln_f/weight, bn2/w
     r"|(^|[/_])(bias|scale|offset|gamma|beta|gain)(_?\d+)?$"  # out/bias, layer_scale
     r"|(^|/)b\d*$",  # linear/b, b1
     re.IGNORECASE,
@@ -262,38 +262,28 @@ def _encode(
 ) -> tuple[jax.Array, jax.Array, _Facts]:
     """The codes of a leaf, their scale, the given one if any, and the facts."""
     w = widen(w)
+    rms = root_mean_square(w, axes, keepdims=True)
+    peak = jnp.max(jnp.abs(w), axis=axes, keepdims=True, initial=0)
     if scale is None:
-        scale = _scale(w, p_scale, axes)
+        bound = jnp.maximum(3 * rms, peak) if p_scale is None else p_scale * rms
+        # A channel of zeros has the scale of the others.
+        scale = jnp.where(rms == 0, jnp.max(bound, initial=0), bound)
     scale = jnp.reshape(scale, jnp.shape(scale) or (1,) * w.ndim).astype(jnp.float32)
     x = relative_to(jnp.where(scale > 0, scale, 1), w)
     code = format.saturate(jnp.round(format.encode(x)).astype(jnp.int32), jnp.sign(w))
     highest = jnp.max(scale, initial=0)
-    share = scale / jnp.where(
-        highest > 0, highest, 1
-    )  # so that squares do not overflow
-    norm, error = (
-        jnp.sqrt(jnp.sum(jnp.square(v * share))) for v in (x, x - format.decode(code))
-    )
+    unit = jnp.where(highest > 0, highest, 1)  # in which squares do not overflow
+    error = (x - format.decode(code)) * (scale / unit)
+    mean_square = jnp.mean(jnp.square(rms / unit))
+    error_square = jnp.sum(jnp.square(error)) / max(w.size, 1)
     facts = _Facts(
-        jnp.max(jnp.abs(w), initial=0),
+        jnp.max(peak, initial=0),
         jnp.min(scale, initial=highest),
         highest,
-        jnp.sum(jnp.abs(x) > 1 + 1e-5) / max(w.size, 1),
-        error / jnp.where(norm > 0, norm, 1),
+        0.0 if p_scale is None else jnp.mean(jnp.abs(x) > 1 + 1e-5),
+        jnp.sqrt(error_square / jnp.where(mean_square > 0, mean_square, 1)),
     )
     return code.astype(format.storage_dtype), scale, facts
-
-
-def _scale(
-    w: jax.Array, p_scale: jax.typing.ArrayLike | None, axes: Sequence[int]
-) -> jax.Array:
-    rms = root_mean_square(w, axes, keepdims=True)
-    if p_scale is None:
-        peak = jnp.max(jnp.abs(w), axis=axes, keepdims=True, initial=0)
-        scale = jnp.maximum(3 * rms, peak)
-    else:
-        scale = jnp.asarray(p_scale * rms)
-    return jnp.where(rms == 0, jnp.max(scale, initial=0), scale)
 
 
 def _judge(names: Sequence[str], facts: Sequence[_Facts | None]) -> set[str]:
@@ -346,4 +336,5 @@ def _split_module(params: Any) -> tuple[Any, Callable[[Any], Any]]:
     if nnx is None or not isinstance(params, nnx.Module):
         return params, lambda tree: tree
     graph, weights, rest = nnx.split(params, nnx.Param, ...)
+    rest = jax.tree.map(lambda x: x, rest)  # variables of its own
     return weights, lambda weights: nnx.merge(graph, weights, rest)

@@ -111,9 +111,7 @@ def scale_by_sign_log(
         del extra_args
         ws, ds, treedef = flatten_both(params, updates)
         ds = [jnp.where(jnp.isfinite(d), d, 0) for d in map(widen, ds)]
-        floors = jnp.where(state.zero_init, 1.0, floor) * state.rms0
-        floors = jnp.minimum(floors, jnp.finfo(floors.dtype).max)
-        floors = per_leaf(jnp.where(jnp.isnan(floors), 0, floors), ws)
+        floors = per_leaf(additive_floors(floor, *state), ws)
         us = [
             w.format.log_step(w.codes, d)
             if is_quantized(w)
@@ -123,6 +121,15 @@ def scale_by_sign_log(
         return treedef.unflatten(us), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def additive_floors(
+    floor: jax.typing.ArrayLike, rms0: jax.Array, zero_init: jax.Array
+) -> jax.Array:
+    """The magnitudes up to which steps are additive, a float leaf each."""
+    floors = jnp.where(zero_init, 1.0, floor) * rms0
+    floors = jnp.minimum(floors, jnp.finfo(floors.dtype).max)
+    return jnp.where(jnp.isnan(floors), 0, floors)
 
 
 def sign_log_update(w: jax.Array, d: jax.Array, floor: jax.Array) -> jax.Array:

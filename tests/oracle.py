@@ -4,7 +4,7 @@ Imports neither jax nor madax, so that a mistake cannot be made twice in the sam
 Each class is one transform: built from the leaf's first weights, called once a step.
 
     v = b2 v + (1-b2) g^2                  g_hat = g / sqrt(v / (1 - b2^t)),   0/0 = 0
-    d = -lr clip(g_hat, -g_bound, g_bound)
+    d = -lr (clip(g_hat, -g_bound, g_bound) + weight_decay w / max(|w|, floor rms0))
     u = w expm1(sign(w) d)   where |w| > floor rms0,   else   floor rms0 d
     |w + u| <= p_scale rms0,   or for None   max(3 rms0, max |w0|)
 """
@@ -89,9 +89,11 @@ class Madam:
         b1=None,
         floor=0.0,
         zero_init_scale=0.1,
+        weight_decay=0.0,
     ):
         self.w = np.asarray(w0, np.float64)
         self.learning_rate, self.g_bound = learning_rate, g_bound
+        self.weight_decay = weight_decay
         self.direction = SecondMoment(self.w.shape, b2, b1)
         self.sign_log = SignLog(self.w, floor, zero_init_scale)
         self.clip = ClipLogWeights(self.w, p_scale, zero_init_scale)
@@ -101,5 +103,8 @@ class Madam:
         if callable(lr):  # optax schedules count from 0
             lr = float(lr(self.direction.t))
         g_hat = np.clip(self.direction(g), -self.g_bound, self.g_bound)
-        self.w = self.w + self.clip(self.sign_log(-lr * g_hat, self.w), self.w)
+        size = np.maximum(np.abs(self.w), self.sign_log.floor_abs)
+        decay = self.weight_decay * self.w / np.where(size > 0, size, 1)
+        d = -lr * (g_hat + decay)
+        self.w = self.w + self.clip(self.sign_log(d, self.w), self.w)
         return self.w

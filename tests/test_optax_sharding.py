@@ -29,6 +29,7 @@ from test_optax_suite import load_upstream
 
 import madax
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*beyond p_scale")
 VARIANTS = {
     "madam": madax.madam(0.01),
     "floored": madax.madam(
