@@ -15,6 +15,7 @@ from madax._quantized_array import QuantizedArray
 from madax._saving import from_flat_dict, to_flat_dict
 from madax._second_moment import ScaleBySecondMomentState, scale_by_second_moment
 from madax._sign_log import ScaleBySignLogState, scale_by_sign_log
+from madax._weight_decay import AddDecayedLogWeightsState, add_decayed_log_weights
 from madax._with_quantized_params import (
     WithQuantizedParamsState,
     with_quantized_params,
@@ -23,6 +24,7 @@ from madax._with_quantized_params import (
 __version__ = _version("madax")
 
 __all__ = [
+    "AddDecayedLogWeightsState",
     "ClipLogWeightsState",
     "Format",
     "LnsQuantizeState",
@@ -35,6 +37,7 @@ __all__ = [
     "SymlogFormat",
     "UniformFormat",
     "WithQuantizedParamsState",
+    "add_decayed_log_weights",
     "bbit_madam",
     "clip_log_weights",
     "dequantize_params",

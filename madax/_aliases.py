@@ -1,6 +1,8 @@
 """The optimizers: chains of the transforms, one screen long each."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from madax._moments import MomentFormat
 from madax._rounding import Rounding
 from madax._second_moment import scale_by_second_moment
 from madax._sign_log import scale_by_sign_log
+from madax._weight_decay import add_decayed_log_weights
 
 _UPDATE_GRID = LogFormat.from_gamma(bits=16, gamma=2048)
 
@@ -27,12 +30,14 @@ _UPDATE_GRID = LogFormat.from_gamma(bits=16, gamma=2048)
 def madam(
     learning_rate: optax.ScalarOrSchedule = 0.01,
     b2: jax.typing.ArrayLike = 0.999,
-    p_scale: jax.typing.ArrayLike = 3.0,
+    p_scale: jax.typing.ArrayLike | None = None,
     g_bound: jax.typing.ArrayLike = 10.0,
     *,
     b1: jax.typing.ArrayLike | None = None,
     floor: jax.typing.ArrayLike = 0.0,
     zero_init_scale: jax.typing.ArrayLike = 0.1,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Any | Callable[[Any], Any] | None = None,
     moment_format: MomentFormat | None = None,
     rounding: Rounding = "stochastic",
     seed: jax.typing.ArrayLike = 0,
@@ -42,30 +47,35 @@ def madam(
     .. math::
 
       v &\leftarrow b_2 v + (1 - b_2) g^2 \\
-      d &= -\eta\, \mathrm{clip}(g / \sqrt{\hat v}, \pm g_\text{bound}) \\
-      w &\leftarrow \mathrm{clip}(w\, e^{\mathrm{sign}(w)\, d},
-        \pm p_\text{scale} \mathrm{rms}_0)
+      d &= -\eta\, (\mathrm{clip}(g / \sqrt{\hat v}, \pm g_\text{bound})
+        + \lambda\, \mathrm{sign}(w)) \\
+      w &\leftarrow \mathrm{clip}(w\, e^{\mathrm{sign}(w)\, d}, \pm w_\text{max})
 
     A typical step multiplies a weight by :math:`e^{\pm\eta}`, the largest by
     :math:`e^{\pm g_\text{bound}\eta}`, whatever the scale of weights or gradients.
     So one learning rate suits very different networks: start at 0.01, and decay it.
+    The bound :math:`w_\text{max}` of a leaf is :math:`p_\text{scale} \mathrm{rms}_0`,
+    or by default what no weight is beyond at init, pretrained ones neither:
+    :math:`\max(3\, \mathrm{rms}_0, \max|w_0|)`.
 
-    The chain is ``scale_by_second_moment``, ``optax.clip``,
-    ``optax.scale_by_learning_rate``, ``scale_by_sign_log``, ``clip_log_weights``,
-    ``lns_quantize``.
+    The chain is ``scale_by_second_moment``, ``optax.clip``, with a weight decay
+    ``add_decayed_log_weights``, ``optax.scale_by_learning_rate``,
+    ``scale_by_sign_log``, ``clip_log_weights``, ``lns_quantize``.
 
     Leaves that are codes, from :func:`quantize_params`, are trained natively, by
     additions of integers; float leaves beside them as ever.
 
     .. warning::
-      Transforms of the gradient (clipping, weight decay) go before ``madam`` in a
-      chain. Nothing that rescales the updates may come after it.
+      Transforms of the gradient, such as clipping, go before ``madam`` in a chain. But
+      not weight decay: whatever ``optax.add_decayed_weights`` adds to a gradient is
+      normalised with it. Nothing that rescales the updates may come after ``madam``.
 
     Args:
       learning_rate: :math:`\eta`, in nats a step, or a schedule of it.
       b2: decay rate of the second moment, in [0, 1).
       p_scale: bound on a weight, relative to the root mean square of its leaf at
-        init, frozen there.
+        init, frozen there; None for three times that, or the largest weight at init.
+        The paper has 1 to 3.
       g_bound: bound on the normalised gradient.
       b1: decay rate of a first moment, in [0, 1); None, the paper, for none.
       floor: magnitude below which steps are additive, relative to the root mean
@@ -74,6 +84,11 @@ def madam(
       zero_init_scale: scale given to leaves that are all zeros at init, such as
         biases, which are trained additively up to that size; 0, the paper, leaves
         them at zero for good.
+      weight_decay: :math:`\lambda` of decoupled weight decay, as of AdamW: every step
+        takes the share :math:`\eta\lambda` off a weight.
+      mask: which leaves decay, as in optax: a tree of booleans like the parameters,
+        or a function from them to one, to be named in the ``static_args`` of
+        ``optax.inject_hyperparams``; None for all.
       moment_format: how moments are stored, such as ``MomentFormat(bits=8)``; None
         for float32 or wider.
       rounding: rounding of code steps, "stochastic" or "nearest".
@@ -107,11 +122,15 @@ def madam(
     """
     check_learning_rate(learning_rate, 0.01)
     check_positive("g_bound", g_bound, 10.0)
+    geometry = {"floor": floor, "zero_init_scale": zero_init_scale}
+    decay = add_decayed_log_weights(weight_decay, mask, **geometry)
+    none = isinstance(weight_decay, (int, float)) and weight_decay == 0
     return optax.chain(
         scale_by_second_moment(b2, b1=b1, moment_format=moment_format, seed=seed),
         optax.clip(g_bound),
+        *([] if none else [decay]),
         optax.scale_by_learning_rate(learning_rate),
-        scale_by_sign_log(floor=floor, zero_init_scale=zero_init_scale),
+        scale_by_sign_log(**geometry),
         clip_log_weights(p_scale, zero_init_scale=zero_init_scale),
         lns_quantize(rounding=rounding, seed=seed),
     )
@@ -122,7 +141,7 @@ def bbit_madam(
     bits: int = 12,
     base_precision: float = 0.001,
     b2: jax.typing.ArrayLike = 0.999,
-    p_scale: jax.typing.ArrayLike = 3.0,
+    p_scale: jax.typing.ArrayLike | None = None,
     g_bound: jax.typing.ArrayLike = 10.0,
     *,
     zero_init_scale: jax.typing.ArrayLike = 0.1,
@@ -131,13 +150,14 @@ def bbit_madam(
 
     .. math::
 
-      |w| &= p_\text{scale} \mathrm{rms}_0\, e^{-n \beta}, \qquad
+      |w| &= w_\text{max}\, e^{-n \beta}, \qquad
         n \in \{0, \dots, 2^B - 2\} \\
       n &\leftarrow n + \mathrm{round}(k\, \mathrm{clip}(g / \sqrt{\hat v},
         \pm g_\text{bound}))\, \mathrm{sign}(w), \qquad k = \eta / \beta
 
-    with the base precision :math:`\beta`, and the rate :math:`k` a whole number of
-    codes, 1 at least: a schedule that decays the rate is rounded to it.
+    with the bound :math:`w_\text{max}` of :func:`madam`, the base precision
+    :math:`\beta`, and the rate :math:`k` a whole number of codes, 1 at least: a
+    schedule that decays the rate is rounded to it.
 
     Float leaves stay float arrays, whose values are on the grid. To store codes,
     use ``quantize_params(params, LogFormat(bits + 1, base_precision))``: the extra
@@ -151,7 +171,7 @@ def bbit_madam(
       base_precision: :math:`\beta`, spacing of the grid, in nats.
       b2: decay rate of the second moment, in [0, 1).
       p_scale: largest magnitude, relative to the root mean square of its leaf at
-        init.
+        init; None as for :func:`madam`.
       g_bound: bound on the normalised gradient.
       zero_init_scale: scale given to leaves that are all zeros at init.
 
@@ -218,7 +238,7 @@ def lns_madam(
     learning_rate: optax.ScalarOrSchedule = 2**-7,
     format: Format = _UPDATE_GRID,
     b2: jax.typing.ArrayLike = 0.999,
-    p_scale: jax.typing.ArrayLike = 3.0,
+    p_scale: jax.typing.ArrayLike | None = None,
     g_bound: jax.typing.ArrayLike = 10.0,
     *,
     zero_init_scale: jax.typing.ArrayLike = 0.1,
@@ -241,7 +261,7 @@ def lns_madam(
         ``LogFormat.from_gamma(bits=16, gamma=2048)``.
       b2: decay rate of the second moment, in [0, 1).
       p_scale: largest magnitude, relative to the root mean square of its leaf at
-        init.
+        init; None as for :func:`madam`.
       g_bound: bound on the normalised gradient.
       zero_init_scale: scale given to leaves that are all zeros at init.
 

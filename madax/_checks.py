@@ -1,12 +1,19 @@
 """Checks of what users pass in: hyperparameters, parameter trees and their leaves."""
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# What is said of leaves with outliers, beside their share.
+CLIPPED = (
+    "this share of the weights is beyond p_scale times the root mean square, and is "
+    "clipped; leave p_scale at None for a bound that clips nothing, or make it larger."
+)
 
 
 def check_number(
@@ -78,7 +85,7 @@ def check_non_negative(name: str, value: Any, default: float) -> None:
     )
 
 
-def check_positive(name: str, value: Any, default: float) -> None:
+def check_positive(name: str, value: Any, default: float | None) -> None:
     """Raises unless ``value`` is positive; ``inf`` stands for no bound at all."""
     check_number(name, value, lambda x: x > 0, f"{name} > 0", default)
 
@@ -88,7 +95,27 @@ def leaf_name(tree_name: str, path: str) -> str:
     return f"{tree_name}[{path!r}]" if path else tree_name
 
 
-def check_scale(name: str, value: Any, default: float) -> None:
+def warn_of_leaves(leaves: Sequence[str], amiss: str, *, stacklevel: int) -> None:
+    """Warns, once, of leaves that something is amiss with, if there are any.
+
+    Args:
+      leaves: what they are called.
+      amiss: what is amiss, and what to do.
+      stacklevel: how many calls above this one the user's is.
+    """
+    if leaves:
+        text = f"{listed(leaves)}: {amiss}"
+        warnings.warn(text, UserWarning, stacklevel=stacklevel + 1)
+
+
+def listed(items: Iterable[str], most: int = 8) -> str:
+    """The first items, and how many more there are."""
+    items = list(items)
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return ", ".join([*items[:most], *more])
+
+
+def check_scale(name: str, value: Any, default: float | None) -> None:
     """Raises unless ``value`` is positive and finite: a grid has a largest value."""
     check_number(name, value, lambda x: 0 < x < math.inf, f"0 < {name} < inf", default)
 

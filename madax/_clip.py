@@ -1,15 +1,24 @@
 """Layer 2, geometry: the bound on |w|."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from madax._checks import check_non_negative, check_positive
+from madax._checks import (
+    CLIPPED,
+    check_non_negative,
+    check_positive,
+    leaf_name,
+    warn_of_leaves,
+)
 from madax._leaves import (
+    flatten,
     flatten_both,
+    float_leaf_peaks,
     initial_scales,
+    known_values,
     largest_weight,
     per_leaf,
     widen,
@@ -24,32 +33,39 @@ class ClipLogWeightsState(NamedTuple):
       rms0: root mean square of each leaf at init, or ``zero_init_scale`` where the
         leaf was all zeros; float32 or wider, shape (number of float leaves,), or
         () if there are none.
+      peak0: largest magnitude in each leaf at init; same dtype and shape.
     """
 
     rms0: jax.Array
+    peak0: jax.Array
 
 
 def clip_log_weights(
-    p_scale: jax.typing.ArrayLike = 3.0,
+    p_scale: jax.typing.ArrayLike | None = None,
     *,
     zero_init_scale: jax.typing.ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps every weight within a bound frozen at init.
 
-    .. math:: |w + u| \le p_\text{scale} \cdot \mathrm{rms}_0
+    .. math:: |w + u| \le \max(3\, \mathrm{rms}_0, \max |w_0|)
 
     where :math:`\mathrm{rms}_0` is the root mean square of the weight's leaf at
-    init. Exponential growth needs such a bound. An update that stays within it
-    passes through bit for bit; one that does not lands on the bound, to within a
-    rounding of the parameters' dtype. Updates of quantised leaves pass through:
-    the range of their codes is the bound.
+    init, and :math:`\max |w_0|` the largest magnitude in it. Exponential growth needs
+    such a bound. With a number for ``p_scale`` it is that of the paper,
+    :math:`p_\text{scale}\, \mathrm{rms}_0`; where weights are beyond that at init, as
+    outliers of pretrained ones, the first step would clip them: a warning says so.
+
+    An update that stays within the bound passes through bit for bit; one that does not
+    lands on it, to within a rounding of the parameters' dtype. Updates of quantised
+    leaves pass through: the range of their codes is the bound.
 
     .. warning::
       Comes after :func:`scale_by_sign_log`, and before nothing but storage.
 
     Args:
-      p_scale: the bound, relative to the root mean square of the leaf at init;
-        ``inf`` for no bound but the largest number of the dtype.
+      p_scale: the bound, relative to the root mean square of the leaf at init; None
+        for one that clips nothing there is at init, ``inf`` for no bound but the
+        largest number of the dtype.
       zero_init_scale: stands in for the root mean square of a leaf that is all
         zeros at init, in units of the weights; 0 is the paper, which pins such a
         leaf to zero.
@@ -75,18 +91,21 @@ def clip_log_weights(
       Bernstein et al., `Learning compositional functions via multiplicative
       weight updates <https://arxiv.org/abs/2006.14560>`_, 2020, Algorithm 1.
     """
-    check_positive("p_scale", p_scale, 3.0)
+    if p_scale is not None:
+        check_positive("p_scale", p_scale, None)
     check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
         _, rms0, _ = initial_scales(params, zero_init_scale)
-        return ClipLogWeightsState(rms0)
+        state = ClipLogWeightsState(rms0, float_leaf_peaks(params))
+        if p_scale is not None:
+            _warn_of_clipped_leaves(params, weight_bounds(p_scale, *state), state.peak0)
+        return state
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         _, ws, us, treedef = flatten_both(params, updates)
-        bounds = jnp.where(state.rms0 > 0, p_scale * state.rms0, 0)  # not inf * 0
-        bounds = jnp.where(jnp.isnan(bounds), jnp.inf, bounds)
+        bounds = weight_bounds(p_scale, *state)
         us = [
             u if is_quantized(w) else clip_update(w, u, bound)
             for w, u, bound in zip(ws, us, per_leaf(bounds, ws), strict=True)
@@ -94,6 +113,16 @@ def clip_log_weights(
         return treedef.unflatten(us), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def weight_bounds(
+    p_scale: jax.typing.ArrayLike | None, rms0: jax.Array, peak0: jax.Array
+) -> jax.Array:
+    """The bounds on the weights of the float leaves, of their scales at init."""
+    if p_scale is None:
+        return jnp.maximum(3 * rms0, peak0)
+    bounds = jnp.where(rms0 > 0, p_scale * rms0, 0)  # not inf * 0
+    return jnp.where(jnp.isnan(bounds), jnp.inf, bounds)
 
 
 def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
@@ -106,3 +135,19 @@ def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
     u = jnp.where(jnp.abs(moved) <= bound, u, jnp.clip(moved, -bound, bound) - x)
     # From one end of the dtype to the other is two steps.
     return jnp.clip(u, -largest, largest)
+
+
+def _warn_of_clipped_leaves(params: Any, bounds: jax.Array, peaks: jax.Array) -> None:
+    bounds *= 1 + 1e-5  # a rounding beyond the bound is no outlier
+    if not known_values(peaks > bounds).any():
+        return
+    paths, leaves, _ = flatten(params)
+    shares = {
+        leaf_name("params", path): jnp.mean(jnp.abs(widen(w)) > bound).item()
+        for path, w, bound in zip(paths, leaves, per_leaf(bounds, leaves), strict=True)
+        if not is_quantized(w)
+    }
+    clipped = [
+        f"{name} ({100 * share:.2g} %)" for name, share in shares.items() if share > 0
+    ]
+    warn_of_leaves(clipped, CLIPPED, stacklevel=3)

@@ -22,6 +22,10 @@ from madax._numerics import arcsinh, exp, expm1, log, log1p, rounded, sinh
 _FINEST = 1e-6
 _WIDEST = 80.0
 
+# The default ratios of the largest to the smallest magnitude of log codes, of a byte
+# and of more: a wider range is a coarser grid, which only many codes can afford.
+_RANGE, _WIDE_RANGE = 100, 10_000
+
 
 def _check_bits(bits: Any, lowest: int = 2) -> None:
     check_bits(
@@ -97,6 +101,13 @@ class Format(ABC):
         """How many codes a log-step of ``d`` nats moves, real-valued."""
 
     @abstractmethod
+    def relative_step(self, code: jax.Array) -> jax.Array:
+        """The log-step that adds a small share of a value to it, over that share.
+
+        The value over its derivative by the log-step, in [-1, 1]; float32.
+        """
+
+    @abstractmethod
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
         """How many codes adding ``u``, relative to the scale, moves, real-valued.
 
@@ -126,7 +137,9 @@ class LogFormat(Format):
 
     Attributes:
       bits: width of a code, sign included, 2 to 16.
-      base_step: spacing of the codes, in nats, 1e-6 or more.
+      base_step: spacing of the codes, in nats, 1e-6 or more. By default that of a
+        dynamic range of 100 in codes of 3 to 8 bits, which need what there is of
+        them near the scale, and of 10 000 in wider ones.
 
     Raises:
       ValueError: if ``bits`` or ``base_step`` is out of range.
@@ -134,6 +147,8 @@ class LogFormat(Format):
 
     Example:
       >>> import madax
+      >>> print(f"{madax.LogFormat(bits=8).dynamic_range:.0f}")
+      100
       >>> fmt = madax.LogFormat.from_dynamic_range(bits=8, ratio=1000)
       >>> print(fmt.levels, fmt.storage_dtype, f"{fmt.base_step:.4f}")
       127 int8 0.0548
@@ -144,10 +159,14 @@ class LogFormat(Format):
       the multi-base LNS, with base factor ``gamma``.
     """
 
-    base_step: float
+    base_step: float = None  # pyrefly: ignore[bad-assignment]  a float from here on
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.base_step is None:
+            ratio = _RANGE if self.bits <= 8 else _WIDE_RANGE
+            default = self.from_dynamic_range(self.bits, ratio).base_step
+            object.__setattr__(self, "base_step", default)
         lowest, highest = base_step_range(self.bits)
         check_format_field("base_step", self.base_step, lowest, highest, "nats")
         object.__setattr__(self, "base_step", float(self.base_step))
@@ -224,6 +243,10 @@ class LogFormat(Format):
         del code
         return d * (1 / self.base_step)
 
+    def relative_step(self, code: jax.Array) -> jax.Array:
+        """``sign(code)``: any log-step is relative."""
+        return jnp.sign(code).astype(jnp.float32)
+
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
         """``sign(x) * log1p(u / x) / base_step`` where u is small against x."""
         x = self.decode(code)
@@ -254,7 +277,7 @@ class SymlogFormat(Format):
     Attributes:
       bits: width of a code, sign included, 2 to 16.
       linear_range: magnitude, relative to the scale, up to which the grid is about
-        uniform.
+        uniform; 1/3 by default.
 
     Raises:
       ValueError: if ``bits`` or ``linear_range`` is out of range.
@@ -262,12 +285,12 @@ class SymlogFormat(Format):
 
     Example:
       >>> import madax
-      >>> fmt = madax.SymlogFormat(bits=8, linear_range=1 / 3)
+      >>> fmt = madax.SymlogFormat(bits=8)
       >>> print(f"{fmt.step:.4f} {fmt.dynamic_range:.0f}")
       0.0143 210
     """
 
-    linear_range: float
+    linear_range: float = 1 / 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -300,6 +323,11 @@ class SymlogFormat(Format):
         """``d / step``, whatever the code."""
         del code
         return d * (1 / self.step)
+
+    def relative_step(self, code: jax.Array) -> jax.Array:
+        """``tanh(code * step)``, the hyperbolic sine over its derivative."""
+        x = sinh(code.astype(jnp.float32) * self.step)
+        return x / _root(x)
 
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
         """The difference of two inverse hyperbolic sines, as one log1p if small.
@@ -357,6 +385,10 @@ class UniformFormat(Format):
         """``code * expm1(sign(code) * d)``; ``d`` at zero."""
         c = code.astype(jnp.float32)
         return jnp.where(c == 0, d, c * expm1(jnp.where(c < 0, -d, d)))
+
+    def relative_step(self, code: jax.Array) -> jax.Array:
+        """``sign(code)``: a log-step multiplies the code."""
+        return jnp.sign(code).astype(jnp.float32)
 
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
         """``u`` in codes, whatever the code."""

@@ -8,6 +8,7 @@ parameter's sharding onto everything shaped like the parameter tree
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -52,9 +53,22 @@ def zeros_like(leaf: Any, dtype: Any = None) -> jax.Array:
     return jnp.zeros_like(array, compute_dtype(leaf) if dtype is None else dtype)
 
 
-def path_name(path: Any) -> str:
-    """A leaf's path as people write it: ``Dense_0/kernel``."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def path_names(paths: Sequence[jax.tree_util.KeyPath]) -> list[str]:
+    """The paths of all leaves of a tree as people write them: ``Dense_0/kernel``.
+
+    The boxes that Flax puts arrays in, variables of nnx and partitioned ones of linen,
+    are no part of a path: each is a node of its own with a single child, ``value``.
+    """
+    below = Counter(path[:i] for path in paths for i in range(len(path)))
+    value = jax.tree_util.GetAttrKey("value")
+    return [
+        jax.tree_util.keystr(
+            path[:-1] if path[-1:] == (value,) and below[path[:-1]] == 1 else path,
+            simple=True,
+            separator="/",
+        )
+        for path in paths
+    ]
 
 
 def flatten(params: Any, name: str = "params") -> tuple[list[str], list[Any], Any]:
@@ -66,7 +80,7 @@ def flatten(params: Any, name: str = "params") -> tuple[list[str], list[Any], An
     with_path, treedef = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=is_quantized
     )
-    paths = [path_name(path) for path, _ in with_path]
+    paths = path_names([path for path, _ in with_path])
     leaves = [leaf for _, leaf in with_path]
     for path, leaf in zip(paths, leaves, strict=True):
         if is_quantized(leaf):
@@ -184,6 +198,12 @@ def float_leaf_rms(params: Any) -> tuple[list[str], jax.Array]:
     return paths, rms
 
 
+def float_leaf_peaks(params: Any) -> jax.Array:
+    """The largest magnitude in each float leaf, as one vector."""
+    leaves = [leaf for leaf in flatten(params)[1] if not is_quantized(leaf)]
+    return _leaf_peaks([jnp.asarray(leaf) for leaf in leaves])
+
+
 def initial_scales(
     params: Any, zero_init_scale: jax.typing.ArrayLike
 ) -> tuple[list[str], jax.Array, jax.Array]:
@@ -198,6 +218,33 @@ def initial_scales(
     return paths, scales, zero_init
 
 
+def check_code_scales(params: Any) -> None:
+    """Raises if a scale of codes is known not to be a positive, finite number.
+
+    ``quantize_params`` under ``jit``, where it knows no values, makes it NaN.
+    """
+    paths, leaves, _ = flatten(params)
+    usable = {
+        path: _usable(leaf.scale)
+        for path, leaf in zip(paths, leaves, strict=True)
+        if is_quantized(leaf) and not isinstance(leaf.scale, jax.ShapeDtypeStruct)
+    }
+    known = {k: ok for k, ok in usable.items() if not isinstance(ok, jax.core.Tracer)}
+    for path, ok in jax.device_get(known).items():  # all at once
+        if not ok:
+            raise ValueError(
+                f"{leaf_name('params', path)} holds codes without a scale, or one of "
+                "its channels does: the weights were all zeros or not finite. "
+                "Initialise them with finite values that are not all zero, or leave "
+                "them out with where; quantize_params says so outside of jax.jit."
+            )
+
+
+@jax.jit
+def _usable(scale: jax.Array) -> jax.Array:
+    return jnp.all((scale > 0) & (scale < jnp.inf))
+
+
 def known_values(x: jax.Array) -> np.ndarray:
     """The values of ``x``, or an empty array under a JAX transformation."""
     return np.zeros(0) if isinstance(x, jax.core.Tracer) else np.asarray(x).ravel()
@@ -208,6 +255,12 @@ def leaf_rms(leaves: Sequence[jax.Array]) -> jax.Array:
     """The root mean square of each array, float32 or wider; 1 where there is none."""
     rms = [root_mean_square(w) for w in leaves]
     return jnp.stack(rms) if rms else jnp.ones(entries(0), jnp.float32)
+
+
+@jax.jit
+def _leaf_peaks(leaves: Sequence[jax.Array]) -> jax.Array:
+    peaks = [jnp.max(jnp.abs(widen(w)), initial=0) for w in leaves]
+    return jnp.stack(peaks) if peaks else jnp.zeros(entries(0), jnp.float32)
 
 
 def root_mean_square(

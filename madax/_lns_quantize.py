@@ -13,9 +13,11 @@ from madax._checks import (
     check_scale,
     check_seed,
 )
+from madax._clip import weight_bounds
 from madax._formats import Format
 from madax._leaves import (
     flatten_both,
+    float_leaf_peaks,
     initial_scales,
     largest_weight,
     per_leaf,
@@ -50,7 +52,7 @@ def lns_quantize(
     *,
     rounding: Rounding = "stochastic",
     seed: jax.typing.ArrayLike = 0,
-    p_scale: jax.typing.ArrayLike = 3.0,
+    p_scale: jax.typing.ArrayLike | None = None,
     zero_init_scale: jax.typing.ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rounds updates so that weights stay on the grid of a number format.
@@ -63,7 +65,8 @@ def lns_quantize(
     A float leaf, where ``format`` is given, is moved onto the format's grid:
 
     .. math:: w + u = \text{scale} \cdot \mathrm{decode}(c), \qquad
-      \text{scale} = p_\text{scale} \cdot \mathrm{rms}_0
+      \text{scale} = \max(3\, \mathrm{rms}_0, \max |w_0|) \text{ or }
+      p_\text{scale} \cdot \mathrm{rms}_0
 
     It lands on a grid point exactly where the step is by less than a factor of two,
     and to within a rounding otherwise. Without ``format``, leaves of bfloat16 and
@@ -89,7 +92,8 @@ def lns_quantize(
       rounding: "stochastic", or "nearest" (halves to even).
       seed: seed of the stochastic rounding.
       p_scale: scale of a float leaf's grid, relative to the root mean square of
-        the leaf at init.
+        the leaf at init, as of :func:`clip_log_weights`; None for one that reaches
+        all weights there are at init.
       zero_init_scale: stands in for the root mean square of a float leaf that is
         all zeros at init, in units of the weights.
 
@@ -119,12 +123,14 @@ def lns_quantize(
     check_instance("format", format, Format)
     check_rounding(rounding)
     check_seed(seed)
-    check_scale("p_scale", p_scale, 3.0)
+    if p_scale is not None:
+        check_scale("p_scale", p_scale, None)
     check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
         _, rms0, _ = initial_scales(params, zero_init_scale)
-        scale = jnp.minimum(p_scale * rms0, jnp.finfo(rms0.dtype).max)
+        scale = weight_bounds(p_scale, rms0, float_leaf_peaks(params))
+        scale = jnp.minimum(scale, jnp.finfo(rms0.dtype).max)
         return LnsQuantizeState(jnp.zeros([], jnp.int32), scale)
 
     def update_fn(updates, state, params=None, *, layer=None, **extra_args):

@@ -1,17 +1,48 @@
 """From trees of floats to trees of codes, and back."""
 
-from collections.abc import Callable
-from typing import Any
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madax._checks import check_float_leaf, check_instance, check_scale, leaf_name
+from madax._checks import (
+    CLIPPED,
+    check_float_leaf,
+    check_instance,
+    check_scale,
+    leaf_name,
+    listed,
+    warn_of_leaves,
+)
 from madax._formats import Format
-from madax._leaves import known_values, path_name, root_mean_square, widen
+from madax._leaves import path_names, root_mean_square, widen
 from madax._numerics import relative_to
 from madax._quantized_array import QuantizedArray, is_quantized
+
+# Paths of what is no weight matrix, whatever its rank: biases of attention have two
+# axes, and every leaf of a stack of layers has one more.
+_NO_WEIGHT = re.compile(
+    r"norm"  # anywhere in the path: LayerNorm_0/scale, final_norm/weight
+    r"|(^|/)(ln|bn)(_\w+|\d*)/"  # ln_f/weight, bn2/w
+    r"|(^|[/_])(bias|scale|offset|gamma|beta|gain)(_?\d+)?$"  # out/bias, layer_scale
+    r"|(^|/)b\d*$",  # linear/b, b1
+    re.IGNORECASE,
+)
+# What is said of leaves; the last of those whose codes are further off than that.
+_ALL_ZEROS = (
+    "all zeros, which have no scale, so these leaves stay floats; initialise them with "
+    "values that are not all zero, or leave them out with where."
+)
+_LOSSY = (
+    "this share of the norm was lost in rounding; pass channel_axis=-1 for a scale a "
+    "channel, or a format of more bits, or another range."
+)
+_GREAT_LOSS = 0.25
 
 
 def quantize_params(
@@ -19,41 +50,61 @@ def quantize_params(
     format: Format,
     *,
     where: Callable[[str, Any], bool] | None = None,
-    p_scale: float = 3.0,
-    channel_axis: int | None = None,
+    p_scale: jax.typing.ArrayLike | None = None,
+    channel_axis: int | tuple[int, ...] | None = None,
 ) -> Any:
     r"""Replaces leaves of a parameter tree by codes of a number format.
 
-    .. math:: \text{scale} = p_\text{scale} \cdot \mathrm{rms}(w), \qquad
+    .. math:: \text{scale} = \max(3\, \mathrm{rms}(w), \max |w|), \qquad
       c = \mathrm{round}(\mathrm{encode}(w / \text{scale}))
 
-    with nearest rounding. The scale is the bound on the weights for good: it is
-    to codes what ``p_scale`` of :func:`madam` is to floats.
+    with nearest rounding. The scale is the bound on the weights for good, as that of
+    :func:`madam` is to floats: no weight there is now is clipped, and small ones have
+    room to grow. With a number for ``p_scale`` it is :math:`p_\text{scale}\,
+    \mathrm{rms}(w)`, the bound of the paper, and a warning tells what is clipped.
+
+    Whole leaves have one scale. Where magnitudes differ much from channel to channel,
+    or weights have heavy tails, ``channel_axis`` gives codes that are closer; another
+    warning names leaves that lose a quarter of their norm or more.
+
+    Leaves that are codes already are converted: codes of this format are left alone,
+    those of another are decoded and encoded anew, with the scale they have unless
+    ``p_scale`` or ``channel_axis`` ask for another. To keep two formats in one tree,
+    say by ``where`` which leaves are whose.
+
+    A leaf that is all zeros has no scale, and stays a float array; a warning lists
+    them. All channels of zeros in another leaf get the largest of the scales there are.
+    Under ``jit`` and ``vmap`` values are unknown, so that nothing can be said of them:
+    there the codes of a leaf that is all zeros or not finite have the scale NaN, which
+    ``init`` of an optimizer will name.
 
     Args:
       params: tree of floating-point arrays, any shapes.
       format: the number format of the codes.
       where: ``where(path, leaf)`` tells which leaves become codes, given paths like
         ``"Dense_0/kernel"``; by default those of rank 2 or more and 16 elements or
-        more, which leaves biases, norms and what is too small to gain in floats.
-      p_scale: the scale, relative to the root mean square of the leaf.
-      channel_axis: for one scale a channel, the axis of the channels; -1 is the
-        output of a Flax kernel. None, the default, for one scale a leaf.
+        more, but for what is called a bias, a scale or a norm, and what is too small
+        to gain.
+      p_scale: the scale, relative to the root mean square of the leaf; None for one
+        that clips no weight.
+      channel_axis: for one scale a channel, the axis of the channels, or several; -1
+        is the output of a Flax kernel, 0 gives one scale a layer in a stack of
+        layers. None, the default, for one scale a leaf.
 
     Returns:
-      The tree, with a :class:`QuantizedArray` in the place of every chosen leaf.
+      The tree, with a :class:`QuantizedArray` in the place of every chosen leaf; its
+      scale has the rank of its codes.
 
     Raises:
-      ValueError: if a chosen leaf is all zeros or not finite, has no such axis, or
-        an argument is out of range.
-      TypeError: if ``format`` is not a format, or a chosen leaf is not real
-        floating or is quantised already.
+      ValueError: if no leaf is chosen, a chosen leaf is not finite or has no such
+        axis, or an argument is out of range.
+      TypeError: if an argument is of the wrong type, or a chosen leaf is not real
+        floating.
 
     Example:
       >>> import jax.numpy as jnp, madax
       >>> params = {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}
-      >>> fmt = madax.LogFormat.from_dynamic_range(bits=8, ratio=1000)
-      >>> quantized = madax.quantize_params(params, fmt)
+      >>> quantized = madax.quantize_params(params, madax.LogFormat(bits=8))
       >>> print(quantized["kernel"].codes.dtype, quantized["bias"].dtype)
       int8 float32
     """
@@ -63,47 +114,19 @@ def quantize_params(
             f"where must be a function of (path, leaf), got {where!r} of type "
             f"{type(where).__name__}."
         )
-    if not (channel_axis is None or type(channel_axis) is int):
-        raise TypeError(f"channel_axis must be None or an int, got {channel_axis!r}.")
-    check_scale("p_scale", p_scale, 3.0)
-
-    def quantize(path, leaf):
-        name = path_name(path)
-        called = leaf_name("params", name)
-        if not (_worth_quantizing if where is None else where)(name, leaf):
-            return leaf
-        if is_quantized(leaf):
-            raise TypeError(
-                f"{called} is a QuantizedArray already, {leaf!r}; call "
-                "dequantize_params first to change its format."
-            )
-        check_float_leaf("params", name, leaf)
-        w = widen(leaf)
-        axes = tuple(range(w.ndim))
-        if channel_axis is not None:
-            if not -w.ndim <= channel_axis < w.ndim:
-                raise ValueError(
-                    f"channel_axis is {channel_axis}, but {called} has shape "
-                    f"{w.shape}; leave that leaf out with where."
-                )
-            axes = tuple(a for a in axes if a != channel_axis % w.ndim)
-        rms = root_mean_square(w, axes, keepdims=channel_axis is not None)
-        scale = (p_scale * rms).astype(jnp.float32)
-        _check_scales(called, scale)
-        x = relative_to(jnp.where(scale > 0, scale, 1), w)
-        code = format.saturate(
-            jnp.round(format.encode(x)).astype(jnp.int32), jnp.sign(w)
-        )
-        return QuantizedArray(code.astype(format.storage_dtype), scale, format)
-
-    return jax.tree_util.tree_map_with_path(quantize, params, is_leaf=is_quantized)
+    if p_scale is not None:
+        check_scale("p_scale", p_scale, None)
+    axes = _channel_axes(channel_axis)
+    tree, merge = _split_module(params)
+    return merge(_quantize_tree(tree, format, where or _is_weight, p_scale, axes))
 
 
 def dequantize_params(params: Any, dtype: Any = None) -> Any:
     """The parameters as floating-point arrays, for the model to use.
 
     Args:
-      params: tree of floating-point arrays and :class:`QuantizedArray`.
+      params: tree of floating-point arrays and :class:`QuantizedArray`, or a module of
+        ``flax.nnx``.
       dtype: floating dtype of all leaves; None for float32 in the place of codes,
         and other leaves as they are.
 
@@ -115,8 +138,7 @@ def dequantize_params(params: Any, dtype: Any = None) -> Any:
 
     Example:
       >>> import jax.numpy as jnp, madax
-      >>> fmt = madax.LogFormat.from_dynamic_range(bits=8, ratio=1000)
-      >>> params = madax.quantize_params({"w": jnp.ones((4, 4))}, fmt)
+      >>> params = madax.quantize_params({"w": jnp.ones((4, 4))}, madax.LogFormat(8))
       >>> print(madax.dequantize_params(params, jnp.bfloat16)["w"].dtype)
       bfloat16
     """
@@ -133,28 +155,186 @@ def dequantize_params(params: Any, dtype: Any = None) -> Any:
             return jnp.asarray(leaf).astype(dtype)
         return leaf
 
-    return jax.tree.map(dequantize, params, is_leaf=is_quantized)
+    tree, merge = _split_module(params)
+    return merge(jax.tree.map(dequantize, tree, is_leaf=is_quantized))
 
 
-def _worth_quantizing(path: str, leaf: Any) -> bool:
-    del path
+class _Facts(NamedTuple):
+    """What the codes of a leaf are judged by, float32 scalars.
+
+    Attributes:
+      peak: the largest magnitude of the weights.
+      lowest: the least of the scales.
+      highest: the greatest of them.
+      clipped: share of the weights that lie beyond their scale.
+      lost: norm of the error, relative to that of the weights.
+    """
+
+    peak: Any
+    lowest: Any
+    highest: Any
+    clipped: Any
+    lost: Any
+
+
+def _quantize_tree(
+    params: Any,
+    format: Format,
+    where: Callable[[str, Any], bool],
+    p_scale: jax.typing.ArrayLike | None,
+    channel_axes: Sequence[int],
+) -> Any:
+    """What :func:`quantize_params` does to a tree, with checked arguments."""
+    with_path, treedef = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=is_quantized
+    )
+    paths = path_names([path for path, _ in with_path])
+    leaves = [leaf for _, leaf in with_path]
+    chosen = [i for i, leaf in enumerate(leaves) if where(paths[i], leaf)]
+    if not chosen:
+        raise ValueError(
+            "where, or the default in its place, chooses no leaf of params, whose "
+            f"paths are {listed(map(repr, paths))}; pass a where(path, leaf) that "
+            "is true of some."
+        )
+    names = [leaf_name("params", paths[i]) for i in chosen]
+    results = [
+        _quantize_leaf(paths[i], leaves[i], format, p_scale, channel_axes)
+        for i in chosen
+    ]
+    zeros = _judge(names, [facts for _, facts in results])
+    for name, i, (codes, _) in zip(names, chosen, results, strict=True):
+        if name not in zeros:
+            leaves[i] = codes
+    return treedef.unflatten(leaves)
+
+
+def _is_weight(path: str, leaf: Any) -> bool:
     # Below 16 elements, codes save hardly more bytes than the scale takes.
-    return (
-        not is_quantized(leaf)
-        and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return is_quantized(leaf) or (
+        jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
         and np.ndim(leaf) >= 2
         and np.size(leaf) >= 16
+        and not _NO_WEIGHT.search(path)
     )
 
 
-def _check_scales(called: str, scale: jax.Array) -> None:
-    # By their extremes: no process need hold all channels of an array that is sharded.
-    extremes = jnp.stack([jnp.min(scale, initial=1), jnp.max(scale, initial=1)])
-    for value in known_values(extremes):
-        if not 0 < value < np.inf:
+def _quantize_leaf(
+    path: str,
+    leaf: Any,
+    format: Format,
+    p_scale: jax.typing.ArrayLike | None,
+    channel_axes: Sequence[int],
+) -> tuple[QuantizedArray, _Facts | None]:
+    """The codes of a leaf, and what there is to judge them by."""
+    scale = None
+    if is_quantized(leaf):
+        if leaf.format == format:
+            return leaf, None
+        if p_scale is None and not channel_axes:
+            scale = leaf.scale
+        leaf = leaf.dequantize()
+    check_float_leaf("params", path, leaf)
+    rank = np.ndim(leaf)
+    for axis in channel_axes:
+        if not -rank <= axis < rank:
             raise ValueError(
-                f"{called} (or one of its channels) is all zeros, not finite, or out "
-                f"of float32's range: the scale of its codes would be {value}; "
-                "initialise it with finite values that are not all zero, or leave it "
-                "out with where."
+                f"channel_axis is {axis}, but {leaf_name('params', path)} has shape "
+                f"{np.shape(leaf)}; leave that leaf out with where."
             )
+    channels = {axis % rank for axis in channel_axes}
+    axes = tuple(axis for axis in range(rank) if axis not in channels)
+    codes, scale, facts = _encode(leaf, p_scale, scale, format=format, axes=axes)
+    if isinstance(scale, jax.core.Tracer):
+        scale = jnp.where((scale > 0) & (scale < jnp.inf), scale, jnp.nan)
+    return QuantizedArray(codes, scale, format), facts
+
+
+# Leaves of one shape share a program, and nothing is read on the host between leaves.
+@partial(jax.jit, static_argnames=("format", "axes"))
+def _encode(
+    w: jax.Array,
+    p_scale: jax.typing.ArrayLike | None,
+    scale: jax.Array | None,
+    *,
+    format: Format,
+    axes: Sequence[int],
+) -> tuple[jax.Array, jax.Array, _Facts]:
+    """The codes of a leaf, their scale, the given one if any, and the facts."""
+    w = widen(w)
+    rms = root_mean_square(w, axes, keepdims=True)
+    peak = jnp.max(jnp.abs(w), axis=axes, keepdims=True, initial=0)
+    if scale is None:
+        bound = jnp.maximum(3 * rms, peak) if p_scale is None else p_scale * rms
+        # A channel of zeros has the scale of the others.
+        scale = jnp.where(rms == 0, jnp.max(bound, initial=0), bound)
+    scale = jnp.reshape(scale, jnp.shape(scale) or (1,) * w.ndim).astype(jnp.float32)
+    x = relative_to(jnp.where(scale > 0, scale, 1), w)
+    code = format.saturate(jnp.round(format.encode(x)).astype(jnp.int32), jnp.sign(w))
+    highest = jnp.max(scale, initial=0)
+    unit = jnp.where(highest > 0, highest, 1)  # in which squares do not overflow
+    error = (x - format.decode(code)) * (scale / unit)
+    mean_square = jnp.mean(jnp.square(rms / unit))
+    error_square = jnp.sum(jnp.square(error)) / max(w.size, 1)
+    facts = _Facts(
+        jnp.max(peak, initial=0),
+        jnp.min(scale, initial=highest),
+        highest,
+        0.0 if p_scale is None else jnp.mean(jnp.abs(x) > 1 + 1e-5),
+        jnp.sqrt(error_square / jnp.where(mean_square > 0, mean_square, 1)),
+    )
+    return code.astype(format.storage_dtype), scale, facts
+
+
+def _judge(names: Sequence[str], facts: Sequence[_Facts | None]) -> set[str]:
+    """Raises or warns of what is known to be amiss; returns what is all zeros."""
+    known = {
+        name: each
+        for name, each in zip(names, facts, strict=True)
+        if each is not None and not isinstance(each.peak, jax.core.Tracer)
+    }
+    zeros, clipped, lossy = [], [], []
+    for name, (peak, lowest, highest, beyond, lost) in jax.device_get(known).items():
+        if lowest > 0 and highest < np.inf:
+            if beyond:
+                clipped.append(f"{name} ({100 * beyond:.2g} %)")
+            elif lost > _GREAT_LOSS:
+                lossy.append(f"{name} ({100 * lost:.0f} %)")
+        elif peak == 0:
+            zeros.append(name)
+        else:
+            raise ValueError(
+                f"{name} (or one of its channels) is not finite, or out of float32's "
+                f"range: the scale of its codes would be {lowest} to {highest}; "
+                "initialise it with finite values, or leave it out with where."
+            )
+    warn_of_leaves(zeros, _ALL_ZEROS, stacklevel=4)
+    warn_of_leaves(clipped, CLIPPED, stacklevel=4)
+    warn_of_leaves(lossy, _LOSSY, stacklevel=4)
+    return set(zeros)
+
+
+def _channel_axes(channel_axis: Any) -> tuple[int, ...]:
+    """The axes of the channels, checked."""
+    axes = channel_axis if isinstance(channel_axis, tuple) else (channel_axis,)
+    if channel_axis is None:
+        return ()
+    if not all(type(axis) is int for axis in axes):
+        raise TypeError(
+            "channel_axis must be None, an int or a tuple of ints, got "
+            f"{channel_axis!r}."
+        )
+    return axes
+
+
+def _split_module(params: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The weights of a module of Flax's nnx, and what makes a module of them again.
+
+    Anything else is a tree as it is. Whoever has a module has imported Flax.
+    """
+    nnx: Any = sys.modules.get("flax.nnx")
+    if nnx is None or not isinstance(params, nnx.Module):
+        return params, lambda tree: tree
+    graph, weights, rest = nnx.split(params, nnx.Param, ...)
+    rest = jax.tree.map(lambda x: x, rest)  # variables of its own
+    return weights, lambda weights: nnx.merge(graph, weights, rest)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from madax._checks import check_b1, check_decay, check_instance, check_seed
-from madax._leaves import flatten, flatten_like, path_name, zeros_like
+from madax._leaves import flatten, flatten_like, path_names, zeros_like
 from madax._moments import MomentFormat, MomentWindow, decayed
 from madax._numerics import exp, expm1, log1p, rounded, straight_through
 from madax._rounding import leaf_keys, random_bits
@@ -104,7 +104,7 @@ def scale_by_second_moment(
     def update_fn(updates, state, params=None, *, layer=None, **extra_args):
         del params, extra_args
         with_path, treedef = jax.tree_util.tree_flatten_with_path(state.v)
-        paths, vs = [path_name(p) for p, _ in with_path], [v for _, v in with_path]
+        paths, vs = path_names([p for p, _ in with_path]), [v for _, v in with_path]
         gs = flatten_like(updates, treedef, "state.v", paths, vs)
         ms = None if b1 is None else treedef.flatten_up_to(state.m)
         window = _check_window(moment_format, state.window)

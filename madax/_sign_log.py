@@ -9,6 +9,7 @@ import optax
 
 from madax._checks import check_non_negative
 from madax._leaves import (
+    check_code_scales,
     flatten_both,
     initial_scales,
     known_values,
@@ -82,7 +83,7 @@ def scale_by_sign_log(
 
     Raises:
       ValueError: if an argument is negative or not finite, ``params`` are missing
-        or do not match.
+        or do not match, or codes have no scale.
       TypeError: if an argument is not a number, or a leaf is not real floating.
 
     Example:
@@ -102,6 +103,7 @@ def scale_by_sign_log(
     check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
+        check_code_scales(params)
         paths, rms0, zero_init = initial_scales(params, zero_init_scale)
         _warn_of_stuck_leaves(paths, rms0)
         return ScaleBySignLogState(rms0, zero_init)
@@ -110,9 +112,7 @@ def scale_by_sign_log(
         del extra_args
         _, ws, ds, treedef = flatten_both(params, updates)
         ds = [jnp.where(jnp.isfinite(d), d, 0) for d in map(widen, ds)]
-        floors = jnp.where(state.zero_init, 1.0, floor) * state.rms0
-        floors = jnp.minimum(floors, jnp.finfo(floors.dtype).max)
-        floors = per_leaf(jnp.where(jnp.isnan(floors), 0, floors), ws)
+        floors = per_leaf(additive_floors(floor, *state), ws)
         us = [
             w.format.log_step(w.codes, d)
             if is_quantized(w)
@@ -122,6 +122,15 @@ def scale_by_sign_log(
         return treedef.unflatten(us), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def additive_floors(
+    floor: jax.typing.ArrayLike, rms0: jax.Array, zero_init: jax.Array
+) -> jax.Array:
+    """The magnitudes up to which steps are additive, a float leaf each."""
+    floors = jnp.where(zero_init, 1.0, floor) * rms0
+    floors = jnp.minimum(floors, jnp.finfo(floors.dtype).max)
+    return jnp.where(jnp.isnan(floors), 0, floors)
 
 
 def sign_log_update(w: jax.Array, d: jax.Array, floor: jax.Array) -> jax.Array:

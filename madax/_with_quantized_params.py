@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from madax._checks import check_seed
-from madax._leaves import flatten_both, widen
+from madax._leaves import check_code_scales, flatten_both, widen
 from madax._lns_quantize import step_codes
 from madax._numerics import relative_to
 from madax._quantize_params import dequantize_params
@@ -51,8 +51,8 @@ def with_quantized_params(
       add to them under ``optax.apply_updates``.
 
     Raises:
-      ValueError: if ``params`` are missing or do not match, or ``rounding`` is
-        unknown.
+      ValueError: if ``params`` are missing or do not match, codes have no scale, or
+        ``rounding`` is unknown.
       TypeError: if ``inner`` is not a gradient transformation.
 
     Example:
@@ -76,6 +76,7 @@ def with_quantized_params(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
+        check_code_scales(params)
         decoded = dequantize_params(params)
         return WithQuantizedParamsState(jnp.zeros([], jnp.int32), inner.init(decoded))
 

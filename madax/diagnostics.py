@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from madax._checks import check_positive
-from madax._clip import ClipLogWeightsState
+from madax._clip import ClipLogWeightsState, weight_bounds
 from madax._leaves import (
     entries,
     flatten,
@@ -104,13 +104,13 @@ def count_skipped(grads: Any) -> dict[str, jax.Array]:
 
 
 def fraction_at_bound(
-    params: Any, state: Any, p_scale: jax.typing.ArrayLike = 3.0
+    params: Any, state: Any, p_scale: jax.typing.ArrayLike | None = None
 ) -> dict[str, jax.Array]:
     r"""The fraction of weights at the bound of ``clip_log_weights``, leaf by leaf.
 
-    A float weight counts as at the bound when :math:`|w| \ge (1 - 2^{-6})\,
-    p_\text{scale}\,\mathrm{rms}_0`, which any dtype can tell; a quantised one when its
-    code is the largest.
+    A float weight counts as at the bound when it is within a share of
+    :math:`2^{-6}` of it, which any dtype can tell; a quantised one when its code is the
+    largest.
 
     Args:
       params: tree of floating-point or quantised arrays.
@@ -130,7 +130,8 @@ def fraction_at_bound(
       >>> print(madax.diagnostics.fraction_at_bound({"w": jnp.array([3.0, 1])}, state))
       {'w': Array(0.5, dtype=float32)}
     """
-    check_positive("p_scale", p_scale, 3.0)
+    if p_scale is not None:
+        check_positive("p_scale", p_scale, None)
     found = [
         node
         for node in jax.tree.leaves(
@@ -147,7 +148,7 @@ def fraction_at_bound(
             "madam, and with optax.masked or optax.partition only its share of the "
             "params."
         )
-    edges = per_leaf(jnp.asarray((1 - 2**-6) * p_scale * found[0].rms0), leaves)
+    edges = per_leaf((1 - 2**-6) * weight_bounds(p_scale, *found[0]), leaves)
     return {
         path: _fraction(
             jnp.abs(w.codes) == w.format.levels

@@ -4,9 +4,9 @@ Imports neither jax nor madax, so that a mistake cannot be made twice in the sam
 Each class is one transform: built from a leaf's first weights, called once a step.
 
     v = b2 v + (1-b2) g^2                  g_hat = g / sqrt(v / (1 - b2^t)),   0/0 = 0
-    d = -lr clip(g_hat, -g_bound, g_bound)
+    d = -lr (clip(g_hat, -g_bound, g_bound) + weight_decay w / max(|w|, floor rms0))
     u = w expm1(sign(w) d)   where |w| > floor rms0,   else   floor rms0 d
-    |w + u| <= p_scale rms0
+    |w + u| <= p_scale rms0,   or for None   max(3 rms0, max |w0|)
 
 Formats are known by their fields. A code c, real-valued, of at most n = 2^(bits-1) - 1
 in size, and its value relative to the scale:
@@ -26,6 +26,14 @@ def first_rms(w0, zero_init_scale=0.1):
     if all_zero:
         return float(zero_init_scale), True
     return float(np.sqrt(np.mean(w0**2))), False
+
+
+def bound(w0, p_scale=None, zero_init_scale=0.1):
+    """Return what no weight may be beyond."""
+    rms = first_rms(w0, zero_init_scale)[0]
+    if p_scale is not None:
+        return p_scale * rms
+    return max(3 * rms, float(np.max(np.abs(np.float64(w0)), initial=0)))
 
 
 class SecondMoment:
@@ -66,8 +74,8 @@ class SignLog:
 class ClipLogWeights:
     """Shorten u so that w + u stays within the bound."""
 
-    def __init__(self, w0, p_scale=3.0, zero_init_scale=0.1):
-        self.bound = p_scale * first_rms(w0, zero_init_scale)[0]
+    def __init__(self, w0, p_scale=None, zero_init_scale=0.1):
+        self.bound = bound(w0, p_scale, zero_init_scale)
 
     def __call__(self, u, w):
         new = np.asarray(w, np.float64) + np.asarray(u, np.float64)
@@ -82,15 +90,17 @@ class Madam:
         w0,
         learning_rate=0.01,
         b2=0.999,
-        p_scale=3.0,
+        p_scale=None,
         g_bound=10.0,
         *,
         b1=None,
         floor=0.0,
         zero_init_scale=0.1,
+        weight_decay=0.0,
     ):
         self.w = np.asarray(w0, np.float64)
         self.learning_rate, self.g_bound = learning_rate, g_bound
+        self.weight_decay = weight_decay
         self.direction = SecondMoment(self.w.shape, b2, b1)
         self.sign_log = SignLog(self.w, floor, zero_init_scale)
         self.clip = ClipLogWeights(self.w, p_scale, zero_init_scale)
@@ -100,7 +110,10 @@ class Madam:
         if callable(lr):  # optax schedules count from 0
             lr = float(lr(self.direction.t))
         g_hat = np.clip(self.direction(g), -self.g_bound, self.g_bound)
-        self.w = self.w + self.clip(self.sign_log(-lr * g_hat, self.w), self.w)
+        size = np.maximum(np.abs(self.w), self.sign_log.floor_abs)
+        decay = self.weight_decay * self.w / np.where(size > 0, size, 1)
+        d = -lr * (g_hat + decay)
+        self.w = self.w + self.clip(self.sign_log(d, self.w), self.w)
         return self.w
 
 

@@ -74,7 +74,7 @@ def test_fields(name):
     for value in wrong:
         got = re.escape(f"got {value}")
         raises(ValueError, rf"^{name} must be in \[.*\] .*{got}", partial(make, value))
-    for value in ("0.5", None, True, 1j, [0.5]):
+    for value in ("0.5", b"1", True, 1j, [0.5]):
         got = re.escape(f"got {value!r}")
         raises(TypeError, f"^{name} must be .*{got}", partial(make, value))
     traced = lambda x: make(x) and 0
@@ -114,13 +114,6 @@ BAD_QUANTIZE = {
     ),
     "axis float": (TypeError, "channel_axis must .*1.5", W, {"channel_axis": 1.5}),
     "axis bool": (TypeError, "channel_axis must .*True", W, {"channel_axis": True}),
-    "zeros": (ValueError, r"params\['w'\] .*zeros", {"w": jnp.zeros((4, 4))}, {}),
-    "zero channel": (
-        ValueError,
-        r"params\['w'\] .*channel.* all zeros",
-        {"w": ones(4, 4).at[:, 2].set(0)},
-        {"channel_axis": 1},
-    ),
     "nan": (ValueError, r"params\['w'\] .*not finite", {"w": ones(4, 4) * NAN}, {}),
     "inf": (ValueError, r"params\['w'\] .*not finite", {"w": ones(4, 4) * INF}, {}),
     "bare nan": (ValueError, r"^params .*not finite", ones(4, 4) * NAN, {}),
@@ -135,12 +128,6 @@ BAD_QUANTIZE = {
     "bools": (TypeError, r"\['n'\] has dtype", {"n": ones(4, 4, dtype=bool)}, ALL),
     "complex": (TypeError, r"\['n'\] is complex", {"n": 1j * ones(4, 4)}, ALL),
     "text": (TypeError, r"params\['n'\] must be", {"n": "w"}, ALL),
-    "twice": (
-        TypeError,
-        r"params\['w'\] is a QuantizedArray already.*dequantize_params",
-        madax.quantize_params(W, FMT),
-        ALL,
-    ),
 }
 
 

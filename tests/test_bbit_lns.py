@@ -25,7 +25,8 @@ class IntegerMadam:
     """
 
     def __init__(self, w0, magnitudes, spacing, storage):
-        self.bound = 3 * np.sqrt(np.mean(np.square(w0)))
+        rms = np.sqrt(np.mean(np.square(w0)))
+        self.bound = max(3 * rms, np.max(np.abs(w0)))
         self.sign = np.sign(w0)
         self.n = list(-np.log(np.abs(w0) / self.bound) / spacing)
         if storage == "codes":

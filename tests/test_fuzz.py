@@ -72,6 +72,9 @@ FORMATS = [
 ]
 
 
+few_codes_lose_much = pytest.mark.filterwarnings("ignore:.*lost in rounding")
+
+
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """How to make a leaf; a token in the tree until then."""
@@ -249,13 +252,13 @@ def check_codes_between(w, low, high, sign_low, sign_high, what):
 def check_quantized(leaf, w):
     """``quantize_params``: the scale, and the nearest code."""
     fmt, x = leaf.format, f64(np.asarray(leaf.weights()).astype(leaf.dtype))
-    axes = None
+    axes = tuple(range(x.ndim))
     if leaf.channel_axis is not None:
-        axes = tuple(a for a in range(x.ndim) if a != leaf.channel_axis % x.ndim)
-    scale = np.ones(())
+        axes = tuple(a for a in axes if a != leaf.channel_axis % x.ndim)
     if x.size:
-        scale = np.sqrt(np.mean(x**2, axis=axes, keepdims=axes is not None))
-        np.testing.assert_allclose(w.scale, 3 * scale, rtol=2e-6)
+        rms = np.sqrt(np.mean(x**2, axis=axes, keepdims=True))
+        scale = np.maximum(3 * rms, np.max(np.abs(x), axis=axes, keepdims=True))
+        np.testing.assert_allclose(w.scale, scale, rtol=2e-6)
         assert w.scale.shape == scale.shape
     assert w.codes.dtype == (np.int8 if fmt.bits <= 8 else np.int16)
     assert w.scale.dtype == np.float32 and w.shape == x.shape
@@ -315,7 +318,7 @@ class Rule(NamedTuple):
     rate: Any
     b1: float | None = None
     b2: float = 0.999
-    p_scale: float = 3.0
+    p_scale: float | None = None
     g_bound: float = 10.0
     floor: float = 0.0
     zero_init_scale: float = 0.1
@@ -458,7 +461,13 @@ def sign_log(w, d, floor):
     return np.where(np.abs(w) > floor, w * np.expm1(saturated), floor * d)
 
 
-def float_interval(rule, rms0, zero_init, w, d_low, d_high, info):
+def weight_bound(rule, rms0, peak0):
+    """The scale of a leaf: what a grid reaches to, and no weight is beyond."""
+    scale = max(3 * rms0, peak0) if rule.p_scale is None else rule.p_scale * rms0
+    return scale if rms0 > 0 else 0.0
+
+
+def float_interval(rule, rms0, peak0, zero_init, w, d_low, d_high, info):
     """Between which values w + u must be, before any grid."""
     floor = min(rms0 * (1.0 if zero_init else rule.floor), LARGEST)
     ends = []
@@ -467,7 +476,7 @@ def float_interval(rule, rms0, zero_init, w, d_low, d_high, info):
         ends += [w + sign_log(w, d, floor * (1 + e)) for e in (-4e-6, 4e-6)]
     low, high = np.minimum.reduce(ends), np.maximum.reduce(ends)
     largest = float(info.max)
-    bound = min(rule.p_scale * rms0, largest) if rms0 > 0 else 0.0
+    bound = min(weight_bound(rule, rms0, peak0), largest)
     low, high = np.clip(low, -bound, bound), np.clip(high, -bound, bound)
     # From one end of the dtype to the other is two steps.
     low, high = (w + np.clip(end - w, -largest, largest) for end in (low, high))
@@ -481,12 +490,12 @@ def float_interval(rule, rms0, zero_init, w, d_low, d_high, info):
     return low - slack - tiny, high + slack + tiny
 
 
-def check_float(rule, rms0, zero_init, w, new, d_low, d_high):
+def check_float(rule, rms0, peak0, zero_init, w, new, d_low, d_high):
     dtype = jnp.result_type(w)
     info = jnp.finfo(dtype)
     eps, x = float(info.eps), f64(np.asarray(w, dtype))  # a Python float is a float32
-    low, high = float_interval(rule, rms0, zero_init, x, d_low, d_high, info)
-    scale = min(rule.p_scale * rms0, LARGEST)
+    low, high = float_interval(rule, rms0, peak0, zero_init, x, d_low, d_high, info)
+    scale = min(weight_bound(rule, rms0, peak0), LARGEST)
     if rule.grid is None or scale == 0:
         check_between(new, low, high, "float leaf")
         return
@@ -549,11 +558,12 @@ class Oracle:
     def __init__(self, rule, params):
         self.rule, self.count, self.first = rule, 0, []
         for w in leaves_of(params):
-            scale = (0.0, False)
+            scale = (0.0, 0.0, False)
             if not is_quantized(w):
                 zero = np.size(w) > 0 and not np.any(f64(w))
                 rms = np.sqrt(np.mean(f64(w) ** 2)) if np.size(w) else 1.0
-                scale = (rule.zero_init_scale if zero else rms, zero)
+                peak = np.max(np.abs(f64(w)), initial=0)
+                scale = (rule.zero_init_scale if zero else rms, peak, zero)
             self.first.append(scale)
 
     def check(self, grads, state, new_state, params, new):
@@ -648,7 +658,7 @@ def optimizers(draw, names=("madam",) * 6 + ("bbit_madam", "lns_madam")):
         rule_rate,
         None if kw.get("b1") is None else float(kw["b1"]),
         float(kw.get("b2", 0.999)),
-        float(kw.get("p_scale", 3.0)),
+        None if kw.get("p_scale") is None else float(kw["p_scale"]),
         float(kw.get("g_bound", 10.0)),
         float(kw.get("floor", 0.0)),
         float(kw.get("zero_init_scale", 0.1)),
@@ -686,10 +696,12 @@ def take_steps(tree, optimizer, seed, mode, steps):
             new, new_state = step(tx, grads, state, params)
             oracle.check(grads, state, new_state, params, new)
             params, state = new, new_state
-    stuck = rule.zero_init_scale == 0 and any(zero for _, zero in oracle.first)
+    stuck = rule.zero_init_scale == 0 and any(zero for *_, zero in oracle.first)
     messages = [str(w.message) for w in caught]
-    assert len(messages) == stuck, messages
-    assert all("zero_init_scale" in message for message in messages)
+    assert sum("zero_init_scale" in message for message in messages) == stuck
+    # Of weights that do not fit a bound, or a format of few codes.
+    others = [m for m in messages if "zero_init_scale" not in m]
+    assert all("beyond p_scale" in m or "lost in rounding" in m for m in others)
 
 
 DTYPES = ["float32", "float32", "bfloat16", "float16"]
@@ -760,6 +772,7 @@ def check_wrapped(w, new, u, error, rounding):
     check_codes_between(new, c_low, c_high, np.sign(low), np.sign(high), f"{fmt}")
 
 
+@few_codes_lose_much
 @settings(max_examples=EXAMPLES // 2)
 @given(
     trees(["float32"]),

@@ -23,6 +23,8 @@ from jax.sharding import PartitionSpec as P
 import madax
 from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*beyond p_scale")
+
 FLAX = tuple(int(n) for n in re.findall(r"\d+", flax.__version__)[:2])
 STEPS = 50
 

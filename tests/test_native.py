@@ -92,15 +92,15 @@ def float_chain(learning_rate, fmt, rounding, seed):
         optax.scale_by_learning_rate(learning_rate),
         madax.scale_by_sign_log(),
         madax.clip_log_weights(),
-        madax.lns_quantize(fmt, p_scale=3.0, rounding=rounding, seed=seed),
+        madax.lns_quantize(fmt, rounding=rounding, seed=seed),
     )
 
 
 def float_state(tx, params, codes):
     """The scales of the codes: those of the weights before they were quantised."""
-    scales = jnp.stack([w.scale for w in codes.values()])
+    scales = jnp.stack([w.scale.squeeze() for w in codes.values()])
     *head, clip, grid = tx.init(params)
-    return (*head, clip._replace(rms0=scales / 3), grid._replace(scale=scales))
+    return (*head, clip._replace(peak0=scales), grid._replace(scale=scales))
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_bfloat16_weights_rounded_to_nearest_stall(bits=8):
 @pytest.mark.parametrize(("bits", "bound"), [(8, 2.1), (16, 3.1)])
 def test_memory(bits, bound):
     w = jnp.ones((256, 256))
-    params = madax.quantize_params({"w": w}, LogFormat(bits, 1e-3))
+    params = madax.quantize_params({"w": w}, LogFormat(bits))
     tx = madax.madam(moment_format=MomentFormat(8))
 
     def nbytes(tree):

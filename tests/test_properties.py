@@ -14,6 +14,8 @@ from hypothesis.extra import numpy as hnp
 
 import madax
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*beyond p_scale")
+
 SIZE, STEPS = 8, 5
 
 

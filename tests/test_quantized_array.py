@@ -30,16 +30,22 @@ def normal(shape, seed=0, scale=1.0):
 FORMATS = [FMT, LogFormat(16, 3e-4), SymlogFormat(8, 0.3), UniformFormat(4)]
 
 
+@pytest.mark.filterwarnings("ignore:.*beyond p_scale")
 @pytest.mark.parametrize(
     ("fmt", "channel_axis", "p_scale"),
-    [*((fmt, None, 3.0) for fmt in FORMATS), (FMT, 0, 1.0), (FMT, -1, 3.0)],
+    [
+        *((fmt, None, 3.0) for fmt in FORMATS),
+        *((FMT, axis, None) for axis in (None, 0, -1, (0, -1))),
+        (FMT, 0, 1.0),
+    ],
 )
 def test_codes_and_scales_follow_the_formula(fmt, channel_axis, p_scale):
     w = normal((20, 30)) * jnp.exp(normal(30, 1))
     q = madax.quantize_params(w, fmt, p_scale=p_scale, channel_axis=channel_axis)
-    axes = {None: None, 0: 1, -1: 0}[channel_axis]
-    mean = np.mean(np.float64(w) ** 2, axis=axes, keepdims=axes is not None)
-    scale = p_scale * np.sqrt(mean)
+    axes = {None: None, 0: 1, -1: 0, (0, -1): ()}[channel_axis]
+    rms = np.sqrt(np.mean(np.float64(w) ** 2, axis=axes, keepdims=True))
+    peak = np.max(np.abs(w), axis=axes, keepdims=True)
+    scale = np.maximum(3 * rms, peak) if p_scale is None else p_scale * rms
     assert q.scale.shape == np.shape(scale) and q.scale.dtype == jnp.float32
     np.testing.assert_allclose(q.scale, scale, rtol=1e-6)
     assert q.codes.dtype == fmt.storage_dtype
@@ -70,7 +76,6 @@ def test_default_predicate():
     quantized = madax.quantize_params(params, FMT)
     chosen = {name for name, codes in kinds(quantized).items() if codes}
     assert chosen == {"kernel", "conv", "half", "done"}
-    assert quantized["done"].format == UniformFormat(8)
     for name in set(params) - chosen:
         assert quantized[name] is params[name]
 
@@ -119,7 +124,7 @@ def test_dequantize_params():
     error = np.abs(np.log(plain["w"] / params["w"]))
     assert np.max(error[np.abs(params["w"]) > 0.01]) < 0.51 * FMT.base_step
     # A fixed point: what is on the grid stays there.
-    scale = quantized["w"].scale / jnp.sqrt(jnp.mean(plain["w"] ** 2))
+    scale = quantized["w"].scale[0, 0] / jnp.sqrt(jnp.mean(plain["w"] ** 2))
     again = madax.quantize_params(plain, FMT, p_scale=float(scale))
     np.testing.assert_array_equal(again["w"].codes, quantized["w"].codes)
 
@@ -150,7 +155,7 @@ def test_quantizing_under_jit_and_vmap_is_quantizing():
 def test_it_is_a_pytree():
     q = madax.quantize_params(normal((4, 5)), FMT)
     leaves, treedef = jax.tree.flatten(q)
-    assert [x.shape for x in leaves] == [(4, 5), ()]
+    assert [x.shape for x in leaves] == [(4, 5), (1, 1)]
     back = jax.tree.unflatten(treedef, leaves)
     assert is_quantized(back) and back.format == FMT
     other = madax.quantize_params(normal((4, 5)), LogFormat(8, 0.05))

@@ -18,6 +18,8 @@ from helpers import FORMATS, enable_x64, jitted_step, mostly_nightly, step
 import madax
 from madax import MomentFormat, SymlogFormat, UniformFormat, _numerics
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*beyond p_scale")
+
 OTHERWISE = {
     "no_fusions": {"xla_disable_hlo_passes": "fusion"},
     "no_optimisations": {"xla_backend_optimization_level": 0},
@@ -45,6 +47,7 @@ OPTIMIZERS = {
     "madam": madax.madam(0.02),
     "clipped": madax.madam(0.05, b1=0.9, floor=1.0, p_scale=1.0),
     "moments8": madax.madam(0.02, b1=0.9, moment_format=MomentFormat(8)),
+    "decayed": madax.madam(0.05, floor=1.0, weight_decay=0.3),
     "nearest": madax.madam(0.05, rounding="nearest"),
     "bbit_madam": madax.bbit_madam(0.02),
     "lns_madam": madax.lns_madam(2**-5),

@@ -62,7 +62,7 @@ def test_each_step_is_the_inner_one_on_decoded_weights(fmt, inner):
         )
         np.testing.assert_allclose(updates["b"], expected["b"], rtol=1e-5, atol=1e-8)
         w = params["w"]
-        moved = decode(fmt, w.codes) + np.float64(expected["w"]) / float(w.scale)
+        moved = decode(fmt, w.codes) + np.float64(expected["w"]) / w.scale.item()
         exact = encode(fmt, moved)
         params = optax.apply_updates(params, updates)
         assert params["w"].codes.dtype == fmt.storage_dtype
@@ -81,7 +81,7 @@ def test_stochastic_rounding_is_unbiased_in_codes(fmt):
     # Steps of three tenths of a code inwards: nobody is at the end of the range.
     codes = np.asarray(params["w"].codes, np.float64)
     target = decode(fmt, codes - 0.3 * np.sign(codes))
-    u = jnp.asarray((target - decode(fmt, codes)) * float(params["w"].scale))
+    u = jnp.asarray((target - decode(fmt, codes)) * params["w"].scale)
     inner = optax.sgd(1.0)
     run = jax.vmap(
         lambda seed: (

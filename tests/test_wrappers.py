@@ -16,6 +16,8 @@ from helpers import jitted_step, mostly_nightly
 
 import madax
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*beyond p_scale")
+
 STEPS = 6
 VARIANTS = {
     "madam": {},
@@ -124,6 +126,7 @@ HYPERPARAMS = {
     "b1": 0.75,
     "floor": 0.5,
     "zero_init_scale": 0.25,
+    "weight_decay": 0.125,
 }
 
 
@@ -150,12 +153,18 @@ def test_every_hyperparameter_can_be_injected(variant):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("b2", 0.25), ("p_scale", 0.75), ("g_bound", 0.5), ("floor", 2.0)],
+    [
+        ("b2", 0.25),
+        ("p_scale", 0.75),
+        ("g_bound", 0.5),
+        ("floor", 2.0),
+        ("weight_decay", 0.5),
+    ],
 )
 def test_hyperparameter_changed_by_hand_takes_effect(name, value):
     params = make_params()
     grads = make_grads(params)
-    given = {"learning_rate": 0.1, "floor": 0.5}
+    given = {"learning_rate": 0.1, "floor": 0.5, "p_scale": 3.0, "weight_decay": 0.1}
     tx = optax.inject_hyperparams(madax.madam)(**given)
     middle, state = run(tx, params, grads[:2])
     before, _ = run(tx, middle, grads[2:], state)

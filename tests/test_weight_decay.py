@@ -1,0 +1,253 @@
+"""Decoupled weight decay: AdamW's, in log-steps, on floats and on codes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+import madax
+from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
+
+FORMATS = [LogFormat(8), SymlogFormat(8), UniformFormat(8)]
+WIDE = [LogFormat(16), SymlogFormat(16), SymlogFormat(16, 1e-3), UniformFormat(16)]
+STEPS = 30
+
+
+def is_quantized(x):
+    return isinstance(x, QuantizedArray)
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def run(tx, params, grads):
+    """Parameters after every step of a scan over stacked gradients."""
+
+    def step(carry, g):
+        params, state = carry
+        updates, state = tx.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    scan = jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g)[1])
+    return scan(params, grads)
+
+
+def zeros(params, steps=STEPS):
+    shape = lambda w: jnp.zeros((steps, *w.shape))
+    return jax.tree.map(shape, params, is_leaf=is_quantized)
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# --- floats ---------------------------------------------------------------------------
+
+OPTIONS = [{}, {"floor": 0.5}, {"floor": 1.0, "b1": 0.9, "p_scale": 2.0}]
+
+
+@pytest.mark.parametrize("weight_decay", [0.01, 4.0])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_floats_follow_the_oracle(options, weight_decay):
+    params = {
+        "w": normal(40),
+        "b": jnp.zeros(10),
+        "dead": normal(10, seed=1).at[3].set(0),
+    }
+    grads = {k: normal(STEPS, *w.shape, seed=7) for k, w in params.items()}
+    schedule = optax.cosine_decay_schedule(0.1, STEPS)
+    tx = madax.madam(schedule, weight_decay=weight_decay, **options)
+    got = run(tx, params, grads)
+    for name, w0 in params.items():
+        model = oracle.Madam(w0, schedule, weight_decay=weight_decay, **options)
+        want = np.stack([model.step(g) for g in grads[name]])
+        size = np.maximum(np.abs(want), oracle.first_rms(w0)[0])
+        assert np.max(np.abs(got[name] - want) / size) < 1e-5, name
+        without = oracle.Madam(w0, schedule, **options)
+        want_without = np.stack([without.step(g) for g in grads[name]])
+        assert np.max(np.abs(want_without - want) / size) > 1e-3  # it is there
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e9])
+def test_it_is_that_of_adamw(floor):
+    """Exactly where steps are additive; where they multiply, as of many small steps."""
+    w, rate, weight_decay = normal(100), 0.01, 0.2
+    tx = madax.madam(rate, floor=floor, weight_decay=weight_decay)
+    got = run(tx, w, zeros(w))[-1] / w
+    adamw = (1 - rate * weight_decay) ** STEPS
+    want = adamw if floor else np.exp(-rate * weight_decay * STEPS)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(got, adamw, rtol=1e-4)
+
+
+# --- codes ----------------------------------------------------------------------------
+
+
+def relative_steps(fmt, codes):
+    """w / (dw/dd) by differences of decoded values in float64."""
+    n = 2 ** (fmt.bits - 1) - 1
+    c = np.asarray(codes, np.float64)
+    if isinstance(fmt, SymlogFormat):
+        theta = c * np.arcsinh(1 / fmt.linear_range) / n
+        value = lambda d: fmt.linear_range * np.sinh(theta + d)
+    else:  # a log-step multiplies
+        size = (
+            np.exp(fmt.base_step * (np.abs(c) - n)) if isinstance(fmt, LogFormat) else 1
+        )
+        value = lambda d: np.sign(c) * size * np.exp(np.sign(c) * d)
+    slope = (value(1e-6) - value(-1e-6)) / 2e-6
+    return np.divide(value(0), slope, where=slope != 0, out=np.zeros_like(c))
+
+
+@pytest.mark.parametrize("fmt", FORMATS + WIDE, ids=repr)
+def test_the_relative_step_of_a_format(fmt):
+    codes = np.unique(np.linspace(-fmt.levels, fmt.levels, 255).astype(int))
+    got = fmt.relative_step(jnp.asarray(codes, fmt.storage_dtype))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, relative_steps(fmt, codes), atol=2e-7, rtol=2e-6)
+
+
+@pytest.mark.parametrize("fmt", WIDE, ids=repr)
+def test_a_step_of_codes_follows_the_formula(fmt):
+    q, g = madax.quantize_params(normal(20, 20), fmt), normal(20, 20, seed=1)
+    rate, weight_decay = 0.05, 0.7
+    tx = madax.madam(rate, weight_decay=weight_decay, rounding="nearest")
+    updates, _ = tx.update(g, tx.init(q), q)
+    codes = np.asarray(q.codes, np.float64)
+    d = -rate * (np.sign(g) + weight_decay * relative_steps(fmt, codes))
+    if isinstance(fmt, LogFormat):
+        steps = d / fmt.base_step
+    elif isinstance(fmt, SymlogFormat):
+        steps = d / fmt.step
+    else:
+        steps = np.where(codes == 0, d, codes * np.expm1(np.sign(codes) * d))
+    room = np.abs(codes + steps) < fmt.levels - 1
+    if isinstance(fmt, LogFormat):
+        room &= np.sign(codes) * (codes + steps) > 1
+    assert np.mean(room) > 0.9
+    error = np.abs(np.asarray(updates.codes) - steps)[room]
+    assert np.max(error) < 0.51
+
+
+@pytest.mark.parametrize("channel_axis", [None, -1])
+@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+def test_codes_decay_by_the_same_share(fmt, channel_axis):
+    """On average, by stochastic rounding, though a step is a fraction of a code."""
+    w = normal(64, 64)
+    w = jnp.sign(w) * jnp.clip(jnp.abs(w), 0.5, 2)  # no code near the smallest
+    q = madax.quantize_params(w, fmt, channel_axis=channel_axis)
+    tx = madax.madam(0.01, weight_decay=0.5)
+    after = jax.tree.map(lambda x: x[-1], run(tx, q, zeros(q, 100)))
+    share = jnp.sum(after.dequantize() * w) / jnp.sum(q.dequantize() * w)
+    np.testing.assert_allclose(share, np.exp(-0.5), rtol=0.01)
+
+
+def test_zero_codes_stay_and_nothing_crosses_zero():
+    for fmt in FORMATS:
+        q = madax.quantize_params(normal(30, 30).at[0].set(0), fmt)
+        tx = madax.madam(1.0, weight_decay=0.1, rounding="nearest")
+        after = jax.tree.map(lambda x: x[-1], run(tx, q, zeros(q)))
+        assert np.all(np.asarray(after.codes) * np.asarray(q.codes, int) >= 0)
+        assert not np.any(after.codes[0])
+
+
+# --- where it is, and where it is not -------------------------------------------------
+
+
+def mixed():
+    params = {"w": normal(8, 6), "b": normal(6, seed=1), "codes": normal(8, 6, seed=2)}
+    where = lambda path, leaf: path == "codes"
+    params = madax.quantize_params(params, SymlogFormat(16), where=where)
+    grads = {"w": normal(3, 8, 6, seed=3), "b": normal(3, 6), "codes": normal(3, 8, 6)}
+    return params, grads
+
+
+def test_none_costs_nothing():
+    """The same state, and the same program, as of a chain that has no such thing."""
+    params, grads = mixed()
+    g = jax.tree.map(lambda g: g[0], grads)
+    chain = optax.chain(
+        madax.scale_by_second_moment(),
+        optax.clip(10.0),
+        optax.scale_by_learning_rate(0.01),
+        madax.scale_by_sign_log(),
+        madax.clip_log_weights(),
+        madax.lns_quantize(),
+    )
+    programs = []
+    for tx in (chain, madax.madam(0.01), madax.madam(0.01, weight_decay=0)):
+        state = tx.init(params)
+        assert jax.tree.structure(state) == jax.tree.structure(chain.init(params))
+        programs.append(jax.jit(tx.update).lower(g, state, params).as_text())
+    assert programs[0] == programs[1] == programs[2]
+
+
+MASKS = {
+    "tree": {"w": True, "b": False, "codes": True},
+    "prefix": lambda params: {"w": True, "b": False, "codes": True},
+    "rank": lambda params: jax.tree.map(
+        lambda w: w.ndim > 1, params, is_leaf=is_quantized
+    ),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_mask(mask):
+    params, grads = mixed()
+    last = lambda tx: jax.tree.map(lambda x: x[-1], run(tx, params, grads))
+    none, all_, some = (
+        last(madax.madam(0.1, **kw))
+        for kw in ({}, {"weight_decay": 0.5}, {"weight_decay": 0.5, "mask": mask})
+    )
+    same(some, all_ | {"b": none["b"]})
+    for k in ("w", "codes"):
+        assert np.any(
+            np.asarray(jax.tree.leaves(some[k])[0] != jax.tree.leaves(none[k])[0])
+        )
+
+
+def test_injected_and_changed_by_hand():
+    params, grads = mixed()
+    g = jax.tree.map(lambda g: g[0], grads)
+    tx = optax.inject_hyperparams(madax.madam, static_args="mask")(
+        optax.linear_schedule(0.1, 0.0, 5), mask=MASKS["rank"]
+    )
+    state = tx.init(params)
+    for weight_decay in (0.0, 0.5):  # the default; by hand
+        state.hyperparams["weight_decay"] = jnp.float32(weight_decay)
+        updates, _ = jax.jit(tx.update)(g, state, params)
+        plain = madax.madam(0.1, weight_decay=weight_decay, mask=MASKS["rank"])
+        expected, _ = jax.jit(plain.update)(g, plain.init(params), params)
+        np.testing.assert_array_equal(updates["codes"].codes, expected["codes"].codes)
+        for k in ("w", "b"):
+            np.testing.assert_allclose(updates[k], expected[k], rtol=1e-6)
+
+
+def test_decay_of_the_gradient_is_normalised_away():
+    """The mistake to avoid: 1e-6 and 0.1 do the same where there is no gradient."""
+    w = normal(50)
+    before = [
+        run(optax.chain(optax.add_decayed_weights(x), madax.madam(0.01)), w, zeros(w))
+        for x in (1e-6, 0.1)
+    ]
+    np.testing.assert_allclose(before[0], before[1], rtol=1e-5)
+    np.testing.assert_allclose(before[0][-1] / w, np.exp(-0.01 * STEPS), rtol=0.03)
+    decoupled = [
+        run(madax.madam(0.01, weight_decay=x), w, zeros(w))[-1] for x in (1e-6, 0.1)
+    ]
+    np.testing.assert_allclose(decoupled[0], w, rtol=1e-6)
+    np.testing.assert_allclose(decoupled[1] / w, np.exp(-0.001 * STEPS), rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [madax.madam, madax.add_decayed_log_weights])
+@pytest.mark.parametrize(
+    ("value", "kind"), [(-0.1, ValueError), (np.nan, ValueError), ("0.1", TypeError)]
+)
+def test_wrong_weight_decay(make, value, kind):
+    with pytest.raises(kind, match=f"weight_decay .*got {value!r}.*pass a number"):
+        make(weight_decay=value)
