@@ -31,19 +31,19 @@ _SQRT_HALF = 0x3F3504F3  # its float32 pattern
 def rounded(x: jax.Array) -> jax.Array:
     """``x``, with a barrier to fusing the product that it is with a sum.
 
-    The least of its pattern and that of infinity, as integers, is the pattern, for all
-    but NaN; no compiler knows that.
+    The least of its pattern and the largest integer but one is the pattern, for all but
+    one NaN, which becomes another; no compiler knows that.
 
     Args:
-      x: float32 or float64, not NaN.
+      x: float32 or float64.
 
     Returns:
       The same.
     """
     bits_dtype = np.dtype(np.int32 if x.dtype == np.float32 else np.int64)
-    infinity = np.array(np.inf, x.dtype).view(bits_dtype)
     bits = jax.lax.bitcast_convert_type(x, bits_dtype)
-    return jax.lax.bitcast_convert_type(jnp.minimum(bits, infinity), x.dtype)
+    bits = jnp.minimum(bits, np.iinfo(bits_dtype).max - 1)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
 rounded.defjvps(lambda t, ans, x: t)

@@ -42,7 +42,7 @@ def leaf_keys(
     Args:
       seed: integer scalar.
       count: number of steps taken, integer scalar.
-      paths: paths of the leaves, as :func:`madax._leaves.path_name` has them.
+      paths: paths of the leaves, as :func:`madax._leaves.path_names` has them.
       layer: index of a layer, integer scalar, if they are a slice of a stack.
 
     Returns:

@@ -88,7 +88,7 @@ def add_decayed_log_weights(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        ws, ds, treedef = flatten_both(params, updates)
+        _, ws, ds, treedef = flatten_both(params, updates)
         floors = per_leaf(additive_floors(floor, *state), ws)
         ds = [
             widen(d) + rounded(jnp.asarray(weight_decay * _relative_step(w, f)))
