@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from madax._numerics import straight_through
 from madax._quantized_array import QuantizedArray
 
 
@@ -45,20 +46,7 @@ class ProbedArray(QuantizedArray):
         return (*children, (jax.tree_util.GetAttrKey("probe"), self.probe)), format
 
     def _value(self) -> jax.Array:
-        return _tied(super()._value().astype(self.dtype), self.probe)
+        return straight_through(self.probe, super()._value().astype(self.dtype))
 
     def _at(self, index: Any) -> QuantizedArray:
         return ProbedArray.of(super()._at(index), self.probe[index])
-
-
-@jax.custom_jvp
-def _tied(value: jax.Array, probe: jax.Array) -> jax.Array:
-    """The value, with the derivative of the probe."""
-    del probe
-    return value
-
-
-@_tied.defjvp
-def _tied_jvp(primals, tangents):
-    _, tangent = tangents
-    return _tied(*primals), tangent

@@ -5,7 +5,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -260,7 +260,8 @@ class QuantizedArray:
         return cls(codes, scale, aux, *others)
 
     def _value(self) -> jax.Array:
-        return decode(self.format, self.codes, self.scale)
+        # Rounded: fused with a sum, the product would be another in each program.
+        return rounded(self.scale * self.format.decode(self.codes))
 
     def _at(self, index: Any) -> "QuantizedArray":
         """The codes at an index, with the scales that belong to them."""
@@ -275,19 +276,6 @@ class QuantizedArray:
             known = not traced and scale.size == 1
             scale = f"{scale.item():.6g}" if known else f"<{scale.shape}>"
         return f"QuantizedArray(shape={shape}, scale={scale}, {self.format!r})"
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def decode(format: Format, codes: jax.Array, scale: jax.Array) -> jax.Array:
-    """The values of codes, the same bits in every program that they are used in."""
-    return rounded(scale * format.decode(codes))
-
-
-@decode.defjvp
-def _decode_jvp(format, primals, tangents):
-    codes, _ = primals
-    _, scale_tangent = tangents
-    return decode(format, *primals), scale_tangent * format.decode(codes)
 
 
 def _index_scale(scale: Any, shape: tuple[int, ...], index: Any) -> Any:
