@@ -11,6 +11,7 @@ from benchmarks.lns import lns
 from benchmarks.lr_sensitivity import lr_sensitivity
 from benchmarks.memory import memory
 from benchmarks.no_tuning import no_tuning
+from benchmarks.pretrained import pretrained
 from benchmarks.report import report
 from benchmarks.speed import speed
 from benchmarks.stall import stall
@@ -26,6 +27,7 @@ for command in (
     bits,
     lns,
     stall,
+    pretrained,
     speed,
     memory,
     report,

@@ -8,6 +8,7 @@ from benchmarks.depth import depth_report
 from benchmarks.lr_sensitivity import lr_sensitivity_report
 from benchmarks.memory import memory_report
 from benchmarks.no_tuning import no_tuning_report
+from benchmarks.pretrained import pretrained_report
 from benchmarks.speed import speed_report
 from benchmarks.stall import stall_report
 from benchmarks.study import study_report
@@ -20,6 +21,7 @@ REPORTS = {
     "memory": (memory_report,),
     "demo": (demo_report,),
     "stall": (stall_report,),
+    "pretrained": (pretrained_report,),
 }
 
 

@@ -116,7 +116,7 @@ def train(
     seeds = range(budget.seeds)
     weights = [workload.init(jax.random.key(seed)) for seed in seeds]
     weights = jax.tree.map(lambda *x: jnp.stack(x), *weights)
-    orders = [_data_order(seed, len(workload), budget) for seed in seeds]
+    orders = [data_order(seed, len(workload), budget) for seed in seeds]
     order = [np.stack(parts) for parts in zip(*orders, strict=True)]
     carry = jax.jit(start_all)(weights, values)
     data = (workload.train, workload.test)
@@ -135,7 +135,7 @@ def train(
     return [run | {"wall_s": round(wall, 3)} for run in runs]
 
 
-def _data_order(
+def data_order(
     seed: int, examples: int, budget: Budget
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns what a seed draws: the examples of each step, and a number for noise.
