@@ -8,6 +8,7 @@ from madax._clip import ClipLogWeightsState, clip_log_weights
 from madax._fake_quantize import fake_quantize
 from madax._formats import Format, LogFormat, SymlogFormat, UniformFormat
 from madax._grad import grad, value_and_grad
+from madax._layerwise import Layerwise, layerwise
 from madax._lns_quantize import LnsQuantizeState, lns_quantize
 from madax._moments import MomentFormat, MomentWindow
 from madax._quantize_params import dequantize_params, quantize_params
@@ -27,6 +28,7 @@ __all__ = [
     "AddDecayedLogWeightsState",
     "ClipLogWeightsState",
     "Format",
+    "Layerwise",
     "LnsQuantizeState",
     "LogFormat",
     "MomentFormat",
@@ -45,6 +47,7 @@ __all__ = [
     "fake_quantize",
     "from_flat_dict",
     "grad",
+    "layerwise",
     "lns_madam",
     "lns_quantize",
     "madam",
