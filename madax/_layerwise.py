@@ -227,9 +227,12 @@ class _Run:
         own, common = split(stack)
 
         def one(t, carry):
-            layers, own, _, g, norms = carry
+            layers, own, above, _, g, norms = carry
             i = depth - 1 - t
-            stored = _read(layers, i)
+            # Of the layer above, in place: XLA would copy a stack that is written while
+            # it may still be read, as a state is for the state and for the step.
+            own = _write(own, above, jnp.minimum(i + 1, depth - 1))
+            stored, mine = _read(layers, i), _read(own, i)
             weights = self.decode(stored)
 
             def pull(part, now):
@@ -243,16 +246,17 @@ class _Run:
                 return jax.vjp(forward, weights, floats)[1](g)
 
             grads, g = self.average(pull, (_read(kept, i), g))
-            before = join(_read(own, i), common)
+            before = join(mine, common)
             stored, after = self.update({LAYERS: stored}, grads, before, layer=i)
-            layer_state, after = split(after)
+            mine, after = split(after)
             norms = norms.at[i].set(_norm(grads)) if self.has_aux else norms
-            layers, own = _write(layers, stored, i), _write(own, layer_state, i)
-            return layers, own, after, g, norms
+            return _write(layers, stored, i), own, mine, after, g, norms
 
-        carry = (layers, own, common, g, jnp.zeros(depth, jnp.float32))
-        layers, own, common, g, norms = jax.lax.fori_loop(0, depth, one, carry)
-        return layers, join(own, common), g, norms
+        norms = jnp.zeros(depth, jnp.float32)
+        carry = (layers, own, _read(own, depth - 1), common, g, norms)
+        carry = jax.lax.fori_loop(0, depth, one, carry)
+        layers, own, first, common, g, norms = carry
+        return layers, join(_write(own, first, 0), common), g, norms
 
     def begin(self, ends: Any, g: Any, batches: Any) -> Any:
         """The gradients for the ends that come through the layers."""
@@ -288,7 +292,8 @@ class _Run:
 
         def add(total, now):
             x, out = fn(*now)
-            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, x), out
+            add = lambda t, x: t + jnp.asarray(x, t.dtype)
+            return jax.tree.map(add, total, x), out
 
         first = jax.eval_shape(fn, 0, jax.tree.map(lambda x: x[0], xs))[0]
         wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
@@ -540,7 +545,7 @@ def _check_layer_output(x: Any, out: Any) -> None:
     if before != after:
         raise ValueError(
             "layer must return what it is given, in shape and dtype, got "
-            f"{after} from {before}; cast what embed or layer returns."
+            f"{after} from {before}; cast x, or pass another dtype to layerwise."
         )
 
 
