@@ -90,11 +90,6 @@ class Chip:
         return list(found.devices)
 
 
-def _tpu(memory: float, one: str, **more: Any) -> Chip:
-    names = {1: (one, {"chips_per_host_bounds": (1, 1, 1)}), **more}
-    return Chip(int(memory * 2**30), {int(k): v for k, v in names.items()})
-
-
 CHIPS = {
     # Of 16, 95 and 32 GiB, some is kept by XLA.
     "TPU v5e": Chip(

@@ -45,6 +45,7 @@ class Size:
 
 
 SIZES = {
+    "tiny": Size(256, 2, 64, 128, 4, 2),
     "GPT-2 124M": Size(50257, 12, 768, 3072, 12, 12, gated=False, tied=True),
     "Llama-2 7B": Size(32000, 32, 4096, 11008, 32, 32),
     "Llama-3 8B": Size(128256, 32, 4096, 14336, 32, 8, base=5e5),
