@@ -68,7 +68,9 @@ class Chip:
 
     def devices(self, count: int = 1) -> list[Any]:
         """Returns so many of it, on which to put shapes that are to be compiled for."""
-        missing = {k: v for k, v in ENVIRONMENT.items() if os.environ.get(k) != v}
+        missing = {
+            k: v for k, v in ENVIRONMENT.items() if v not in os.environ.get(k, "")
+        }
         if missing:
             raise RuntimeError(f"start Python with the environment {missing}.")
         from jax.experimental import topologies
@@ -166,9 +168,9 @@ def gathered(text: str) -> dict[str, int]:
         if not re.search(r"= .*\ball-gather(-start)?\(", line):
             continue
         # The result of an asynchronous one is a pair of what goes in and what comes out.
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", line.split("all-gather")[0])[
-            -1:
-        ]:
+        for dtype, dims in re.findall(
+            r"(\w+)\[([\d,]*)\]", line.split("all-gather")[0]
+        )[-1:]:
             size = _SIZES.get(dtype, 4)
             for d in filter(None, dims.split(",")):
                 size *= int(d)

@@ -95,7 +95,11 @@ def layer(size: Size, w: Params, x: jax.Array) -> jax.Array:
     h = _normalised(x, w["norm1"])
     q, k, v = (
         (h @ w[name]).reshape(batch, length, heads, -1)
-        for name, heads in (("q", size.heads), ("k", size.kv_heads), ("v", size.kv_heads))
+        for name, heads in (
+            ("q", size.heads),
+            ("k", size.kv_heads),
+            ("v", size.kv_heads),
+        )
     )
     attended = _attention(_rotated(q, size.base), _rotated(k, size.base), v)
     x = x + attended.reshape(batch, length, -1) @ w["o"]
@@ -109,15 +113,16 @@ def layer(size: Size, w: Params, x: jax.Array) -> jax.Array:
 
 def loss(ends: Params, x: jax.Array, tokens: jax.Array) -> jax.Array:
     """Returns the mean nats a token, in float32; so many tokens' logits at a time."""
-    x = _normalised(x, ends["norm"]).reshape(-1, x.shape[-1])
-    head = ends["head"] if "head" in ends else ends["tokens"] / x.shape[-1] ** 0.5
+    x, head = _last(ends, x)
+    x = x.reshape(-1, x.shape[-1])
     targets = tokens[:, 1:].reshape(-1)
     chunk = _divisor(len(x), max(1, LOGITS // len(head)))
 
     @jax.checkpoint
     def nats(x, targets):
-        logits = jnp.einsum("td,vd->tv", x, head, preferred_element_type=jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            _products(x, head), targets
+        )
         return losses.sum()
 
     if chunk == len(x):
@@ -138,8 +143,7 @@ def logits(size: Size, params: Params, tokens: jax.Array) -> jax.Array:
     """Returns the logits of what comes after the last token, of (batch, length)."""
     x, ends = params["ends"]["tokens"][tokens], params["ends"]
     x, _ = jax.lax.scan(lambda x, w: (layer(size, w, x), None), x, params["layers"])
-    x = _normalised(x[:, -1], ends["norm"])
-    head = ends["head"] if "head" in ends else ends["tokens"] / x.shape[-1] ** 0.5
+    x, head = _last(ends, x[:, -1])
     return x @ head.T
 
 
@@ -147,6 +151,33 @@ def count(size: Size) -> int:
     """Returns the number of parameters."""
     shapes = jax.eval_shape(partial(init, size), jax.random.key(0))
     return sum(x.size for x in jax.tree.leaves(shapes))
+
+
+@jax.custom_vjp
+def _products(x: jax.Array, head: jax.Array) -> jax.Array:
+    """Returns logits in float32, whose gradients have the dtype of the others."""
+    return jnp.einsum("td,vd->tv", x, head, preferred_element_type=jnp.float32)
+
+
+def _products_forward(x: jax.Array, head: jax.Array) -> Any:
+    return _products(x, head), (x, head)
+
+
+def _products_backward(kept: Any, g: jax.Array) -> Any:
+    x, head = kept
+    g = g.astype(x.dtype)
+    return g @ head, g.T @ x
+
+
+_products.defvjp(_products_forward, _products_backward)
+
+
+def _last(ends: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns features and the matrix whose rows they are multiplied with."""
+    x = _normalised(x, ends["norm"])
+    if "head" in ends:
+        return x, ends["head"]
+    return x * x.shape[-1] ** -0.5, ends["tokens"]
 
 
 def _normalised(x: jax.Array, weight: jax.Array) -> jax.Array:

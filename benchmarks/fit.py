@@ -64,12 +64,12 @@ def jobs(profile: str) -> Iterator[Job]:
     if profile == "smoke":
         yield Job("tiny", "H100", length=64)
         return
-    yield Job("Llama-2 7B", "TPU v5e")
     yield Job("Llama-3 8B", "H100")
     yield Job("CodeLlama 34B", "H100", length=2048)
     yield Job("Llama-2 70B", "H200", length=2048)
     for way in ("layerwise", "checkpoint", "adam"):
         yield Job("GPT-2 124M", "H100", way, length=128)
+    yield Job("Llama-2 7B", "TPU v5e")
     yield Job("Llama-2 7B", "RTX 4090")
     yield Job("Llama-2 7B", "H100", "checkpoint")
     yield Job("Llama-2 7B", "TPU v5e", chips=16)

@@ -41,7 +41,10 @@ def weights(format=None):
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.float32(rng.normal(size=shape) / WIDTH**0.5)
     ends = {"table": normal(VOCABULARY, WIDTH)}
-    layers = {"scale": jnp.ones((DEPTH, WIDTH)), "mlp": {"w": normal(DEPTH, WIDTH, WIDTH)}}
+    layers = {
+        "scale": jnp.ones((DEPTH, WIDTH)),
+        "mlp": {"w": normal(DEPTH, WIDTH, WIDTH)},
+    }
     if format is not None:
         ends = madax.quantize_params(ends, format)
         layers["mlp"] = madax.quantize_params(layers["mlp"], format, channel_axis=0)
