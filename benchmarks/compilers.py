@@ -5,11 +5,10 @@ those of ``jax[cuda12]`` are (``pip install madax[compilers]``).
 """
 
 import dataclasses
+import math
 import os
 import re
 from typing import Any
-
-import jax
 
 # A process that asks must have been started with these.
 ENVIRONMENT = {
@@ -165,15 +164,11 @@ def gathered(text: str) -> dict[str, int]:
     """Returns the bytes that all-gathers of a program result in, by dtype."""
     total: dict[str, int] = {}
     for line in text.splitlines():
-        if not re.search(r"= .*\ball-gather(-start)?\(", line):
-            continue
-        # The result of an asynchronous one is a pair of what goes in and what comes out.
-        for dtype, dims in re.findall(
-            r"(\w+)\[([\d,]*)\]", line.split("all-gather")[0]
-        )[-1:]:
-            size = _SIZES.get(dtype, 4)
-            for d in filter(None, dims.split(",")):
-                size *= int(d)
+        found = re.search(r"= (.*?)\ball-gather(-start)?\(", line)
+        if found is not None:
+            # An asynchronous one has a pair: what goes in, and what comes out.
+            dtype, dims = re.findall(r"(\w+)\[([\d,]*)\]", found[1])[-1]
+            size = _SIZES.get(dtype, 4) * math.prod(map(int, dims.split(",")))
             total[dtype] = total.get(dtype, 0) + size
     return total
 

@@ -276,13 +276,13 @@ def fit_table(runs: pd.DataFrame) -> str:
 
 
 def _row(run: Any) -> dict[str, str]:
-    chips = "" if run["chips"] == 1 else f"{run['chips']} × "
+    chips = "" if run["chips"] == 1 else f"{run['chips']} x "
     adamw = 16 * run["parameters"] / run["chips"]
     return {
         "model": run["model"],
         "chip": f"{chips}{run['chip']}",
         "step": WAYS[run["way"]],
-        "tokens": f"1 × {run['length']}",
+        "tokens": f"1 x {run['length']}",
         "peak GB": f"{run['peak'] / 1e9:.2f}",
         "of GB": f"{run['memory'] / 1e9:.1f}",
         "fits": "yes" if run["fits"] else "no",
@@ -293,7 +293,7 @@ def _row(run: Any) -> dict[str, str]:
 
 def _gathered(found: Any) -> str:
     if not isinstance(found, dict):
-        return "–"
+        return "-"
     return ", ".join(f"{v / 1e6:.1f} MB of {k}" for k, v in sorted(found.items()))
 
 

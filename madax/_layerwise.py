@@ -70,8 +70,8 @@ def layerwise(
     which is not there yet when the first layer takes its step. Madam needs none.
 
     Args:
-      tx: the optimizer, such as ``madam`` or ``with_quantized_params(optax.adam(...))``.
-        Masks and labels, if any, are to be functions of the tree.
+      tx: the optimizer, such as ``madam`` or ``with_quantized_params(optax.adam(1e-3))``;
+        its masks and labels, if any, are to be functions of the tree.
       embed: ``embed(ends, batch)`` returns :math:`x_0`, an array or a tree of arrays;
         integers in it, such as positions, are passed on by the layers.
       layer: ``layer(one_layer, x)`` returns the next :math:`x`, of the same shapes and
@@ -92,10 +92,10 @@ def layerwise(
       The functions ``init`` and ``step``, to be jitted, the step with parameters and
       state donated. ``step(params, state, batch, key=None)`` returns the new
       parameters, the new state, and the loss. With ``has_aux`` it returns, in the place
-      of the loss, (loss, metrics) of ``metrics["aux"]``, and of ``metrics["grad_norm"]``
-      of the ``"ends"``, float32 scalar, and of the ``"layers"``, one each. The state is
-      a dict of that of the ends and that of the layers, whose leaves have a leading
-      axis, too, but for scalars that belong to the step: counts, hyperparameters.
+      of the loss, (loss, metrics): ``metrics["aux"]``, and ``metrics["grad_norm"]``,
+      float32, of the ``"ends"``, and of the ``"layers"`` one each. The state is a dict
+      of that of the ends and that of the layers, whose leaves have a leading axis, too,
+      but for scalars that belong to the step: counts, hyperparameters.
 
     Raises:
       ValueError: if ``tx`` needs the gradients of all layers at once, as far as that
@@ -292,13 +292,14 @@ class _Run:
 
         def add(total, now):
             x, out = fn(*now)
-            add = lambda t, x: t + jnp.asarray(x, t.dtype)
-            return jax.tree.map(add, total, x), out
+            return jax.tree.map(lambda t, x: t + jnp.asarray(x, t.dtype), total, x), out
+
+        def zeros(x):
+            return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
 
         first = jax.eval_shape(fn, 0, jax.tree.map(lambda x: x[0], xs))[0]
-        wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
         parts = jnp.arange(self.microbatches)
-        total, out = jax.lax.scan(add, jax.tree.map(wide, first), (parts, xs))
+        total, out = jax.lax.scan(add, jax.tree.map(zeros, first), (parts, xs))
         return jax.tree.map(lambda x: x / self.microbatches, total), out
 
 
@@ -412,18 +413,16 @@ def _shared(tx: Any, one: Any, from_values: Sequence[bool]) -> set[int]:
     scalars = {i for i, x in enumerate(leaves) if x.shape == ()}
     shared = {i for i in scalars if not from_values[i]}
     while True:
-        own = [i for i in range(len(leaves)) if i not in shared]
+        own = {i: x for i, x in enumerate(leaves) if i not in shared}
+        common = {i: x for i, x in enumerate(leaves) if i in shared}
 
-        def new_state(mapped, fixed, own=own, common=sorted(shared)):
-            grads, params, mine = mapped
-            now = dict(zip(own, mine, strict=True))
-            now |= dict(zip(common, fixed, strict=True))
-            state = treedef.unflatten([now[i] for i in range(len(leaves))])
+        def new_state(mapped, common):
+            grads, params, own = mapped
+            state = treedef.unflatten([x for _, x in sorted({**own, **common}.items())])
             layer = jnp.int32(0)
             return tx.update({LAYERS: grads}, state, {LAYERS: params}, layer=layer)[1]
 
-        mapped = _gradients(one), one, [leaves[i] for i in own]
-        depends = _depends(new_state, mapped, [leaves[i] for i in sorted(shared)])
+        depends = _depends(new_state, (_gradients(one), one, own), common)
         left = {i for i in shared if not depends[i]}
         if left == shared:
             return shared
@@ -506,8 +505,8 @@ def _parts(params: Any) -> tuple[Any, Any]:
         if np.shape(leaf)[:1] != (depth,):
             called = leaf_name("params", f"{LAYERS}/{path_name(path)}")
             raise ValueError(
-                f"{called} has shape {np.shape(leaf)}, but the first leaf of the layers "
-                f"has a leading axis of {depth}; it must be that of all leaves. Codes "
+                f"{called} has shape {np.shape(leaf)}, but the first leaf of the "
+                f"layers has a leading axis of {depth}; it must be that of all. Codes "
                 "must have scales of each layer: use quantize_params(..., "
                 "channel_axis=0)."
             )
@@ -516,8 +515,7 @@ def _parts(params: Any) -> tuple[Any, Any]:
 
 def _check_layer_by_layer(tx: Any, params: Any) -> None:
     """Raises if the update of one layer depends on the gradients of another."""
-    shape = lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x))
-    ends, one = jax.tree.map(shape, params[ENDS]), _one(params[LAYERS])
+    ends, one = jax.eval_shape(lambda x: x, params[ENDS]), _one(params[LAYERS])
     tree = {ENDS: ends, LAYERS: [one, one]}
     state = jax.eval_shape(tx.init, tree)
 
@@ -531,8 +529,8 @@ def _check_layer_by_layer(tx: Any, params: Any) -> None:
     if any(_depends(others, grads[1], (grads, state, tree))):
         raise ValueError(
             "tx must update each layer from its own gradients, but here updates depend "
-            "on those of other layers, as by optax.clip_by_global_norm: layer by layer, "
-            "they are never there at once; use optax.clip, optax.clip_by_block_rms or "
+            "on those of other layers, as by optax.clip_by_global_norm, and they are "
+            "never there at once; use optax.clip, optax.clip_by_block_rms or "
             "optax.adaptive_grad_clip, or no clipping: madam normalises each element."
         )
 
@@ -552,9 +550,9 @@ def _check_layer_output(x: Any, out: Any) -> None:
 def _check_loss(value: Any) -> None:
     if np.shape(value) != () or not _is_float(value):
         raise ValueError(
-            f"loss must return a floating scalar, got {jnp.result_type(value)} of shape "
-            f"{np.shape(value)}; take its mean, and pass has_aux=True if it returns "
-            "anything beside it."
+            f"loss must return a floating scalar, got {jnp.result_type(value)} of "
+            f"shape {np.shape(value)}; take its mean, and pass has_aux=True if it "
+            "returns anything beside it."
         )
 
 

@@ -1,6 +1,7 @@
 """A layer at a time, training is that of the ordinary step, to the last bit."""
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +54,11 @@ def weights(format=None):
 
 def listed(params):
     """The same with a list of layers."""
-    layers = [jax.tree.map(lambda x: x[i], params["layers"]) for i in range(DEPTH)]
-    return params | {"layers": layers}
+    return params | {"layers": [one(params["layers"], i) for i in range(DEPTH)]}
+
+
+def one(stack, i):
+    return jax.tree.map(operator.itemgetter(i), stack)
 
 
 @functools.cache
@@ -65,10 +69,10 @@ def batches():
 
 def whole_loss(params, batch, key=None):
     x = embed(params["ends"], batch)
-    for i, one in enumerate(params["layers"]):
+    for i, w in enumerate(params["layers"]):
         # The keys of layers, as documented.
         fold = jax.random.fold_in
-        x = layer(one, x, None if key is None else fold(fold(key, i), 0))
+        x = layer(w, x, None if key is None else fold(fold(key, i), 0))
     return loss(params["ends"], x, batch)
 
 
@@ -136,10 +140,7 @@ def assert_same_moments(stacks, whole):
         expected = {"v": expected.v[part], "m": expected.m[part]}
         found = {"v": found.v[part], "m": found.m[part]}
         if part == "layers":
-            found = {
-                k: [jax.tree.map(lambda x: x[i], v) for i in range(DEPTH)]
-                for k, v in found.items()
-            }
+            found = {k: [one(v, i) for i in range(DEPTH)] for k, v in found.items()}
         assert different(found, expected) == []
     assert stacks["layers"][0].count == whole[0].count
     (window,) = stacks["layers"][0].window.values()
@@ -167,9 +168,9 @@ def test_microbatches_are_means(keyed):
 
     def part_loss(params, i):
         x = embed(params["ends"], parts[i])
-        for j, one in enumerate(params["layers"]):
+        for j, w in enumerate(params["layers"]):
             fold = jax.random.fold_in
-            x = layer(one, x, fold(fold(key, j), i) if keyed else None)
+            x = layer(w, x, fold(fold(key, j), i) if keyed else None)
         return loss(params["ends"], x, parts[i])
 
     def mean_loss(params):
@@ -206,8 +207,8 @@ def test_layers_pass_integers_on_and_any_tree_of_floats():
 
     def whole(params, batch):
         x = start(params["ends"], batch)
-        for one in params["layers"]:
-            x = both(one, x)
+        for w in params["layers"]:
+            x = both(w, x)
         return end(params["ends"], x, batch)
 
     params, batch = weights(), batches()[0]
