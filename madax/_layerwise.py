@@ -70,7 +70,7 @@ def layerwise(
     which is not there yet when the first layer takes its step. Madam needs none.
 
     Args:
-      tx: the optimizer, such as ``madam`` or ``with_quantized_params(optax.adam(1e-3))``;
+      tx: the optimizer, ``madam`` or ``with_quantized_params(optax.adam(1e-3))``;
         its masks and labels, if any, are to be functions of the tree.
       embed: ``embed(ends, batch)`` returns :math:`x_0`, an array or a tree of arrays;
         integers in it, such as positions, are passed on by the layers.
@@ -276,7 +276,8 @@ class _Run:
         """
         ((name, _),) = params.items()
         updates, state = self.tx.update({name: grads}, state, params, **extra)
-        return optax.apply_updates(params, updates)[name], state
+        new: Any = optax.apply_updates(params, updates)
+        return new[name], state
 
     def each(self, fn: Callable[[Any, Any], Any], xs: Any) -> Any:
         """``fn(part, x)`` of every microbatch."""
