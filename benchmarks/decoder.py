@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 Params = dict[str, Any]
 QUERIES = 512  # Attended at a time.
@@ -112,24 +111,64 @@ def layer(size: Size, w: Params, x: jax.Array) -> jax.Array:
 
 
 def loss(ends: Params, x: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Returns the mean nats a token, in float32; so many tokens' logits at a time."""
+    """Returns the mean nats a token, in float32."""
     x, head = _last(ends, x)
-    x = x.reshape(-1, x.shape[-1])
-    targets = tokens[:, 1:].reshape(-1)
-    chunk = _divisor(len(x), max(1, LOGITS // len(head)))
+    x, targets = x.reshape(-1, x.shape[-1]), tokens[:, 1:].reshape(-1)
+    return cross_entropy(x, head, targets) / len(x)
 
-    @jax.checkpoint
-    def nats(x, targets):
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            _products(x, head), targets
-        )
-        return losses.sum()
 
-    if chunk == len(x):
-        return nats(x, targets) / len(x)
-    cut = x.reshape(-1, chunk, x.shape[-1]), targets.reshape(-1, chunk)
-    total, _ = jax.lax.scan(lambda t, now: (t + nats(*now), None), jnp.float32(0), cut)
-    return total / len(x)
+@jax.custom_vjp
+def cross_entropy(x: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+    """Returns the sum of nats, float32, of some of the vocabulary at a time.
+
+    Args:
+      x: features, shape (tokens, width).
+      head: shape (vocabulary, width).
+      targets: integers, shape (tokens,).
+    """
+    return _cross_entropy_forward(x, head, targets)[0]
+
+
+def _cross_entropy_forward(x: jax.Array, head: jax.Array, targets: jax.Array) -> Any:
+    def add(carry, now):
+        total, picked = carry
+        first, part = now
+        logits, here = _logits(x, part), targets - first
+        at = jnp.clip(here, 0, len(part) - 1)[:, None]
+        found = jnp.take_along_axis(logits, at, 1)[:, 0]
+        picked = jnp.where((here >= 0) & (here < len(part)), found, picked)
+        return (jnp.logaddexp(total, jax.nn.logsumexp(logits, -1)), picked), None
+
+    zeros = jnp.zeros(len(x), jnp.float32)
+    (total, picked), _ = jax.lax.scan(add, (zeros - jnp.inf, zeros), _cut(x, head))
+    return jnp.sum(total - picked), (x, head, targets, total)
+
+
+def _cross_entropy_backward(kept: Any, g: jax.Array) -> Any:
+    x, head, targets, total = kept
+
+    def add(dx, now):
+        first, part = now
+        p = jnp.exp(_logits(x, part) - total[:, None])
+        p = g * (p - jax.nn.one_hot(targets - first, len(part)))
+        p = p.astype(x.dtype)
+        return dx + (p @ part).astype(jnp.float32), p.T @ x
+
+    dx, parts = jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), _cut(x, head))
+    return dx.astype(x.dtype), parts.reshape(head.shape), None
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _logits(x: jax.Array, head: jax.Array) -> jax.Array:
+    return jnp.einsum("td,vd->tv", x, head, preferred_element_type=jnp.float32)
+
+
+def _cut(x: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the head in parts, and where they begin."""
+    part = _divisor(len(head), max(1, LOGITS // len(x)))
+    return jnp.arange(0, len(head), part), head.reshape(-1, part, head.shape[-1])
 
 
 def whole_loss(size: Size, params: Params, tokens: jax.Array) -> jax.Array:
@@ -151,25 +190,6 @@ def count(size: Size) -> int:
     """Returns the number of parameters."""
     shapes = jax.eval_shape(partial(init, size), jax.random.key(0))
     return sum(x.size for x in jax.tree.leaves(shapes))
-
-
-@jax.custom_vjp
-def _products(x: jax.Array, head: jax.Array) -> jax.Array:
-    """Returns logits in float32, whose gradients have the dtype of the others."""
-    return jnp.einsum("td,vd->tv", x, head, preferred_element_type=jnp.float32)
-
-
-def _products_forward(x: jax.Array, head: jax.Array) -> Any:
-    return _products(x, head), (x, head)
-
-
-def _products_backward(kept: Any, g: jax.Array) -> Any:
-    x, head = kept
-    g = g.astype(x.dtype)
-    return g @ head, g.T @ x
-
-
-_products.defvjp(_products_forward, _products_backward)
 
 
 def _last(ends: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -120,8 +120,7 @@ def fit(
 
 def _is_too_long(raw: Path, job: Job) -> bool:
     """Whether less is known not to fit."""
-    same = dataclasses.asdict(job)
-    del same["length"]
+    same = {k: v for k, v in dataclasses.asdict(job).items() if k != "length"}
     runs = records.find(raw, same)
     return any(not run["fits"] and run["length"] < job.length for run in runs)
 
@@ -149,7 +148,8 @@ def compile_one(raw: Path, /, job: tyro.conf.OmitArgPrefixes[Job]) -> None:
     lowering = time.perf_counter() - begin
     try:
         compiled = lowered.compile()
-        used = footprint(compiled) | {"gathered": gathered(compiled.as_text())}
+        used: dict[str, Any] = dict(footprint(compiled))
+        used["gathered"] = gathered(compiled.as_text() or "")
     except Exception as error:
         # The TPU's compiler refuses what does not fit.
         peak = needed(error)

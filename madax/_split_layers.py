@@ -36,8 +36,8 @@ def split_layers(model: Any, name: str) -> SplitLayers:
     and ``lambda w, x: Block().apply({"params": w}, x)`` is one layer.
 
     Args:
-      model: an ``nnx.Module``; it is not changed. Parameters may be codes, or be made
-        codes afterwards: ``quantize_params(split.params["layers"], channel_axis=0, ...)``.
+      model: an ``nnx.Module``; it is not changed. Its parameters may be made codes
+        afterwards, those of the layers by ``quantize_params(..., channel_axis=0)``.
       name: the attribute that holds the layers, such as "blocks" or "decoder.blocks".
 
     Returns:
