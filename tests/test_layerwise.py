@@ -313,7 +313,7 @@ BAD = [
     (ValueError, {"params": {"layers": 1}}, "params must be a dict of", "['layers']"),
     (
         ValueError,
-        {"params": {"ends": {}, "layers": [jnp.ones((3, 2)), jnp.ones((2, 3))]}},
+        {"params": {"ends": {}, "layers": [np.ones((3, 2)), np.ones((2, 3))]}},
         "params['layers/1'] has shape (2, 3)",
         "leading axis of 3",
     ),
