@@ -49,7 +49,7 @@ SIZES = {
     "Llama-2 7B": Size(32000, 32, 4096, 11008, 32, 32),
     "Llama-3 8B": Size(128256, 32, 4096, 14336, 32, 8, base=5e5),
     "Llama-2 13B": Size(32000, 40, 5120, 13824, 40, 40),
-    "CodeLlama 34B": Size(32016, 48, 8192, 22016, 64, 8, base=1e6),
+    "CodeLlama 34B": Size(32000, 48, 8192, 22016, 64, 8, base=1e6),
     "Llama-2 70B": Size(32000, 80, 8192, 28672, 64, 8),
 }
 
@@ -77,9 +77,9 @@ def init(size: Size, key: jax.Array) -> Params:
     }
     layers |= {f"norm{i}": jnp.ones((size.layers, wide)) for i in (1, 2)}
     table = (size.vocabulary, wide)
-    ends = {"tokens": jax.random.normal(next(keys), table), "norm": jnp.ones(wide)}
-    if not size.tied:
-        ends["head"] = jax.random.normal(next(keys), table) * wide**-0.5
+    ends = {"norm": jnp.ones(wide)}
+    for name in ("tokens",) if size.tied else ("tokens", "head"):
+        ends[name] = jax.random.normal(next(keys), table) * wide**-0.5
     return {"ends": ends, "layers": layers}
 
 
@@ -194,10 +194,7 @@ def count(size: Size) -> int:
 
 def _last(ends: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns features and the matrix whose rows they are multiplied with."""
-    x = _normalised(x, ends["norm"])
-    if "head" in ends:
-        return x, ends["head"]
-    return x * x.shape[-1] ** -0.5, ends["tokens"]
+    return _normalised(x, ends["norm"]), ends.get("head", ends["tokens"])
 
 
 def _normalised(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -192,10 +192,12 @@ def train_step(job: Job, devices: list[Any]) -> tuple[Any, Any]:
     state = jax.eval_shape(init, params)
 
     def spread(x: Any) -> Any:
-        """Along its longest axis but that of layers."""
+        """A matrix, or a stack of them, along its longer axis."""
         axes: list[str | None] = [None] * len(x.shape)
-        if job.chips > 1 and len(x.shape) > 1 and max(x.shape[-2:]) >= job.chips:
-            axes[x.shape.index(max(x.shape[-2:]), len(x.shape) - 2)] = "chips"
+        if job.chips > 1 and len(x.shape) > 1:
+            axis = max((-2, -1), key=lambda i: x.shape[i])
+            if x.shape[axis] % job.chips == 0:
+                axes[axis] = "chips"
         return jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=NamedSharding(mesh, P(*axes))
         )

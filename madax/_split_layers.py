@@ -36,7 +36,8 @@ def split_layers(model: Any, name: str) -> SplitLayers:
     and ``lambda w, x: Block().apply({"params": w}, x)`` is one layer.
 
     Args:
-      model: an ``nnx.Module``; it is not changed. Its parameters may be made codes
+      model: an ``nnx.Module``, of arrays or, from ``nnx.eval_shape``, of shapes; it is
+        not changed. Its parameters may be made codes
         afterwards, those of the layers by ``quantize_params(..., channel_axis=0)``.
       name: the attribute that holds the layers, such as "blocks" or "decoder.blocks".
 
@@ -128,7 +129,7 @@ def _stacked(nnx: Any, layers: Any, name: str) -> tuple[Any, Any, Any]:
                 f"{layers!r}; pass those that are not with the ends."
             )
         graph, _, rest = parts[0]
-        stack = jax.tree.map(lambda *x: jnp.stack(x), *(state for _, state, _ in parts))
+        stack = jax.tree.map(_stack, *(state for _, state, _ in parts))
     others = {
         type(variable).__name__
         for _, variable in nnx.to_flat_state(rest)
@@ -140,3 +141,9 @@ def _stacked(nnx: Any, layers: Any, name: str) -> tuple[Any, Any, Any]:
             f"{sorted(others)}; use layers of nnx.Param alone."
         )
     return graph, stack, rest
+
+
+def _stack(*xs: Any) -> Any:
+    if isinstance(xs[0], jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(xs), *xs[0].shape), xs[0].dtype)
+    return jnp.stack(xs)
