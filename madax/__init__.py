@@ -16,8 +16,8 @@ from madax._quantized_array import QuantizedArray
 from madax._saving import from_flat_dict, to_flat_dict
 from madax._second_moment import ScaleBySecondMomentState, scale_by_second_moment
 from madax._sign_log import ScaleBySignLogState, scale_by_sign_log
-from madax._weight_decay import AddDecayedLogWeightsState, add_decayed_log_weights
 from madax._split_layers import SplitLayers, split_layers
+from madax._weight_decay import AddDecayedLogWeightsState, add_decayed_log_weights
 from madax._with_quantized_params import (
     WithQuantizedParamsState,
     with_quantized_params,
@@ -56,8 +56,8 @@ __all__ = [
     "quantize_params",
     "scale_by_second_moment",
     "scale_by_sign_log",
-    "to_flat_dict",
     "split_layers",
+    "to_flat_dict",
     "value_and_grad",
     "with_quantized_params",
 ]

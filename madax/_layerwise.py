@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from madax._checks import leaf_name
-from madax._leaves import path_name
+from madax._leaves import path_names
 from madax._quantize_params import dequantize_params
 
 ENDS, LAYERS = "ends", "layers"
@@ -495,21 +495,21 @@ def _parts(params: Any) -> tuple[Any, Any]:
             f'params must be a dict of "ends" and "layers", got {found}; pass '
             '{"ends": tree, "layers": tree of leaves with a leading axis of layers}.'
         )
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params[LAYERS])
-    if not leaves or not np.ndim(leaves[0][1]):
+    with_path, _ = jax.tree_util.tree_flatten_with_path(params[LAYERS])
+    shapes = [np.shape(leaf) for _, leaf in with_path]
+    if not shapes or not shapes[0]:
         raise ValueError(
             "params['layers'] must be a tree of arrays with a leading axis of layers, "
             f"got {params[LAYERS]!r}; stack the layers with jnp.stack."
         )
-    depth = np.shape(leaves[0][1])[0]
-    for path, leaf in leaves:
-        if np.shape(leaf)[:1] != (depth,):
-            called = leaf_name("params", f"{LAYERS}/{path_name(path)}")
+    names = path_names([path for path, _ in with_path])
+    for name, shape in zip(names, shapes, strict=True):
+        if shape[:1] != shapes[0][:1]:
             raise ValueError(
-                f"{called} has shape {np.shape(leaf)}, but the first leaf of the "
-                f"layers has a leading axis of {depth}; it must be that of all. Codes "
-                "must have scales of each layer: use quantize_params(..., "
-                "channel_axis=0)."
+                f"{leaf_name('params', f'{LAYERS}/{name}')} has shape {shape}, but the "
+                f"first leaf of the layers has a leading axis of {shapes[0][0]}; it "
+                "must be that of all. Codes must have scales of each layer: use "
+                "quantize_params(..., channel_axis=0)."
             )
     return params[ENDS], params[LAYERS]
 
@@ -562,14 +562,16 @@ def _cut(batch: Any, parts: int) -> Any:
     if parts == 1:
         return batch
 
-    def cut(path, x):
-        if not np.ndim(x) or np.shape(x)[0] % parts:
+    with_path, treedef = jax.tree_util.tree_flatten_with_path(batch)
+    names, leaves = path_names([path for path, _ in with_path]), []
+    for name, (_, x) in zip(names, with_path, strict=True):
+        shape = np.shape(x)
+        if not shape or shape[0] % parts:
             raise ValueError(
-                f"{leaf_name('batch', path_name(path))} has shape {np.shape(x)}, whose "
-                f"leading axis must be a multiple of microbatches={parts}."
+                f"{leaf_name('batch', name)} has shape {shape}, whose leading axis "
+                f"must be a multiple of microbatches={parts}."
             )
         # Not neighbours: where the axis is sharded, each device has some of every part.
-        x = jnp.reshape(x, (np.shape(x)[0] // parts, parts, *np.shape(x)[1:]))
-        return jnp.moveaxis(x, 1, 0)
-
-    return jax.tree_util.tree_map_with_path(cut, batch)
+        x = jnp.reshape(x, (shape[0] // parts, parts, *shape[1:]))
+        leaves.append(jnp.moveaxis(x, 1, 0))
+    return treedef.unflatten(leaves)
