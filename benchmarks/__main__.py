@@ -7,6 +7,9 @@ from tyro.extras import SubcommandApp
 from benchmarks.bits import bits
 from benchmarks.demo import demo
 from benchmarks.depth import depth
+from benchmarks.fit import fit
+from benchmarks.layerwise import layerwise
+from benchmarks.llama import llama
 from benchmarks.lns import lns
 from benchmarks.lr_sensitivity import lr_sensitivity
 from benchmarks.memory import memory
@@ -30,6 +33,9 @@ for command in (
     pretrained,
     speed,
     memory,
+    layerwise,
+    fit,
+    llama,
     report,
 ):
     app.command(command)

@@ -1,87 +1,126 @@
-"""Gradients of GPT-2 a layer at a time: no more than one block is ever decoded.
+"""What a step by layers costs in time, against the ordinary one with as much work."""
 
-The blocks are stacked, each leaf in one array, and a scan goes up and down them. What
-is kept of a block on the way up is its input; on the way down it is computed again.
-"""
-
-import dataclasses
+import statistics
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
+import optax
+import pandas as pd
+import tyro
+from tqdm import tqdm
 
 import madax
-from benchmarks import gpt2
+from benchmarks import decoder, records
+from benchmarks.fit import quantize
+from benchmarks.speed import V_8, Running, device_name
+from benchmarks.style import markdown
 
-Params = dict[str, Any]
-
-
-def init(size: gpt2.Size, key: jax.Array) -> Params:
-    """Returns the parameters, float32; those of blocks have a leading axis."""
-    params = gpt2.init(size, key)
-    blocks = params["blocks"]["layers"]
-    return params | {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *blocks.values())}
-
-
-def quantize(params: Params, format: madax.Format | None) -> Params:
-    """Returns parameters with the matrices as codes, a scale for each block's."""
-    if format is None:
-        return params
-    ends = {name: w for name, w in params.items() if name != "blocks"}
-    blocks = madax.quantize_params(
-        params["blocks"],
-        format,
-        where=lambda path, w: path.endswith("kernel"),
-        channel_axis=0,
-    )
-    return madax.quantize_params(ends, format) | {"blocks": blocks}
+# The network, sequences in a step, tokens in a sequence, and how often it is timed.
+PROFILES = {
+    "smoke": (decoder.SIZES["tiny"], 2, 32, 2),
+    "quick": (decoder.Size(256, 6, 256, 680, 8, 4), 4, 128, 15),
+    "full": (decoder.Size(32000, 16, 2048, 5504, 16, 16), 4, 1024, 30),
+}
+ROWS = {
+    "optax.adam float32": (optax.adam(1e-3), None),
+    "madam float32": (madax.madam(), None),
+    "madam 8 bits, 8-bit v": (madax.madam(moment_format=V_8), quantize),
+}
 
 
-def gradients(
-    size: gpt2.Size, params: Params, tokens: jax.Array, dtype: Any = jnp.float32
-) -> Params:
-    """Returns the gradients of ``gpt2.loss``, in the form of ``init``.
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
+def layerwise(
+    out: Path = Path("benchmarks/results/layerwise"),
+    *,
+    profile: Literal["smoke", "quick", "full"] = "quick",
+) -> None:
+    """Time madax.layerwise against the ordinary step with the same rematerialisation.
+
+    The two take turns, compiled, warm and on donated buffers.
 
     Args:
-      size: of the network.
-      params: floats or codes.
-      tokens: sequences of shape (batch, length + 1).
-      dtype: of decoded weights and of gradients.
+        out: Folder of a folder for this device: layerwise.jsonl and .md.
+        profile: smoke takes seconds, quick some minutes on two CPU cores, full is for a
+            GPU.
     """
-    decode = partial(madax.dequantize_params, dtype=dtype)
-    no_blocks = dataclasses.replace(size, layers=0)
-    ends_graph = nnx.graphdef(nnx.eval_shape(lambda: gpt2.GPT2(no_blocks, nnx.Rngs(0))))
-    block_graph = nnx.graphdef(nnx.eval_shape(lambda: gpt2.Block(size, nnx.Rngs(0))))
-    ends = decode({name: w for name, w in params.items() if name != "blocks"})
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    folder = out / device_name()
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = folder / "layerwise.jsonl"
+    raw.unlink(missing_ok=True)
+    for name in tqdm(ROWS, desc="layerwise"):
+        records.append(raw, {"optimizer": name} | compare(name, *PROFILES[profile]))
+    print(layerwise_report(folder))
 
-    def apply(weights: Params, x: jax.Array) -> jax.Array:
-        return nnx.merge(block_graph, weights)(x)
 
-    def finish(ends: Params, x: jax.Array) -> jax.Array:
-        logits = nnx.merge(ends_graph, ends).logits(x)
-        return gpt2.cross_entropy(logits, targets)
+def compare(
+    name: str, size: decoder.Size, batch: int, length: int, rounds: int
+) -> dict[str, Any]:
+    """Times both ways of a row by turns; returns one record."""
+    tx, make = ROWS[name]
+    floats = jax.jit(partial(decoder.init, size))(jax.random.key(0))
+    shape = (batch, length + 1)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, size.vocabulary)
+    one = partial(decoder.layer, size)
+    by_layer = madax.layerwise(tx, decoder.embed, one, decoder.loss, dtype=jnp.float32)
 
-    def up(x, block):
-        return apply(decode(block), x), x
+    def ordinary(params, state, tokens):
+        weights = madax.dequantize_params(params)
+        grads = jax.grad(partial(decoder.whole_loss, size))(weights, tokens)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
 
-    def down(g, now):
-        block, x = now
-        _, pull = jax.vjp(apply, decode(block), x)
-        gradients, g = pull(g)
-        return g, gradients
+    def layerwise_step(params, state, tokens):
+        return by_layer.step(params, state, tokens)[:2]
 
-    x = nnx.merge(ends_graph, ends).embed(inputs)
-    x, kept = jax.lax.scan(up, x, params["blocks"])
-    grads, g = jax.grad(finish, argnums=(0, 1))(ends, x)
-    g, blocks = jax.lax.scan(down, g, (params["blocks"], kept), reverse=True)
-    # What the embeddings get from below, added in place to what they get from above.
-    g = g.astype(dtype)
-    above, places = grads["tokens"]["embedding"], grads["positions"]["embedding"]
-    return grads | {
-        "tokens": {"embedding": above.at[inputs].add(g)},
-        "positions": {"embedding": places.at[: inputs.shape[1]].add(g.sum(0))},
-        "blocks": blocks,
+    pair = []
+    for init, step in ((tx.init, ordinary), (by_layer.init, layerwise_step)):
+        params = jax.tree.map(jnp.copy, floats)
+        params = params if make is None else jax.jit(make)(params)
+        state = jax.jit(init)(params)
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens)
+        pair.append(Running(compiled.compile(), params, state, tokens, 0.0))
+    times = np.array([[r.time() for r in pair] for _ in range(rounds + 1)])[1:]
+    return {
+        "parameters": decoder.count(size),
+        "layers": size.layers,
+        "width": size.width,
+        "batch": batch,
+        "length": length,
+        "seconds": times[:, 1].tolist(),
+        "ordinary_seconds": times[:, 0].tolist(),
     }
+
+
+def layerwise_report(folder: Path) -> str:
+    """Writes the table from a folder's records, and returns it."""
+    table = layerwise_table(records.read(folder / "layerwise.jsonl"))
+    (folder / "layerwise.md").write_text(table, encoding="utf-8")
+    return table
+
+
+def layerwise_table(runs: pd.DataFrame) -> str:
+    """Returns the times in Markdown, from the records alone."""
+    first = runs.iloc[0]
+    rows = []
+    for run in runs.to_dict("records"):
+        ratios = np.divide(run["seconds"], run["ordinary_seconds"])
+        low, mid, high = np.quantile(ratios, [0.1, 0.5, 0.9])
+        ordinary = statistics.median(run["ordinary_seconds"])
+        rows.append(
+            {
+                "optimizer": run["optimizer"],
+                "layerwise / ordinary": f"{mid:.2f}",
+                "10 to 90 %": f"{low:.2f} to {high:.2f}",
+                "ordinary ms": f"{1e3 * ordinary:.0f}",
+            }
+        )
+    return (
+        f"Whole train steps of {first['parameters'] / 1e6:.1f} M parameters, "
+        f"{first['layers']} layers of {first['width']}, {first['batch']} x "
+        f"{first['length']} tokens, in float32, layers computed again on the way back "
+        f"in both; on {first['environment']['device']}.\n\n{markdown(rows)}\n"
+    )

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import optax
 import pandas as pd
 import tyro
+from flax import nnx
 from tqdm import tqdm
 
-from benchmarks import gpt2, layerwise, records
+import madax
+from benchmarks import compilers, gpt2, records
 from benchmarks.speed import BASELINE, ROWS, Row, Step, device_name, train_step
 from benchmarks.style import markdown
 
-# A row, shapes of parameters, the step, and the shape of tokens.
-Work = tuple[Row, optax.Params, Step, Any]
+# Shapes of parameters and of the state, the step, and the shape of tokens.
+Work = tuple[optax.Params, Any, Step, Any]
 
 # The network, sequences in a step, tokens in a sequence: a small batch, so that weights
 # and what goes with them are most of what there is.
@@ -60,30 +62,51 @@ def whole_work(row: Row, size: gpt2.Size, batch: int, length: int) -> Work:
     """Returns a train step as most people write it: all weights are decoded first."""
     weights = jax.eval_shape(partial(gpt2.init, size, jax.random.key(0)))
     step, tokens = train_step(size, batch, length, row, weights)
-    return row, jax.eval_shape(row.quantize, weights), step, tokens
+    params = jax.eval_shape(row.quantize, weights)
+    return params, jax.eval_shape(row.tx.init, params), step, tokens
 
 
 def layerwise_work(row: Row, size: gpt2.Size, batch: int, length: int) -> Work:
-    """Returns the same step with one layer after the other decoded."""
+    """Returns a step by ``madax.layerwise``."""
+    model = nnx.eval_shape(lambda: gpt2.GPT2(size, nnx.Rngs(0)))
+    split = madax.split_layers(model, "blocks")
 
-    def step(params, state, tokens):
-        grads = layerwise.gradients(size, params, tokens, row.grads)
-        updates, state = row.tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+    def loss(ends, x, tokens):
+        return gpt2.cross_entropy(split.ends(ends).logits(x), tokens[:, 1:])
 
-    weights = jax.eval_shape(partial(layerwise.init, size, jax.random.key(0)))
-    params = jax.eval_shape(partial(layerwise.quantize, format=row.format), weights)
-    return row, params, step, jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
+    _, step = run = madax.layerwise(
+        row.tx,
+        lambda ends, tokens: split.ends(ends).embed(tokens[:, :-1]).astype(row.grads),
+        split.layer,
+        loss,
+        dtype=row.grads,
+    )
+    params = jax.eval_shape(partial(_quantize_stack, row), split.params)
+    tokens = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
+    return params, jax.eval_shape(run.init, params), step, tokens
+
+
+def _quantize_stack(row: Row, params: Any) -> Any:
+    """Returns parameters as they are stored, a scale for each layer's matrices."""
+    if row.format is None:
+        return row.quantize(params)
+    layers = madax.quantize_params(
+        params["layers"],
+        row.format,
+        where=lambda path, w: path.endswith("kernel"),
+        channel_axis=0,
+    )
+    return {"ends": row.quantize(params["ends"]), "layers": layers}
 
 
 def footprint(
-    row: Row, params: optax.Params, step: Step, tokens: Any
+    params: optax.Params, state: Any, step: Step, tokens: Any
 ) -> dict[str, int]:
     """Compiles a train step for arrays that are not there, and reads off its memory.
 
     Args:
-      row: the optimizer.
       params: shapes of the parameters.
+      state: shapes of the optimizer state.
       step: from parameters, state and tokens to parameters and state.
       tokens: their shape.
 
@@ -91,19 +114,9 @@ def footprint(
       Bytes: ``params`` and ``state``; XLA's ``arguments``, ``temporaries``, and
       ``peak``, which is both together with what is returned and not donated.
     """
-    state = jax.eval_shape(row.tx.init, params)
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens)
-    used: Any = compiled.compile().memory_analysis()
-    return {
-        "params": _nbytes(params),
-        "state": _nbytes(state),
-        "arguments": used.argument_size_in_bytes,
-        "temporaries": used.temp_size_in_bytes,
-        "peak": used.argument_size_in_bytes
-        + used.temp_size_in_bytes
-        + used.output_size_in_bytes
-        - used.alias_size_in_bytes,
-    }
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens)
+    used = compilers.footprint(lowered.compile())
+    return {"params": _nbytes(params), "state": _nbytes(state), **used}
 
 
 def _nbytes(tree: Any) -> int:

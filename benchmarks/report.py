@@ -5,6 +5,9 @@ from pathlib import Path
 from benchmarks.bits import bits_report
 from benchmarks.demo import demo_report
 from benchmarks.depth import depth_report
+from benchmarks.fit import fit_report
+from benchmarks.layerwise import layerwise_report
+from benchmarks.llama import llama_report
 from benchmarks.lr_sensitivity import lr_sensitivity_report
 from benchmarks.memory import memory_report
 from benchmarks.no_tuning import no_tuning_report
@@ -19,6 +22,9 @@ REPORTS = {
     "bits": (bits_report,),
     "speed": (speed_report,),
     "memory": (memory_report,),
+    "fit": (fit_report,),
+    "layerwise": (layerwise_report,),
+    "llama": (llama_report,),
     "demo": (demo_report,),
     "stall": (stall_report,),
     "pretrained": (pretrained_report,),

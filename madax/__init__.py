@@ -8,6 +8,7 @@ from madax._clip import ClipLogWeightsState, clip_log_weights
 from madax._fake_quantize import fake_quantize
 from madax._formats import Format, LogFormat, SymlogFormat, UniformFormat
 from madax._grad import grad, value_and_grad
+from madax._layerwise import Layerwise, layerwise
 from madax._lns_quantize import LnsQuantizeState, lns_quantize
 from madax._moments import MomentFormat, MomentWindow
 from madax._quantize_params import dequantize_params, quantize_params
@@ -15,6 +16,7 @@ from madax._quantized_array import QuantizedArray
 from madax._saving import from_flat_dict, to_flat_dict
 from madax._second_moment import ScaleBySecondMomentState, scale_by_second_moment
 from madax._sign_log import ScaleBySignLogState, scale_by_sign_log
+from madax._split_layers import SplitLayers, split_layers
 from madax._weight_decay import AddDecayedLogWeightsState, add_decayed_log_weights
 from madax._with_quantized_params import (
     WithQuantizedParamsState,
@@ -27,6 +29,7 @@ __all__ = [
     "AddDecayedLogWeightsState",
     "ClipLogWeightsState",
     "Format",
+    "Layerwise",
     "LnsQuantizeState",
     "LogFormat",
     "MomentFormat",
@@ -34,6 +37,7 @@ __all__ = [
     "QuantizedArray",
     "ScaleBySecondMomentState",
     "ScaleBySignLogState",
+    "SplitLayers",
     "SymlogFormat",
     "UniformFormat",
     "WithQuantizedParamsState",
@@ -45,12 +49,14 @@ __all__ = [
     "fake_quantize",
     "from_flat_dict",
     "grad",
+    "layerwise",
     "lns_madam",
     "lns_quantize",
     "madam",
     "quantize_params",
     "scale_by_second_moment",
     "scale_by_sign_log",
+    "split_layers",
     "to_flat_dict",
     "value_and_grad",
     "with_quantized_params",

@@ -2,16 +2,13 @@
 
 import dataclasses
 import json
-import operator
 from pathlib import Path
 
-import chex
 import jax
 import numpy as np
 import pytest
 
-import madax
-from benchmarks import gpt2, layerwise, memory, records, speed
+from benchmarks import gpt2, memory, records, speed
 
 RESULTS = Path(speed.__file__).parent / "results"
 FEW = ("adam", "native 8, 8-bit v")
@@ -83,28 +80,6 @@ def test_memory(few, tmp_path, capsys):
     assert (raw.parent / "memory.md").read_text() in capsys.readouterr().out
 
 
-def unstacked(tree):
-    """Parameters with stacked blocks in the form of those without."""
-    size = gpt2.SIZES["tiny"]
-    blocks = [
-        jax.tree.map(operator.itemgetter(i), tree["blocks"]) for i in range(size.layers)
-    ]
-    return tree | {"blocks": {"layers": dict(enumerate(blocks))}}
-
-
-@pytest.mark.parametrize("format", [None, speed.LOG_8])
-@pytest.mark.nightly
-def test_gradients_layer_by_layer_are_those_of_the_whole(format):
-    size = gpt2.SIZES["tiny"]
-    params = layerwise.quantize(layerwise.init(size, jax.random.key(0)), format)
-    tokens = jax.random.randint(jax.random.key(1), (2, 17), 0, size.vocabulary)
-    grads = jax.jit(lambda p: layerwise.gradients(size, p, tokens))(params)
-    whole = unstacked(madax.dequantize_params(params))
-    expected = jax.grad(lambda p: gpt2.loss(size, p, tokens))(whole)
-    chex.assert_trees_all_close(unstacked(grads), expected, rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.nightly
 def test_layer_by_layer_no_more_than_a_layer_is_decoded():
     deep = dataclasses.replace(gpt2.SIZES["tiny"], layers=12, width=64)
     row = speed.ROWS["native 8, 8-bit v"]

@@ -1,4 +1,4 @@
-"""Text as tokens: bytes of CPython's own help, or the words of WikiText-2."""
+"""Text as tokens: bytes of CPython's own help or any file, or words of WikiText-2."""
 
 import dataclasses
 import pydoc_data.topics
@@ -32,8 +32,9 @@ def text(source: str, folder: Path | None = None) -> Text:
     """Returns a text.
 
     Args:
-      source: "pydoc", the help on Python that comes with CPython, some 450 kB, its
-        last tenth held out; or "wikitext-2", by words.
+      source: "pydoc", the help on Python that comes with CPython, some 450 kB; the
+        path of a file of text; or "wikitext-2", by words. Of the first two, which are
+        bytes, the last tenth is held out.
       folder: where WikiText-2 is, as wiki.train.tokens and wiki.test.tokens; None for
         Hugging Face.
 
@@ -44,15 +45,23 @@ def text(source: str, folder: Path | None = None) -> Text:
         return _pydoc()
     if source == "wikitext-2":
         return _words(*_wikitext(folder))
-    raise ValueError(f"the text must be 'pydoc' or 'wikitext-2', got {source!r}")
+    if Path(source).is_file():
+        return _bytes(Path(source).read_bytes(), Path(source).name)
+    raise ValueError(
+        f"the text must be 'pydoc', 'wikitext-2' or a file, got {source!r}"
+    )
 
 
 def _pydoc() -> Text:
     # Sorted by name, as its order has changed between versions of Python.
     pages = [page for _, page in sorted(pydoc_data.topics.topics.items())]
-    data = np.frombuffer("\n".join(pages).encode(), np.uint8)
+    return _bytes("\n".join(pages).encode(), "pydoc")
+
+
+def _bytes(content: bytes, name: str) -> Text:
+    data = np.frombuffer(content, np.uint8)
     cut = 9 * len(data) // 10
-    return Text(data[:cut], data[cut:], "pydoc", 256, "byte")
+    return Text(data[:cut], data[cut:], name, 256, "byte")
 
 
 def _wikitext(folder: Path | None) -> list[list[str]]:

@@ -1,0 +1,326 @@
+"""Which model fits which chip: whole train steps, compiled for it and not run."""
+
+import dataclasses
+import itertools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+import pandas as pd
+import tyro
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import madax
+from benchmarks import decoder, records
+from benchmarks.compilers import (
+    CHIPS,
+    ENVIRONMENT,
+    footprint,
+    gathered,
+    needed,
+)
+from benchmarks.style import markdown, save
+
+FORMAT = madax.SymlogFormat(bits=8, linear_range=1 / 3)
+MADAM = madax.madam(moment_format=madax.MomentFormat(bits=8))
+# Bytes a parameter of AdamW, whatever the chip: parameters, moments and gradients in
+# float32; or in bfloat16, with a copy of the parameters and moments in float32.
+ADAMW = {"AdamW, float32": 16, "AdamW, mixed precision": 2 + 2 + 12}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One train step to compile.
+
+    Attributes:
+      model: key of ``decoder.SIZES``.
+      chip: key of ``compilers.CHIPS``.
+      way: "layerwise", "checkpoint" (all decoded before the loss, layers computed
+        again) or "adam" (the same in float32).
+      length: tokens in a sequence.
+      chips: how many; parameters are spread over them all, and each has a sequence.
+    """
+
+    model: str
+    chip: str
+    way: Literal["layerwise", "checkpoint", "adam"] = "layerwise"
+    length: int = 1024
+    chips: int = 1
+
+
+def jobs(profile: str) -> Iterator[Job]:
+    """Yields what to compile, what matters most first."""
+    if profile == "smoke":
+        yield Job("tiny", "H100", length=64)
+        return
+    yield Job("Llama-3 8B", "H100")
+    yield Job("CodeLlama 34B", "H100", length=2048)
+    yield Job("Llama-2 70B", "H200", length=2048)
+    for way in ("layerwise", "checkpoint", "adam"):
+        yield Job("GPT-2 124M", "H100", way, length=128)
+    yield Job("Llama-2 7B", "TPU v5e")
+    yield Job("Llama-2 7B", "RTX 4090")
+    yield Job("Llama-2 7B", "H100", "checkpoint")
+    yield Job("Llama-2 7B", "TPU v5e", chips=16)
+    yield Job("Llama-2 70B", "TPU v5e", chips=256)
+    yield Job("Llama-2 70B", "H100", chips=8)
+    yield Job("Llama-2 7B", "H100", chips=8)
+    yield Job("Llama-2 70B", "B200", length=4096)
+    yield Job("Llama-2 13B", "TPU v6e")
+    yield Job("CodeLlama 34B", "TPU v5p")
+    for model, chip in (
+        ("Llama-2 7B", "RTX 4090"),
+        ("Llama-2 13B", "H100"),
+        ("CodeLlama 34B", "H100"),
+        ("Llama-2 70B", "H200"),
+        ("Llama-2 7B", "TPU v5e"),
+    ):
+        # As far as it fits: what is longer than one that does not is left out.
+        for power in range(11, 18):
+            yield Job(model, chip, length=2**power)
+
+
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
+def fit(
+    out: Path = Path("benchmarks/results/fit"),
+    *,
+    profile: Literal["smoke", "full"] = "full",
+    only: str = "",
+) -> None:
+    """Compile train steps of models of up to 70 B parameters for chips; run nothing.
+
+    Takes the compilers of TPUs and GPUs (``pip install madax[compilers]``), but neither
+    a TPU nor a GPU. What the records have is not compiled again.
+
+    Args:
+        out: Folder for fit.jsonl, .md and .png.
+        profile: smoke compiles one small step, full takes hours on two CPU cores.
+        only: Compile only for chips, or of models, whose name has this in it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    raw = out / "fit.jsonl"
+    wanted = [j for j in jobs(profile) if only in j.model or only in j.chip]
+    for job in tqdm(dict.fromkeys(wanted), desc="fit"):
+        known = records.find(raw, dataclasses.asdict(job))
+        if not known and not _is_too_long(raw, job):
+            _in_its_own_process(job, raw)
+    print(fit_report(out))
+
+
+def _is_too_long(raw: Path, job: Job) -> bool:
+    """Whether less is known not to fit."""
+    same = {k: v for k, v in dataclasses.asdict(job).items() if k != "length"}
+    runs = records.find(raw, same)
+    return any(not run["fits"] and run["length"] < job.length for run in runs)
+
+
+def _in_its_own_process(job: Job, raw: Path) -> None:
+    """Compiles, and appends the record; compilers that give up end their process."""
+    args = itertools.chain.from_iterable(
+        (f"--{k}", str(v)) for k, v in dataclasses.asdict(job).items()
+    )
+    command = [sys.executable, "-m", "benchmarks.fit", str(raw), *args]
+    done = subprocess.run(
+        command, env=os.environ | ENVIRONMENT, capture_output=True, text=True
+    )
+    if done.returncode:
+        tqdm.write(f"{job}: {done.stderr.strip().splitlines()[-1]}")
+
+
+def compile_one(raw: Path, /, job: tyro.conf.OmitArgPrefixes[Job]) -> None:
+    """Compiles one train step, and appends what it takes to the records."""
+    chip = CHIPS[job.chip]
+    devices = chip.devices(job.chips)
+    step, args = train_step(job, devices)
+    begin = time.perf_counter()
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*args)
+    lowering = time.perf_counter() - begin
+    try:
+        compiled = lowered.compile()
+        used: dict[str, Any] = dict(footprint(compiled))
+        used["gathered"] = gathered(compiled.as_text() or "")
+    except Exception as error:
+        # The TPU's compiler refuses what does not fit.
+        peak = needed(error)
+        if peak is None:
+            raise
+        used = {"peak": peak}
+    size = decoder.SIZES[job.model]
+    count = decoder.count(size)
+    result = {
+        "parameters": count,
+        "memory": chip.memory,
+        **used,
+        "bytes_per_parameter": used["peak"] * job.chips / count,
+        "fits": used["peak"] <= chip.memory,
+        "lowering_s": round(lowering, 1),
+        "compile_s": round(time.perf_counter() - begin - lowering, 1),
+    }
+    records.append(raw, dataclasses.asdict(job) | result)
+
+
+def train_step(job: Job, devices: list[Any]) -> tuple[Any, Any]:
+    """Returns a train step and the shapes that it takes, on those devices."""
+    size = decoder.SIZES[job.model]
+    mesh = Mesh(devices[: job.chips], ("chips",), axis_types=(AxisType.Auto,))
+    everywhere = NamedSharding(mesh, P())
+    if job.way == "adam":
+        tx, params = optax.adam(1e-3), _shapes(size)
+    else:
+        tx, params = MADAM, jax.eval_shape(quantize, _shapes(size))
+    if job.way == "layerwise":
+        gather = None
+        if job.chips > 1:
+            gather = partial(jax.lax.with_sharding_constraint, shardings=everywhere)
+        one = partial(decoder.layer, size)
+        init, step = madax.layerwise(
+            tx, decoder.embed, one, decoder.loss, gather=gather
+        )
+    else:
+        init, step = tx.init, partial(_ordinary, size, tx)
+    state = jax.eval_shape(init, params)
+
+    def spread(x: Any) -> Any:
+        """A matrix, or a stack of them, along its longer axis."""
+        axes: list[str | None] = [None] * len(x.shape)
+        if job.chips > 1 and len(x.shape) > 1:
+            axis = max((-2, -1), key=lambda i: x.shape[i])
+            if x.shape[axis] % job.chips == 0:
+                axes[axis] = "chips"
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, P(*axes))
+        )
+
+    batch = jax.ShapeDtypeStruct(
+        (job.chips, job.length + 1), jnp.int32, sharding=NamedSharding(mesh, P("chips"))
+    )
+    return step, (*jax.tree.map(spread, (params, state)), batch)
+
+
+def _shapes(size: decoder.Size) -> Any:
+    return jax.eval_shape(partial(decoder.init, size), jax.random.key(0))
+
+
+def quantize(params: decoder.Params, format: madax.Format = FORMAT) -> decoder.Params:
+    """Returns the matrices as codes, a scale for that of each layer."""
+    layers = madax.quantize_params(
+        params["layers"],
+        format,
+        where=lambda path, w: "norm" not in path,
+        channel_axis=0,
+    )
+    return {"ends": madax.quantize_params(params["ends"], format), "layers": layers}
+
+
+def _ordinary(size: decoder.Size, tx: Any, params: Any, state: Any, batch: Any) -> Any:
+    """The step as most write it: all decoded, all gradients, then the update."""
+    dtype = None if isinstance(params["ends"]["tokens"], jax.Array) else jnp.bfloat16
+    values = madax.dequantize_params(params, dtype)
+    loss, grads = jax.value_and_grad(partial(decoder.whole_loss, size))(values, batch)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, loss
+
+
+def fit_report(folder: Path) -> str:
+    """Writes the table and the figure from a folder's records; returns the table."""
+    runs = records.read(folder / "fit.jsonl")
+    text = fit_table(runs)
+    (folder / "fit.md").write_text(text, encoding="utf-8")
+    save(fit_figure(runs), folder / "fit.png")
+    return text
+
+
+WAYS = {
+    "layerwise": "madax, a layer at a time",
+    "checkpoint": "madax, jax.checkpoint",
+    "adam": "optax.adam float32, jax.checkpoint",
+}
+
+
+def fit_table(runs: pd.DataFrame) -> str:
+    """Returns what each step takes in Markdown, from the records alone."""
+    text = (
+        "Train steps on 8-bit codes and 8-bit second moments, a sequence a chip: "
+        "compiled for, not run. GB are 10^9 bytes of each chip.\n\n"
+        "**One chip:**\n\n"
+    )
+    one = runs[runs["chips"] == 1].sort_values(
+        ["parameters", "chip", "way", "length"], kind="stable"
+    )
+    text += markdown([_row(run) for run in one.to_dict("records")])
+    many = runs[runs["chips"] > 1]
+    if len(many):
+        rows = [
+            _row(run) | {"gathered a step": _gathered(run["gathered"])}
+            for run in many.to_dict("records")
+        ]
+        text += (
+            "\n\n**Meshes**, parameters spread over all chips; bytes that all-gathers "
+            "in the program result in, those of one layer counted once:\n\n"
+            + markdown(rows)
+        )
+    return text + (
+        "\n\nAdamW takes 16 bytes a parameter without activations, in float32 and in "
+        "mixed precision (2 of weights, 2 of gradients, 12 of a float32 copy and "
+        "moments): by arithmetic.\n"
+    )
+
+
+def _row(run: Any) -> dict[str, str]:
+    chips = "" if run["chips"] == 1 else f"{run['chips']} x "
+    adamw = 16 * run["parameters"] / run["chips"]
+    return {
+        "model": run["model"],
+        "chip": f"{chips}{run['chip']}",
+        "step": WAYS[run["way"]],
+        "tokens": f"1 x {run['length']}",
+        "peak GB": f"{run['peak'] / 1e9:.2f}",
+        "of GB": f"{run['memory'] / 1e9:.1f}",
+        "fits": "yes" if run["fits"] else "no",
+        "bytes / parameter": f"{run['bytes_per_parameter']:.2f}",
+        "AdamW GB": f"{adamw / 1e9:.1f}",
+    }
+
+
+def _gathered(found: Any) -> str:
+    if not isinstance(found, dict):
+        return "-"
+    return ", ".join(f"{v / 1e6:.1f} MB of {k}" for k, v in sorted(found.items()))
+
+
+def fit_figure(runs: pd.DataFrame) -> Figure:
+    """Draws the peak of the shortest sequences over the memory of chips."""
+    one = runs[(runs["chips"] == 1) & (runs["way"] == "layerwise")]
+    one = one.sort_values(["parameters", "memory", "length"], kind="stable")
+    one = one.drop_duplicates(["model", "chip"])
+    fig = Figure(figsize=(8, 1.2 + 0.45 * len(one)), layout="constrained")
+    axes = fig.subplots()
+    names = [f"{r['model']}\n{r['chip']}" for r in one.to_dict("records")]
+    rows = range(len(one))
+    adamw = 16 * one["parameters"] / 1e9
+    axes.barh(rows, adamw, color="#dddddd", label="AdamW, no activations (arithmetic)")
+    axes.barh(
+        rows, one["peak"] / 1e9, color="#d55e00", height=0.5, label="madax.layerwise"
+    )
+    axes.plot(one["memory"] / 1e9, rows, "k|", ms=16, mew=2, label="the chip's memory")
+    axes.set(xscale="log", xlabel="GB", yticks=list(rows), yticklabels=names)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_title("Peak of a train step: compiled for, not run", fontsize=10)
+    axes.invert_yaxis()
+    fig.legend(loc="outside lower center", ncols=3, fontsize=8)
+    return fig
+
+
+if __name__ == "__main__":
+    tyro.cli(compile_one)

@@ -1,0 +1,351 @@
+"""Language models in the shape of Llama from scratch, at two bytes a parameter."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pandas as pd
+import tyro
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import madax
+from benchmarks import decoder, records
+from benchmarks.data.text import Text, text
+from benchmarks.fit import quantize
+from benchmarks.style import STYLES, legend, markdown, save
+
+SYMLOG_8 = madax.SymlogFormat(bits=8, linear_range=1 / 3)
+SYMLOG_16 = madax.SymlogFormat(bits=16, linear_range=1 / 3)
+V_8 = madax.MomentFormat(bits=8)
+ADAM_RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
+MADAM_RATES = (0.01, 0.02, 0.03, 0.05, 0.1)
+
+
+def _adamw(rate: Any) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.1)
+    )
+
+
+def _codes_adam(rate: Any) -> optax.GradientTransformation:
+    return madax.with_quantized_params(optax.adam(rate))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An optimizer.
+
+    Attributes:
+      make: from a learning rate, or a schedule of it, to the transformation.
+      rates: to choose the best of.
+      format: of the matrices, trained a layer at a time; None for floats, all at once.
+      params: dtype of float parameters.
+    """
+
+    make: Callable[[Any], optax.GradientTransformation]
+    rates: tuple[float, ...]
+    format: madax.Format | None = None
+    params: Any = jnp.float32
+
+
+ROWS = {
+    "AdamW float32": Row(_adamw, ADAM_RATES),
+    "AdamW bfloat16": Row(_adamw, ADAM_RATES, params=jnp.bfloat16),
+    "madam 8 bits": Row(partial(madax.madam, moment_format=V_8), MADAM_RATES, SYMLOG_8),
+    "madam 8 bits, b1": Row(
+        partial(madax.madam, moment_format=V_8, b1=0.9, b2=0.99), MADAM_RATES, SYMLOG_8
+    ),
+    "madam 16 bits": Row(
+        partial(madax.madam, moment_format=V_8), MADAM_RATES, SYMLOG_16
+    ),
+    "adam on 8 bits": Row(_codes_adam, ADAM_RATES, SYMLOG_8),
+}
+BASELINE = "AdamW float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How long to train what.
+
+    Attributes:
+      layers: of the network.
+      width: features of a token.
+      steps: of the optimizer; the first tenth is a warm-up.
+      evaluations: how often to measure the held-out loss; divides ``steps``.
+      batch: sequences in a step.
+      length: tokens in a sequence.
+      seeds: of the best rate of each row; the others have one.
+      rates: of each row, how many to try, the middle ones.
+      dtype: of weights in the network.
+    """
+
+    layers: int
+    width: int
+    steps: int
+    evaluations: int
+    batch: int
+    length: int
+    seeds: int
+    rates: int = 5
+    dtype: str = "float32"
+
+    @property
+    def size(self) -> decoder.Size:
+        """The network: heads of 32 features, half as many of keys and values."""
+        heads = max(2, self.width // 32)
+        hidden = 8 * self.width // 3 // 8 * 8
+        return decoder.Size(
+            256, self.layers, self.width, hidden, heads, heads // 2, tied=False
+        )
+
+
+PROFILES = {
+    "smoke": Budget(2, 32, 20, 2, 4, 32, seeds=1, rates=1),
+    "quick": Budget(4, 128, 300, 6, 8, 128, seeds=3),
+    "full": Budget(12, 512, 5000, 20, 32, 512, seeds=3, dtype="bfloat16"),
+}
+
+
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
+def llama(
+    out: Path | None = None,
+    *,
+    profile: Literal["smoke", "quick", "full"] = "quick",
+    text: tuple[str, ...] = ("pydoc",),
+    rows: tuple[str, ...] = (),
+) -> None:
+    """Train Llama-shaped language models of bytes from scratch, by several optimizers.
+
+    Each has a warm-up and a cosine; its best rate is trained from more seeds. Prints a
+    table and what the models write; draws the held-out loss over steps, and over bytes
+    a parameter. What the records have is not run again.
+
+    Args:
+        out: Folder for llama.jsonl, .md and .png; by default
+            benchmarks/results/llama/ and the profile.
+        profile: smoke takes a minute, quick an hour on two CPU cores, full is for a
+            GPU.
+        text: Texts to train on: pydoc, which comes with CPython, or paths of files.
+        rows: Names of optimizers; by default all.
+    """
+    folder = out or Path("benchmarks/results/llama") / profile
+    folder.mkdir(parents=True, exist_ok=True)
+    raw, budget = folder / "llama.jsonl", PROFILES[profile]
+    unknown = set(rows) - set(ROWS)
+    if unknown:
+        raise ValueError(f"rows must be of {list(ROWS)}, got {unknown}")
+    for source in text:
+        for name in rows or ROWS:
+            for settings in _tuning(raw, source, name, budget):
+                records.append(raw, settings | train(**settings))
+    print(llama_report(folder))
+    for run in _best(records.read(raw)).to_dict("records"):
+        print(f"\n--- {run['name']}, {run['source']}\n{run['sample']}")
+
+
+def _tuning(raw: Path, source: str, name: str, budget: Budget) -> Iterator[dict]:
+    """Yields the runs that are missing: of all rates, then of the best, other seeds."""
+    fixed = {"source": source, "name": name, "budget": dataclasses.asdict(budget)}
+    rates = ROWS[name].rates
+    skip = (len(rates) - budget.rates) // 2
+    rates = rates[skip : skip + budget.rates]
+    for rate in rates:
+        if not records.find(raw, fixed | {"rate": rate, "seed": 0}):
+            yield fixed | {"rate": rate, "seed": 0}
+    runs = [r for rate in rates for r in records.find(raw, fixed | {"rate": rate})]
+    first = [run for run in runs if run["seed"] == 0]
+    # A loss that is not finite is null in the records.
+    best = min(first, key=lambda r: np.inf if r["loss"] is None else r["loss"])
+    for seed in range(1, budget.seeds):
+        settings = fixed | {"rate": best["rate"], "seed": seed}
+        if not records.find(raw, settings):
+            yield settings
+
+
+def train(
+    source: str, name: str, budget: dict[str, Any], rate: float, seed: int
+) -> dict[str, Any]:
+    """Trains once; returns the held-out loss in nats a byte, its curve and a sample."""
+    begin = time.perf_counter()
+    chosen, row, data = Budget(**budget), ROWS[name], text(source)
+    params, init, step = _start(chosen, row, rate, seed)
+    state = jax.jit(init)(params)
+    kept = sum(x.nbytes for x in jax.tree.leaves((params, state)))
+    count = decoder.count(chosen.size)
+    train_tokens, tests = jnp.asarray(data.train), jnp.asarray(_tests(data, chosen))
+
+    @partial(jax.jit, donate_argnums=0)
+    def advance(carry, starts):
+        def one(carry, starts):
+            window = starts[:, None] + jnp.arange(chosen.length + 1)
+            *carry, loss = step(*carry, train_tokens[window].astype(jnp.int32))
+            return tuple(carry), loss
+
+        return jax.lax.scan(one, carry, starts)
+
+    @jax.jit
+    def evaluate(params):
+        weights = madax.dequantize_params(params, chosen.dtype)
+        measure = partial(decoder.whole_loss, chosen.size, weights)
+        return jax.lax.map(measure, tests).mean()
+
+    rng = np.random.default_rng(seed)
+    last = len(data.train) - chosen.length - 1
+    shape = (chosen.evaluations, chosen.steps // chosen.evaluations, chosen.batch)
+    carry, curve = (params, state), {"step": [], "train": [], "loss": []}
+    with tqdm(total=chosen.steps, desc=f"{name}, {rate:g}", unit="step") as bar:
+        for starts in rng.integers(0, last, shape):
+            carry, losses = advance(carry, starts)
+            curve["step"].append(bar.n + len(starts))
+            curve["train"].append(float(losses.mean()))
+            curve["loss"].append(float(evaluate(carry[0])))
+            bar.set_postfix(loss=f"{curve['loss'][-1]:.3f}", refresh=False)
+            bar.update(len(starts))
+    return {
+        "text": data.name,
+        "parameters": count,
+        "bytes_per_parameter": kept / count,
+        "loss": curve["loss"][-1],
+        "curve": curve,
+        "sample": _sample(chosen, carry[0], data),
+        "wall_s": round(time.perf_counter() - begin, 1),
+    }
+
+
+def _start(budget: Budget, row: Row, rate: float, seed: int) -> Any:
+    """Returns parameters, and the functions that start and take a step."""
+    warm_up = budget.steps // 10
+    tx = row.make(optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, budget.steps))
+    floats = jax.jit(partial(decoder.init, budget.size))(jax.random.key(seed))
+    if row.format is None:
+        params = optax.tree.cast(floats, row.params)
+        return params, tx.init, partial(_ordinary, budget, tx)
+    params = jax.jit(partial(quantize, format=row.format))(floats)
+    run = madax.layerwise(
+        tx,
+        decoder.embed,
+        partial(decoder.layer, budget.size),
+        decoder.loss,
+        dtype=jnp.dtype(budget.dtype),
+    )
+    return params, run.init, run.step
+
+
+def _ordinary(budget: Budget, tx: Any, params: Any, state: Any, batch: Any) -> Any:
+    def loss(params):
+        # As usual with mixed precision: float32 parameters, cast for the network.
+        weights = madax.dequantize_params(params, jnp.dtype(budget.dtype))
+        return decoder.whole_loss(budget.size, weights, batch)
+
+    value, grads = jax.value_and_grad(loss)(params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+
+def _tests(data: Text, budget: Budget) -> np.ndarray:
+    """Returns what is held out, 64 batches at most: (batches, batch, length + 1)."""
+    room = budget.batch * (budget.length + 1)
+    batches = min(64, len(data.test) // room)
+    tokens = data.test[: batches * room].reshape(batches, budget.batch, -1)
+    return tokens.astype(np.int32)
+
+
+def _sample(budget: Budget, params: Any, data: Text, count: int = 160) -> str:
+    """Returns how a model goes on with the text that is held out."""
+    weights = madax.dequantize_params(params, jnp.float32)
+
+    def write(window, key):
+        scores = decoder.logits(budget.size, weights, window[None])[0]
+        token = jax.random.categorical(key, scores / 0.8)
+        return jnp.append(window[1:], token), token
+
+    window = jnp.asarray(data.test[: budget.length], jnp.int32)
+    keys = jax.random.split(jax.random.key(0), count)
+    _, tokens = jax.jit(partial(jax.lax.scan, write))(window, keys)
+    return bytes(np.asarray(tokens, np.uint8)).decode("utf-8", errors="replace")
+
+
+def llama_report(folder: Path) -> str:
+    """Writes the table and the figure from a folder's records; returns the table."""
+    runs = records.read(folder / "llama.jsonl")
+    table = llama_table(runs)
+    (folder / "llama.md").write_text(table, encoding="utf-8")
+    save(llama_figure(runs), folder / "llama.png")
+    return table
+
+
+def _best(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns the runs of seed 0 at the best rate, one a row and text."""
+    first = runs[runs["seed"] == 0].sort_values("loss", kind="stable")
+    return first.drop_duplicates(["source", "name"]).sort_index()
+
+
+def _at_best(runs: pd.DataFrame, best: Any) -> pd.DataFrame:
+    """Returns all seeds of one of those."""
+    same = (runs["source"] == best["source"]) & (runs["name"] == best["name"])
+    return runs[same & (runs["rate"] == best["rate"])]
+
+
+def llama_table(runs: pd.DataFrame) -> str:
+    """Returns held-out losses in Markdown, from the records alone."""
+    first = runs.iloc[0]
+    budget = first["budget"]
+    parts = [
+        f"{first['parameters'] / 1e6:.2f} M parameters, {budget['layers']} layers of "
+        f"{budget['width']}; {budget['steps']} steps of {budget['batch']} x "
+        f"{budget['length']} bytes; held-out nats a byte, at the best rate of each.\n"
+    ]
+    best = _best(runs)
+    for source, group in best.groupby("source", sort=False):
+        base = group[group["name"] == BASELINE]
+        base = _at_best(runs, base.iloc[0])["loss"].median() if len(base) else np.nan
+        rows = []
+        for run in group.to_dict("records"):
+            losses = _at_best(runs, run)["loss"]
+            tried = runs[(runs["source"] == source) & (runs["name"] == run["name"])]
+            rows.append(
+                {
+                    "optimizer": run["name"],
+                    "bytes / parameter": f"{run['bytes_per_parameter']:.2f}",
+                    "rate": f"{run['rate']:g}",
+                    "of rates": f"{tried['rate'].nunique()}",
+                    "loss": f"{losses.median():.4f}",
+                    "min to max": f"{losses.min():.4f} to {losses.max():.4f}",
+                    "seeds": f"{len(losses)}",
+                    "against AdamW": f"{100 * (losses.median() / base - 1):+.1f} %",
+                }
+            )
+        parts.append(f"\n**{source}:**\n\n{markdown(rows)}\n")
+    return "".join(parts)
+
+
+def llama_figure(runs: pd.DataFrame) -> Figure:
+    """Draws the loss over steps, and over bytes a parameter; a row of panels a text."""
+    groups = list(_best(runs).groupby("source", sort=False))
+    fig = Figure(figsize=(9, 0.8 + 3.4 * len(groups)), layout="constrained")
+    panels = fig.subplots(len(groups), 2, squeeze=False, sharey="row")
+    for (over_steps, over_bytes), (source, group) in zip(panels, groups, strict=True):
+        for run, style in zip(group.to_dict("records"), cycle(STYLES)):
+            seeds = _at_best(runs, run)
+            curves = np.array([c["loss"] for c in seeds["curve"]], float)
+            steps = run["curve"]["step"]
+            over_steps.plot(steps, np.median(curves, 0), label=run["name"], **style)
+            over_bytes.plot(run["bytes_per_parameter"], seeds["loss"].median(), **style)
+        over_steps.set(title=source, xlabel="step", ylabel="held-out nats a byte")
+        over_bytes.set(
+            title="at the end", xlabel="bytes a parameter, of parameters and state"
+        )
+        over_bytes.set_xlim(left=0)
+        for axes in (over_steps, over_bytes):
+            axes.grid(alpha=0.3)
+    legend(fig, panels[:, 0], columns=3)
+    return fig

@@ -1,0 +1,577 @@
+"""Training a layer at a time: its update is made inside the backward pass.
+
+Layers of one shape are stacked. The way up keeps the input of each. The way down is a
+loop whose carry holds the stacked parameters and optimizer states; they are updated in
+place, a layer in its turn, so that no more than one layer is ever decoded or has a
+gradient.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from madax._checks import leaf_name
+from madax._leaves import path_names
+from madax._quantize_params import dequantize_params
+
+ENDS, LAYERS = "ends", "layers"
+
+
+class Layerwise(NamedTuple):
+    """Training a layer at a time: a pair of pure functions, from :func:`layerwise`.
+
+    Attributes:
+      init: ``state = init(params)``.
+      step: ``params, state, value = step(params, state, batch)``.
+    """
+
+    init: Callable[[Any], Any]
+    step: Callable[..., Any]
+
+
+def layerwise(
+    tx: optax.GradientTransformation,
+    embed: Callable[[Any, Any], Any],
+    layer: Callable[..., Any],
+    loss: Callable[[Any, Any, Any], Any],
+    *,
+    dtype: Any = jnp.bfloat16,
+    microbatches: int = 1,
+    has_aux: bool = False,
+    gather: Callable[[Any], Any] | None = None,
+) -> Layerwise:
+    r"""Trains a stack of layers with one of them decoded, and one gradient, at a time.
+
+    .. math::
+
+      x_0 &= \mathrm{embed}(e), \qquad x_{i+1} = \mathrm{layer}(w_i, x_i), \qquad
+        L = \mathrm{loss}(e, x_n) \\
+      w_i &\leftarrow w_i + \mathrm{tx}(\partial L / \partial w_i), \qquad
+        i = n - 1, \dots, 0, \text{ each in its turn}
+
+    A train step takes the memory of the parameters and the optimizer state, of one
+    layer's values and gradients, of the layers' inputs :math:`x_i`, and of one layer's
+    activations, as with ``jax.checkpoint`` around it. On codes of 8 bits, with moments
+    of 8 bits, that is little more than two bytes a parameter.
+
+    Parameters are ``{"ends": tree, "layers": tree}``. The leaves of the layers have a
+    leading axis, of the layers; :func:`split_layers` makes them of a Flax model. The
+    ends are what comes before and after, and may be used by both (tied embeddings).
+    All may be floats or codes. The result is that of the same parameters with a list
+    of layers, ``{"ends": ..., "layers": [...]}``, trained by ``tx`` as ever, random
+    bits of the rounding included.
+
+    The update of a layer must not need the gradient of another one: no global norm,
+    which is not there yet when the first layer takes its step. Madam needs none.
+
+    Args:
+      tx: the optimizer, ``madam`` or ``with_quantized_params(optax.adam(1e-3))``;
+        its masks and labels, if any, are to be functions of the tree.
+      embed: ``embed(ends, batch)`` returns :math:`x_0`, an array or a tree of arrays;
+        integers in it, such as positions, are passed on by the layers.
+      layer: ``layer(one_layer, x)`` returns the next :math:`x`, of the same shapes and
+        dtypes; ``layer(one_layer, x, key)`` if the step is given a key.
+      loss: ``loss(ends, x, batch)`` returns a scalar, or (scalar, aux).
+      dtype: floating dtype of the values that the functions are given for parameters,
+        and of gradients; None for float32 in the place of codes and others as they are.
+      microbatches: into how many parts of equal size the leading axis of every array of
+        a batch is cut, example ``k`` into part ``k % microbatches``. Each layer runs
+        over them in its turn; the loss, aux and gradients are their means, float32.
+      has_aux: whether ``loss`` returns (scalar, aux).
+      gather: function of the parameters of one layer, or of the ends, as they are
+        stored, applied to them before they are decoded; where they are sharded, such as
+        ``lambda w: jax.lax.with_sharding_constraint(w, P())``, so that it is codes that
+        devices send each other, not their values.
+
+    Returns:
+      The functions ``init`` and ``step``, to be jitted, the step with parameters and
+      state donated. ``step(params, state, batch, key=None)`` returns the new
+      parameters, the new state, and the loss. With ``has_aux`` it returns, in the place
+      of the loss, (loss, metrics): ``metrics["aux"]``, and ``metrics["grad_norm"]``,
+      float32, of the ``"ends"``, and of the ``"layers"`` one each. The state is a dict
+      of that of the ends and that of the layers, whose leaves have a leading axis, too,
+      but for scalars that belong to the step: counts, hyperparameters.
+
+    Raises:
+      ValueError: if ``tx`` needs the gradients of all layers at once, as far as that
+        can be told from one step; parameters are not of that form; a batch cannot be
+        cut so; or ``layer`` changes the shape or dtype of ``x``.
+      TypeError: if an argument is of the wrong type.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, madax
+      >>> key = jax.random.key(0)
+      >>> params = {
+      ...     "ends": {"in": jax.random.normal(key, (4, 16)), "out": jnp.ones((16, 1))},
+      ...     "layers": {"w": jax.random.normal(key, (8, 16, 16)) / 16},
+      ... }
+      >>> init, step = madax.layerwise(
+      ...     madax.madam(0.02),
+      ...     embed=lambda ends, batch: batch[0] @ ends["in"],
+      ...     layer=lambda one, x: x + jnp.tanh(x @ one["w"]),
+      ...     loss=lambda ends, x, batch: jnp.mean((x @ ends["out"] - batch[1]) ** 2),
+      ...     dtype=jnp.float32,
+      ... )
+      >>> batch = jnp.eye(4), jnp.array([[1.0], [2.0], [-1.0], [0.5]])
+      >>> state, step = init(params), jax.jit(step, donate_argnums=(0, 1))
+      >>> for _ in range(100):
+      ...     params, state, value = step(params, state, batch)
+      >>> bool(value < 0.01)
+      True
+
+    References:
+      Lv et al., `Full parameter fine-tuning for large language models with limited
+      resources <https://arxiv.org/abs/2306.09782>`_, 2023, fuse the update of SGD with
+      the backward pass.
+    """
+    _check_arguments(tx, dtype, microbatches, embed=embed, layer=layer, loss=loss)
+    tx = optax.with_extra_args_support(tx)
+    gather = gather or (lambda stored: stored)
+    run = _Run(tx, embed, layer, loss, dtype, microbatches, has_aux, gather)
+    return Layerwise(run.init, run.step)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The arguments of :func:`layerwise`, and what it returns as methods."""
+
+    tx: optax.GradientTransformationExtraArgs
+    embed: Callable[[Any, Any], Any]
+    layer: Callable[..., Any]
+    loss: Callable[[Any, Any, Any], Any]
+    dtype: Any
+    microbatches: int
+    has_aux: bool
+    gather: Callable[[Any], Any]
+
+    def init(self, params: Any) -> Any:
+        """The state of the ends, and that of the layers."""
+        ends, layers = _parts(params)
+        _check_layer_by_layer(self.tx, params)
+        return {ENDS: self.tx.init({ENDS: ends}), LAYERS: _init_stack(self.tx, layers)}
+
+    def step(self, params: Any, state: Any, batch: Any, key: Any = None) -> Any:
+        """Parameters, state, and the loss (and metrics) of the parameters before."""
+        ends, layers = _parts(params)
+        batches = _cut(batch, self.microbatches)
+        weights = self.decode(ends)
+        x = self.each(lambda _, batch: self.embed(weights, batch), batches)
+        x, kept = self.up(layers, x, key)
+        (value, g_ends, aux), g = self.finish(weights, x, batches)
+        layers, stack, g, norms = self.down(layers, state[LAYERS], kept, g, key)
+        # So that XLA decodes the ends anew, rather than keep them for all that time.
+        ends, g = jax.lax.optimization_barrier((ends, g))
+        g_ends = jax.tree.map(jnp.add, g_ends, self.begin(ends, g, batches))
+        ends, ends_state = self.update({ENDS: ends}, g_ends, state[ENDS])
+        if self.has_aux:
+            norms = {ENDS: _norm(g_ends), LAYERS: norms}
+            value = (value, {"aux": aux, "grad_norm": norms})
+        params = {ENDS: ends, LAYERS: layers}
+        return params, {ENDS: ends_state, LAYERS: stack}, value
+
+    def decode(self, stored: Any) -> Any:
+        """The values of parameters, as the functions are given them."""
+        return dequantize_params(self.gather(stored), self.dtype)
+
+    def apply(self, weights: Any, x: Any, key: Any, i: Any, part: Any) -> Any:
+        """What a layer, of values ``weights``, makes of ``x``."""
+        if key is None:
+            out = self.layer(weights, x)
+        else:
+            key = jax.random.fold_in(jax.random.fold_in(key, i), part)
+            out = self.layer(weights, x, key)
+        _check_layer_output(x, out)
+        return out
+
+    def up(self, layers: Any, x: Any, key: Any) -> tuple[Any, Any]:
+        """The output of the last layer, and the inputs of all."""
+
+        def one(x, now):
+            i, stored = now
+            weights = self.decode(stored)
+            return self.each(lambda p, x: self.apply(weights, x, key, i, p), x), x
+
+        return jax.lax.scan(one, x, (jnp.arange(_depth(layers)), layers))
+
+    def finish(self, weights: Any, x: Any, batches: Any) -> tuple[Any, Any]:
+        """The loss, its gradients for the ends and aux; and those for ``x``."""
+
+        def one(_, now):
+            x, batch = now
+            floats, merge = _floats(x)
+
+            def loss(weights, floats):
+                out = self.loss(weights, merge(floats), batch)
+                value, aux = out if self.has_aux else (out, None)
+                _check_loss(value)
+                return value, aux
+
+            value, pull, aux = jax.vjp(loss, weights, floats, has_aux=True)
+            g_ends, g = pull(jnp.ones_like(value))
+            return (value, g_ends, aux), g
+
+        return self.average(one, (x, batches))
+
+    def down(self, layers: Any, stack: Any, kept: Any, g: Any, key: Any) -> Any:
+        """Layers and their states after the step, the gradients for the first input.
+
+        And the norms of the layers' gradients, if they are asked for.
+        """
+        depth = _depth(layers)
+        split, join = _splitter(self.tx, layers, stack)
+        own, common = split(stack)
+
+        def one(t, carry):
+            layers, own, above, _, g, norms = carry
+            i = depth - 1 - t
+            # Of the layer above, in place: XLA would copy a stack that is written while
+            # it may still be read, as a state is for the state and for the step.
+            own = _write(own, above, jnp.minimum(i + 1, depth - 1))
+            stored, mine = _read(layers, i), _read(own, i)
+            weights = self.decode(stored)
+
+            def pull(part, now):
+                x, g = now
+                floats, merge = _floats(x)
+
+                def forward(weights, floats):
+                    x = merge(floats)
+                    return _floats(self.apply(weights, x, key, i, part))[0]
+
+                return jax.vjp(forward, weights, floats)[1](g)
+
+            grads, g = self.average(pull, (_read(kept, i), g))
+            before = join(mine, common)
+            stored, after = self.update({LAYERS: stored}, grads, before, layer=i)
+            mine, after = split(after)
+            norms = norms.at[i].set(_norm(grads)) if self.has_aux else norms
+            return _write(layers, stored, i), own, mine, after, g, norms
+
+        norms = jnp.zeros(depth, jnp.float32)
+        carry = (layers, own, _read(own, depth - 1), common, g, norms)
+        carry = jax.lax.fori_loop(0, depth, one, carry)
+        layers, own, first, common, g, norms = carry
+        return layers, join(_write(own, first, 0), common), g, norms
+
+    def begin(self, ends: Any, g: Any, batches: Any) -> Any:
+        """The gradients for the ends that come through the layers."""
+        weights = self.decode(ends)
+
+        def one(_, now):
+            g, batch = now
+            _, pull = jax.vjp(lambda w: _floats(self.embed(w, batch))[0], weights)
+            return pull(g)[0], ()
+
+        return self.average(one, (g, batches))[0]
+
+    def update(self, params: Any, grads: Any, state: Any, **extra: Any) -> Any:
+        """A part of the parameters, and its state, after a step of the optimizer.
+
+        It is a dict of one entry, so that paths are those in the whole tree.
+        """
+        ((name, _),) = params.items()
+        updates, state = self.tx.update({name: grads}, state, params, **extra)
+        new: Any = optax.apply_updates(params, updates)
+        return new[name], state
+
+    def each(self, fn: Callable[[Any, Any], Any], xs: Any) -> Any:
+        """``fn(part, x)`` of every microbatch."""
+        if self.microbatches == 1:
+            return fn(0, xs)
+        parts = jnp.arange(self.microbatches)
+        return jax.lax.map(lambda now: fn(*now), (parts, xs))
+
+    def average(self, fn: Callable[[Any, Any], Any], xs: Any) -> tuple[Any, Any]:
+        """As :meth:`each`, of a pair: the mean of the first, and all of the second."""
+        if self.microbatches == 1:
+            return fn(0, xs)
+
+        def add(total, now):
+            x, out = fn(*now)
+            return jax.tree.map(lambda t, x: t + jnp.asarray(x, t.dtype), total, x), out
+
+        def zeros(x):
+            return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+
+        first = jax.eval_shape(fn, 0, jax.tree.map(lambda x: x[0], xs))[0]
+        parts = jnp.arange(self.microbatches)
+        total, out = jax.lax.scan(add, jax.tree.map(zeros, first), (parts, xs))
+        return jax.tree.map(lambda x: x / self.microbatches, total), out
+
+
+# --- stacks ---------------------------------------------------------------------------
+
+
+def _depth(layers: Any) -> int:
+    return jax.tree.leaves(layers)[0].shape[0]
+
+
+def _read(stack: Any, i: Any) -> Any:
+    """Layer ``i`` of a stack."""
+    at = jax.lax.dynamic_index_in_dim
+    return jax.tree.map(lambda x: at(x, i, keepdims=False), stack)
+
+
+def _write(stack: Any, one: Any, i: Any) -> Any:
+    """The stack with another layer ``i``; in place, if XLA is let."""
+    at = jax.lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda x, new: at(x, new, i, 0), stack, one)
+
+
+def _one(layers: Any) -> Any:
+    """The shapes of one layer of a stack."""
+    shape = jax.ShapeDtypeStruct
+    return jax.tree.map(lambda x: shape(x.shape[1:], jnp.result_type(x)), layers)
+
+
+def _norm(tree: Any) -> jax.Array:
+    """The root of the sum of squares of a tree, float32."""
+    squares = [jnp.sum(jnp.float32(x) ** 2) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
+def _floats(x: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The floating leaves of a tree, and what puts others in their place."""
+    leaves, treedef = jax.tree.flatten(x)
+    where = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
+
+    def merge(floats: Sequence[Any]) -> Any:
+        new = dict(zip(where, floats, strict=True))
+        return treedef.unflatten([new.get(i, old) for i, old in enumerate(leaves)])
+
+    return [leaves[i] for i in where], merge
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
+
+
+# --- states of stacks -----------------------------------------------------------------
+
+
+def _splitter(tx: Any, layers: Any, stack: Any) -> tuple[Callable, Callable]:
+    """What splits a state into what each layer has and what they share, and joins it.
+
+    Both for the state of a layer and for a stack of them.
+    """
+    one = jax.eval_shape(tx.init, {LAYERS: _one(layers)})
+    treedef = jax.tree.structure(one)
+    if jax.tree.structure(stack) != treedef:
+        raise ValueError(
+            "the state of the layers does not match that of tx, got "
+            f"{jax.tree.structure(stack)}, expected {treedef}; call init again."
+        )
+    pairs = zip(jax.tree.leaves(stack), jax.tree.leaves(one), strict=True)
+    owned = [np.ndim(x) > len(shape.shape) for x, shape in pairs]
+
+    def split(state):
+        leaves = list(zip(jax.tree.leaves(state), owned, strict=True))
+        return [x for x, own in leaves if own], [x for x, own in leaves if not own]
+
+    def join(own, common):
+        parts = iter(own), iter(common)
+        return treedef.unflatten([next(parts[not mine]) for mine in owned])
+
+    return split, join
+
+
+def _init_stack(tx: Any, layers: Any) -> Any:
+    """The states of all layers, with a leading axis but for what they share."""
+    whole, treedef = jax.tree.flatten(tx.init({LAYERS: layers}))
+    one = _one(layers)
+    shapes = jax.tree.leaves(jax.eval_shape(tx.init, {LAYERS: one}))
+    from_values = _depends(lambda layers, _: tx.init({LAYERS: layers}), one, ())
+    shared = _shared(tx, one, from_values)
+
+    # Zeros of the shape of the stack are sharded like it: these are kept as they are.
+    as_one = [
+        not dependent and x.shape == (_depth(layers), *shape.shape)
+        for x, shape, dependent in zip(whole, shapes, from_values, strict=True)
+    ]
+    others = [i for i, is_kept in enumerate(as_one) if not is_kept]
+
+    def init(layer):
+        leaves = jax.tree.leaves(tx.init({LAYERS: layer}))
+        return [leaves[i] for i in others]
+
+    axes = [None if i in shared else 0 for i in others]
+    for i, x in zip(others, jax.vmap(init, out_axes=axes)(layers), strict=True):
+        whole[i] = x
+    return treedef.unflatten(whole)
+
+
+def _shared(tx: Any, one: Any, from_values: Sequence[bool]) -> set[int]:
+    """Which leaves of a layer's state are the same in all layers, at every step.
+
+    Scalars that depend on no parameter and no gradient, as counts and schedules do.
+    """
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(tx.init, {LAYERS: one}))
+    scalars = {i for i, x in enumerate(leaves) if x.shape == ()}
+    shared = {i for i in scalars if not from_values[i]}
+    while True:
+        own = {i: x for i, x in enumerate(leaves) if i not in shared}
+        common = {i: x for i, x in enumerate(leaves) if i in shared}
+
+        def new_state(mapped, common):
+            grads, params, own = mapped
+            state = treedef.unflatten([x for _, x in sorted({**own, **common}.items())])
+            layer = jnp.int32(0)
+            return tx.update({LAYERS: grads}, state, {LAYERS: params}, layer=layer)[1]
+
+        depends = _depends(new_state, (_gradients(one), one, own), common)
+        left = {i for i in shared if not depends[i]}
+        if left == shared:
+            return shared
+        shared = left
+
+
+def _gradients(params: Any) -> Any:
+    """The shapes of the gradients of parameters."""
+    return jax.eval_shape(dequantize_params, params)
+
+
+def _depends(fn: Callable[[Any, Any], Any], mapped: Any, fixed: Any) -> list[bool]:
+    """For each leaf of ``fn(mapped, fixed)``, whether it depends on ``mapped``.
+
+    ``vmap`` knows: what does not is not batched. Nothing is run.
+    """
+    found: list[bool] = []
+
+    @jax.custom_batching.custom_vmap
+    def look(leaves):
+        return leaves
+
+    @look.def_vmap
+    def _(axis_size, batched, leaves):
+        del axis_size
+        found.extend(batched[0])
+        return leaves, batched[0]
+
+    def run(mapped, fixed):
+        return look(jax.tree.leaves(fn(mapped, fixed)))
+
+    def two(x):
+        return jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
+
+    mapped = jax.tree.map(two, mapped)
+    out = jax.eval_shape(jax.vmap(run, in_axes=(0, None)), mapped, fixed)
+    return found or [False] * len(out)
+
+
+# --- checks ---------------------------------------------------------------------------
+
+
+def _check_arguments(tx: Any, dtype: Any, microbatches: Any, **functions: Any) -> None:
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            f"tx must be an optax.GradientTransformation, got {tx!r} of type "
+            f"{type(tx).__name__}; pass for example madax.madam(0.02)."
+        )
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(
+                f"{name} must be a function, got {function!r} of type "
+                f"{type(function).__name__}."
+            )
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"dtype must be a floating dtype, got {dtype!r}; pass jnp.float32 or "
+            "jnp.bfloat16."
+        )
+    if type(microbatches) is not int or microbatches < 1:
+        raise ValueError(f"microbatches must be an int above 0, got {microbatches!r}.")
+
+
+def _parts(params: Any) -> tuple[Any, Any]:
+    """The ends and the layers."""
+    if not isinstance(params, Mapping) or set(params) != {ENDS, LAYERS}:
+        found = list(params) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(
+            f'params must be a dict of "ends" and "layers", got {found}; pass '
+            '{"ends": tree, "layers": tree of leaves with a leading axis of layers}.'
+        )
+    with_path, _ = jax.tree_util.tree_flatten_with_path(params[LAYERS])
+    shapes = [np.shape(leaf) for _, leaf in with_path]
+    if not shapes or not shapes[0]:
+        raise ValueError(
+            "params['layers'] must be a tree of arrays with a leading axis of layers, "
+            f"got {params[LAYERS]!r}; stack the layers with jnp.stack."
+        )
+    names = path_names([path for path, _ in with_path])
+    for name, shape in zip(names, shapes, strict=True):
+        if shape[:1] != shapes[0][:1]:
+            raise ValueError(
+                f"{leaf_name('params', f'{LAYERS}/{name}')} has shape {shape}, but the "
+                f"first leaf of the layers has a leading axis of {shapes[0][0]}; it "
+                "must be that of all. Codes must have scales of each layer: use "
+                "quantize_params(..., channel_axis=0)."
+            )
+    return params[ENDS], params[LAYERS]
+
+
+def _check_layer_by_layer(tx: Any, params: Any) -> None:
+    """Raises if the update of one layer depends on the gradients of another."""
+    ends, one = jax.eval_shape(lambda x: x, params[ENDS]), _one(params[LAYERS])
+    tree = {ENDS: ends, LAYERS: [one, one]}
+    state = jax.eval_shape(tx.init, tree)
+
+    def others(first, fixed):
+        (ends, second), state, tree = fixed
+        grads = {ENDS: ends, LAYERS: [first, second]}
+        updates, _ = tx.update(grads, state, tree)
+        return updates[ENDS], updates[LAYERS][1]
+
+    grads = _gradients(ends), _gradients(one)
+    if any(_depends(others, grads[1], (grads, state, tree))):
+        raise ValueError(
+            "tx must update each layer from its own gradients, but here updates depend "
+            "on those of other layers, as by optax.clip_by_global_norm, and they are "
+            "never there at once; use optax.clip, optax.clip_by_block_rms or "
+            "optax.adaptive_grad_clip, or no clipping: madam normalises each element."
+        )
+
+
+def _check_layer_output(x: Any, out: Any) -> None:
+    before, after = (
+        jax.tree.map(lambda x: (np.shape(x), str(jnp.result_type(x))), tree)
+        for tree in (x, out)
+    )
+    if before != after:
+        raise ValueError(
+            "layer must return what it is given, in shape and dtype, got "
+            f"{after} from {before}; cast x, or pass another dtype to layerwise."
+        )
+
+
+def _check_loss(value: Any) -> None:
+    if np.shape(value) != () or not _is_float(value):
+        raise ValueError(
+            f"loss must return a floating scalar, got {jnp.result_type(value)} of "
+            f"shape {np.shape(value)}; take its mean, and pass has_aux=True if it "
+            "returns anything beside it."
+        )
+
+
+def _cut(batch: Any, parts: int) -> Any:
+    """The batch in parts, along a new leading axis."""
+    if parts == 1:
+        return batch
+
+    with_path, treedef = jax.tree_util.tree_flatten_with_path(batch)
+    names, leaves = path_names([path for path, _ in with_path]), []
+    for name, (_, x) in zip(names, with_path, strict=True):
+        shape = np.shape(x)
+        if not shape or shape[0] % parts:
+            raise ValueError(
+                f"{leaf_name('batch', name)} has shape {shape}, whose leading axis "
+                f"must be a multiple of microbatches={parts}."
+            )
+        # Not neighbours: where the axis is sharded, each device has some of every part.
+        x = jnp.reshape(x, (shape[0] // parts, parts, *shape[1:]))
+        leaves.append(jnp.moveaxis(x, 1, 0))
+    return treedef.unflatten(leaves)

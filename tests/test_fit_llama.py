@@ -1,0 +1,154 @@
+"""The benchmarks of whole models: sizes, shape and loss of the network, what fits."""
+
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from benchmarks import compilers, decoder, fit, layerwise, llama, records
+
+
+def tokens(size, batch=2, length=24):
+    shape = (batch, length + 1)
+    return jax.random.randint(jax.random.key(1), shape, 0, size.vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("Llama-2 7B", 6_738_415_616),
+        ("Llama-3 8B", 8_030_261_248),
+        ("Llama-2 13B", 13_015_864_320),
+        ("CodeLlama 34B", 33_743_970_304),
+        ("Llama-2 70B", 68_976_648_192),
+    ],
+)
+def test_models_have_the_parameters_of_those_published(name, count):
+    assert decoder.count(decoder.SIZES[name]) == count
+
+
+def test_pieces_of_attention_and_of_the_vocabulary_are_the_whole(monkeypatch):
+    size = decoder.SIZES["tiny"]
+    params = decoder.init(size, jax.random.key(0))
+    batch = tokens(size)
+
+    def value_and_grads():
+        return jax.jit(
+            jax.value_and_grad(lambda p: decoder.whole_loss(size, p, batch))
+        )(params)
+
+    whole = value_and_grads()
+    assert whole[0] == pytest.approx(np.log(size.vocabulary), abs=1)
+    monkeypatch.setattr(decoder, "QUERIES", 8)
+    monkeypatch.setattr(decoder, "LOGITS", 48 * 64)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        value_and_grads(),
+        whole,
+    )
+
+    x = decoder.embed(params["ends"], batch)
+    for i in range(size.layers):
+        x = decoder.layer(size, jax.tree.map(lambda w: w[i], params["layers"]), x)  # noqa: B023
+    logits = decoder._normalised(x, params["ends"]["norm"]) @ params["ends"]["head"].T
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
+    assert whole[0] == pytest.approx(float(expected.mean()), rel=1e-5)
+    np.testing.assert_allclose(
+        decoder.logits(size, params, batch[:, :-1]), logits[:, -1], atol=1e-4
+    )
+
+
+def test_the_network_is_causal():
+    size = decoder.SIZES["tiny"]
+    w = jax.tree.map(lambda w: w[0], decoder.init(size, jax.random.key(0))["layers"])
+    x = jax.random.normal(jax.random.key(2), (1, 24, size.width))
+    changed = decoder.layer(size, w, x.at[:, 20:].set(0))
+    first = decoder.layer(size, w, x)
+    np.testing.assert_allclose(changed[:, :20], first[:, :20], atol=1e-5)
+    assert not np.allclose(changed[:, 20:], first[:, 20:])
+
+
+def test_llama_runs_resumes_and_learns(tmp_path, monkeypatch, capsys):
+    names = ("AdamW float32", "madam 8 bits")
+    monkeypatch.setattr(llama, "ROWS", {name: llama.ROWS[name] for name in names})
+    file = tmp_path / "text"
+    file.write_bytes(b"to be or not to be, that is the question. " * 200)
+    run = lambda: llama.llama(tmp_path, profile="smoke", text=(str(file),))
+    run()
+    raw = tmp_path / "llama.jsonl"
+    lines = raw.read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
+    assert [r["name"] for r in runs] == list(names)
+    assert runs[0]["bytes_per_parameter"] == pytest.approx(12, abs=0.1)
+    assert runs[1]["bytes_per_parameter"] < 2.1
+    assert runs[1]["loss"] < np.log(256) - 1
+    assert len(runs[1]["sample"]) > 20
+    raw.write_text(lines[0] + "\n")
+    monkeypatch.setattr(llama, "train", lambda **settings: runs[1])
+    run()
+    again = [json.loads(line) for line in raw.read_text().splitlines()]
+    assert again[0] == runs[0] and again[1]["loss"] == runs[1]["loss"]
+    assert len(again) == 2
+    assert (tmp_path / "llama.md").read_text() in capsys.readouterr().out
+    assert (tmp_path / "llama.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="rows must be of"):
+        llama.llama(tmp_path, rows=("adam",))
+
+
+def test_layerwise_is_timed_against_the_ordinary_step(tmp_path, monkeypatch):
+    name = "optax.adam float32"
+    monkeypatch.setattr(layerwise, "ROWS", {name: layerwise.ROWS[name]})
+    layerwise.layerwise(tmp_path, profile="smoke")
+    (raw,) = tmp_path.rglob("layerwise.jsonl")
+    (run,) = [json.loads(line) for line in raw.read_text().splitlines()]
+    assert len(run["seconds"]) == len(run["ordinary_seconds"]) == 2
+    assert name in (raw.parent / "layerwise.md").read_text()
+
+
+# --- which model fits -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["layerwise", "adam"])
+def test_train_steps_of_fit_are_as_named(way):
+    """On the devices at hand; those of ``compilers`` take its packages."""
+    job = fit.Job("tiny", "H100", way, length=32, chips=2)
+    step, args = fit.train_step(job, jax.devices())
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
+    used = compilers.footprint(compiled)
+    count = decoder.count(decoder.SIZES["tiny"])
+    per_parameter = 2 * used["arguments"] / count
+    assert per_parameter == pytest.approx({"adam": 12}.get(way, 2), rel=0.1)
+    assert used["peak"] >= used["arguments"]
+    if way == "layerwise":
+        sent = compilers.gathered(compiled.as_text())
+        assert sent["s8"] >= 256 * 64 and sent.get("bf16", 0) == 0
+
+
+def test_what_does_not_fit_is_read_off_the_error():
+    error = RuntimeError(
+        "Ran out of memory. Used 20.50G of 15.75G hbm. Exceeded by ..."
+    )
+    assert compilers.needed(error) == int(20.5 * 2**30)
+    assert compilers.needed(RuntimeError("Used up")) is None
+
+
+def test_longer_sequences_than_one_that_does_not_fit_are_left_out(tmp_path):
+    raw = tmp_path / "fit.jsonl"
+    job = {"model": "tiny", "chip": "H100", "way": "layerwise", "chips": 1}
+    records.append(raw, job | {"length": 64, "fits": True})
+    records.append(raw, job | {"length": 128, "fits": False})
+    too_long = lambda n: fit._is_too_long(raw, fit.Job("tiny", "H100", length=n))
+    assert [too_long(n) for n in (64, 128, 256)] == [False, False, True]
+
+
+def test_committed_tables_are_those_of_the_records():
+    tables = {"fit": fit.fit_table, "layerwise": layerwise.layerwise_table}
+    results = fit.Path(fit.__file__).parent / "results"
+    for name, table in tables.items():
+        found = sorted((results / name).rglob(f"{name}.jsonl"))
+        assert found
+        for raw in found:
+            written = raw.with_suffix(".md").read_text(encoding="utf-8")
+            assert written == table(records.read(raw))

@@ -1,0 +1,346 @@
+"""A layer at a time, training is that of the ordinary step, to the last bit."""
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import FORMATS, raises
+from test_meshes import EXACT_ADAM, different
+
+import madax
+from madax import MomentFormat
+
+DEPTH, WIDTH, VOCABULARY, STEPS = 3, 16, 32, 6
+
+
+# --- a network of equal layers, its embedding tied, and the step as most write it -----
+
+
+def embed(ends, batch):
+    return ends["table"][batch[:, :-1]]
+
+
+def layer(w, x, key=None):
+    """Of sums and products apart, which no compiler fuses into one rounding."""
+    if key is not None:
+        x = jnp.where(jax.random.bernoulli(key, 0.75, x.shape), x, 0)
+    return x + jax.nn.relu((x * w["scale"]) @ w["mlp"]["w"])
+
+
+def loss(ends, x, batch):
+    logits, labels = x @ ends["table"].T, batch[:, 1:]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+@functools.cache
+def weights(format=None):
+    """Parameters whose layers are stacked."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.float32(rng.normal(size=shape) / WIDTH**0.5)
+    ends = {"table": normal(VOCABULARY, WIDTH)}
+    layers = {
+        "scale": jnp.ones((DEPTH, WIDTH)),
+        "mlp": {"w": normal(DEPTH, WIDTH, WIDTH)},
+    }
+    if format is not None:
+        ends = madax.quantize_params(ends, format)
+        layers["mlp"] = madax.quantize_params(layers["mlp"], format, channel_axis=0)
+    return {"ends": ends, "layers": layers}
+
+
+def listed(params):
+    """The same with a list of layers."""
+    return params | {"layers": [one(params["layers"], i) for i in range(DEPTH)]}
+
+
+def one(stack, i):
+    return jax.tree.map(operator.itemgetter(i), stack)
+
+
+@functools.cache
+def batches():
+    rng = np.random.default_rng(1)
+    return jnp.asarray(rng.integers(0, VOCABULARY, (STEPS, 8, 9)))
+
+
+def whole_loss(params, batch, key=None):
+    x = embed(params["ends"], batch)
+    for i, w in enumerate(params["layers"]):
+        # The keys of layers, as documented.
+        fold = jax.random.fold_in
+        x = layer(w, x, None if key is None else fold(fold(key, i), 0))
+    return loss(params["ends"], x, batch)
+
+
+def ordinary(tx):
+    """All decoded, all gradients there, then the update."""
+
+    def step(params, state, batch, key=None):
+        values = madax.dequantize_params(params)
+        value, grads = jax.value_and_grad(whole_loss)(values, batch, key)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def trained(init, step, params, *, keys=()):
+    init, step, values = jax.jit(init), jax.jit(step), []
+    state = init(params)
+    for i, batch in enumerate(batches()):
+        params, state, value = step(params, state, batch, *[keys[i]] if keys else [])
+        values.append(value)
+    return params, state, values
+
+
+FLOATS = madax.madam(0.02, floor=1.0)
+CODES = madax.madam(0.02, b1=0.9, moment_format=MomentFormat(8), seed=3)
+INJECTED = optax.inject_hyperparams(madax.madam)(
+    optax.linear_schedule(0.05, 0.01, STEPS), b2=0.9
+)
+OPTIMIZERS = {
+    "floats": (FLOATS, None),
+    "codes": (CODES, FORMATS["symlog8"]),
+    "injected": (
+        optax.chain(optax.clip_by_block_rms(0.5), INJECTED),
+        FORMATS["log16"],
+    ),
+    "adam": (madax.with_quantized_params(EXACT_ADAM), FORMATS["log8"]),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_is_the_ordinary_step(name):
+    tx, format = OPTIMIZERS[name]
+    start = weights(format)
+    keys = [jax.random.key(i) for i in range(STEPS)] if name == "codes" else ()
+    params, state, losses = trained(tx.init, ordinary(tx), listed(start), keys=keys)
+    run = madax.layerwise(tx, embed, layer, loss, dtype=jnp.float32)
+    found, found_state, found_losses = trained(*run, start, keys=keys)
+    assert found_losses == losses
+    assert different(listed(found), params) == []
+    w, w0 = (jax.tree.leaves(p["layers"]["mlp"])[0] for p in (found, start))
+    assert np.all(np.mean(w != w0, axis=(1, 2)) > 0.4)
+    if name == "codes":
+        assert_same_moments(found_state, state)
+    if name == "injected":
+        # What belongs to the step is there once.
+        rate = found_state["layers"][1].hyperparams["learning_rate"]
+        assert rate == state[1].hyperparams["learning_rate"]
+        assert rate.shape == found_state["layers"][1].count.shape == ()
+
+
+def assert_same_moments(stacks, whole):
+    for part in ("ends", "layers"):
+        found, expected = stacks[part][0], whole[0]
+        expected = {"v": expected.v[part], "m": expected.m[part]}
+        found = {"v": found.v[part], "m": found.m[part]}
+        if part == "layers":
+            found = {k: [one(v, i) for i in range(DEPTH)] for k, v in found.items()}
+        assert different(found, expected) == []
+    assert stacks["layers"][0].count == whole[0].count
+    (window,) = stacks["layers"][0].window.values()
+    assert window.octave.shape == (DEPTH, 2) and window.scale.shape == ()
+
+
+def norm_of(tree):
+    return np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+def test_microbatches_are_means(keyed):
+    start, batch = weights(), batches()[0]
+    # What a step of this takes off parameters is the gradient.
+    tx, key = optax.sgd(1.0), jax.random.key(0) if keyed else None
+
+    def with_norms(ends, x, batch):
+        return loss(ends, x, batch), {"tokens": batch.size, "x": jnp.mean(x)}
+
+    init, step = madax.layerwise(
+        tx, embed, layer, with_norms, dtype=jnp.float32, microbatches=4, has_aux=True
+    )
+    params, _, (value, metrics) = jax.jit(step)(start, init(start), batch, key)
+    parts = [batch[i::4] for i in range(4)]
+
+    def part_loss(params, i):
+        x = embed(params["ends"], parts[i])
+        for j, w in enumerate(params["layers"]):
+            fold = jax.random.fold_in
+            x = layer(w, x, fold(fold(key, j), i) if keyed else None)
+        return loss(params["ends"], x, parts[i])
+
+    def mean_loss(params):
+        return jnp.mean(jnp.stack([part_loss(params, i) for i in range(4)]))
+
+    expected, grads = jax.jit(jax.value_and_grad(mean_loss))(listed(start))
+    found = jax.tree.map(jnp.subtract, listed(start), listed(params))
+    assert value == pytest.approx(float(expected), rel=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        found,
+        grads,
+    )
+    assert metrics["aux"]["tokens"] == batch.size / 4
+    norms = [norm_of(g) for g in grads["layers"]]
+    np.testing.assert_allclose(metrics["grad_norm"]["layers"], norms, rtol=1e-4)
+    norm = norm_of(grads["ends"])
+    assert metrics["grad_norm"]["ends"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_layers_pass_integers_on_and_any_tree_of_floats():
+    """Positions, masks and a second stream go with what is trained on."""
+
+    def start(ends, batch):
+        tokens = batch[:, :-1]
+        return {"x": ends["table"][tokens], "seen": tokens > 3, "sum": jnp.zeros(())}
+
+    def both(w, x):
+        new = layer(w, x["x"] * x["seen"][..., None])
+        return x | {"x": new, "sum": x["sum"] + jnp.mean(new**2)}
+
+    def end(ends, x, batch):
+        return loss(ends, x["x"], batch) + x["sum"]
+
+    def whole(params, batch):
+        x = start(params["ends"], batch)
+        for w in params["layers"]:
+            x = both(w, x)
+        return end(params["ends"], x, batch)
+
+    params, batch = weights(), batches()[0]
+    init, step = madax.layerwise(optax.sgd(1.0), start, both, end, dtype=jnp.float32)
+    new, _, value = jax.jit(step)(params, init(params), batch)
+    expected, grads = jax.jit(jax.value_and_grad(whole))(listed(params), batch)
+    assert value == pytest.approx(float(expected), rel=1e-6)
+    found = jax.tree.map(jnp.subtract, listed(params), listed(new))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        found,
+        grads,
+    )
+
+
+def test_no_second_stack_is_made():
+    """Of 24 layers, what is there beside parameters and state is less than three."""
+    depth, wide = 24, 128
+    shapes = {"ends": {"w": (8, wide)}, "layers": {"w": (depth, wide, 4 * wide)}}
+    floats = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
+        shapes,
+        is_leaf=lambda s: isinstance(s, tuple),
+    )
+    quantize = functools.partial(madax.quantize_params, format=FORMATS["symlog8"])
+    params = {
+        "ends": jax.eval_shape(quantize, floats["ends"]),
+        "layers": jax.eval_shape(
+            functools.partial(quantize, channel_axis=0), floats["layers"]
+        ),
+    }
+    init, step = madax.layerwise(
+        madax.madam(moment_format=MomentFormat(8)),
+        lambda ends, batch: batch @ ends["w"],
+        lambda w, x: x + jnp.tanh(x @ w["w"]) @ w["w"].T,
+        lambda ends, x, batch: jnp.mean((x @ ends["w"].T) ** 2),
+        dtype=jnp.float32,
+    )
+    state, batch = jax.eval_shape(init, params), jax.ShapeDtypeStruct((1, 8), "float32")
+    step = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile()
+    used = step.memory_analysis()
+    count = depth * wide * 4 * wide
+    assert 2 * count < used.argument_size_in_bytes < 2.01 * count
+    assert used.alias_size_in_bytes > 0.99 * used.argument_size_in_bytes
+    # A layer's values, gradients, moments and steps in float32: some times a 24th.
+    assert used.temp_size_in_bytes < 6 * 4 * count / depth
+
+
+# --- what is refused ------------------------------------------------------------------
+
+GLOBAL = {
+    "clip_by_global_norm": optax.chain(optax.clip_by_global_norm(1.0), FLOATS),
+    "apply_if_finite": optax.apply_if_finite(FLOATS, 3),
+    "normalize": optax.chain(optax.normalize_by_update_norm(), FLOATS),
+    "inside": madax.with_quantized_params(
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.01))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_no_layer_needs_the_gradients_of_another(name):
+    init, _ = madax.layerwise(GLOBAL[name], embed, layer, loss)
+    with raises(ValueError, "tx must update each layer from its own gradients"):
+        jax.eval_shape(init, weights())
+
+
+def test_scalars_that_depend_on_gradients_are_each_layers_own():
+    def update(updates, state, params=None):
+        del params
+        here = [jnp.max(g) for g in jax.tree.leaves(updates)]
+        largest = jnp.maximum(state[1], jnp.max(jnp.stack(here)))
+        return updates, (state[0] + 1, largest, state[2] + largest)
+
+    def init(params):
+        return jnp.int32(0), jnp.float32(0), jnp.float32(0)
+
+    tx = optax.partition(
+        {"watched": optax.GradientTransformation(init, update), "not": FLOATS},
+        lambda tree: {k: "watched" if k == "layers" else "not" for k in tree},
+    )
+    params = {"ends": jnp.ones(2), "layers": {"w": jnp.ones((DEPTH, 4))}}
+    start, _ = madax.layerwise(tx, embed, layer, loss)
+    count, largest, total = start(params)["layers"].inner_states["watched"].inner_state
+    assert count.shape == () and largest.shape == total.shape == (DEPTH,)
+
+
+def call(**new):
+    args = {"embed": embed, "layer": layer, "loss": loss, "tx": FLOATS}
+    args |= {"dtype": jnp.float32, "params": weights(), "batch": batches()[0]} | new
+    params, batch = args.pop("params"), args.pop("batch")
+    init, step = madax.layerwise(**args)
+    jax.eval_shape(lambda p, b: step(p, init(p), b), params, batch)
+
+
+BAD = [
+    (TypeError, {"tx": optax.adam}, "tx must be an optax.GradientTransformation"),
+    (TypeError, {"layer": 3}, "layer must be a function, got 3"),
+    (TypeError, {"dtype": jnp.int8}, "dtype must be a floating dtype"),
+    (ValueError, {"microbatches": 0}, "microbatches must be an int above 0, got 0"),
+    (ValueError, {"microbatches": 3}, "batch has shape (8, 9)", "microbatches=3"),
+    (ValueError, {"params": {"layers": 1}}, "params must be a dict of", "['layers']"),
+    (
+        ValueError,
+        {"params": {"ends": {}, "layers": [np.ones((3, 2)), np.ones((2, 3))]}},
+        "params['layers/1'] has shape (2, 3)",
+        "leading axis of 3",
+    ),
+    (
+        ValueError,
+        {"params": {"ends": {}, "layers": {}}},
+        "must be a tree of arrays with a leading axis",
+    ),
+    (
+        ValueError,
+        {"layer": lambda w, x: jnp.bfloat16(x)},
+        "layer must return what it is given",
+        "bfloat16",
+    ),
+    (ValueError, {"loss": lambda e, x, b: x}, "loss must return a floating scalar"),
+]
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: case[2][:24])
+def test_bad_input(case):
+    kind, new, *message = case
+    with raises(kind, *message):
+        call(**new)
+
+
+def test_a_state_of_another_optimizer():
+    init, _ = madax.layerwise(FLOATS, embed, layer, loss)
+    _, step = madax.layerwise(CODES, embed, layer, loss)
+    with raises(ValueError, "the state of the layers does not match that of tx"):
+        jax.eval_shape(step, weights(), init(weights()), batches()[0])
