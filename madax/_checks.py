@@ -108,6 +108,12 @@ def warn_of_leaves(leaves: Sequence[str], amiss: str, *, stacklevel: int) -> Non
         warnings.warn(text, UserWarning, stacklevel=stacklevel + 1)
 
 
+def shares(leaves: Iterable[tuple[str, Any]], least: float = 0.0) -> list[str]:
+    """Names of leaves, with their shares of something in per cent, above the least."""
+    known = [(name, float(share)) for name, share in leaves]
+    return [f"{name} ({100 * x:.3g} %)" for name, x in known if x > least]
+
+
 def listed(items: Iterable[str], most: int = 8) -> str:
     """The first items, and how many more there are."""
     items = list(items)

@@ -11,6 +11,7 @@ from madax._checks import (
     check_non_negative,
     check_positive,
     leaf_name,
+    shares,
     warn_of_leaves,
 )
 from madax._leaves import (
@@ -21,6 +22,7 @@ from madax._leaves import (
     known_values,
     largest_weight,
     per_leaf,
+    share_beyond,
     widen,
 )
 from madax._quantized_array import is_quantized
@@ -138,16 +140,13 @@ def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
 
 
 def _warn_of_clipped_leaves(params: Any, bounds: jax.Array, peaks: jax.Array) -> None:
-    bounds *= 1 + 1e-5  # a rounding beyond the bound is no outlier
-    if not known_values(peaks > bounds).any():
+    beyond = peaks > bounds * (1 + 1e-5)  # a rounding beyond is no outlier
+    if not known_values(beyond).any():
         return
     paths, leaves, _ = flatten(params)
-    shares = {
-        leaf_name("params", path): jnp.mean(jnp.abs(widen(w)) > bound).item()
+    clipped = [
+        (leaf_name("params", path), share_beyond(w, bound))
         for path, w, bound in zip(paths, leaves, per_leaf(bounds, leaves), strict=True)
         if not is_quantized(w)
-    }
-    clipped = [
-        f"{name} ({100 * share:.2g} %)" for name, share in shares.items() if share > 0
     ]
-    warn_of_leaves(clipped, CLIPPED, stacklevel=3)
+    warn_of_leaves(shares(clipped), CLIPPED, stacklevel=3)

@@ -263,6 +263,12 @@ def _leaf_peaks(leaves: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack(peaks) if peaks else jnp.zeros(entries(0), jnp.float32)
 
 
+@jax.jit
+def share_beyond(w: jax.Array, bound: jax.Array) -> jax.Array:
+    """The share of weights that are beyond a bound, by more than a rounding."""
+    return jnp.sum(jnp.abs(widen(w)) > bound * (1 + 1e-5)) / max(np.size(w), 1)
+
+
 def root_mean_square(
     w: jax.Array, axes: Sequence[int] | None = None, *, keepdims: bool = False
 ) -> jax.Array:

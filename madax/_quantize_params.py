@@ -17,10 +17,11 @@ from madax._checks import (
     check_scale,
     leaf_name,
     listed,
+    shares,
     warn_of_leaves,
 )
 from madax._formats import Format
-from madax._leaves import path_names, root_mean_square, widen
+from madax._leaves import path_names, root_mean_square, share_beyond, widen
 from madax._numerics import relative_to
 from madax._quantized_array import QuantizedArray, is_quantized
 
@@ -33,7 +34,7 @@ _NO_WEIGHT = re.compile(
     r"|(^|/)b\d*$",  # linear/b, b1
     re.IGNORECASE,
 )
-# What is said of leaves; the last of those whose codes are further off than that.
+# What is said of leaves.
 _ALL_ZEROS = (
     "all zeros, which have no scale, so these leaves stay floats; initialise them with "
     "values that are not all zero, or leave them out with where."
@@ -42,7 +43,6 @@ _LOSSY = (
     "this share of the norm was lost in rounding; pass channel_axis=-1 for a scale a "
     "channel, or a format of more bits, or another range."
 )
-_GREAT_LOSS = 0.25
 
 
 def quantize_params(
@@ -160,21 +160,30 @@ def dequantize_params(params: Any, dtype: Any = None) -> Any:
 
 
 class _Facts(NamedTuple):
-    """What the codes of a leaf are judged by, float32 scalars.
+    """What the codes of a leaf are judged by: scalars, found on the way.
 
     Attributes:
       peak: the largest magnitude of the weights.
       lowest: the least of the scales.
       highest: the greatest of them.
-      clipped: share of the weights that lie beyond their scale.
-      lost: norm of the error, relative to that of the weights.
+      beyond: the most that a weight is, relative to its scale.
+      coarse: the most that a scale is, relative to the root mean square.
     """
 
     peak: Any
     lowest: Any
     highest: Any
-    clipped: Any
-    lost: Any
+    beyond: Any
+    coarse: Any
+
+
+class _Coded(NamedTuple):
+    """A leaf, and its codes; without facts where it was such codes before."""
+
+    name: str
+    leaf: Any
+    codes: QuantizedArray
+    facts: _Facts | None
 
 
 def _quantize_tree(
@@ -197,15 +206,12 @@ def _quantize_tree(
             f"paths are {listed(map(repr, paths))}; pass a where(path, leaf) that "
             "is true of some."
         )
-    names = [leaf_name("params", paths[i]) for i in chosen]
-    results = [
-        _quantize_leaf(paths[i], leaves[i], format, p_scale, channel_axes)
-        for i in chosen
+    coded = [
+        _code_leaf(paths[i], leaves[i], format, p_scale, channel_axes) for i in chosen
     ]
-    zeros = _judge(names, [facts for _, facts in results])
-    for name, i, (codes, _) in zip(names, chosen, results, strict=True):
-        if name not in zeros:
-            leaves[i] = codes
+    for i, each, fine in zip(chosen, coded, _judge(coded), strict=True):
+        if fine:
+            leaves[i] = each.codes
     return treedef.unflatten(leaves)
 
 
@@ -219,35 +225,39 @@ def _is_weight(path: str, leaf: Any) -> bool:
     )
 
 
-def _quantize_leaf(
+def _code_leaf(
     path: str,
     leaf: Any,
     format: Format,
     p_scale: jax.typing.ArrayLike | None,
     channel_axes: Sequence[int],
-) -> tuple[QuantizedArray, _Facts | None]:
-    """The codes of a leaf, and what there is to judge them by."""
-    scale = None
-    if is_quantized(leaf):
-        if leaf.format == format:
-            return leaf, None
-        if p_scale is None and not channel_axes:
-            scale = leaf.scale
-        leaf = leaf.dequantize()
-    check_float_leaf("params", path, leaf)
+) -> _Coded:
+    name, scale = leaf_name("params", path), None
+    if not is_quantized(leaf):
+        check_float_leaf("params", path, leaf)
+    elif leaf.format == format:
+        return _Coded(name, leaf, leaf, None)
+    elif p_scale is None and not channel_axes:
+        scale = leaf.scale
     rank = np.ndim(leaf)
     for axis in channel_axes:
         if not -rank <= axis < rank:
             raise ValueError(
-                f"channel_axis is {axis}, but {leaf_name('params', path)} has shape "
-                f"{np.shape(leaf)}; leave that leaf out with where."
+                f"channel_axis is {axis}, but {name} has shape {np.shape(leaf)}; "
+                "leave that leaf out with where."
             )
     channels = {axis % rank for axis in channel_axes}
     axes = tuple(axis for axis in range(rank) if axis not in channels)
-    codes, scale, facts = _encode(leaf, p_scale, scale, format=format, axes=axes)
+    codes, scale, facts = _encode(
+        _values(leaf), p_scale, scale, format=format, axes=axes
+    )
     if isinstance(scale, jax.core.Tracer):
         scale = jnp.where((scale > 0) & (scale < jnp.inf), scale, jnp.nan)
-    return QuantizedArray(codes, scale, format), facts
+    return _Coded(name, leaf, QuantizedArray(codes, scale, format), facts)
+
+
+def _values(leaf: Any) -> jax.Array:
+    return leaf.dequantize() if is_quantized(leaf) else leaf
 
 
 # Leaves of one shape share a program, and nothing is read on the host between leaves.
@@ -272,46 +282,58 @@ def _encode(
     x = relative_to(jnp.where(scale > 0, scale, 1), w)
     code = format.saturate(jnp.round(format.encode(x)).astype(jnp.int32), jnp.sign(w))
     highest = jnp.max(scale, initial=0)
-    unit = jnp.where(highest > 0, highest, 1)  # in which squares do not overflow
-    error = (x - format.decode(code)) * (scale / unit)
-    mean_square = jnp.mean(jnp.square(rms / unit))
-    error_square = jnp.sum(jnp.square(error)) / max(w.size, 1)
     facts = _Facts(
         jnp.max(peak, initial=0),
         jnp.min(scale, initial=highest),
         highest,
-        0.0 if p_scale is None else jnp.mean(jnp.abs(x) > 1 + 1e-5),
-        jnp.sqrt(error_square / jnp.where(mean_square > 0, mean_square, 1)),
+        jnp.max(peak / jnp.where(scale > 0, scale, 1), initial=0),
+        jnp.max(scale / jnp.where(rms > 0, rms, jnp.inf), initial=0),
     )
     return code.astype(format.storage_dtype), scale, facts
 
 
-def _judge(names: Sequence[str], facts: Sequence[_Facts | None]) -> set[str]:
-    """Raises or warns of what is known to be amiss; returns what is all zeros."""
+def _judge(coded: Sequence[_Coded]) -> list[bool]:
+    """Whether each leaf has codes. Raises, and warns, of what is known to be amiss."""
     known = {
-        name: each
-        for name, each in zip(names, facts, strict=True)
-        if each is not None and not isinstance(each.peak, jax.core.Tracer)
+        i: each.facts
+        for i, each in enumerate(coded)
+        if each.facts is not None and not isinstance(each.facts.peak, jax.core.Tracer)
     }
     zeros, clipped, lossy = [], [], []
-    for name, (peak, lowest, highest, beyond, lost) in jax.device_get(known).items():
-        if lowest > 0 and highest < np.inf:
-            if beyond:
-                clipped.append(f"{name} ({100 * beyond:.2g} %)")
-            elif lost > _GREAT_LOSS:
-                lossy.append(f"{name} ({100 * lost:.0f} %)")
-        elif peak == 0:
+    fine = [True] * len(coded)
+    for i, facts in jax.device_get(known).items():  # all at once
+        name, leaf, q, _ = coded[i]
+        if facts.lowest > 0 and facts.highest < np.inf:
+            # A rounding beyond the scale is no outlier.
+            if facts.beyond > 1 + 1e-5:
+                clipped.append((name, share_beyond(_values(leaf), q.scale)))
+            # To find out what is lost takes as long as all before: only in doubt.
+            elif facts.coarse > 0.25 * q.format.dynamic_range:
+                lossy.append((name, _share_lost(_values(leaf), q)))
+        elif facts.peak == 0:
             zeros.append(name)
+            fine[i] = False
         else:
             raise ValueError(
                 f"{name} (or one of its channels) is not finite, or out of float32's "
-                f"range: the scale of its codes would be {lowest} to {highest}; "
-                "initialise it with finite values, or leave it out with where."
+                f"range: the scale of its codes would be {facts.lowest} to "
+                f"{facts.highest}; initialise it with finite values, or leave it out "
+                "with where."
             )
     warn_of_leaves(zeros, _ALL_ZEROS, stacklevel=4)
-    warn_of_leaves(clipped, CLIPPED, stacklevel=4)
-    warn_of_leaves(lossy, _LOSSY, stacklevel=4)
-    return set(zeros)
+    warn_of_leaves(shares(clipped), CLIPPED, stacklevel=4)
+    warn_of_leaves(shares(lossy, least=0.25), _LOSSY, stacklevel=4)
+    return fine
+
+
+@jax.jit
+def _share_lost(w: jax.Array, q: QuantizedArray) -> jax.Array:
+    """The norm of the error, relative to that of the weights."""
+    unit = jnp.max(q.scale)  # in which squares do not overflow
+    error, values = (
+        jnp.sum(jnp.square(x / unit)) for x in (q.dequantize() - widen(w), widen(w))
+    )
+    return jnp.sqrt(error / values)
 
 
 def _channel_axes(channel_axis: Any) -> tuple[int, ...]:

@@ -89,7 +89,7 @@ def test_codes_that_are_clipped_are_named():
     assert warning.filename == __file__
     text = str(warning.message)
     share = 100 * np.mean(np.abs(params["also"]) > q["also"].scale)
-    assert f"params['also'] ({share:.2g} %), params['dense/kernel'] (0.1 %): " in text
+    assert f"params['also'] ({share:.3g} %), params['dense/kernel'] (0.1 %): " in text
     assert "leave p_scale at None" in text
     jax.jit(lambda p: madax.quantize_params(p, SymlogFormat(8), p_scale=3.0))(params)
 
@@ -128,7 +128,7 @@ def test_codes_that_lose_much_of_a_leaf_are_named():
     text = str(warning.message)
     error = relative_error(q["tail"], params["tail"])
     assert (
-        text.startswith(f"params['tail'] ({100 * error:.0f} %): ")
+        text.startswith(f"params['tail'] ({100 * error:.3g} %): ")
         and "fine" not in text
     )
     assert "lost in rounding" in text and "channel_axis=-1" in text
