@@ -22,7 +22,7 @@ from benchmarks.style import markdown
 # The network, sequences in a step, tokens in a sequence, and how often it is timed.
 PROFILES = {
     "smoke": (decoder.SIZES["tiny"], 2, 32, 2),
-    "quick": (decoder.Size(256, 6, 256, 680, 8, 4), 4, 128, 15),
+    "quick": (decoder.Size(256, 6, 256, 680, 8, 4), 4, 128, 8),
     "full": (decoder.Size(32000, 16, 2048, 5504, 16, 16), 4, 1024, 30),
 }
 ROWS = {
