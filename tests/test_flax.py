@@ -181,34 +181,6 @@ def test_leaves_of_zeros_stay_zero_in_the_paper_with_a_warning(api):
     assert run.largest["last/bias"] > 0.1
 
 
-def test_ordinary_init_trains_under_the_papers_rule_too():
-    # Without zeros to hold it back: the last layer's kernel as by default, no gate.
-    net = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(2)])
-    x, y = data()
-    x = x.reshape(len(x), -1)
-    params = net.init(jax.random.key(0), x)["params"]
-    tx = madax.madam(0.02, **PAPER)
-    with pytest.warns(UserWarning, match="layers_0/bias, layers_2/bias: all zeros"):
-        state = train_state.TrainState.create(apply_fn=net.apply, params=params, tx=tx)
-
-    @jax.jit
-    def step(state):
-        def loss(params):
-            return jnp.mean((state.apply_fn({"params": params}, x) - y) ** 2)
-
-        value, grads = jax.value_and_grad(loss)(state.params)
-        return state.apply_gradients(grads=grads), value
-
-    losses = []
-    for _ in range(STEPS):
-        state, value = step(state)
-        losses.append(float(value))
-    assert losses[-1] < 0.9 * losses[0]
-    before, after = by_path(params), by_path(state.params)
-    for name, leaf in after.items():
-        assert np.all(np.sign(leaf) == np.sign(before[name])), name
-
-
 @needs_flax_0_12
 def test_nnx_wrappers_and_reading_the_rate():
     model = NnxNet(nnx.Rngs(0))
