@@ -11,7 +11,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from flax.training import train_state
@@ -179,20 +178,3 @@ def test_leaves_of_zeros_stay_zero_in_the_paper_with_a_warning(api):
         assert run.moved(name) == 0, name
     # The last bias has a gradient, and would learn the mean.
     assert run.largest["last/bias"] > 0.1
-
-
-@needs_flax_0_12
-def test_nnx_wrappers_and_reading_the_rate():
-    model = NnxNet(nnx.Rngs(0))
-    tx = optax.inject_hyperparams(madax.madam)(
-        learning_rate=optax.linear_schedule(0.02, 0.0, 2)
-    )
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    for rate in (0.02, 0.01, 0.0):
-        before = by_path(nnx.state(model, nnx.Param))
-        nnx_step(model, optimizer, *data())
-        after = by_path(nnx.state(model, nnx.Param))
-        injected = optimizer.opt_state.hyperparams["learning_rate"]
-        np.testing.assert_allclose(injected[...], rate, rtol=1e-6)
-        same = {name: np.array_equal(before[name], after[name]) for name in before}
-        assert all(same.values()) if rate == 0 else not same["last/bias"]
