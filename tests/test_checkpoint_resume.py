@@ -23,12 +23,8 @@ from jax.sharding import PartitionSpec as P
 from test_meshes import (
     OPTIMIZERS,
     SHAPES,
-    STEPS,
-    Run,
     different,
-    random_grads,
     spec,
-    start,
     start_all,
     values,
 )
@@ -118,29 +114,6 @@ def test_every_state_goes_from_eight_devices_to_four_to_one(tmp_path):
         v = after["states"]["moments8"][0].v["log8"]
         assert len(v.sharding.device_set) == mesh.size
         before = after
-
-
-@needs_set_mesh
-def test_training_goes_on_where_it_is_restored(tmp_path):
-    name, leaves = "moments8", ("bias", "log8")
-    half = range(STEPS // 2), range(STEPS // 2, STEPS)
-    first = Run(name, *start(leaves, "auto", "fsdp"), steps=half[0])
-    tree = {"params": first.params, "state": first.state}
-    save(tmp_path / "half", tree)
-
-    mesh, layout = mesh_of(2, 2), "tensor_parallel"
-    restored = restore(tmp_path / "half", tree, shardings(tree, mesh, layout))
-    grads = {
-        k: jax.device_put(g, NamedSharding(mesh, P(None, *spec(layout, k))))
-        for k, g in random_grads().items()
-        if k in leaves
-    }
-    last = Run(
-        name, restored["params"], grads, lambda _: restored["state"], steps=half[1]
-    )
-    whole = Run(name, *start(leaves))
-    assert len(values(last.params["log8"]).sharding.device_set) == 4
-    assert different((last.params, last.state), (whole.params, whole.state)) == []
 
 
 # --- killed at any moment -------------------------------------------------------------

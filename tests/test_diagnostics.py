@@ -67,17 +67,6 @@ def test_relative_update_size(compiled, w_scale, u_scale):
     assert_by_path(got, want)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-def test_relative_update_size_of_half_precision(compiled, dtype):
-    params, updates = tree(0, 1e3, dtype), tree(1, 10.0, dtype)
-    want = [
-        norm(u) / norm(w)
-        for w, u in zip(*map(leaves64, (params, updates)), strict=True)
-    ]
-    got = compiled(diagnostics.relative_update_size)(params, updates)
-    assert_by_path(got, want)
-
-
 RELATIVE_SIZES = {
     "zero update": (np.ones(3), np.zeros(3), 0),
     "leaves zero": (np.zeros(3), np.ones(3), np.inf),
@@ -114,24 +103,6 @@ def test_fraction_at_bound(compiled, p_scale, dtype):
     assert any(0 < fraction < 1 for fraction in want)
     count = compiled(lambda p, s: diagnostics.fraction_at_bound(p, s, p_scale))
     assert_by_path(count(params, state), want)
-
-
-@pytest.mark.parametrize(
-    "wrap", [lambda tx: tx, optax.with_extra_args_support, optax.apply_if_finite]
-)
-def test_fraction_at_bound_finds_the_state(wrap):
-    args = (3,) if wrap is optax.apply_if_finite else ()
-    w = jnp.array([1.0, -1.0, 1.0, 1.0])
-    state = wrap(madax.madam(), *args).init(w)
-    now = jnp.array([3.0, -3.0, 2.9, 0.0])
-    assert diagnostics.fraction_at_bound(now, state) == {"": 0.5}
-
-
-def test_fraction_at_bound_of_zero_leaves():
-    params = {"b": jnp.zeros(4)}
-    now = {"b": jnp.array([0.3, -0.3, 0.1, 0.0])}
-    state = madax.madam().init(params)
-    assert diagnostics.fraction_at_bound(now, state) == {"b": 0.5}
 
 
 STATES = {
@@ -172,17 +143,6 @@ def test_fraction_sign_changed(compiled):
     assert any(0 < fraction < 1 for fraction in want)
     got = compiled(diagnostics.fraction_sign_changed)(params, previous)
     assert_by_path(got, want)
-
-
-def test_madam_without_a_floor_changes_no_sign():
-    params = with_zeros(0, 0.3)
-    params["gain"] = np.float32(2)  # a zero here would be a leaf of zeros, which moves
-    tx = madax.madam(0.3)
-    updates, _ = tx.update(tree(1), tx.init(params), params)
-    now = optax.apply_updates(params, updates)
-    assert_by_path(diagnostics.fraction_sign_changed(now, params), [0, 0, 0])
-    sizes = diagnostics.relative_update_size(params, updates)
-    assert all(np.expm1(0.3) * 0.5 < size <= np.expm1(0.3) for size in sizes.values())
 
 
 EDGES = {"default": {}, "narrow": {"bins": 7, "lowest": -2.0, "highest": 0.5}}
@@ -260,25 +220,6 @@ def test_descent_bound_by_hand(compiled, name):
     assert got.dtype == jnp.float32
 
 
-def test_descent_bound_of_many_layers(compiled):
-    """50 layers at cosine 0.6 give about the default learning rate."""
-    w, g = [np.float32([3, 4])] * 50, [np.float32([1, 0])] * 50
-    got = compiled(diagnostics.descent_bound)(w, g)
-    np.testing.assert_allclose(got, 1.6**0.02 - 1, rtol=1e-5)
-
-
-def test_descent_bound_against_numpy(compiled):
-    params, grads = tree(0), tree(1, 1e-6)
-    cosines = [
-        np.sum(np.abs(w * g)) / (norm(w) * norm(g))
-        for w, g in zip(*map(leaves64, (params, grads)), strict=True)
-    ]
-    want = (1 + min(cosines)) ** (1 / 3) - 1
-    np.testing.assert_allclose(
-        compiled(diagnostics.descent_bound)(params, grads), want, rtol=1e-6
-    )
-
-
 TWO_TREES = [
     diagnostics.relative_update_size,
     diagnostics.fraction_sign_changed,
@@ -293,11 +234,6 @@ def test_trees_must_match(function):
     other = {**tree(0), "gain": jnp.ones(3)}
     with pytest.raises(ValueError, match=r"updates\['gain'\] has shape \(3,\)"):
         function(tree(0), other)
-
-
-def test_leaves_must_be_floats():
-    with pytest.raises(TypeError, match=r"params\['n'\] has dtype int32"):
-        diagnostics.fraction_zero({"n": jnp.arange(3, dtype=jnp.int32)})
 
 
 ONE_TREE = {
@@ -319,7 +255,7 @@ ONE_TREE = {
 
 
 @pytest.mark.parametrize("name", ONE_TREE)
-@pytest.mark.parametrize("scalar", [0.5, np.float32(0.5), np.float64(0.5)], ids=repr)
+@pytest.mark.parametrize("scalar", [0.5, np.float64(0.5)], ids=repr)
 def test_scalars_that_are_no_arrays(name, scalar):
     function, want = ONE_TREE[name]
     np.testing.assert_allclose(function({"b": scalar}), want)

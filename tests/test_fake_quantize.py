@@ -5,12 +5,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax import linen
 from helpers import mostly_nightly
 from oracle import decode, encode
-from sklearn.datasets import load_digits
 
 import madax
 from madax import LogFormat, SymlogFormat, UniformFormat, fake_quantize
@@ -103,9 +100,8 @@ def test_shapes_and_zeros(fmt, shape):
             )
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @every_format
-def test_narrow_dtypes_are_kept_and_computed_in_float32(fmt, dtype):
+def test_narrow_dtypes_are_kept_and_computed_in_float32(fmt, dtype="bfloat16"):
     x = example().astype(dtype)
     y, vjp = jax.vjp(lambda x: fake_quantize(x, fmt, backward_format=fmt), x)
     (g,) = vjp(x)
@@ -139,26 +135,6 @@ def test_python_numbers_and_numpy_arrays():
     assert_on_grid(fake_quantize(x, FORMATS["lns"]), x, FORMATS["lns"])
 
 
-class LnsDense(linen.Module):
-    """A dense layer whose weights, activations and gradients are LNS, 8 bits."""
-
-    features: int
-
-    @linen.compact
-    def __call__(self, x):
-        fmt = LogFormat.from_gamma(8, 8)
-        shape = (x.shape[-1], self.features)
-        w = self.param("kernel", linen.initializers.he_normal(), shape)
-        y = fake_quantize(x, fmt, backward_format=fmt) @ fake_quantize(w, fmt)
-        return fake_quantize(y, fmt, backward_format=fmt)
-
-
-class Mlp(linen.Module):
-    @linen.compact
-    def __call__(self, x):
-        return LnsDense(10)(jax.nn.relu(LnsDense(48)(x)))
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_has_no_scale(bad):
     fmt = LogFormat.from_gamma(bits=8, gamma=8)
@@ -166,31 +142,3 @@ def test_what_is_not_finite_has_no_scale(bad):
     assert np.all(np.isnan(madax.fake_quantize(g, fmt)))
     _, vjp = jax.vjp(lambda x: madax.fake_quantize(x, fmt, backward_format=fmt), x)
     assert np.all(np.isnan(vjp(g)[0]))
-
-
-def test_an_8_bit_lns_network_learns_with_lns_madam():
-    x, y = load_digits(return_X_y=True)
-    x, y = jnp.asarray(x / 16, jnp.float32), jnp.asarray(y)
-    rows = np.random.default_rng(0).integers(0, 1500, (250, 32))
-    model, tx = Mlp(), madax.lns_madam(optax.cosine_decay_schedule(2**-5, 250))
-    params = jax.jit(model.init)(jax.random.key(0), x[:1])
-
-    def loss(params, rows):
-        out = model.apply(params, x[rows])
-        return optax.softmax_cross_entropy_with_integer_labels(out, y[rows]).mean()
-
-    def step(carry, rows):
-        params, state = carry
-        grads = jax.grad(loss)(params, rows)
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    train = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), rows)[0][0])
-    trained = train(params)
-    out = jax.jit(model.apply)(trained, x[1500:])
-    right = jnp.argmax(out, -1) == y[1500:]
-    assert jnp.mean(right) > 0.85
-    kernel = trained["params"]["LnsDense_0"]["kernel"]
-    first = params["params"]["LnsDense_0"]["kernel"]
-    octaves = np.log2(np.abs(kernel) / (3 * jnp.sqrt(jnp.mean(first**2)))) * 2048
-    np.testing.assert_allclose(octaves, np.rint(octaves), atol=0.02)

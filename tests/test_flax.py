@@ -11,7 +11,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from flax.training import train_state
@@ -179,48 +178,3 @@ def test_leaves_of_zeros_stay_zero_in_the_paper_with_a_warning(api):
         assert run.moved(name) == 0, name
     # The last bias has a gradient, and would learn the mean.
     assert run.largest["last/bias"] > 0.1
-
-
-def test_ordinary_init_trains_under_the_papers_rule_too():
-    # Without zeros to hold it back: the last layer's kernel as by default, no gate.
-    net = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(2)])
-    x, y = data()
-    x = x.reshape(len(x), -1)
-    params = net.init(jax.random.key(0), x)["params"]
-    tx = madax.madam(0.02, **PAPER)
-    with pytest.warns(UserWarning, match="layers_0/bias, layers_2/bias: all zeros"):
-        state = train_state.TrainState.create(apply_fn=net.apply, params=params, tx=tx)
-
-    @jax.jit
-    def step(state):
-        def loss(params):
-            return jnp.mean((state.apply_fn({"params": params}, x) - y) ** 2)
-
-        value, grads = jax.value_and_grad(loss)(state.params)
-        return state.apply_gradients(grads=grads), value
-
-    losses = []
-    for _ in range(STEPS):
-        state, value = step(state)
-        losses.append(float(value))
-    assert losses[-1] < 0.9 * losses[0]
-    before, after = by_path(params), by_path(state.params)
-    for name, leaf in after.items():
-        assert np.all(np.sign(leaf) == np.sign(before[name])), name
-
-
-@needs_flax_0_12
-def test_nnx_wrappers_and_reading_the_rate():
-    model = NnxNet(nnx.Rngs(0))
-    tx = optax.inject_hyperparams(madax.madam)(
-        learning_rate=optax.linear_schedule(0.02, 0.0, 2)
-    )
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    for rate in (0.02, 0.01, 0.0):
-        before = by_path(nnx.state(model, nnx.Param))
-        nnx_step(model, optimizer, *data())
-        after = by_path(nnx.state(model, nnx.Param))
-        injected = optimizer.opt_state.hyperparams["learning_rate"]
-        np.testing.assert_allclose(injected[...], rate, rtol=1e-6)
-        same = {name: np.array_equal(before[name], after[name]) for name in before}
-        assert all(same.values()) if rate == 0 else not same["last/bias"]

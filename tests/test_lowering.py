@@ -198,22 +198,6 @@ def test_codes_are_arguments_and_results_of_an_export(tree):
         program.call(other, tx.init(other), args[2])
 
 
-@pytest.mark.nightly
-def test_a_batch_of_any_size():
-    params = trees()["log8"]
-    tx = OPTIMIZERS["moments8"]()
-    step = partial(model_step, tx)
-    (size,) = export.symbolic_shape("batch")
-    x = jax.ShapeDtypeStruct((size, 6), jnp.float32)
-    program = exported(step, (params, tx.init(params), x))
-    for batch in (2, 5):
-        args = (params, tx.init(params), jnp.ones((batch, 6)))
-        function, flat = on_leaves(step, args)
-        ours, theirs = jax.jit(function)(*flat), program.call(*flat)
-        for one, other in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-
-
 # --- that the checks above would see it -----------------------------------------------
 
 

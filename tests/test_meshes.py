@@ -459,9 +459,7 @@ needs_flax_0_12 = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("trained", "fmt"),
     [
-        pytest.param(trained_linen, None, id="linen-float"),
         pytest.param(trained_linen, FORMATS["log8"], id="linen-native"),
-        pytest.param(trained_nnx, None, id="nnx-float", marks=needs_flax_0_12),
         pytest.param(
             trained_nnx, FORMATS["log8"], id="nnx-native", marks=needs_flax_0_12
         ),

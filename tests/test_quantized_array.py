@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx
 from helpers import is_quantized
 from oracle import encode
 
@@ -193,26 +192,3 @@ def test_code_steps_add_and_leave_the_scale():
     np.testing.assert_array_equal(moved.codes, q.codes + 1)
     assert moved.scale == q.scale
     assert moved.codes.dtype == jnp.int8 and moved.scale.dtype == jnp.float32
-
-
-def test_linen_and_nnx_trees():
-    class Mlp(linen.Module):
-        @linen.compact
-        def __call__(self, x):
-            return linen.Dense(3)(jnp.tanh(linen.Dense(16)(x)))
-
-    variables = jax.jit(Mlp().init)(jax.random.key(0), jnp.ones((1, 8)))
-    quantized = madax.quantize_params(variables, FMT)
-    expected = {"bias": False, "kernel": True}
-    assert kinds(quantized["params"]["Dense_0"]) == expected
-    out = Mlp().apply(madax.dequantize_params(quantized), jnp.ones((2, 8)))
-    wanted = Mlp().apply(variables, jnp.ones((2, 8)))
-    np.testing.assert_allclose(out, wanted, atol=0.1)
-
-    model = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(model)
-    quantized = madax.quantize_params(state, FMT)
-    assert sorted(kinds(quantized).values()) == [False, True]
-    assert any("kernel" in path for path, codes in kinds(quantized).items() if codes)
-    out = nnx.merge(graph, madax.dequantize_params(quantized))(jnp.ones((2, 8)))
-    np.testing.assert_allclose(out, model(jnp.ones((2, 8))), atol=0.1)

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from sklearn.datasets import load_digits
 
 import madax
@@ -65,11 +64,6 @@ def accuracy(tx, seed, prepare=lambda params: params):
 
 
 RATE = optax.cosine_decay_schedule(0.01, STEPS)
-
-
-@pytest.mark.nightly
-def test_digits_at_defaults(seed=0):
-    assert accuracy(madax.madam(RATE), seed) > 0.93
 
 
 def test_digits_with_weights_and_moments_of_eight_bits():
