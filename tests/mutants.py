@@ -146,7 +146,11 @@ MUTANTS = {
         ("if axis not in channels", "if axis in channels", "quantized_array"),
         ("np.ndim(leaf) >= 2", "np.ndim(leaf) >= 1", "quantized"),
         ("np.size(leaf) >= 16", "np.size(leaf) >= 15", "quantized"),
-        ("if lowest > 0 and highest < np.inf:", "if True:", "bad_input_formats"),
+        (
+            "if facts.lowest > 0 and facts.highest < np.inf:",
+            "if True:",
+            "bad_input_formats",
+        ),
         ("jnp.round(format.encode(x))", "jnp.floor(format.encode(x))", "quantized"),
     ],
     "_quantized_array": [
