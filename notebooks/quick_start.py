@@ -23,7 +23,6 @@ import io
 import os
 
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -117,8 +116,8 @@ print(f"float32: {accuracy(model):.1f} % of the test digits")
 # `quantize_params` turns the weight matrices into integer codes, one byte each, and
 # leaves biases, norms, statistics and random numbers alone. `madax.value_and_grad`
 # takes the place of Flax's. Nothing else changes: a layer that meets codes decodes them
-# where it uses them, statistics move and masks are drawn as before, and the same `madam`
-# trains the codes. `moment_format` stores its second moment in a byte as well.
+# where it uses them, statistics move and masks are drawn as before, and the same
+# `madam` trains the codes. `moment_format` stores its second moment in a byte as well.
 
 # %%
 model8 = madax.quantize_params(Net(nnx.Rngs(0)), madax.SymlogFormat(bits=8))  # one
@@ -127,7 +126,7 @@ tx8 = madax.madam(
     moment_format=madax.MomentFormat(bits=8),
 )
 optimizer8 = nnx.Optimizer(model8, tx8, wrt=nnx.Param)
-model8.conv2.kernel
+nnx.state(model8)["conv2"]["kernel"]
 
 
 # %%
@@ -185,8 +184,8 @@ print(f"loaded: {accuracy(loaded):.1f} % of the test digits")
 # %% [markdown]
 # ## Adapters on a base of 8 bits
 #
-# Codes that are not to be trained need nothing of madax: they are read like weights. Here
-# the digits are upside down, and what learns them is a LoRA adapter in floats.
+# Codes that are not to be trained need nothing of madax: they are read like weights.
+# Here the digits are upside down, and what learns them is a LoRA adapter in floats.
 
 # %%
 adapted = nnx.clone(model8)

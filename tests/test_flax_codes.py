@@ -233,7 +233,7 @@ def test_modules_by_keyword_and_of_no_gradient_keep_their_state(heads):
 
 
 def test_a_filter_chooses_the_variables(heads):
-    one, _, _, x = heads
+    one, other, _, x = heads
     fun = lambda one: jnp.sum(jnp.sin(one(x)))
     by_filter = lambda f: madax.grad(fun, argnums=nnx.DiffState(0, f))(one)
     everything = madax.grad(fun)(one)
@@ -241,6 +241,11 @@ def test_a_filter_chooses_the_variables(heads):
     assert len(jax.tree.leaves(kernel)) == 1 < len(jax.tree.leaves(everything))
     same(kernel["linear"]["kernel"], everything["linear"]["kernel"])
     assert not jax.tree.leaves(by_filter(nnx.Cache))
+    # Each argument by its own.
+    both = lambda one, other: jnp.sum(jnp.sin(other(one(x))))
+    wrt = (1, nnx.DiffState(0, nnx.PathContains("kernel")))
+    whole, kernel = madax.grad(both, argnums=wrt)(one, other)
+    assert [len(jax.tree.leaves(g)) for g in (whole, kernel)] == [4, 1]
 
 
 def test_shared_weights_have_one_gradient_with_the_first(heads):
