@@ -24,16 +24,13 @@ def holds_modules(tree: Any) -> bool:
 
 def differentiate(fun, argnums, has_aux, dtype, args, kwargs):
     """The value and gradients of a function of modules, and of trees without them."""
-    by_filter = [isinstance(a, nnx.DiffState) for a in argnums]
-    filters = [
-        a.filter if is_filtered else nnx.Param
-        for a, is_filtered in zip(argnums, by_filter, strict=True)
+    wrt = [
+        a if isinstance(a, nnx.DiffState) else nnx.DiffState(a, nnx.Param)
+        for a in argnums
     ]
-    positions = [
-        position(a.argnum if is_filtered else a, args)
-        for a, is_filtered in zip(argnums, by_filter, strict=True)
-    ]
-    arrays = _with_states(tuple(args[i] for i in positions), filters)
+    positions = [position(a.argnum, args) for a in wrt]
+    chosen = tuple(args[i] for i in positions)
+    arrays = _with_states(chosen, [a.filter for a in wrt])
     weights, treedef = jax.tree.flatten(arrays, is_leaf=is_quantized)
 
     # nnx hands over copies of all modules, and writes back what is changed in them.
@@ -43,7 +40,7 @@ def differentiate(fun, argnums, has_aux, dtype, args, kwargs):
         for i, array in zip(positions, arrays, strict=True):
             given[i] = jax.tree.map(_updated, given[i], array, is_leaf=_is_leaf)
         out = fun(*given, **kwargs)
-        for module in _modules(given):
+        for module in _modules([given[i] for i in positions]):
             nnx.update(module, without_probes(nnx.state(module)))
         return without_probes(out, is_leaf=_is_module)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from madax._checks import check_positive
 from madax._clip import ClipLogWeightsState, weight_bounds
@@ -22,7 +23,7 @@ from madax._leaves import (
     widen,
 )
 from madax._quantize_params import dequantize_params
-from madax._quantized_array import QuantizedArray, is_quantized
+from madax._quantized_array import is_quantized
 
 __all__ = [
     "code_occupancy",
@@ -63,8 +64,7 @@ def relative_update_size(params: Any, updates: Any) -> dict[str, jax.Array]:
     def in_values(w, u):
         if not (is_quantized(w) and is_quantized(u)):
             return u
-        moved = QuantizedArray(w.codes + u.codes, w.scale, w.format)
-        return moved.dequantize() - w.dequantize()
+        return optax.apply_updates(w, u) - w
 
     structures = [
         jax.tree.structure(t, is_leaf=is_quantized) for t in (params, updates)

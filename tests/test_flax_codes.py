@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import is_quantized
+from helpers import is_quantized, mostly_nightly
 
 import madax
 from madax import QuantizedArray, SymlogFormat
@@ -36,20 +36,18 @@ def split(model):
 
 
 def coded(model):
-    """The model on codes; stacks of layers have scales of their own."""
-    graph, params, rest = split(model)
-    is_matrix = lambda path, w: w.ndim > 1 and "bias" not in path and "norm" not in path
-    stacked = lambda path, w: is_matrix(path, w) and "blocks" in path
-    params = madax.quantize_params(params, FMT, where=stacked, channel_axis=0)
-    alone = lambda path, w: not is_quantized(w) and is_matrix(path, w)
-    return nnx.merge(graph, madax.quantize_params(params, FMT, where=alone), rest)
+    """The model on codes; stacks of layers have a scale for each of them."""
+    if getattr(model, "scan", False):
+        stacked = lambda path, w: "blocks" in path and path.endswith("kernel")
+        model = madax.quantize_params(model, FMT, where=stacked, channel_axis=0)
+    return madax.quantize_params(model, FMT)
 
 
 def decoded(model):
     """A copy of the model in floats."""
     graph, params, rest = split(model)
     rest = jax.tree.map(lambda x: x, rest)
-    return nnx.merge(graph, madax.dequantize_params(params), rest)
+    return nnx.merge(graph, jax.jit(madax.dequantize_params)(params), rest)
 
 
 class Cnn(nnx.Module):
@@ -121,10 +119,10 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=mostly_nightly(MODELS, "cnn", "scanned transformer"))
 def case(request):
     make, data = MODELS[request.param]
-    return (lambda: coded(make(nnx.Rngs(0)))), data()
+    return coded(nnx.jit(lambda: make(nnx.Rngs(0)))()), data()
 
 
 class Optimizer(nnx.Optimizer):
@@ -151,8 +149,7 @@ def quantized_leaves(model):
 
 def test_nnx_trains_on_codes_as_on_floats(case):
     """By two lines of a user: quantize_params, and madax.value_and_grad for nnx's."""
-    make, data = case
-    model = make()
+    model, data = case
     optimizer = Optimizer(model, madax.madam(0.05))
     ours = nnx.jit(madax.value_and_grad(loss))
     reference = nnx.jit(nnx.value_and_grad(loss))
@@ -236,7 +233,7 @@ def test_modules_by_keyword_and_of_no_gradient_keep_their_state(heads):
 
 
 def test_a_filter_chooses_the_variables(heads):
-    one, _, _, x = heads
+    one, other, _, x = heads
     fun = lambda one: jnp.sum(jnp.sin(one(x)))
     by_filter = lambda f: madax.grad(fun, argnums=nnx.DiffState(0, f))(one)
     everything = madax.grad(fun)(one)
@@ -244,6 +241,11 @@ def test_a_filter_chooses_the_variables(heads):
     assert len(jax.tree.leaves(kernel)) == 1 < len(jax.tree.leaves(everything))
     same(kernel["linear"]["kernel"], everything["linear"]["kernel"])
     assert not jax.tree.leaves(by_filter(nnx.Cache))
+    # Each argument by its own.
+    both = lambda one, other: jnp.sum(jnp.sin(other(one(x))))
+    wrt = (1, nnx.DiffState(0, nnx.PathContains("kernel")))
+    whole, kernel = madax.grad(both, argnums=wrt)(one, other)
+    assert [len(jax.tree.leaves(g)) for g in (whole, kernel)] == [4, 1]
 
 
 def test_shared_weights_have_one_gradient_with_the_first(heads):
