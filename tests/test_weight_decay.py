@@ -189,7 +189,6 @@ def test_none_costs_nothing():
 
 MASKS = {
     "tree": {"w": True, "b": False, "codes": True},
-    "prefix": lambda params: {"w": True, "b": False, "codes": True},
     "rank": lambda params: jax.tree.map(
         lambda w: w.ndim > 1, params, is_leaf=is_quantized
     ),
