@@ -63,6 +63,9 @@ def quantize_params(
     room to grow. With a number for ``p_scale`` it is :math:`p_\text{scale}\,
     \mathrm{rms}(w)`, the bound of the paper, and a warning tells what is clipped.
 
+    Of a module of ``flax.nnx`` each ``nnx.Param`` is looked at, but no other variable,
+    and the result is a new module; the given one is left alone.
+
     Whole leaves have one scale. Where magnitudes differ much from channel to channel,
     or weights have heavy tails, ``channel_axis`` gives codes that are closer; another
     warning names leaves that lose a quarter of their norm or more.
@@ -73,13 +76,13 @@ def quantize_params(
     say by ``where`` which leaves are whose.
 
     A leaf that is all zeros has no scale, and stays a float array; a warning lists
-    them. All channels of zeros in another leaf get the largest of the scales there are.
+    them. A channel of zeros in another leaf has the largest of the scales of that leaf.
     Under ``jit`` and ``vmap`` values are unknown, so that nothing can be said of them:
     there the codes of a leaf that is all zeros or not finite have the scale NaN, which
     ``init`` of an optimizer will name.
 
     Args:
-      params: tree of floating-point arrays, any shapes.
+      params: tree of floating-point arrays, any shapes, or a module of ``flax.nnx``.
       format: the number format of the codes.
       where: ``where(path, leaf)`` tells which leaves become codes, given paths like
         ``"Dense_0/kernel"``; by default those of rank 2 or more and 16 elements or

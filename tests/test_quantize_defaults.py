@@ -1,5 +1,7 @@
 """quantize_params on real trees: what it takes, what it leaves, and what it says."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from flax.core import freeze
 
 import madax
 from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
+from madax._leaves import flatten
 
 FMT = SymlogFormat(8)
 FORMATS = [LogFormat(8), FMT, UniformFormat(8)]
@@ -33,9 +36,19 @@ def seen_paths(tree):
     return sorted(paths)
 
 
+def codes_of(tree):
+    """What became codes, by path."""
+    paths, leaves, _ = flatten(tree)
+    return {path: w for path, w in zip(paths, leaves, strict=True) if is_quantized(w)}
+
+
 def chosen(tree):
-    """Paths of what became codes, as told by a diagnostic, so by ``_leaves``."""
-    return set(madax.diagnostics.code_occupancy(tree))
+    return set(codes_of(tree))
+
+
+def quantized_shapes(tree, **options):
+    """What ``quantize_params`` would make of a tree, without doing so."""
+    return jax.eval_shape(lambda t: madax.quantize_params(t, FMT, **options), tree)
 
 
 def same(a, b):
@@ -94,8 +107,8 @@ FLOATS = [
 
 
 def test_names_of_weights_and_of_what_is_none():
-    tree = {path: normal(4, 8, seed=i) for i, path in enumerate(WEIGHTS + FLOATS)}
-    assert chosen(madax.quantize_params(tree, FMT)) == set(WEIGHTS)
+    tree = dict.fromkeys(WEIGHTS + FLOATS, jnp.ones((4, 8)))
+    assert chosen(quantized_shapes(tree)) == set(WEIGHTS)
 
 
 class Block(nn.Module):
@@ -119,18 +132,16 @@ class Scanned(nn.Module):
 
 def test_a_scanned_linen_transformer():
     tokens = jnp.zeros((2, 5), jnp.int32)
-    params = Scanned().init(jax.random.key(0), tokens)["params"]
-    params = jax.tree.map(lambda x: x + 0.01 * normal(*x.shape), params)
-    quantized = madax.quantize_params(params, FMT, channel_axis=0)
-    paths, leaves, _ = madax._leaves.flatten(quantized)
-    codes = {path: w for path, w in zip(paths, leaves, strict=True) if is_quantized(w)}
+    params = jax.eval_shape(Scanned().init, jax.random.key(0), tokens)["params"]
+    quantized = quantized_shapes(params, channel_axis=0)
+    codes = codes_of(quantized)
     assert len(codes) == 1 + 4 + 2
     assert all(path.endswith(("kernel", "embedding")) for path in codes)
     query = codes["layers/MultiHeadDotProductAttention_0/query/kernel"]
     assert query.shape == (3, 16, 4, 4) and query.scale.shape == (3, 1, 1, 1)
     bias = quantized["layers"]["MultiHeadDotProductAttention_0"]["query"]["bias"]
     assert bias.shape == (3, 4, 4)  # 48 elements, of rank 3, and floats
-    assert chosen(madax.quantize_params(freeze(params), FMT)) == set(codes)
+    assert chosen(quantized_shapes(freeze(params))) == set(codes)
 
 
 class Net(nnx.Module):
@@ -147,25 +158,33 @@ class Net(nnx.Module):
         return self.head(self.dropout(self.norm(x)))
 
 
+@functools.cache
+def first_net():
+    return Net(nnx.Rngs(0))
+
+
+def net():
+    return nnx.clone(first_net())
+
+
 KERNELS = {f"attention/{name}/kernel" for name in ("query", "key", "value", "out")}
 KERNELS |= {"head/kernel"}
 
 
 def test_paths_are_the_same_in_every_tree():
-    state = nnx.state(Net(nnx.Rngs(0)), nnx.Param)
+    state = nnx.state(net(), nnx.Param)
     pure = nnx.to_pure_dict(state)
     expected = seen_paths(pure)
     assert set(expected) >= KERNELS | {"attention/value/bias", "norm/scale"}
     boxed = jax.tree.map(lambda x: nn.Partitioned(x, (None,) * x.ndim), pure)
     for tree in (state, boxed, freeze(pure), freeze(boxed)):
         assert seen_paths(tree) == expected
-        sizes = madax.diagnostics.relative_update_size(tree, tree)
-        assert sorted(sizes) == expected
-        assert chosen(madax.quantize_params(tree, FMT)) == KERNELS
-    bad = jax.tree.map(lambda x: x * jnp.nan, state)
-    for tx in (madax.madam(), madax.lns_madam()):
-        with pytest.raises(ValueError, match=r"params\['attention/key/bias'\] holds"):
-            tx.init(bad)
+        size = jax.eval_shape(madax.diagnostics.relative_update_size, tree, tree)
+        assert sorted(size) == expected
+        assert chosen(quantized_shapes(tree)) == KERNELS
+    bad = jax.tree.map(lambda x: np.full(x.shape, np.nan), state)
+    with pytest.raises(ValueError, match=r"params\['attention/key/bias'\] holds"):
+        madax.madam().init(bad)
     with pytest.raises(ValueError, match=r"state\.v\['attention/key/bias'\]"):
         tx = madax.scale_by_second_moment()
         tx.update(jax.tree.map(lambda x: x[..., None], state), tx.init(state))
@@ -204,7 +223,7 @@ def test_where_that_chooses_nothing_is_told_what_there_is():
 
 
 def test_a_whole_module_is_quantised_but_for_its_state():
-    model = Net(nnx.Rngs(0))
+    model = net()
     before = jax.tree.map(np.asarray, nnx.state(model, nnx.Param))
     coded = madax.quantize_params(model, FMT)
     assert type(coded) is Net and coded is not model
@@ -263,7 +282,7 @@ def test_leaves_of_zeros_stay_floats_and_are_listed(where):
 
 
 @pytest.mark.parametrize("channel_axis", [0, 1])
-@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+@pytest.mark.parametrize("fmt", FORMATS[:2], ids=repr)
 def test_a_dead_channel_has_the_scale_of_the_others(fmt, channel_axis):
     w = normal(6, 8).at[2].set(0).at[:, 5].set(0)
     quantize = lambda w: madax.quantize_params(w, fmt, channel_axis=channel_axis)
@@ -310,7 +329,7 @@ def test_what_jit_cannot_know_init_says(bad):
 # --- scales have the rank of their codes ----------------------------------------------
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+@pytest.mark.parametrize("fmt", FORMATS[:2], ids=repr)
 def test_a_stack_is_its_layers(fmt):
     """By channel_axis=0, by vmap, and one at a time: the same codes, which slice."""
     stack = jnp.stack([normal(4, 6, seed=i, scale=10.0**i) for i in range(3)])
@@ -325,8 +344,8 @@ def test_a_stack_is_its_layers(fmt):
     np.testing.assert_array_equal(values, q.dequantize())
     both = madax.quantize_params(stack, fmt, channel_axis=(0, -1))
     assert both.scale.shape == (3, 1, 6)
-    layers = [madax.quantize_params(w, fmt, channel_axis=-1) for w in stack]
-    same(both, jax.tree.map(lambda *x: jnp.stack(x), *layers))
+    by_channel = lambda w: madax.quantize_params(w, fmt, channel_axis=-1)
+    same(both, jax.vmap(by_channel)(stack))
 
 
 @pytest.mark.parametrize("axis", [(0.5,), (True,), [0], "01", (0, "1")], ids=repr)
@@ -359,8 +378,8 @@ def test_scalar_scales_of_older_checkpoints_still_train():
 # --- from codes to codes --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("to", FORMATS, ids=repr)
 @pytest.mark.parametrize("channel_axis", [None, -1])
+@pytest.mark.parametrize("to", FORMATS[:2], ids=repr)
 def test_codes_are_converted(to, channel_axis):
     q = madax.quantize_params(normal(8, 8), LogFormat(16), channel_axis=channel_axis)
     params = {"w": q, "zero": QuantizedArray(0 * q.codes, q.scale, q.format)}
