@@ -106,7 +106,7 @@ OPTIMIZERS = {
     "floats": (FLOATS, None),
     "codes": (CODES, FORMATS["symlog8"]),
     "injected": (
-        optax.chain(optax.clip_by_block_rms(0.5), INJECTED),
+        optax.chain(optax.clip(0.01), INJECTED),
         FORMATS["log16"],
     ),
     "adam": (madax.with_quantized_params(EXACT_ADAM), FORMATS["log8"]),
@@ -115,6 +115,8 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_is_the_ordinary_step(name):
+    if name == "injected" and jax.__version_info__ < (0, 7):
+        pytest.skip("the oldest optax makes hyperparameters integers, like codes")
     tx, format = OPTIMIZERS[name]
     start = weights(format)
     keys = [jax.random.key(i) for i in range(STEPS)] if name == "codes" else ()
