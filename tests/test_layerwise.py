@@ -229,7 +229,7 @@ def test_layers_pass_integers_on_and_any_tree_of_floats():
     jax.__version_info__ < (0, 8), reason="the oldest XLA copies a stack on CPU"
 )
 def test_no_second_stack_is_made():
-    """What is there beside parameters and state is less than the codes of all layers."""
+    """What is there beside parameters and state is less than all layers' codes."""
     depth, wide = 48, 128
     shapes = {"ends": {"w": (8, wide)}, "layers": {"w": (depth, wide, 4 * wide)}}
     floats = jax.tree.map(
