@@ -262,7 +262,7 @@ def fit_table(runs: pd.DataFrame) -> str:
     many = runs[runs["chips"] > 1]
     if len(many):
         rows = [
-            _row(run) | {"gathered a step": _gathered(run["gathered"])}
+            _row(run) | {"gathered": _gathered(run["gathered"])}
             for run in many.to_dict("records")
         ]
         text += (

@@ -94,13 +94,13 @@ def split_layers(model: Any, name: str) -> SplitLayers:
         ) from error
     setattr(owner, last, None)
     ends_graph, ends, ends_rest = nnx.split(shell, nnx.Param, ...)
-    graph, stack, rest = _stacked(nnx, layers, name)
+    graph, stack, rngs = _stacked(nnx, layers, name)
 
     def without_layers(values: Any) -> Any:
         return nnx.merge(ends_graph, _state(nnx, ends, values), ends_rest)
 
     def layer(values: Any, x: Any, key: Any = None) -> Any:
-        module = nnx.merge(graph, _state(nnx, stack, values), rest)
+        module = nnx.merge(graph, _state(nnx, stack, values), rngs)
         return module(x) if key is None else module(x, rngs=nnx.Rngs(key))
 
     params = {"ends": nnx.to_pure_dict(ends), "layers": nnx.to_pure_dict(stack)}
@@ -115,32 +115,28 @@ def _state(nnx: Any, like: Any, values: Any) -> Any:
 
 
 def _stacked(nnx: Any, layers: Any, name: str) -> tuple[Any, Any, Any]:
-    """The graph of a layer, the state of all of them, and what is no parameter."""
+    """The graph of a layer, the state of all of them, and a layer's random streams."""
     if isinstance(layers, nnx.Sequential):
         layers = layers.layers
     if isinstance(layers, nnx.Module) and callable(layers):
-        graph, stack, rest = nnx.split(layers, nnx.Param, ...)
-        rest = jax.tree.map(operator.itemgetter(0), rest)
+        graph, stack, rngs, others = nnx.split(layers, nnx.Param, nnx.RngState, ...)
+        rngs = jax.tree.map(operator.itemgetter(0), rngs)
     else:
-        parts = [nnx.split(one, nnx.Param, ...) for one in layers]
-        if not parts or any(graph != parts[0][0] for graph, _, _ in parts):
+        parts = [nnx.split(one, nnx.Param, nnx.RngState, ...) for one in layers]
+        if not parts or any(graph != parts[0][0] for graph, *_ in parts):
             raise ValueError(
                 f"model.{name} must be a list of modules that are alike, got "
                 f"{layers!r}; pass those that are not with the ends."
             )
-        graph, _, rest = parts[0]
-        stack = jax.tree.map(_stack, *(state for _, state, _ in parts))
-    others = {
-        type(variable).__name__
-        for _, variable in nnx.to_flat_state(rest)
-        if not isinstance(variable, nnx.RngState)
-    }
-    if others:
+        graph, _, rngs, others = parts[0]
+        stack = jax.tree.map(_stack, *(state for _, state, *_ in parts))
+    if jax.tree.leaves(others):
+        paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(others)]
         raise ValueError(
-            f"model.{name} has variables that layerwise would not change, of "
-            f"{sorted(others)}; use layers of nnx.Param alone."
+            f"model.{name} has variables that layerwise would not change, {paths}; use "
+            "layers of nnx.Param alone."
         )
-    return graph, stack, rest
+    return graph, stack, rngs
 
 
 def _stack(*xs: Any) -> Any:
