@@ -243,7 +243,7 @@ MUTANTS = {
     ],
     "_split_layers": [
         ("graph != parts[0][0]", "graph is None", "split_layers"),
-        ("if others:", "if False:", "split_layers"),
+        ("if jax.tree.leaves(others):", "if False:", "split_layers"),
     ],
     "diagnostics": [
         ("zero = jnp.all(u == 0)", "zero = False", "diagnostics"),
@@ -254,7 +254,11 @@ MUTANTS = {
         (".ravel() + w.format.levels", ".ravel()", "diagnostics"),
         ("jnp.isfinite(jnp.square(widen(g)))", "jnp.isfinite(widen(g))", "diagnostics"),
         ("jnp.nanmin(cosines)", "jnp.nanmax(cosines)", "diagnostics"),
-        ("moved.dequantize() - w.dequantize()", "moved.dequantize()", "diagnostics"),
+        (
+            "optax.apply_updates(w, u) - w",
+            "optax.apply_updates(w, u) + w",
+            "diagnostics",
+        ),
     ],
 }
 
@@ -300,14 +304,14 @@ def main(words):
             for path in sorted((ROOT / "tests").glob(f"test_{word}*.py"))
         ]
         found = first_failure(*mutant, *files)
-        print(number, *mutant, f"killed by {found}" if found else "...", sep=" | ")
+        print(number, mutant, f"killed by {found}" if found else "...")
         if not found:
             alive.append((number, mutant))
     for number, mutant in alive.copy():
         rest = ["-n", "auto", "--dist", "loadfile", "tests", "madax"]
         if found := first_failure(*mutant, *rest):
             alive.remove((number, mutant))
-        print(number, *mutant, f"killed by {found}" if found else "ALIVE", sep=" | ")
+        print(number, mutant, f"killed by {found}" if found else "ALIVE")
     print(f"{len(alive)} are alive")
     return len(alive) > 0
 
