@@ -216,19 +216,19 @@ def test_a_layer_of_a_stack_has_the_key_of_that_layer_alone():
 def test_leaves_of_one_shape_are_rounded_apart(transform):
     """Those of two optimizers of one seed, and models under vmap with a seed each."""
     fmt, shape = madax.LogFormat(8, 0.05), (64, 64)
-    params = madax.quantize_params({k: jnp.ones(shape) for k in "ab"}, fmt)
-    grads = {k: jnp.ones(shape) for k in "ab"}
+    params = madax.quantize_params({k: jnp.ones(shape) for k in "uw"}, fmt)
+    grads = {k: jnp.ones(shape) for k in "uw"}
     if transform == "partition":
         tx = optax.partition(
-            {"x": madax.madam(0.02), "y": madax.madam(0.02)}, {"a": "x", "b": "y"}
+            {"x": madax.madam(0.02), "y": madax.madam(0.02)}, {"u": "x", "w": "y"}
         )
         updates, _ = tx.update(grads, tx.init(params), params)
-        a, b = updates["a"].codes, updates["b"].codes
+        a, b = updates["u"].codes, updates["w"].codes
     else:
 
         def codes(seed):
             tx = madax.madam(0.02, seed=seed)
-            return tx.update(grads, tx.init(params), params)[0]["a"].codes
+            return tx.update(grads, tx.init(params), params)[0]["u"].codes
 
         a, b = jax.vmap(codes)(jnp.arange(2))
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
