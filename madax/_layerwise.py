@@ -18,8 +18,16 @@ import optax
 from madax._checks import leaf_name
 from madax._leaves import path_names
 from madax._quantize_params import dequantize_params
-
-ENDS, LAYERS = "ends", "layers"
+from madax._stacks import (
+    ENDS,
+    LAYERS,
+    check_layer_by_layer,
+    depth_of,
+    init_stack,
+    read,
+    splitter,
+    write,
+)
 
 
 class Layerwise(NamedTuple):
@@ -152,8 +160,8 @@ class _Run:
     def init(self, params: Any) -> Any:
         """The state of the ends, and that of the layers."""
         ends, layers = _parts(params)
-        _check_layer_by_layer(self.tx, params)
-        return {ENDS: self.tx.init({ENDS: ends}), LAYERS: _init_stack(self.tx, layers)}
+        check_layer_by_layer(self.tx, params)
+        return {ENDS: self.tx.init({ENDS: ends}), LAYERS: init_stack(self.tx, layers)}
 
     def step(self, params: Any, state: Any, batch: Any, key: Any = None) -> Any:
         """Parameters, state, and the loss (and metrics) of the parameters before."""
@@ -196,7 +204,7 @@ class _Run:
             weights = self.decode(stored)
             return self.each(lambda p, x: self.apply(weights, x, key, i, p), x), x
 
-        return jax.lax.scan(one, x, (jnp.arange(_depth(layers)), layers))
+        return jax.lax.scan(one, x, (jnp.arange(depth_of(layers)), layers))
 
     def finish(self, weights: Any, x: Any, batches: Any) -> tuple[Any, Any]:
         """The loss, its gradients for the ends and aux; and those for ``x``."""
@@ -222,8 +230,8 @@ class _Run:
 
         And the norms of the layers' gradients, if they are asked for.
         """
-        depth = _depth(layers)
-        split, join = _splitter(self.tx, layers, stack)
+        depth = depth_of(layers)
+        split, join = splitter(self.tx, layers, stack)
         own, common = split(stack)
 
         def one(t, carry):
@@ -231,8 +239,8 @@ class _Run:
             i = depth - 1 - t
             # Of the layer above, in place: XLA would copy a stack that is written while
             # it may still be read, as a state is for the state and for the step.
-            own = _write(own, above, jnp.minimum(i + 1, depth - 1))
-            stored, mine = _read(layers, i), _read(own, i)
+            own = write(own, above, jnp.minimum(i + 1, depth - 1))
+            stored, mine = read(layers, i), read(own, i)
             weights = self.decode(stored)
 
             def pull(part, now):
@@ -245,18 +253,18 @@ class _Run:
 
                 return jax.vjp(forward, weights, floats)[1](g)
 
-            grads, g = self.average(pull, (_read(kept, i), g))
+            grads, g = self.average(pull, (read(kept, i), g))
             before = join(mine, common)
             stored, after = self.update({LAYERS: stored}, grads, before, layer=i)
             mine, after = split(after)
             norms = norms.at[i].set(_norm(grads)) if self.has_aux else norms
-            return _write(layers, stored, i), own, mine, after, g, norms
+            return write(layers, stored, i), own, mine, after, g, norms
 
         norms = jnp.zeros(depth, jnp.float32)
-        carry = (layers, own, _read(own, depth - 1), common, g, norms)
+        carry = (layers, own, read(own, depth - 1), common, g, norms)
         carry = jax.lax.fori_loop(0, depth, one, carry)
         layers, own, first, common, g, norms = carry
-        return layers, join(_write(own, first, 0), common), g, norms
+        return layers, join(write(own, first, 0), common), g, norms
 
     def begin(self, ends: Any, g: Any, batches: Any) -> Any:
         """The gradients for the ends that come through the layers."""
@@ -304,31 +312,6 @@ class _Run:
         return jax.tree.map(lambda x: x / self.microbatches, total), out
 
 
-# --- stacks ---------------------------------------------------------------------------
-
-
-def _depth(layers: Any) -> int:
-    return jax.tree.leaves(layers)[0].shape[0]
-
-
-def _read(stack: Any, i: Any) -> Any:
-    """Layer ``i`` of a stack."""
-    at = jax.lax.dynamic_index_in_dim
-    return jax.tree.map(lambda x: at(x, i, keepdims=False), stack)
-
-
-def _write(stack: Any, one: Any, i: Any) -> Any:
-    """The stack with another layer ``i``; in place, if XLA is let."""
-    at = jax.lax.dynamic_update_index_in_dim
-    return jax.tree.map(lambda x, new: at(x, new, i, 0), stack, one)
-
-
-def _one(layers: Any) -> Any:
-    """The shapes of one layer of a stack."""
-    shape = jax.ShapeDtypeStruct
-    return jax.tree.map(lambda x: shape(x.shape[1:], jnp.result_type(x)), layers)
-
-
 def _norm(tree: Any) -> jax.Array:
     """The root of the sum of squares of a tree, float32."""
     squares = [jnp.sum(jnp.float32(x) ** 2) for x in jax.tree.leaves(tree)]
@@ -349,118 +332,6 @@ def _floats(x: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
 
 def _is_float(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.floating)
-
-
-# --- states of stacks -----------------------------------------------------------------
-
-
-def _splitter(tx: Any, layers: Any, stack: Any) -> tuple[Callable, Callable]:
-    """What splits a state into what each layer has and what they share, and joins it.
-
-    Both for the state of a layer and for a stack of them.
-    """
-    one = jax.eval_shape(tx.init, {LAYERS: _one(layers)})
-    treedef = jax.tree.structure(one)
-    if jax.tree.structure(stack) != treedef:
-        raise ValueError(
-            "the state of the layers does not match that of tx, got "
-            f"{jax.tree.structure(stack)}, expected {treedef}; call init again."
-        )
-    pairs = zip(jax.tree.leaves(stack), jax.tree.leaves(one), strict=True)
-    owned = [np.ndim(x) > len(shape.shape) for x, shape in pairs]
-
-    def split(state):
-        leaves = list(zip(jax.tree.leaves(state), owned, strict=True))
-        return [x for x, own in leaves if own], [x for x, own in leaves if not own]
-
-    def join(own, common):
-        parts = iter(own), iter(common)
-        return treedef.unflatten([next(parts[not mine]) for mine in owned])
-
-    return split, join
-
-
-def _init_stack(tx: Any, layers: Any) -> Any:
-    """The states of all layers, with a leading axis but for what they share."""
-    whole, treedef = jax.tree.flatten(tx.init({LAYERS: layers}))
-    one = _one(layers)
-    shapes = jax.tree.leaves(jax.eval_shape(tx.init, {LAYERS: one}))
-    from_values = _depends(lambda layers, _: tx.init({LAYERS: layers}), one, ())
-    shared = _shared(tx, one, from_values)
-
-    # Zeros of the shape of the stack are sharded like it: these are kept as they are.
-    as_one = [
-        not dependent and x.shape == (_depth(layers), *shape.shape)
-        for x, shape, dependent in zip(whole, shapes, from_values, strict=True)
-    ]
-    others = [i for i, is_kept in enumerate(as_one) if not is_kept]
-
-    def init(layer):
-        leaves = jax.tree.leaves(tx.init({LAYERS: layer}))
-        return [leaves[i] for i in others]
-
-    axes = [None if i in shared else 0 for i in others]
-    for i, x in zip(others, jax.vmap(init, out_axes=axes)(layers), strict=True):
-        whole[i] = x
-    return treedef.unflatten(whole)
-
-
-def _shared(tx: Any, one: Any, from_values: Sequence[bool]) -> set[int]:
-    """Which leaves of a layer's state are the same in all layers, at every step.
-
-    Scalars that depend on no parameter and no gradient, as counts and schedules do.
-    """
-    leaves, treedef = jax.tree.flatten(jax.eval_shape(tx.init, {LAYERS: one}))
-    scalars = {i for i, x in enumerate(leaves) if x.shape == ()}
-    shared = {i for i in scalars if not from_values[i]}
-    while True:
-        own = {i: x for i, x in enumerate(leaves) if i not in shared}
-        common = {i: x for i, x in enumerate(leaves) if i in shared}
-
-        def new_state(mapped, common):
-            grads, params, own = mapped
-            state = treedef.unflatten([x for _, x in sorted({**own, **common}.items())])
-            layer = jnp.int32(0)
-            return tx.update({LAYERS: grads}, state, {LAYERS: params}, layer=layer)[1]
-
-        depends = _depends(new_state, (_gradients(one), one, own), common)
-        left = {i for i in shared if not depends[i]}
-        if left == shared:
-            return shared
-        shared = left
-
-
-def _gradients(params: Any) -> Any:
-    """The shapes of the gradients of parameters."""
-    return jax.eval_shape(dequantize_params, params)
-
-
-def _depends(fn: Callable[[Any, Any], Any], mapped: Any, fixed: Any) -> list[bool]:
-    """For each leaf of ``fn(mapped, fixed)``, whether it depends on ``mapped``.
-
-    ``vmap`` knows: what does not is not batched. Nothing is run.
-    """
-    found: list[bool] = []
-
-    @jax.custom_batching.custom_vmap
-    def look(leaves):
-        return leaves
-
-    @look.def_vmap
-    def _(axis_size, batched, leaves):
-        del axis_size
-        found.extend(batched[0])
-        return leaves, batched[0]
-
-    def run(mapped, fixed):
-        return look(jax.tree.leaves(fn(mapped, fixed)))
-
-    def two(x):
-        return jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
-
-    mapped = jax.tree.map(two, mapped)
-    out = jax.eval_shape(jax.vmap(run, in_axes=(0, None)), mapped, fixed)
-    return found or [False] * len(out)
 
 
 # --- checks ---------------------------------------------------------------------------
@@ -512,28 +383,6 @@ def _parts(params: Any) -> tuple[Any, Any]:
                 "quantize_params(..., channel_axis=0)."
             )
     return params[ENDS], params[LAYERS]
-
-
-def _check_layer_by_layer(tx: Any, params: Any) -> None:
-    """Raises if the update of one layer depends on the gradients of another."""
-    ends, one = jax.eval_shape(lambda x: x, params[ENDS]), _one(params[LAYERS])
-    tree = {ENDS: ends, LAYERS: [one, one]}
-    state = jax.eval_shape(tx.init, tree)
-
-    def others(first, fixed):
-        (ends, second), state, tree = fixed
-        grads = {ENDS: ends, LAYERS: [first, second]}
-        updates, _ = tx.update(grads, state, tree)
-        return updates[ENDS], updates[LAYERS][1]
-
-    grads = _gradients(ends), _gradients(one)
-    if any(_depends(others, grads[1], (grads, state, tree))):
-        raise ValueError(
-            "tx must update each layer from its own gradients, but here updates depend "
-            "on those of other layers, as by optax.clip_by_global_norm, and they are "
-            "never there at once; use optax.clip, optax.clip_by_block_rms or "
-            "optax.adaptive_grad_clip, or no clipping: madam normalises each element."
-        )
 
 
 def _check_layer_output(x: Any, out: Any) -> None:

@@ -1,0 +1,169 @@
+"""Stacks of layers, and the optimizer states of them.
+
+A stack is a tree whose leaves have a leading axis of layers. So has its state, but for
+scalars that belong to the step and not to a layer, such as counts.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from madax._quantize_params import dequantize_params
+
+ENDS, LAYERS = "ends", "layers"
+
+
+def depth_of(layers: Any) -> int:
+    return jax.tree.leaves(layers)[0].shape[0]
+
+
+def read(stack: Any, i: Any) -> Any:
+    """Layer ``i`` of a stack."""
+    at = jax.lax.dynamic_index_in_dim
+    return jax.tree.map(lambda x: at(x, i, keepdims=False), stack)
+
+
+def write(stack: Any, one: Any, i: Any) -> Any:
+    """The stack with another layer ``i``; in place, if XLA is let."""
+    at = jax.lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda x, new: at(x, new, i, 0), stack, one)
+
+
+def _one(layers: Any) -> Any:
+    """The shapes of one layer of a stack."""
+    shape = jax.ShapeDtypeStruct
+    return jax.tree.map(lambda x: shape(x.shape[1:], jnp.result_type(x)), layers)
+
+
+def splitter(tx: Any, layers: Any, stack: Any) -> tuple[Callable, Callable]:
+    """What splits a state into what each layer has and what they share, and joins it.
+
+    Both for the state of a layer and for a stack of them.
+    """
+    one = jax.eval_shape(tx.init, {LAYERS: _one(layers)})
+    treedef = jax.tree.structure(one)
+    if jax.tree.structure(stack) != treedef:
+        raise ValueError(
+            "the state of the layers does not match that of tx, got "
+            f"{jax.tree.structure(stack)}, expected {treedef}; call init again."
+        )
+    pairs = zip(jax.tree.leaves(stack), jax.tree.leaves(one), strict=True)
+    owned = [np.ndim(x) > len(shape.shape) for x, shape in pairs]
+
+    def split(state):
+        leaves = list(zip(jax.tree.leaves(state), owned, strict=True))
+        return [x for x, own in leaves if own], [x for x, own in leaves if not own]
+
+    def join(own, common):
+        parts = iter(own), iter(common)
+        return treedef.unflatten([next(parts[not mine]) for mine in owned])
+
+    return split, join
+
+
+def init_stack(tx: Any, layers: Any) -> Any:
+    """The states of all layers, with a leading axis but for what they share."""
+    whole, treedef = jax.tree.flatten(tx.init({LAYERS: layers}))
+    one = _one(layers)
+    shapes = jax.tree.leaves(jax.eval_shape(tx.init, {LAYERS: one}))
+    from_values = _depends(lambda layers, _: tx.init({LAYERS: layers}), one, ())
+    shared = _shared(tx, one, from_values)
+
+    # Zeros of the shape of the stack are sharded like it: these are kept as they are.
+    as_one = [
+        not dependent and x.shape == (depth_of(layers), *shape.shape)
+        for x, shape, dependent in zip(whole, shapes, from_values, strict=True)
+    ]
+    others = [i for i, is_kept in enumerate(as_one) if not is_kept]
+
+    def init(layer):
+        leaves = jax.tree.leaves(tx.init({LAYERS: layer}))
+        return [leaves[i] for i in others]
+
+    axes = [None if i in shared else 0 for i in others]
+    for i, x in zip(others, jax.vmap(init, out_axes=axes)(layers), strict=True):
+        whole[i] = x
+    return treedef.unflatten(whole)
+
+
+def _shared(tx: Any, one: Any, from_values: Sequence[bool]) -> set[int]:
+    """Which leaves of a layer's state are the same in all layers, at every step.
+
+    Scalars that depend on no parameter and no gradient, as counts and schedules do.
+    """
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(tx.init, {LAYERS: one}))
+    scalars = {i for i, x in enumerate(leaves) if x.shape == ()}
+    shared = {i for i in scalars if not from_values[i]}
+    while True:
+        own = {i: x for i, x in enumerate(leaves) if i not in shared}
+        common = {i: x for i, x in enumerate(leaves) if i in shared}
+
+        def new_state(mapped, common):
+            grads, params, own = mapped
+            state = treedef.unflatten([x for _, x in sorted({**own, **common}.items())])
+            layer = jnp.int32(0)
+            return tx.update({LAYERS: grads}, state, {LAYERS: params}, layer=layer)[1]
+
+        depends = _depends(new_state, (_gradients(one), one, own), common)
+        left = {i for i in shared if not depends[i]}
+        if left == shared:
+            return shared
+        shared = left
+
+
+def _gradients(params: Any) -> Any:
+    """The shapes of the gradients of parameters."""
+    return jax.eval_shape(dequantize_params, params)
+
+
+def _depends(fn: Callable[[Any, Any], Any], mapped: Any, fixed: Any) -> list[bool]:
+    """For each leaf of ``fn(mapped, fixed)``, whether it depends on ``mapped``.
+
+    ``vmap`` knows: what does not is not batched. Nothing is run.
+    """
+    found: list[bool] = []
+
+    @jax.custom_batching.custom_vmap
+    def look(leaves):
+        return leaves
+
+    @look.def_vmap
+    def _(axis_size, batched, leaves):
+        del axis_size
+        found.extend(batched[0])
+        return leaves, batched[0]
+
+    def run(mapped, fixed):
+        return look(jax.tree.leaves(fn(mapped, fixed)))
+
+    def two(x):
+        return jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
+
+    mapped = jax.tree.map(two, mapped)
+    out = jax.eval_shape(jax.vmap(run, in_axes=(0, None)), mapped, fixed)
+    return found or [False] * len(out)
+
+
+def check_layer_by_layer(tx: Any, params: Any) -> None:
+    """Raises if the update of one layer depends on the gradients of another."""
+    ends, one = jax.eval_shape(lambda x: x, params[ENDS]), _one(params[LAYERS])
+    tree = {ENDS: ends, LAYERS: [one, one]}
+    state = jax.eval_shape(tx.init, tree)
+
+    def others(first, fixed):
+        (ends, second), state, tree = fixed
+        grads = {ENDS: ends, LAYERS: [first, second]}
+        updates, _ = tx.update(grads, state, tree)
+        return updates[ENDS], updates[LAYERS][1]
+
+    grads = _gradients(ends), _gradients(one)
+    if any(_depends(others, grads[1], (grads, state, tree))):
+        raise ValueError(
+            "tx must update each layer from its own gradients, but here updates depend "
+            "on those of other layers, as by optax.clip_by_global_norm, and they are "
+            "never there at once; use optax.clip, optax.clip_by_block_rms or "
+            "optax.adaptive_grad_clip, or no clipping: madam normalises each element."
+        )
