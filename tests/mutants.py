@@ -237,9 +237,11 @@ MUTANTS = {
         ),
         ("x / self.microbatches", "x", "layerwise"),
         ("jnp.add, g_ends", "lambda g, _: g, g_ends", "layerwise"),
+        ("depth - 1 - t", "t", "layerwise"),
+    ],
+    "_stacks": [
         ("if left == shared:", "if True:", "layerwise"),
         ("if any(_depends(others", "if not any(_depends(others", "layerwise"),
-        ("depth - 1 - t", "t", "layerwise"),
     ],
     "_split_layers": [
         ("graph != parts[0][0]", "graph is None", "split_layers"),
