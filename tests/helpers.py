@@ -40,6 +40,26 @@ def is_quantized(x):
     return isinstance(x, madax.QuantizedArray)
 
 
+def normal(*shape, seed=0, scale=1.0):
+    """Normal random numbers, float32."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
+
+
+def same(a, b):
+    """Asserts that trees have the same values."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_identical(a, b):
+    """Asserts that trees have the same bits, NaN and signs of zero included."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
 def step(tx, grads, state, params):
     """One step: the parameters and the state after it."""
     updates, state = tx.update(grads, state, params)

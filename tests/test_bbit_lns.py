@@ -104,7 +104,7 @@ def check(tx, fmt, magnitudes, spacing, k, storage):
 
 
 def falling(*rates):
-    """A schedule in codes a step: 16 for a third of the steps, then 4, then 1."""
+    """A schedule of rates, each for a part of the steps; for JAX and for the model."""
     part = STEPS // len(rates)
     schedule = lambda t: jnp.array(rates)[jnp.minimum(t // part, len(rates) - 1)]
     return schedule, lambda t: rates[min(t // part, len(rates) - 1)]
@@ -135,7 +135,7 @@ def test_bbit_madam_is_the_integer_model(bits, spacing, rate, storage):
 
 LNS = {
     "default": (16, 2048, 2**-7),
-    "not_whole": (12, 100, 0.037),
+    "falling": (12, 100, (0.16, 0.037, 0.01)),
 }
 
 
@@ -144,9 +144,11 @@ LNS = {
 def test_lns_madam_is_the_base_2_model(bits, gamma, rate, storage):
     """log2|w| in units of 1 / gamma octaves; a rate is in octaves."""
     fmt = LogFormat.from_gamma(bits, gamma)
-    tx = madax.lns_madam(rate, fmt)
+    schedule, model_rate = falling(*rate) if isinstance(rate, tuple) else (rate, None)
+    tx = madax.lns_madam(schedule, fmt)
     magnitudes = 2 ** (bits - 1) - 1
-    check(tx, fmt, magnitudes, np.log(2) / gamma, lambda t: gamma * rate, storage)
+    k = lambda t: gamma * (model_rate(t) if model_rate else rate)
+    check(tx, fmt, magnitudes, np.log(2) / gamma, k, storage)
 
 
 def test_defaults():

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from helpers import assert_identical
 
 import madax
 from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
@@ -61,13 +62,6 @@ def abstract(tree):
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     return jax.tree.map(like, tree)
-
-
-def assert_identical(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 @pytest.mark.parametrize(

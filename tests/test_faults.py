@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import enable_x64, formats, is_quantized, jitted_step, moment_values
+from helpers import enable_x64, formats, is_quantized, jitted_step, moment_values, same
 from helpers import step as eager_step
 
 import madax
@@ -102,10 +102,6 @@ def poisoned(grads, masks):
 def arrays(tree):
     """Leaf by leaf, what an element is stored as: codes or floats."""
     return {k: np.asarray(w.codes if is_quantized(w) else w) for k, w in tree.items()}
-
-
-def same(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def same_on_grid(name, one, other):

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax.training import train_state
-from helpers import is_quantized
+from helpers import is_quantized, same
 
 import madax
 from madax import SymlogFormat
@@ -17,10 +17,6 @@ WIDTH, LAYERS, WORDS = 8, 3, 24
 
 
 decode = jax.jit(madax.dequantize_params)
-
-
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 class Cnn(nn.Module):

@@ -16,12 +16,12 @@ import optax
 import pytest
 from flax import linen, nnx
 from flax.training.train_state import TrainState
-from helpers import mostly_nightly
+from helpers import formats, mostly_nightly
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import madax
-from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
+from madax import MomentFormat, QuantizedArray
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*beyond p_scale")
 
@@ -41,12 +41,7 @@ OPTIMIZERS = {
     "lns_madam": madax.lns_madam(2**-5),
     "wrapped_adam": madax.with_quantized_params(EXACT_ADAM),
 }
-FORMATS = {
-    "log8": LogFormat.from_dynamic_range(8, 100),
-    "log16": LogFormat.from_dynamic_range(16, 10_000),
-    "symlog8": SymlogFormat(8, 1 / 3),
-    "uniform8": UniformFormat(8),
-}
+FORMATS = formats("log8", "log16", "symlog8", "uniform8")
 CHANNEL_AXES = {"log16": -1}
 # Some shards are of odd sizes, or a single row or column.
 SHAPES = {

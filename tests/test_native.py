@@ -7,15 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import is_quantized
+from helpers import is_quantized, same
 
 import madax
 from madax import LogFormat, MomentFormat
-
-
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
 
 FMT = LogFormat.from_dynamic_range(bits=8, ratio=1000)
 

@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.core import freeze
+from helpers import is_quantized, normal, same
 
 import madax
 from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
@@ -17,15 +18,6 @@ from madax._leaves import flatten
 
 FMT = SymlogFormat(8)
 FORMATS = [LogFormat(8), FMT, UniformFormat(8)]
-
-
-def is_quantized(x):
-    return isinstance(x, QuantizedArray)
-
-
-def normal(*shape, seed=0, scale=1.0):
-    rng = np.random.default_rng(seed)
-    return jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
 
 
 def seen_paths(tree):
@@ -49,11 +41,6 @@ def chosen(tree):
 def quantized_shapes(tree, **options):
     """What ``quantize_params`` would make of a tree, without doing so."""
     return jax.eval_shape(lambda t: madax.quantize_params(t, FMT, **options), tree)
-
-
-def same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 # --- defaults of the formats ----------------------------------------------------------

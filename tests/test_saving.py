@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import processes
 import pytest
 from flax import nnx, serialization
+from helpers import assert_identical
 
 import madax
 from madax import LogFormat, MomentFormat, SymlogFormat, UniformFormat
@@ -52,13 +53,6 @@ def make(fmt=FORMATS["log"], channel_axis=None):
 @pytest.fixture(scope="module")
 def params():
     return make()
-
-
-def assert_identical(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype and x.shape == y.shape
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 def through_a_file(flat):

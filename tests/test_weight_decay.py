@@ -6,21 +6,14 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from helpers import is_quantized, normal, same
 
 import madax
-from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
+from madax import LogFormat, SymlogFormat, UniformFormat
 
 FORMATS = [LogFormat(8), SymlogFormat(8), UniformFormat(8)]
 WIDE = [LogFormat(16), SymlogFormat(16), SymlogFormat(16, 1e-3), UniformFormat(16)]
 STEPS = 30
-
-
-def is_quantized(x):
-    return isinstance(x, QuantizedArray)
-
-
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def run(tx, params, grads):
@@ -39,11 +32,6 @@ def run(tx, params, grads):
 def zeros(params, steps=STEPS):
     shape = lambda w: jnp.zeros((steps, *w.shape))
     return jax.tree.map(shape, params, is_leaf=is_quantized)
-
-
-def same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 # --- floats ---------------------------------------------------------------------------

@@ -160,6 +160,7 @@ def test_float_trees_are_the_inner_optimizers_affair():
     expected, inner_state = inner.update(grads, inner.init(params), params)
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
     jax.tree.map(np.testing.assert_array_equal, state.inner_state, inner_state)
+    assert state.count == 1
 
 
 def test_scales_whose_reciprocal_would_underflow():
