@@ -41,8 +41,8 @@ def differentiate(fun, argnums, has_aux, dtype, args, kwargs):
             given[i] = jax.tree.map(_updated, given[i], array, is_leaf=_is_leaf)
         out = fun(*given, **kwargs)
         for module in _modules([given[i] for i in positions]):
-            nnx.update(module, without_probes(nnx.state(module)))
-        return without_probes(out, is_leaf=_is_module)
+            nnx.update(module, without_probes(nnx.state(module), weights))
+        return without_probes(out, weights, is_leaf=_is_module)
 
     gradient = nnx.value_and_grad(loss, has_aux=has_aux)
     value, grads = gradient(differentiable(weights, dtype), args, kwargs)

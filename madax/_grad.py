@@ -128,17 +128,15 @@ def grad(
 def _differentiate(fun, argnums, has_aux, dtype, args, kwargs):
     """The value and gradients of a function of pytrees."""
     positions = [position(i, args) for i in argnums]
-    weights, treedef = jax.tree.flatten(
-        tuple(args[i] for i in positions), is_leaf=is_quantized
-    )
+    chosen = tuple(args[i] for i in positions)
+    weights, treedef = jax.tree.flatten(chosen, is_leaf=is_quantized)
 
     def loss(floats):
         given = list(args)
-        for i, arg in zip(
-            positions, treedef.unflatten(probed(weights, floats)), strict=True
-        ):
-            given[i] = arg
-        return without_probes(fun(*given, **kwargs))
+        arrays = treedef.unflatten(probed(weights, floats))
+        for i, array in zip(positions, arrays, strict=True):
+            given[i] = array
+        return without_probes(fun(*given, **kwargs), weights)
 
     gradient = jax.value_and_grad(loss, has_aux=has_aux)
     value, grads = gradient(differentiable(weights, dtype))
@@ -169,8 +167,12 @@ def probed(weights: Sequence[Any], floats: Sequence[Any]) -> list[Any]:
     ]
 
 
-def without_probes(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
-    """The tree with codes as they were: no probe leaves the loss."""
+def without_probes(
+    tree: Any, weights: Sequence[Any], is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
+    """What leaves a loss of ``weights``: codes, with no probe that did not come in."""
+    if any(isinstance(w, ProbedArray) for w in weights):
+        return tree  # a loss within a loss
     return jax.tree.map(
         lambda x: x.without_probe() if isinstance(x, ProbedArray) else x,
         tree,

@@ -162,6 +162,14 @@ MUTANTS = {
             "same_bits many_weights",
         ),
         ("if scales == size:", "if True:", "codes_as_weights"),
+        ("jnp.result_type(i), bool)", "jnp.result_type(i), str)", "codes_as"),
+        ("__array_priority__ = 100", "__array_priority__ = -100", "codes_as"),
+        ("self._at(index).dequantize()", "self.dequantize()[index]", "codes_as"),
+        ("if self.codes.dtype == self.format.step_dtype:", "if False:", "codes_as"),
+        ("dtypes[0] == jax.dtypes.float0", "False", "grad"),
+        ('if not hasattr(self.codes, "dtype"):', "if False:", "freezing"),
+        ("if serialization is not None:", "if False:", "saving"),
+        ("if parts.keys() != target.parts().keys():", "if False:", "saving"),
     ],
     "_with_quantized_params": [
         ("jnp.where(jnp.isfinite(u), widen(u), 0)", "widen(u)", "with faults"),
@@ -183,16 +191,29 @@ MUTANTS = {
         ("format.decode(code)).astype(x.dtype)", "format.decode(code))", "fake"),
     ],
     "_grad": [
-        ("return without_probes(fun(*given, **kwargs))", "return fun(*given)", "grad"),
+        (
+            "return without_probes(fun(*given, **kwargs), weights)",
+            "return fun(*given, **kwargs)",
+            "grad",
+        ),
+        ("if any(isinstance(w, ProbedArray) for w in weights):", "if False:", "grad"),
+        ("[zeros_like(w, dtype) if", "[zeros_like(w) if", "grad"),
         ("return (grads, value[1]) if has_aux else grads", "return grads", "grad"),
         ("if not -len(args) <= i < len(args):", "if False:", "grad"),
     ],
     "_probes": [
         ("w.probe.astype(probe.dtype) + probe", "probe", "grad"),
         (", self.probe[index])", ", self.probe)", "grad"),
+        ("straight_through(self.probe, super()", "(super()", "grad"),
     ],
     "_flax": [
-        ("nnx.update(module, without_probes(nnx.state(module)))", "pass", "flax_codes"),
+        (
+            "nnx.update(module, without_probes(nnx.state(module), weights))",
+            "pass",
+            "flax_codes",
+        ),
+        ("predicates[path[0]]", "predicates[0]", "flax_codes"),
+        ("given[i], array, is_leaf=_is_leaf)", "given[i], array)", "flax_codes"),
     ],
     "_aliases": [
         ("optax.clip(g_bound),\n        *([]", "*([]", "oracle"),
@@ -224,6 +245,8 @@ MUTANTS = {
         ("weight_decay * _relative_step(w, f)", "weight_decay * f", "weight_decay"),
     ],
     "_saving": [
+        ('if f"{path}scale" not in arrays:', "if False:", "saving"),
+        ("elif name not in scales:", "else:", "saving"),
         ("if wanted.keys() != leaves.keys():", "if False:", "saving"),
         ("np.shape(leaf) != np.shape(wanted[name])", "False", "saving"),
         ("if full in flat:", "if False:", "saving"),
@@ -256,11 +279,7 @@ MUTANTS = {
         (".ravel() + w.format.levels", ".ravel()", "diagnostics"),
         ("jnp.isfinite(jnp.square(widen(g)))", "jnp.isfinite(widen(g))", "diagnostics"),
         ("jnp.nanmin(cosines)", "jnp.nanmax(cosines)", "diagnostics"),
-        (
-            "optax.apply_updates(w, u) - w",
-            "optax.apply_updates(w, u) + w",
-            "diagnostics",
-        ),
+        ("optax.apply_updates(w, u) - w", "optax.apply_updates(w, u)", "diagnostics"),
     ],
 }
 

@@ -152,6 +152,10 @@ def test_nested_and_other_derivatives(params):
     expected = jax.jit(jax.value_and_grad(of_jax))(w.dequantize(), x)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), second, expected)
     assert np.all(second[1] != 0)
+    # What an inner loss hands on has the derivatives of the outer one.
+    handed_on = lambda grad, w: grad(lambda w: (jnp.sum(w[0]), w), has_aux=True)(w)[1]
+    of_aux = lambda grad: lambda w: jnp.sum(jnp.sin(handed_on(grad, w)[...]))
+    same(madax.grad(of_aux(madax.grad))(w), jax.grad(of_aux(jax.grad))(w.dequantize()))
     forward = jax.jacfwd(madax.grad(energy), argnums=1)(w, x)
     expected = jax.jacfwd(jax.grad(energy), argnums=1)(w.dequantize(), x)
     np.testing.assert_allclose(forward, expected, rtol=1e-5)
