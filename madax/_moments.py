@@ -27,7 +27,7 @@ _LOWEST_M = _BIAS - 62  # with bits to spare for what squares to a normal float3
 _BELOW = 54
 # Windows follow in each of the first steps, then now and then: it takes a pass over
 # the codes of v.
-_FIRST_STEPS, _INTERVAL = 64, 8
+_FIRST_STEPS, _INTERVAL = 8, 8
 
 
 class MomentWindow(NamedTuple):
@@ -53,7 +53,7 @@ class MomentFormat:
     gradients. The rest is mantissa.
 
     - The octaves follow the largest ``v`` of each leaf, up and down, so gradients of
-      any scale are stored alike. They are moved in each of the first 64 steps, and in
+      any scale are stored alike. They are moved in each of the first 8 steps, and in
       every 8th then. An element whose ``v`` jumps out of them, as by a gradient of 700
       times the largest of its leaf, is skipped until they have followed, like one
       that is not finite.

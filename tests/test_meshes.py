@@ -153,7 +153,9 @@ class Run:
         step = jax.jit(step).lower(*carry, grads, np.int32(0)).compile()
         self.program = step.as_text()
         for i in steps:
-            carry = step(*carry, grads, np.int32(i))
+            # Devices of a CPU share threads, in which programs that are under way at
+            # once would wait for each other's collectives.
+            carry = jax.block_until_ready(step(*carry, grads, np.int32(i)))
         self.params, self.state = carry
 
 
