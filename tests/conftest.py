@@ -3,16 +3,21 @@
 Each file has one subject, which its first lines state:
 
 - formulas: ``test_formats``, ``test_moments``, ``test_rounding``, ``test_numerics``,
-  ``test_oracle``, ``test_bbit_lns``, ``test_fake_quantize``, ``test_diagnostics*``
-  compare one part each with ``oracle.py``, plain NumPy in float64;
+  ``test_oracle``, ``test_bbit_lns``, ``test_weight_decay``, ``test_derivatives``,
+  ``test_fake_quantize``, ``test_diagnostics*`` compare one part each with NumPy in
+  float64, much of it in ``oracle.py``;
 - searches: ``test_fuzz`` has random trees, formats and hyperparameters, every step
   checked by an oracle; ``test_fuzz_meshes`` has random layouts, ``test_properties``
   what holds for every weight;
 - mistakes and faults: ``test_bad_input*``, ``test_faults``, ``test_dtypes``;
-- programs: ``test_meshes``, ``test_processes``, ``test_same_bits``, ``test_lowering``
-  show that a mesh, other processes and other compilers get the same bits;
-- around it: ``test_wrappers*``, ``test_optax_suite``, ``test_flax``,
-  ``test_checkpoint*``, ``test_native``, ``test_with_quantized_params``;
+- codes: ``test_quantize*``, ``test_codes_as_weights``, ``test_grad``, ``test_native``,
+  ``test_with_quantized_params``, ``test_freezing``, ``test_saving``,
+  ``test_*layer*``;
+- programs: ``test_*meshes``, ``test_many_weights``, ``test_processes``,
+  ``test_same_bits``, ``test_lowering`` show that a mesh, other processes and other
+  compilers get the same bits;
+- around it: ``test_wrappers*``, ``test_optax_suite``, ``test_flax*``,
+  ``test_linen_codes``, ``test_checkpoint*``, ``test_training``;
 - benchmarks/: ``test_demo``, ``test_sweeps``, ``test_workloads``, ``test_hub``, ...
 
 ``helpers.py`` has what several of them need, ``processes.py`` starts processes.
@@ -20,9 +25,10 @@ All tests have eight CPU devices; arrays are on the first unless they are put el
 
 ``make test`` runs before every commit, in less than five minutes on two cores. It
 leaves out what is marked ``nightly``: more of the same, such as further dtypes and
-variants, and the benchmarks from their command line. ``make test-nightly`` runs that,
-twenty times the examples in every search, all notebooks, and all tests on the oldest
-versions. ``.ci/run`` runs ``make test``, and two files on the oldest versions.
+variants, and most of the benchmarks from their command line. ``make test-nightly``
+runs that, twenty times the examples in every search, all notebooks, and all tests on
+the oldest versions. ``.ci/run`` runs ``make test``, and two files on the oldest
+versions.
 ``mutants.py`` breaks madax in many places, and shows that ``make test`` fails of each.
 
 For a new test: what guards a line of madax that nothing else does goes into

@@ -74,6 +74,13 @@ def test_without_a_floor_signs_and_zeros_never_change(w, grads, lr):
     c=powers_of_two,
     floor=st.sampled_from([0.0, 0.5]),
 )
+@example(  # the largest is a power of two
+    w=np.float32([-0.22139375, -0.02351775, -1, 0, 0, 0, 0, 0]),
+    grads=np.ones((STEPS, SIZE), np.float32),
+    lr=0.5,
+    c=2.0,
+    floor=0.0,
+)
 def test_scaled_weights_take_the_scaled_trajectory(w, grads, lr, c, floor):
     c = np.float32(c)
     one, other = run(w, grads, lr, floor=floor), run(w * c, grads, lr, floor=floor)
