@@ -17,7 +17,6 @@ from madax._checks import (
 from madax._leaves import (
     flatten,
     flatten_both,
-    float_leaf_peaks,
     initial_scales,
     known_values,
     largest_weight,
@@ -98,8 +97,8 @@ def clip_log_weights(
     check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
-        _, rms0, _ = initial_scales(params, zero_init_scale)
-        state = ClipLogWeightsState(rms0, float_leaf_peaks(params))
+        first = initial_scales(params, zero_init_scale)
+        state = ClipLogWeightsState(first.rms0, first.peak0)
         if p_scale is not None:
             _warn_of_clipped_leaves(params, weight_bounds(p_scale, *state), state.peak0)
         return state

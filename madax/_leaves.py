@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -162,8 +162,8 @@ def per_leaf(vector: jax.Array, leaves: Sequence[Any]) -> list[Any]:
     return scalars
 
 
-def float_leaf_rms(params: Any) -> tuple[list[str], jax.Array]:
-    """The paths of the float leaves, and their root mean squares as one vector.
+def float_leaf_sizes(params: Any) -> tuple[list[str], jax.Array, jax.Array]:
+    """The paths of the float leaves, their root mean squares, and largest magnitudes.
 
     Raises:
       TypeError: if ``params`` holds shapes (``jax.ShapeDtypeStruct``), or floats of
@@ -188,34 +188,39 @@ def float_leaf_rms(params: Any) -> tuple[list[str], jax.Array]:
                 "codes, made by quantize_params."
             )
     paths = [path for path, _ in floats]
-    rms = leaf_rms([jnp.asarray(leaf) for _, leaf in floats])
+    rms, peaks = _leaf_sizes([jnp.asarray(leaf) for _, leaf in floats])
     for path, value in zip(paths, known_values(rms), strict=False):
         if not np.isfinite(value):
             raise ValueError(
                 f"{leaf_name('params', path)} holds a NaN or an infinity (root "
                 f"mean square {value}); initialise it with finite values."
             )
-    return paths, rms
+    return paths, rms, peaks
 
 
-def float_leaf_peaks(params: Any) -> jax.Array:
-    """The largest magnitude in each float leaf, as one vector."""
-    leaves = [leaf for leaf in flatten(params)[1] if not is_quantized(leaf)]
-    return _leaf_peaks([jnp.asarray(leaf) for leaf in leaves])
+class InitialScales(NamedTuple):
+    """What is kept of the float leaves at init, in vectors with an entry a leaf.
 
-
-def initial_scales(
-    params: Any, zero_init_scale: jax.typing.ArrayLike
-) -> tuple[list[str], jax.Array, jax.Array]:
-    """The paths, scales and all-zero marks of the float leaves, at init.
-
-    The scale of a leaf is its root mean square, or ``zero_init_scale`` where it is all
-    zeros. Raises what :func:`float_leaf_rms` does.
+    Attributes:
+      paths: the leaves' paths.
+      rms0: their scales: root mean squares, or what stands in for that of a leaf that
+        is all zeros.
+      zero_init: which are all zeros.
+      peak0: their largest magnitudes.
     """
-    paths, rms = float_leaf_rms(params)
+
+    paths: list[str]
+    rms0: jax.Array
+    zero_init: jax.Array
+    peak0: jax.Array
+
+
+def initial_scales(params: Any, zero_init_scale: jax.typing.ArrayLike) -> InitialScales:
+    """The scales of the float leaves; raises what :func:`float_leaf_sizes` does."""
+    paths, rms, peaks = float_leaf_sizes(params)
     zero_init = rms == 0
     scales = jnp.where(zero_init, jnp.asarray(zero_init_scale, rms.dtype), rms)
-    return paths, scales, zero_init
+    return InitialScales(paths, scales, zero_init, peaks)
 
 
 def check_code_scales(params: Any) -> None:
@@ -225,7 +230,7 @@ def check_code_scales(params: Any) -> None:
     """
     paths, leaves, _ = flatten(params)
     usable = {
-        path: _usable(leaf.scale)
+        path: awaited(_usable(leaf.scale))
         for path, leaf in zip(paths, leaves, strict=True)
         if is_quantized(leaf) and not isinstance(leaf.scale, jax.ShapeDtypeStruct)
     }
@@ -245,22 +250,28 @@ def _usable(scale: jax.Array) -> jax.Array:
     return jnp.all((scale > 0) & (scale < jnp.inf))
 
 
+def awaited(tree: Any) -> Any:
+    """A tree of arrays, once they are there if other processes take part in them.
+
+    Programs of one process may run side by side, on a CPU. Those whose parts in several
+    processes talk to each other must not: each might wait for the other.
+    """
+    known = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+    return jax.block_until_ready(tree) if known and jax.process_count() > 1 else tree
+
+
 def known_values(x: jax.Array) -> np.ndarray:
     """The values of ``x``, or an empty array under a JAX transformation."""
     return np.zeros(0) if isinstance(x, jax.core.Tracer) else np.asarray(x).ravel()
 
 
 @jax.jit
-def leaf_rms(leaves: Sequence[jax.Array]) -> jax.Array:
-    """The root mean square of each array, float32 or wider; 1 where there is none."""
-    rms = [root_mean_square(w) for w in leaves]
-    return jnp.stack(rms) if rms else jnp.ones(entries(0), jnp.float32)
-
-
-@jax.jit
-def _leaf_peaks(leaves: Sequence[jax.Array]) -> jax.Array:
+def _leaf_sizes(leaves: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The root mean square and the peak of each array, float32 or wider, as vectors."""
+    if not leaves:
+        return jnp.ones(entries(0), jnp.float32), jnp.zeros(entries(0), jnp.float32)
     peaks = [jnp.max(jnp.abs(widen(w)), initial=0) for w in leaves]
-    return jnp.stack(peaks) if peaks else jnp.zeros(entries(0), jnp.float32)
+    return jnp.stack([root_mean_square(w) for w in leaves]), jnp.stack(peaks)
 
 
 @jax.jit

@@ -17,7 +17,6 @@ from madax._clip import weight_bounds
 from madax._formats import Format
 from madax._leaves import (
     flatten_both,
-    float_leaf_peaks,
     initial_scales,
     largest_weight,
     per_leaf,
@@ -128,9 +127,9 @@ def lns_quantize(
     check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
-        _, rms0, _ = initial_scales(params, zero_init_scale)
-        scale = weight_bounds(p_scale, rms0, float_leaf_peaks(params))
-        scale = jnp.minimum(scale, jnp.finfo(rms0.dtype).max)
+        first = initial_scales(params, zero_init_scale)
+        scale = weight_bounds(p_scale, first.rms0, first.peak0)
+        scale = jnp.minimum(scale, jnp.finfo(scale.dtype).max)
         return LnsQuantizeState(jnp.zeros([], jnp.int32), scale)
 
     def update_fn(updates, state, params=None, *, layer=None, **extra_args):

@@ -21,7 +21,7 @@ from madax._checks import (
     warn_of_leaves,
 )
 from madax._formats import Format
-from madax._leaves import path_names, root_mean_square, share_beyond, widen
+from madax._leaves import awaited, path_names, root_mean_square, share_beyond, widen
 from madax._numerics import relative_to
 from madax._quantized_array import QuantizedArray, is_quantized
 
@@ -251,8 +251,8 @@ def _code_leaf(
             )
     channels = {axis % rank for axis in channel_axes}
     axes = tuple(axis for axis in range(rank) if axis not in channels)
-    codes, scale, facts = _encode(
-        _values(leaf), p_scale, scale, format=format, axes=axes
+    codes, scale, facts = awaited(
+        _encode(_values(leaf), p_scale, scale, format=format, axes=axes)
     )
     if isinstance(scale, jax.core.Tracer):
         scale = jnp.where((scale > 0) & (scale < jnp.inf), scale, jnp.nan)

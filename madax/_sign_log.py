@@ -104,9 +104,9 @@ def scale_by_sign_log(
 
     def init_fn(params):
         check_code_scales(params)
-        paths, rms0, zero_init = initial_scales(params, zero_init_scale)
-        _warn_of_stuck_leaves(paths, rms0)
-        return ScaleBySignLogState(rms0, zero_init)
+        first = initial_scales(params, zero_init_scale)
+        _warn_of_stuck_leaves(first.paths, first.rms0)
+        return ScaleBySignLogState(first.rms0, first.zero_init)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args

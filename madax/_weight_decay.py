@@ -83,8 +83,8 @@ def add_decayed_log_weights(
     check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
-        _, rms0, zero_init = initial_scales(params, zero_init_scale)
-        return AddDecayedLogWeightsState(rms0, zero_init)
+        first = initial_scales(params, zero_init_scale)
+        return AddDecayedLogWeightsState(first.rms0, first.zero_init)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
