@@ -251,13 +251,17 @@ def _usable(scale: jax.Array) -> jax.Array:
 
 
 def awaited(tree: Any) -> Any:
-    """A tree of arrays, once they are there if other processes take part in them.
+    """A tree of arrays, once they are there if they lie on several CPU devices.
 
-    Programs of one process may run side by side, on a CPU. Those whose parts in several
-    processes talk to each other must not: each might wait for the other.
+    Those share threads, in which programs that are under way at once would wait for
+    each other's collectives.
     """
-    known = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
-    return jax.block_until_ready(tree) if known and jax.process_count() > 1 else tree
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+            devices = x.sharding.device_set
+            if len(devices) > 1 and next(iter(devices)).platform == "cpu":
+                jax.block_until_ready(x)
+    return tree
 
 
 def known_values(x: jax.Array) -> np.ndarray:

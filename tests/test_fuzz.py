@@ -373,7 +373,10 @@ class Moments:
         octaves = np.log2(units[1]["v"] / decay)
         down = int(np.round(octaves))
         assert abs(octaves - down) < 1e-5
-        follows, peak = count <= 9 or count % 8 == 1, np.max(self.raw[0]["v"], initial=0)
+        follows, peak = (
+            count <= 9 or count % 8 == 1,
+            np.max(self.raw[0]["v"], initial=0),
+        )
         if follows and peak:
             octave = np.floor(np.log2(grids[0]["v"].decode(peak)))
             old = int(np.clip(octave + 127 - 54, 1, 190))
