@@ -284,11 +284,10 @@ def _encode(
     scale = jnp.reshape(scale, jnp.shape(scale) or (1,) * w.ndim).astype(jnp.float32)
     x = relative_to(jnp.where(scale > 0, scale, 1), w)
     code = format.saturate(jnp.round(format.encode(x)).astype(jnp.int32), jnp.sign(w))
-    highest = jnp.max(scale, initial=0)
     facts = _Facts(
         jnp.max(peak, initial=0),
-        jnp.min(scale, initial=highest),
-        highest,
+        jnp.min(scale, initial=jnp.inf),
+        jnp.max(scale, initial=0),
         jnp.max(peak / jnp.where(scale > 0, scale, 1), initial=0),
         jnp.max(scale / jnp.where(rms > 0, rms, jnp.inf), initial=0),
     )

@@ -346,6 +346,16 @@ def test_an_axis_of_several_that_is_not_there():
         madax.quantize_params({"w": normal(4, 4)}, FMT, channel_axis=(0, 2))
 
 
+@pytest.mark.parametrize("channel_axis", [None, 0, -1, (0, 1)])
+def test_what_is_empty_is_neither_zero_nor_infinite(channel_axis):
+    everything = lambda path, leaf: True
+    q = madax.quantize_params(
+        jnp.ones((0, 3)), FMT, where=everything, channel_axis=channel_axis
+    )
+    assert is_quantized(q) and q.dequantize().shape == (0, 3)
+    madax.madam().init(q)
+
+
 def test_scalar_scales_of_older_checkpoints_still_train():
     new = {"w": madax.quantize_params(normal(4, 4), FMT), "b": jnp.zeros(4)}
     old = new | {"w": QuantizedArray(new["w"].codes, new["w"].scale.reshape(()), FMT)}
