@@ -36,7 +36,7 @@ def madam(
     b1: jax.typing.ArrayLike | None = None,
     floor: jax.typing.ArrayLike = 0.0,
     zero_init_scale: jax.typing.ArrayLike = 0.1,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: jax.typing.ArrayLike | None = None,
     mask: Any | Callable[[Any], Any] | None = None,
     moment_format: MomentFormat | None = None,
     rounding: Rounding = "stochastic",
@@ -85,7 +85,7 @@ def madam(
         biases, which are trained additively up to that size; 0, the paper, leaves
         them at zero for good.
       weight_decay: :math:`\lambda` of decoupled weight decay, as of AdamW: every step
-        takes the share :math:`\eta\lambda` off a weight.
+        takes the share :math:`\eta\lambda` off a weight; None for none.
       mask: which leaves decay, as in optax: a tree of booleans like the parameters,
         or a function from them to one, to be named in the ``static_args`` of
         ``optax.inject_hyperparams``; None for all.
@@ -123,12 +123,15 @@ def madam(
     check_learning_rate(learning_rate, 0.01)
     check_positive("g_bound", g_bound, 10.0)
     geometry = {"floor": floor, "zero_init_scale": zero_init_scale}
-    decay = add_decayed_log_weights(weight_decay, mask, **geometry)
-    none = isinstance(weight_decay, (int, float)) and weight_decay == 0
+    decay = (
+        []
+        if weight_decay is None
+        else [add_decayed_log_weights(weight_decay, mask, **geometry)]
+    )
     return optax.chain(
         scale_by_second_moment(b2, b1=b1, moment_format=moment_format, seed=seed),
         optax.clip(g_bound),
-        *([] if none else [decay]),
+        *decay,
         optax.scale_by_learning_rate(learning_rate),
         scale_by_sign_log(**geometry),
         clip_log_weights(p_scale, zero_init_scale=zero_init_scale),

@@ -86,7 +86,7 @@ def test_16_bit_floats_are_rounded_to_a_neighbour(dtype):
         after = np.float64((w + updates).astype(jnp.float32))
         # float32 flushes what is subnormal in bfloat16.
         spacing = np.abs(x + u) * float(ends.eps) + max(
-            float(ends.smallest_subnormal), 2.0**-125
+            float(ends.smallest_subnormal), 2.0**-124
         )
         # Beyond a factor of two the update is rounded, too.
         close = (np.abs(u) <= 0.5 * np.abs(x)) | ((u > 0) == (x > 0))
