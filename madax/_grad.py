@@ -61,7 +61,7 @@ def value_and_grad(
       >>> value, grads = jax.jit(madax.value_and_grad(loss))(params, jnp.ones(4))
       >>> decoded = madax.dequantize_params(params)
       >>> expected = jax.grad(loss)(decoded, jnp.ones(4))
-      >>> print(bool(jnp.all(grads["kernel"] == expected["kernel"])))
+      >>> print(bool(jnp.allclose(grads["kernel"], expected["kernel"])))
       True
     """
     if not callable(fun):
