@@ -168,7 +168,7 @@ def test_none_costs_nothing():
         madax.lns_quantize(),
     )
     programs = []
-    for tx in (chain, madax.madam(0.01), madax.madam(0.01, weight_decay=0)):
+    for tx in (chain, madax.madam(0.01), madax.madam(0.01, weight_decay=None)):
         state = tx.init(params)
         assert jax.tree.structure(state) == jax.tree.structure(chain.init(params))
         programs.append(jax.jit(tx.update).lower(g, state, params).as_text())
@@ -199,10 +199,10 @@ def test_injected_and_changed_by_hand():
     params, grads = mixed()
     g = jax.tree.map(lambda g: g[0], grads)
     tx = optax.inject_hyperparams(madax.madam, static_args="mask")(
-        optax.linear_schedule(0.1, 0.0, 5), mask=MASKS["rank"]
+        optax.linear_schedule(0.1, 0.0, 5), weight_decay=0.1, mask=MASKS["rank"]
     )
     state = tx.init(params)
-    for weight_decay in (0.0, 0.5):  # the default; by hand
+    for weight_decay in (0.0, 0.5):
         state.hyperparams["weight_decay"] = jnp.float32(weight_decay)
         updates, _ = jax.jit(tx.update)(g, state, params)
         plain = madax.madam(0.1, weight_decay=weight_decay, mask=MASKS["rank"])
