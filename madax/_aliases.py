@@ -108,11 +108,13 @@ def madam(
       >>> params = {"w": jnp.array([0.5, -2.0]), "b": jnp.zeros(2)}
       >>> loss = lambda p: jnp.sum((p["w"] + p["b"] - jnp.array([1.0, -1.0])) ** 2)
       >>> tx = madax.madam(0.01)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     return optax.apply_updates(params, updates), state
       >>> state = tx.init(params)
       >>> for _ in range(200):
-      ...     grads = jax.grad(loss)(params)
-      ...     updates, state = tx.update(grads, state, params)
-      ...     params = optax.apply_updates(params, updates)
+      ...     params, state = step(params, state)
       >>> print(f"{loss(params):.3f}")
       0.000
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from helpers import mostly_nightly
 
 from benchmarks import compilers, decoder, fit, layerwise, llama, records
 
@@ -70,6 +71,7 @@ def test_the_network_is_causal():
     assert not np.allclose(changed[:, 20:], first[:, 20:])
 
 
+@pytest.mark.nightly
 def test_llama_runs_resumes_and_learns(tmp_path, monkeypatch, capsys):
     names = ("AdamW float32", "madam 8 bits")
     monkeypatch.setattr(llama, "ROWS", {name: llama.ROWS[name] for name in names})
@@ -97,6 +99,7 @@ def test_llama_runs_resumes_and_learns(tmp_path, monkeypatch, capsys):
         llama.llama(tmp_path, rows=("adam",))
 
 
+@pytest.mark.nightly
 def test_layerwise_is_timed_against_the_ordinary_step(tmp_path, monkeypatch):
     name = "optax.adam float32"
     monkeypatch.setattr(layerwise, "ROWS", {name: layerwise.ROWS[name]})
@@ -110,7 +113,7 @@ def test_layerwise_is_timed_against_the_ordinary_step(tmp_path, monkeypatch):
 # --- which model fits -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["layerwise", "adam"])
+@pytest.mark.parametrize("way", mostly_nightly(["layerwise", "adam"], "layerwise"))
 def test_train_steps_of_fit_are_as_named(way):
     """On the devices at hand; those of ``compilers`` take its packages."""
     job = fit.Job("tiny", "H100", way, length=32, chips=2)

@@ -80,6 +80,7 @@ def test_memory(few, tmp_path, capsys):
     assert (raw.parent / "memory.md").read_text() in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_layer_by_layer_no_more_than_a_layer_is_decoded():
     deep = dataclasses.replace(gpt2.SIZES["tiny"], layers=12, width=64)
     row = speed.ROWS["native 8, 8-bit v"]
