@@ -28,6 +28,8 @@ from test_meshes import different, enter, make_mesh, needs_explicit_axes, values
 import madax
 from madax import LogFormat, SymlogFormat, UniformFormat
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*beyond p_scale")
+
 MESH = {"data": 2, "model": 4}
 # Each example compiles anew: to shrink one takes ten minutes.
 PHASES = [phase for phase in Phase if phase is not Phase.shrink]
