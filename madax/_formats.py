@@ -269,8 +269,10 @@ class LogFormat(Format):
 
     def saturate(self, code: jax.Array, sign: jax.Array) -> jax.Array:
         """The nearest code of that sign; 0 only for sign 0."""
-        sign = jnp.sign(sign).astype(code.dtype)
-        return sign * jnp.clip(sign * code, 1, self.levels)
+        # Not as products with the sign: TPUs have no multiplication of 32-bit integers.
+        magnitude = jnp.clip(jnp.where(sign < 0, -code, code), 1, self.levels)
+        signed = jnp.where(sign < 0, -magnitude, magnitude)
+        return jnp.where(sign == 0, 0, signed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,10 +133,11 @@ def lns_quantize(
         scale = jnp.minimum(scale, jnp.finfo(scale.dtype).max)
         return LnsQuantizeState(jnp.zeros([], jnp.int32), scale)
 
-    def update_fn(updates, state, params=None, *, layer=None, **extra_args):
+    def update_fn(updates, state, params=None, *, layer=None, count=None, **extra_args):
         del extra_args
         paths, ws, us, treedef = flatten_both(params, updates)
-        keys = one_a_leaf(leaf_keys(seed, state.count, paths, layer), len(ws))
+        steps = state.count if count is None else count
+        keys = one_a_leaf(leaf_keys(seed, steps, paths, layer), len(ws))
         scales = per_leaf(state.scale, ws)
         leaves = zip(ws, us, scales, keys, strict=True)
         out = [_rounded(*leaf, format, rounding) for leaf in leaves]
@@ -158,7 +159,7 @@ def _rounded(
     """The update of a leaf that ends on the grid."""
     bits = random_bits(key, w.shape) if rounding == "stochastic" else None
     if is_quantized(w):
-        return step_codes(w, u, jnp.sign(w.codes), rounding, bits)
+        return step_codes(w, u, w.codes.astype(jnp.int32), rounding, bits)
     if format is not None:
         return _step_on_grid(w, u, scale, format, rounding, bits)
     return _step_in_dtype(w, u, rounding, bits)
@@ -176,7 +177,7 @@ def step_codes(
     Args:
       w: the quantised leaf.
       steps: real-valued steps, in codes.
-      sign: the sign that the weights will have.
+      sign: numbers of the sign that the weights will have.
       rounding: the rounding mode.
       bits: random bits of the leaf's shape, or None.
 
