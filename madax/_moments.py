@@ -202,7 +202,7 @@ class MomentGrid(NamedTuple):
         return (code.astype(jnp.int32) << self.shift) + self.origin
 
     def value(self, code: jax.Array) -> jax.Array:
-        """The values of codes that are not 0, of a grid that is not lowered, float32."""
+        """The values of codes that are not 0, in a grid that is not lowered."""
         return jax.lax.bitcast_convert_type(self.pattern(code), jnp.float32)
 
     def decode(self, code: jax.Array) -> jax.Array:

@@ -11,6 +11,8 @@ from helpers import is_quantized, normal, same
 import madax
 from madax import LogFormat, SymlogFormat, UniformFormat
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 FORMATS = [LogFormat(8), SymlogFormat(8), UniformFormat(8)]
 WIDE = [LogFormat(16), SymlogFormat(16), SymlogFormat(16, 1e-3), UniformFormat(16)]
 STEPS = 30
