@@ -205,3 +205,13 @@ def check_seed(seed: Any) -> None:
             f"seed must be an integer, got {seed!r} of type {type(seed).__name__}; "
             "pass an int, not a jax.random key (default: 0)."
         )
+
+
+def check_state(state: Any, kind: type) -> None:
+    """Raises unless a state was made by ``init`` of this transform and version."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state must be a {kind.__name__}, got {type(state).__name__}; pass what "
+            "init returned; restore a checkpoint into that, with the version of madax "
+            "that wrote it."
+        )

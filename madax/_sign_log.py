@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from madax._checks import check_non_negative
+from madax._checks import (
+    check_non_negative,
+    check_state,
+)
 from madax._leaves import (
     check_code_scales,
     flatten_both,
@@ -110,6 +113,7 @@ def scale_by_sign_log(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
+        check_state(state, ScaleBySignLogState)
         _, ws, ds, treedef = flatten_both(params, updates)
         floors = per_leaf(additive_floors(floor, *state), ws)
         return treedef.unflatten(map(_update, ws, ds, floors)), state
