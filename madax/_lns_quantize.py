@@ -45,7 +45,7 @@ class LnsQuantizeState(NamedTuple):
     """
 
     count: jax.Array
-    scale: jax.Array | None
+    scale: Any
 
 
 def lns_quantize(
@@ -168,7 +168,7 @@ def _scales(state: LnsQuantizeState, format: Format | None, ws: list[Any]) -> li
 def _rounded(
     w: Any,
     u: jax.Array,
-    scale: jax.Array | None,
+    scale: Any,
     key: jax.Array,
     format: Format | None,
     rounding: Rounding,

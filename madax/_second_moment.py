@@ -165,7 +165,7 @@ def _step(
     m: jax.Array | None,
     g: jax.Array,
     rate: jax.Array,
-    b1_rate: jax.Array | None,
+    b1_rate: Any,
     correction: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The direction of a leaf, and its moments as they are stored from then on."""

@@ -131,7 +131,7 @@ def additive_floors(
 
 
 @jax.jit
-def _update(w: Any, d: jax.Array, floor: jax.Array | None) -> jax.Array:
+def _update(w: Any, d: jax.Array, floor: Any) -> jax.Array:
     """The update that takes log-step ``d`` from ``w``; additive up to the floor."""
     d = widen(d)
     d = jnp.where(jnp.isfinite(d), d, 0)
