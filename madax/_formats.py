@@ -126,6 +126,10 @@ class Format(ABC):
         must not be lost in the width of the code.
         """
 
+    def nearest(self, x: jax.Array) -> jax.Array:
+        """The codes nearest to values relative to the scale, float32; of NaN, NaN."""
+        return self.saturate(jnp.round(self.encode(x)), jnp.sign(x))
+
     def saturate(self, code: jax.Array, sign: jax.Array) -> jax.Array:
         """The nearest code there is to an integer, for a value of that sign."""
         del sign

@@ -10,7 +10,7 @@ import optax
 from madax._checks import (
     check_instance,
     check_non_negative,
-    check_scale,
+    check_positive,
     check_seed,
     check_state,
 )
@@ -125,7 +125,7 @@ def lns_quantize(
     check_rounding(rounding)
     check_seed(seed)
     if p_scale is not None:
-        check_scale("p_scale", p_scale, None)
+        check_positive("p_scale", p_scale, None, finite=True)
     check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
@@ -145,7 +145,7 @@ def lns_quantize(
         keys = one_a_leaf(leaf_keys(seed, steps, paths, layer), len(ws))
         scales = _scales(state, format, ws)
         leaves = zip(ws, us, scales, keys, strict=True)
-        out = [_rounded(*leaf, format, rounding) for leaf in leaves]
+        out = [_step_leaf(*leaf, format, rounding) for leaf in leaves]
         count = jnp.asarray(optax.safe_increment(state.count))
         return treedef.unflatten(out), LnsQuantizeState(count, state.scale)
 
@@ -165,7 +165,7 @@ def _scales(state: LnsQuantizeState, format: Format | None, ws: list[Any]) -> li
 
 
 @partial(jax.jit, static_argnums=(4, 5))
-def _rounded(
+def _step_leaf(
     w: Any,
     u: jax.Array,
     scale: Any,
@@ -260,7 +260,7 @@ def _step_on_grid(
     dtype = jnp.result_type(w)
     largest = largest_weight(dtype)  # float16 may not reach as far as the scale
     x, step, moved = (relative_to(scale, v) for v in (widen(w), widen(u), widen(w) + u))
-    code = format.saturate(jnp.round(format.encode(x)).astype(jnp.int32), jnp.sign(x))
+    code = format.nearest(x).astype(jnp.int32)
     value = format.decode(code)
     point = jnp.clip(scale * value, -largest, largest).astype(dtype)
     # A weight that is on the grid to within float rounding is on the grid: its step
