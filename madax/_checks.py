@@ -26,7 +26,7 @@ def check_number(
     """
     remedy = f"pass a number with {condition} (default: {default})"
     is_array = isinstance(value, (np.ndarray, np.generic, jax.Array))
-    # Of an unsigned number there is no negative, and JAX knows no long double.
+    # A rate may be negated, which unsigned numbers cannot. JAX has no long double.
     if isinstance(value, bool) or not (
         jnp.issubdtype(value.dtype, np.number)
         and not jnp.issubdtype(value.dtype, np.unsignedinteger)

@@ -1,4 +1,4 @@
-"""Layer 2, geometry: the bound on |w|."""
+"""Geometry: the bound on |w|."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""Layer 3, storage: number formats, grids of signed integer codes.
+"""Storage: number formats, grids of signed integer codes.
 
 Everything here works on values relative to the scale, the value of the largest
 code, so in [-1, 1]; and on codes in [-levels, levels], odd and monotone in the

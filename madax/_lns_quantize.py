@@ -1,4 +1,4 @@
-"""Layer 3, storage: the transform that moves weights onto a grid of codes."""
+"""Storage: the transform that moves weights onto a grid of codes."""
 
 from functools import partial
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Layer 1, direction: the gradient over the root of its second moment."""
+"""Direction: the gradient over the root of its second moment."""
 
 import dataclasses
 from collections.abc import Sequence

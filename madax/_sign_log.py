@@ -1,4 +1,4 @@
-"""Layer 2, geometry: an additive step in log|w|."""
+"""Geometry: an additive step in log|w|."""
 
 import warnings
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Layer 1, direction: decay of the weights, as a part of the log-step."""
+"""Direction: decay of the weights, as a part of the log-step."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
