@@ -18,14 +18,13 @@ from madax._checks import (
 from madax._leaves import (
     flatten,
     flatten_both,
-    initial_scales,
     known_values,
     largest_weight,
     per_leaf,
-    share_beyond,
     widen,
 )
 from madax._quantized_array import is_quantized
+from madax._scales import initial_scales, share_beyond
 
 
 class ClipLogWeightsState(NamedTuple):

@@ -8,23 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from madax._checks import (
-    check_b1,
-    check_decay,
-    check_instance,
-    check_seed,
-    check_state,
-)
+from madax._checks import check_b1, check_decay, check_instance, check_seed, check_state
 from madax._leaves import flatten, flatten_like, one_a_leaf, path_names, zeros_like
 from madax._moments import MomentFormat, MomentGrid, MomentWindow, decayed
-from madax._numerics import (
-    exp,
-    expm1,
-    log1p,
-    over_root,
-    rounded,
-    straight_through,
-)
+from madax._numerics import exp, expm1, log1p, over_root, rounded, straight_through
 from madax._rounding import leaf_keys, random_bits
 
 

@@ -14,16 +14,10 @@ import optax
 
 from madax._checks import check_positive
 from madax._clip import ClipLogWeightsState, weight_bounds
-from madax._leaves import (
-    entries,
-    flatten,
-    flatten_like,
-    per_leaf,
-    split_peak,
-    widen,
-)
+from madax._leaves import entries, flatten, flatten_like, per_leaf, widen
 from madax._quantize_params import dequantize_params
 from madax._quantized_array import is_quantized
+from madax._scales import split_peak
 
 __all__ = [
     "code_occupancy",
