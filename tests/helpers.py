@@ -110,3 +110,11 @@ def raises(kind, *parts):
     """An error of that kind which holds each part, in order, and says what to do."""
     pattern = ".*".join(map(re.escape, parts))
     return pytest.raises(kind, match=f"(?s)(?=.*{pattern}).*{REMEDY}")
+
+
+def run_examples(page):
+    """Runs a page's blocks of Python one after the other, as if pasted; the names."""
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    return names

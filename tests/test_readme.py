@@ -3,27 +3,27 @@
 import re
 from pathlib import Path
 
-import jax
 import numpy as np
+import pytest
+from helpers import run_examples
 
 import madax
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def test_examples_run_and_train():
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(block, names)  # one after the other, as a reader would paste them
-        if "loss_before" not in names:
-            assert names["loss"](names["params"]) < 1e-3
-            names["loss_before"] = np.log(10)
-    params = names["params"]
-    assert isinstance(params["kernel"], madax.QuantizedArray)
-    final = names["loss"](madax.dequantize_params(params), names["x"], names["y"])
-    assert final < 0.9 * names["loss_before"]
-    stored = sum(x.nbytes for x in jax.tree.leaves((params, names["state"][0].v)))
-    assert stored < 2.2 * (64 * 10 + 10)
+    names = run_examples(README)
+    assert names["loss"](names["params"]) < 1e-3
+    assert isinstance(names["model"].hidden.kernel.get_value(), madax.QuantizedArray)
+    assert names["nnx_loss"](names["model"], names["x"], names["y"]) < 0.9 * np.log(10)
+    assert np.isfinite(names["value"])
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 150
 
 
 def test_names_mentioned_exist():
