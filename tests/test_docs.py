@@ -1,4 +1,4 @@
-"""The pages: their examples run, their links lead somewhere, and nothing is left out."""
+"""The pages: examples run, links lead somewhere, and nothing is left out."""
 
 import re
 from pathlib import Path
@@ -60,7 +60,9 @@ def test_names_mentioned_exist():
 
 
 def test_local_links_lead_somewhere():
-    pages = PAGES | {"../CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text("utf-8")}
+    pages = PAGES | {
+        "../CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    }
     for name, page in pages.items():
         for target in re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", page):
             assert (DOCS / name).parent.joinpath(target).exists(), f"{name}: {target}"
