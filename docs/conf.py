@@ -1,6 +1,7 @@
 """How Sphinx builds the pages: ``make docs``."""
 
 import importlib.util
+import re
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,10 @@ nb_render_markdown_format = "myst"
 add_module_names = False
 autodoc_default_options = {"member-order": "bysource"}
 autodoc_typehints = "signature"
+autodoc_type_aliases = {
+    "jax.typing.ArrayLike": "ArrayLike",
+    "optax.ScalarOrSchedule": "ScalarOrSchedule",
+}
 autodoc_preserve_defaults = True
 autodoc_class_signature = "mixed"
 maximum_signature_line_length = 60
@@ -56,3 +61,14 @@ _mathjax = importlib.util.find_spec("sphinx-mathjax-offline")
 html_static_path.append(
     str(Path(_mathjax.origin).parent / "static" / "mathjax" / mathjax_path)
 )
+
+
+def setup(app):
+    """Signatures have the names of type aliases, in unions, too."""
+
+    def named(app, what, name, obj, options, signature, returns):
+        return re.sub(
+            r"TypeAliasForwardRef\('(\w+)'\)", r"\1", signature or ""
+        ), returns
+
+    app.connect("autodoc-process-signature", named)

@@ -1,5 +1,6 @@
 """The README's examples run, and name what there is."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -38,6 +39,12 @@ def test_every_public_name_is_documented_with_an_example():
         assert documented.__doc__
         exempt = is_tuple or name in ("Format", "diagnostics")
         assert exempt or ">>>" in documented.__doc__, name
+
+
+def test_help_opens_with_a_readable_signature():
+    for name in sorted(set(madax.__all__) - {"diagnostics"}):
+        signature = str(inspect.signature(getattr(madax, name)))
+        assert "complex" not in signature, f"{name}: annotations are to be strings"
 
 
 def test_local_links_lead_somewhere():
