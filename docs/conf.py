@@ -67,8 +67,8 @@ def setup(app):
     """Signatures have the names of type aliases, in unions, too."""
 
     def named(app, what, name, obj, options, signature, returns):
-        return re.sub(
-            r"TypeAliasForwardRef\('(\w+)'\)", r"\1", signature or ""
-        ), returns
+        if not signature:
+            return None
+        return re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", signature), returns
 
     app.connect("autodoc-process-signature", named)

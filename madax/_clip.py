@@ -1,5 +1,7 @@
 """Geometry: the bound on |w|."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """Storage: the transform that moves weights onto a grid of codes."""
 
+from __future__ import annotations
+
 from functools import partial
 from typing import Any, NamedTuple
 

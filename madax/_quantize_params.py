@@ -1,5 +1,7 @@
 """From trees of floats to trees of codes, and back."""
 
+from __future__ import annotations
+
 import re
 import sys
 from collections.abc import Callable, Sequence

@@ -1,5 +1,7 @@
 """Direction: the gradient over the root of its second moment."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -147,7 +149,7 @@ def scale_by_second_moment(
 # One program a shape: leaves that are alike are traced and lowered once.
 @jax.jit
 def _step(
-    storage: "_Floats | _Codes",
+    storage: _Floats | _Codes,
     v: jax.Array,
     m: jax.Array | None,
     g: jax.Array,

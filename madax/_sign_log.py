@@ -1,5 +1,7 @@
 """Geometry: an additive step in log|w|."""
 
+from __future__ import annotations
+
 import warnings
 from typing import Any, NamedTuple
 

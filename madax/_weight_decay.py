@@ -1,5 +1,7 @@
 """Direction: decay of the weights, as a part of the log-step."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,5 +1,7 @@
 """Any optax optimizer on parameters that are codes: decode, update, encode."""
 
+from __future__ import annotations
+
 from functools import partial
 from typing import Any, NamedTuple
 

@@ -5,6 +5,8 @@ Every function returns scalars, or small vectors, keyed by the path of a leaf
 quantised ones, which count by their values.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
