@@ -51,7 +51,7 @@ test-wheel:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		-c $(CONSTRAINTS) "$$(echo build/wheel/*.whl)[test]"
 	mkdir -p $(AWAY)
-	cp -r tests benchmarks notebooks README.md pyproject.toml $(AWAY)
+	cp -r tests benchmarks docs notebooks *.md CITATION.cff pyproject.toml $(AWAY)
 	cd $(AWAY) && $(abspath $(BIN))/python -m pytest -n auto --dist loadfile \
 		--pyargs $(TESTS) madax
 
