@@ -110,7 +110,7 @@ class Budget:
 
 PROFILES = {
     "smoke": Budget(2, 32, 20, 2, 4, 32, seeds=1, rates=1),
-    "quick": Budget(4, 128, 300, 6, 8, 128, seeds=3),
+    "quick": Budget(4, 128, 300, 6, 4, 128, seeds=3),
     "full": Budget(12, 512, 5000, 20, 32, 512, seeds=3, dtype="bfloat16"),
 }
 
@@ -134,7 +134,8 @@ def llama(
             benchmarks/results/llama/ and the profile.
         profile: smoke takes a minute, quick an hour on two CPU cores, full is for a
             GPU.
-        text: Texts to train on: pydoc, which comes with CPython, or paths of files.
+        text: Texts to train on: pydoc and stdlib, which come with CPython, or paths of
+            files.
         rows: Names of optimizers; by default all.
     """
     folder = out or Path("benchmarks/results/llama") / profile
