@@ -159,8 +159,8 @@ def llama(
             hour, full is for a GPU.
         text: Texts to train on: pydoc and stdlib, which come with CPython, or paths of
             files.
-        rows: Names of optimizers; by default all, FlashAdamW if the package
-            flashoptim-jax is there; two of the long profile.
+        rows: Names of optimizers; by default all, FlashAdamW where its package is
+            there (``pip install madax[rivals]``); two of the long profile.
     """
     folder = out or Path("benchmarks/results/llama") / profile
     folder.mkdir(parents=True, exist_ok=True)
