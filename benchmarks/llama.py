@@ -48,13 +48,13 @@ def _codes_adam(rate: Any) -> optax.GradientTransformation:
 
 
 def _flash_adamw(rate: Any) -> optax.GradientTransformation:
-    from flashoptim_jax import flash_adamw
+    from flashoptim_jax import flash_adamw  # pyrefly: ignore[missing-import]
 
     # Its kernels are for GPUs; this is the same in plain JAX.
     flash = flash_adamw(rate, weight_decay=0.1, fused=False)
 
-    def update(grads, state, params):
-        after, state = flash.step(params, state, grads)
+    def update(updates, state, params=None):
+        after, state = flash.step(params, state, updates)
         return jax.tree.map(jnp.subtract, after, params), state
 
     tx = optax.GradientTransformation(flash.init, update)
