@@ -130,7 +130,7 @@ def madam(
         if weight_decay is None
         else [add_decayed_log_weights(weight_decay, mask, **geometry)]
     )
-    return optax.chain(
+    chain = optax.chain(
         scale_by_second_moment(b2, b1=b1, moment_format=moment_format, seed=seed),
         optax.clip(g_bound),
         *decay,
@@ -139,6 +139,13 @@ def madam(
         clip_log_weights(p_scale, zero_init_scale=zero_init_scale),
         lns_quantize(rounding=rounding, seed=seed),
     )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        # One count, so that XLA sees that both roundings hash the same numbers.
+        count = {"count": state[0].count}
+        return chain.update(updates, state, params, **(count | extra_args))
+
+    return optax.GradientTransformationExtraArgs(chain.init, update_fn)
 
 
 def bbit_madam(

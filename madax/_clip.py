@@ -126,16 +126,15 @@ def weight_bounds(
     return jnp.where(jnp.isnan(bounds), jnp.inf, bounds)
 
 
+@jax.jit
 def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
     """Shortens ``u`` so that ``|w + u| <= bound``; otherwise leaves it alone."""
     x, u = widen(w), widen(u)
     largest = largest_weight(jnp.result_type(w))
     bound = jnp.minimum(bound, largest)
-    moved = x + u
-    # Not clip(moved) - x everywhere: that would round updates that need no clipping.
-    u = jnp.where(jnp.abs(moved) <= bound, u, jnp.clip(moved, -bound, bound) - x)
     # From one end of the dtype to the other is two steps.
-    return jnp.clip(u, -largest, largest)
+    lowest = jnp.maximum(-bound - x, -largest)
+    return jnp.clip(u, lowest, jnp.minimum(bound - x, largest))
 
 
 def _warn_of_clipped_leaves(params: Any, bounds: jax.Array, peaks: jax.Array) -> None:

@@ -15,7 +15,18 @@ import jax
 import jax.numpy as jnp
 
 from madax._checks import check_bits, check_format_field
-from madax._numerics import arcsinh, exp, expm1, log, log1p, rounded, sinh
+from madax._numerics import (
+    arcsinh,
+    exp,
+    expm1,
+    expm1_arcsinh,
+    log,
+    log1p,
+    log_change,
+    rounded,
+    sinh,
+    sinh_and_decay,
+)
 
 # What float32, which codes are decoded to, can hold of log|w|, in nats: it tells
 # apart values this close, and spans this much below 1.
@@ -248,16 +259,20 @@ class LogFormat(Format):
         return jnp.sign(code).astype(jnp.float32)
 
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
-        """``sign(x) * log1p(u / x) / base_step`` where u is small against x."""
+        """``sign(x) * log|1 + u / x| / base_step`` unless the sign changes."""
         x = self.decode(code)
-        ratio = jnp.where(x == 0, -1, u / x)
-        small = jnp.sign(x) * log1p(ratio) * (1 / self.base_step)
-        return jnp.where(jnp.abs(ratio) < 0.5, small, self.encode(x + u) - code)
+        change = log_change(x, u) * (1 / self.base_step)
+        sign, new_sign = jnp.sign(code), jnp.sign(x + u)
+        start = jnp.where(code == 0, self.levels, jnp.abs(code.astype(jnp.int32)))
+        crossed = new_sign * jnp.clip(start + change, 1, self.levels) - code
+        return jnp.where(new_sign == sign, sign * change, crossed)
 
     def saturate(self, code: jax.Array, sign: jax.Array) -> jax.Array:
         """The nearest code of that sign; 0 only for sign 0."""
+        # Not as products with the sign: TPUs have no multiplication of 32-bit integers.
         magnitude = jnp.clip(jnp.where(sign < 0, -code, code), 1, self.levels)
-        return jnp.where(sign < 0, -magnitude, jnp.where(sign > 0, magnitude, 0))
+        signed = jnp.where(sign < 0, -magnitude, magnitude)
+        return jnp.where(sign == 0, 0, signed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,12 +353,16 @@ class SymlogFormat(Format):
         """
         theta = rounded(jnp.abs(code.astype(jnp.float32)) * self.step)
         sign = jnp.where(code < 0, -1, 1)
-        x, u = sinh(theta), rounded(sign * u * (1 / self.linear_range))
+        x, decay = sinh_and_decay(theta)
+        u = rounded(sign * u * (1 / self.linear_range))
         y = x + u
         slope = 1 + (x + y) / (_root(x) + _root(y))
-        ratio = u * slope * exp(-theta)
-        change = jnp.where(jnp.abs(ratio) < 0.5, log1p(ratio), arcsinh(y) - theta)
-        return sign * change * (1 / self.step)
+        ratio = u * slope * decay
+        small = jnp.abs(ratio) < 0.5
+        # One logarithm for both.
+        moved = log1p(jnp.where(small, ratio, expm1_arcsinh(jnp.abs(y))))
+        whole = jnp.where(y < 0, -moved, moved) - theta
+        return sign * jnp.where(small, moved, whole) * (1 / self.step)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,9 +157,18 @@ def per_leaf(vector: jax.Array, leaves: Sequence[Any]) -> list[Any]:
             f"params has {len(floats)}; call init again with these params."
         )
     scalars: list[Any] = [None] * len(leaves)
-    for entry, i in enumerate(floats):
-        scalars[i] = vector[entry]
+    for i, scalar in zip(floats, one_a_leaf(vector, len(floats)), strict=True):
+        scalars[i] = scalar
     return scalars
+
+
+def one_a_leaf(tree: Any, leaves: int) -> list[Any]:
+    """A tree of arrays whose first axis is that of the leaves, as one tree a leaf."""
+    arrays, treedef = jax.tree.flatten(tree)
+    # All parts of an array by one operation: it is what is traced most often.
+    parts = [jax.lax.split(x, (1,) * leaves) if leaves else () for x in arrays]
+    parts = [[jax.lax.squeeze(x, (0,)) for x in part] for part in parts]
+    return [treedef.unflatten(leaf) for leaf in zip(*parts, strict=True)]
 
 
 def float_leaf_sizes(params: Any) -> tuple[list[str], jax.Array, jax.Array]:

@@ -1,10 +1,10 @@
 """Layer 3, storage: the transform that moves weights onto a grid of codes."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from madax._checks import (
@@ -19,6 +19,7 @@ from madax._leaves import (
     flatten_both,
     initial_scales,
     largest_weight,
+    one_a_leaf,
     per_leaf,
     widen,
 )
@@ -132,26 +133,36 @@ def lns_quantize(
         scale = jnp.minimum(scale, jnp.finfo(scale.dtype).max)
         return LnsQuantizeState(jnp.zeros([], jnp.int32), scale)
 
-    def update_fn(updates, state, params=None, *, layer=None, **extra_args):
+    def update_fn(updates, state, params=None, *, layer=None, count=None, **extra_args):
         del extra_args
         paths, ws, us, treedef = flatten_both(params, updates)
-        keys = leaf_keys(seed, state.count, paths, layer)
-        out: list[Any] = []
-        for w, u, scale, key in zip(
-            ws, us, per_leaf(state.scale, ws), keys, strict=True
-        ):
-            shape = np.shape(w)  # a Python float is a leaf, too
-            bits = random_bits(key, shape) if rounding == "stochastic" else None
-            if is_quantized(w):
-                out.append(step_codes(w, u, jnp.sign(w.codes), rounding, bits))
-            elif format is not None:
-                out.append(_step_on_grid(w, u, scale, format, rounding, bits))
-            else:
-                out.append(_step_in_dtype(w, u, rounding, bits))
+        steps = state.count if count is None else count
+        keys = one_a_leaf(leaf_keys(seed, steps, paths, layer), len(ws))
+        scales = per_leaf(state.scale, ws)
+        leaves = zip(ws, us, scales, keys, strict=True)
+        out = [_rounded(*leaf, format, rounding) for leaf in leaves]
         count = jnp.asarray(optax.safe_increment(state.count))
         return treedef.unflatten(out), LnsQuantizeState(count, state.scale)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@partial(jax.jit, static_argnums=(4, 5))
+def _rounded(
+    w: Any,
+    u: jax.Array,
+    scale: jax.Array | None,
+    key: jax.Array,
+    format: Format | None,
+    rounding: Rounding,
+) -> Any:
+    """The update of a leaf that ends on the grid."""
+    bits = random_bits(key, w.shape) if rounding == "stochastic" else None
+    if is_quantized(w):
+        return step_codes(w, u, w.codes.astype(jnp.int32), rounding, bits)
+    if format is not None:
+        return _step_on_grid(w, u, scale, format, rounding, bits)
+    return _step_in_dtype(w, u, rounding, bits)
 
 
 def step_codes(
@@ -166,7 +177,7 @@ def step_codes(
     Args:
       w: the quantised leaf.
       steps: real-valued steps, in codes.
-      sign: the sign that the weights will have.
+      sign: numbers of the sign that the weights will have.
       rounding: the rounding mode.
       bits: random bits of the leaf's shape, or None.
 
@@ -233,15 +244,13 @@ def _step_on_grid(
     largest = largest_weight(dtype)  # float16 may not reach as far as the scale
     x, step, moved = (relative_to(scale, v) for v in (widen(w), widen(u), widen(w) + u))
     code = format.saturate(jnp.round(format.encode(x)).astype(jnp.int32), jnp.sign(x))
-    point = jnp.clip(scale * format.decode(code), -largest, largest).astype(dtype)
+    value = format.decode(code)
+    point = jnp.clip(scale * value, -largest, largest).astype(dtype)
     # A weight that is on the grid to within float rounding is on the grid: its step
-    # is counted from there in codes, as for a quantised leaf. Any other is encoded.
+    # is counted from there, as for a quantised leaf. That of another is longer by its
+    # way to there.
     on_grid = jnp.abs(w - point) <= 8 * float(jnp.finfo(dtype).eps) * jnp.abs(point)
-    steps = jnp.where(
-        on_grid,
-        format.add_step(code, step),
-        format.encode(moved) - code,
-    )
+    steps = format.add_step(code, jnp.where(on_grid, step, moved - value))
     new = moved_codes(code, format, steps, jnp.sign(moved), rounding, bits)
     target = jnp.clip(scale * format.decode(new), -largest, largest).astype(dtype)
     to_target = jnp.where(scale > 0, jnp.clip(target - w, -largest, largest), u)

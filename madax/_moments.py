@@ -106,16 +106,36 @@ class MomentFormat:
         """
         return 0.5 * 0.7213 * 2.0 ** -(self.bits - 6)
 
+    @property
+    def highest_v(self) -> int:
+        """The greatest code of ``v``: of 254 octaves, before the window is placed."""
+        return min(2**self.bits - 1, 254 << (self.bits - 8))
+
+    @property
+    def highest_m(self) -> int:
+        """The greatest code of ``|m|``."""
+        return 2 ** (self.bits - 1) - 1
+
     def v_grid(self, octave: jax.Array) -> "MomentGrid":
-        """The grid of a leaf's ``v`` from that octave up."""
-        return _grid(octave, octave, 1, self.bits, self.bits - 6)
+        """The grid of ``v`` from an octave up, of one leaf or of each."""
+        return self._grid(octave, octave, 1)
 
     def m_grid(self, octave: jax.Array) -> "MomentGrid":
-        """The grid of a leaf's ``|m|``, given the ``octave`` of ``v``."""
+        """The grid of ``|m|``, given the ``octave`` of ``v``, likewise."""
         # The lowest octave of m: its highest squares to the highest of v.
         highest = (octave + _OCTAVES_V - _BIAS + 1) >> 1
-        lowest = highest - _OCTAVES_M + _BIAS
-        return _grid(octave, lowest, _LOWEST_M, self.bits - 1, self.bits - 6)
+        return self._grid(octave, highest - _OCTAVES_M + _BIAS, _LOWEST_M)
+
+    def _grid(
+        self, window: jax.Array, lowest: jax.Array, unplaced: int
+    ) -> "MomentGrid":
+        # Before it is placed, a grid has more octaves, and two mantissa bits less.
+        placed = window > 0
+        octave = jnp.where(placed, lowest, unplaced)
+        mantissa = jnp.where(placed, self.bits - 6, self.bits - 8)
+        shift = _MANTISSA - mantissa
+        # So that 1 is the first code of the lowest octave.
+        return MomentGrid(shift, (octave << _MANTISSA) - (1 << shift))
 
     def start(self, leaves: int) -> MomentWindow:
         """The window of no gradients yet."""
@@ -138,7 +158,7 @@ class MomentFormat:
         """
 
         def suitable(octave, codes):
-            largest = jnp.max(codes, initial=0).astype(jnp.int32)
+            largest = jnp.max(codes, initial=0)
             top = self.v_grid(octave).pattern(largest) >> _MANTISSA
             lowest = jnp.clip(top - _BELOW, 1, 254 - _OCTAVES_V)
             return jnp.where(largest > 0, lowest, 0)
@@ -163,30 +183,32 @@ def decayed(scale: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class MomentGrid(NamedTuple):
-    """Non-negative floats that are some bits of a float32 pattern; one leaf's.
+    """Non-negative floats that are some bits of a float32 pattern.
 
     Attributes:
       shift: how many bits of the pattern are cut, int32.
       origin: the pattern that code 0 would have, int32; 0 decodes to 0 all the same.
-      highest: the greatest code, int32.
     """
 
     shift: jax.Array
     origin: jax.Array
-    highest: jax.Array
 
     def lowered(self, octaves: jax.Array) -> "MomentGrid":
         """The grid so many octaves further down."""
         return self._replace(origin=self.origin - (octaves << _MANTISSA))
 
     def pattern(self, code: jax.Array) -> jax.Array:
-        """The patterns of codes, int32; that of 0 if they are below all normals."""
-        return jnp.maximum((code << self.shift) + self.origin, 0)
+        """The patterns of codes that are not 0, int32."""
+        return (code.astype(jnp.int32) << self.shift) + self.origin
+
+    def value(self, code: jax.Array) -> jax.Array:
+        """The values of codes that are not 0, in a grid that is not lowered."""
+        return jax.lax.bitcast_convert_type(self.pattern(code), jnp.float32)
 
     def decode(self, code: jax.Array) -> jax.Array:
-        """The values of codes, float32."""
-        value = jax.lax.bitcast_convert_type(self.pattern(code), jnp.float32)
-        return jnp.where(code > 0, value, 0)
+        """The values of codes, float32; 0 if they are below all normal numbers."""
+        pattern = jnp.where(code > 0, jnp.maximum(self.pattern(code), 0), 0)
+        return jax.lax.bitcast_convert_type(pattern, jnp.float32)
 
     def encode(self, x: jax.Array, bits: jax.Array) -> jax.Array:
         """The codes of values, stochastically rounded, beyond the highest perhaps.
@@ -203,31 +225,14 @@ class MomentGrid(NamedTuple):
         pattern = jax.lax.bitcast_convert_type(x, jnp.int32)
         return (pattern - self.origin + noise.astype(jnp.int32)) >> self.shift
 
-    def encode_from_zero(self, x: jax.Array, bits: jax.Array) -> jax.Array:
+    def encode_from_zero(
+        self, x: jax.Array, bits: jax.Array, highest: int
+    ) -> jax.Array:
         """As :meth:`encode`, saturated, with nothing between 0 and the first code."""
-        smallest = self.decode(jnp.int32(1))
+        smallest = self.value(jnp.int32(1))
         chance = (bits & 0xFFFF).astype(jnp.float32) * 2.0**-16
         return jnp.where(
             x < smallest,
             (chance * smallest < x).astype(jnp.int32),
-            jnp.minimum(self.encode(x, bits), self.highest),
+            jnp.minimum(self.encode(x, bits), highest),
         )
-
-
-def _grid(
-    window: jax.Array, lowest: jax.Array, lowest_unplaced: int, bits: int, mantissa: int
-) -> MomentGrid:
-    """The grid of ``bits`` bits from an octave up; before placement, of more octaves.
-
-    Then two bits less are left for the mantissa.
-    """
-    placed = window > 0
-    octave = jnp.where(placed, lowest, lowest_unplaced)
-    shift = _MANTISSA - jnp.where(placed, mantissa, mantissa - 2)
-    every_octave = min(2**bits - 1, 254 << (mantissa - 2))
-    return MomentGrid(
-        shift,
-        # So that 1 is the first code of the lowest octave.
-        (octave << _MANTISSA) - (1 << shift),
-        jnp.where(placed, 2**bits - 1, every_octave),
-    )

@@ -75,6 +75,35 @@ def _differentiated(
     return decorate
 
 
+@jax.custom_jvp
+def over_root(x: jax.Array, v: jax.Array) -> jax.Array:
+    """``x / sqrt(v)``; what ``v`` is below the least normal number counts as that.
+
+    Args:
+      x: any values, float32 or wider.
+      v: values, not negative, same dtype.
+
+    Returns:
+      The quotients.
+    """
+    tiny = float(jnp.finfo(v.dtype).tiny)
+    return jax.lax.platform_dependent(
+        x,
+        v,
+        # CPUs have no reciprocal root: XLA would divide, and multiply then. It does not
+        # see one in this.
+        cpu=lambda x, v: x / jnp.maximum(jnp.sqrt(v), math.sqrt(tiny)),
+        default=lambda x, v: x * jax.lax.rsqrt(jnp.maximum(v, tiny)),
+    )
+
+
+@over_root.defjvp
+def _over_root_jvp(primals, tangents):
+    (x, v), (dx, dv) = primals, tangents
+    quotient, root = over_root(x, v), jnp.sqrt(jnp.maximum(v, jnp.finfo(v.dtype).tiny))
+    return quotient, dx / root - 0.5 * (quotient / root) * (dv / root)
+
+
 @_differentiated(lambda ans, x: ans + 1)
 def expm1(x: jax.Array) -> jax.Array:
     """``exp(x) - 1``, float32 to a relative error of 3e-7; saturates, not overflows.
@@ -139,14 +168,38 @@ def log1p(x: jax.Array) -> jax.Array:
     return _log(exponent, jnp.where(exponent == 0, x, mantissa - 1))
 
 
+def log_change(x: jax.Array, u: jax.Array) -> jax.Array:
+    """``log|x + u| - log|x|``, or ``log|u|`` where x is 0; float32, as :func:`log`.
+
+    Args:
+      x: finite values, float32.
+      u: finite values, float32, of any size against ``x``.
+
+    Returns:
+      The changes.
+    """
+    ratio = u / jnp.where(x == 0, 1, x)
+    moved = jnp.where(x == 0, ratio, 1 + ratio)
+    exponent, mantissa = _exponent_and_mantissa(jnp.abs(moved))
+    # The digits of a small ratio, which the sum has lost.
+    small = (exponent == 0) & (moved > 0) & (x != 0)
+    return _log(exponent, jnp.where(small, ratio, mantissa - 1))
+
+
 @_differentiated(lambda ans, x: jnp.sqrt(1 + ans * ans))
 def sinh(x: jax.Array) -> jax.Array:
     """The hyperbolic sine, float32 to a relative error of 3e-7 for |x| < 88."""
     if x.dtype != jnp.float32:
         return jnp.sinh(x)
-    e = expm1(jnp.abs(x))
-    magnitude = 0.5 * (e + e / (1 + e))
+    magnitude, _ = sinh_and_decay(jnp.abs(x))
     return jnp.where(x < 0, -magnitude, magnitude)
+
+
+def sinh_and_decay(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``sinh(x)`` and ``exp(-x)`` for x in [0, 88), to a relative error of 3e-7."""
+    e = expm1(x)
+    decay = 1 / (1 + e)
+    return 0.5 * (e + rounded(e * decay)), decay
 
 
 @_differentiated(lambda ans, x: 1 / jnp.sqrt(1 + x * x))
@@ -154,10 +207,15 @@ def arcsinh(x: jax.Array) -> jax.Array:
     """Its inverse, to a relative error of 3e-7; beyond 1e18 in size that of 1e18."""
     if x.dtype != jnp.float32:
         return jnp.arcsinh(x)
-    a = jnp.minimum(jnp.abs(x), 1e18)
-    square = rounded(a * a)
-    magnitude = log1p(a + square / (1 + jnp.sqrt(1 + square)))
+    magnitude = log1p(expm1_arcsinh(jnp.abs(x)))
     return jnp.where(x < 0, -magnitude, magnitude)
+
+
+def expm1_arcsinh(x: jax.Array) -> jax.Array:
+    """``expm1(arcsinh(x))`` for x not negative; beyond 1e18 that of 1e18."""
+    x = jnp.minimum(x, 1e18)
+    square = rounded(x * x)
+    return x + square / (1 + jnp.sqrt(1 + square))
 
 
 def round_to_int(x: jax.Array) -> jax.Array:
@@ -188,7 +246,7 @@ def _reduced_expm1(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW
     z = rounded(r * r)
     h = 0.5 * r - rounded(z * (_EXPM1_A - z) * _EXPM1_B)
-    e = r + rounded(r * h / (1 - h))  # r / (1 - h), to the last bit
+    e = r / (1 - h)
     pattern = (round_to_int(n) + _BIAS) << _MANTISSA
     return jax.lax.bitcast_convert_type(pattern, jnp.float32), e
 

@@ -94,21 +94,21 @@ def round_steps(
     Args:
       steps: real-valued steps, in codes, float32, less than 2**22.
       rounding: "nearest" (halves to even) or "stochastic" (up with a probability
-        of the fractional part, to within 2**-22).
+        of the fractional part, to within 2**-23).
       bits: the elements' random bits, the high 23 are used; None for nearest.
 
     Returns:
       The steps, int32.
     """
     steps = steps.astype(jnp.float32)
-    nearest = round_to_int(steps)
     if bits is None or rounding == "nearest":
-        return nearest
-    # Random bits as a mantissa: a float in [1, 2), about 0.
+        return round_to_int(steps)
+    # Fractions apart: a large whole step has no room for all of their digits.
+    below = jnp.floor(steps)
+    # Random bits as a mantissa: a float in [1, 2).
     pattern = (bits >> 9) | jnp.uint32(0x3F800000)
-    uniform = jax.lax.bitcast_convert_type(pattern, jnp.float32) - 1.5
-    # Fractions apart: added to a large whole step, they would lose their digits.
-    return nearest + round_to_int(steps - nearest.astype(jnp.float32) + uniform)
+    up = jax.lax.bitcast_convert_type(pattern, jnp.float32) < 1 + (steps - below)
+    return round_to_int(jnp.where(up, below + 1, below))
 
 
 def _mix(x: Any) -> Any:

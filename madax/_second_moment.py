@@ -9,9 +9,16 @@ import jax.numpy as jnp
 import optax
 
 from madax._checks import check_b1, check_decay, check_instance, check_seed
-from madax._leaves import flatten, flatten_like, path_names, zeros_like
-from madax._moments import MomentFormat, MomentWindow, decayed
-from madax._numerics import exp, expm1, log1p, rounded, straight_through
+from madax._leaves import flatten, flatten_like, one_a_leaf, path_names, zeros_like
+from madax._moments import MomentFormat, MomentGrid, MomentWindow, decayed
+from madax._numerics import (
+    exp,
+    expm1,
+    log1p,
+    over_root,
+    rounded,
+    straight_through,
+)
 from madax._rounding import leaf_keys, random_bits
 
 
@@ -106,7 +113,7 @@ def scale_by_second_moment(
         with_path, treedef = jax.tree_util.tree_flatten_with_path(state.v)
         paths, vs = path_names([p for p, _ in with_path]), [v for _, v in with_path]
         gs = flatten_like(updates, treedef, "state.v", paths, vs)
-        ms = None if b1 is None else treedef.flatten_up_to(state.m)
+        ms = [None] * len(vs) if b1 is None else treedef.flatten_up_to(state.m)
         window = _check_window(moment_format, state.window)
         count = jnp.asarray(optax.safe_increment(state.count))
         rate, bias = _rate(b2), _bias_correction(b2, count)
@@ -115,54 +122,69 @@ def scale_by_second_moment(
         if b1 is not None:
             correction /= _bias_correction(b1, count)
         if moment_format is None or window is None or not vs:
-            storages = [_Floats(v.dtype) for v in vs]
+            storages = [_Floats()] * len(vs)
         else:
+            names = ("",) if b1 is None else ("", "/m")
             keys = [
                 leaf_keys(seed, state.count, [path + name for path in paths], layer)
-                for name in ("", "/m")
+                for name in names
             ]
             storages, window = _storages(
-                moment_format, window, vs, rate, keys, state.count
+                moment_format, window, vs, rate, state.count, keys
             )
             # E[1 / root of v] is (1 + 3/8 of the variance) / root of E[v].
             noise = moment_format.rounding_variance * (1 - (rate / bias) ** 2)
             correction *= exp(-0.375 * noise) / jnp.sqrt(window.scale)
 
-        directions = []
-        for i, (g, storage) in enumerate(zip(gs, storages, strict=True)):
-            g = jnp.asarray(g).astype(storage.dtype)
-            vs[i], v, ok = storage.add_square(vs[i], g, rate)
-            if ms is not None:
-                ms[i], g = storage.add(ms[i], g, ok, _rate(b1))
-            # Not g / sqrt(v / correction**2): that quotient can overflow. The bounds
-            # are none to roots that are used. The inner one keeps derivatives finite,
-            # the outer one keeps XLA from rsqrt, slower on CPU.
-            tiny = jnp.finfo(v.dtype).tiny
-            root = jnp.maximum(jnp.sqrt(jnp.maximum(v, tiny)), tiny)
-            direction = g * correction.astype(v.dtype) / root
-            directions.append(jnp.where(ok & (v > 0), direction, 0))
-
+        b1_rate = None if b1 is None else _rate(b1)
+        leaves = zip(storages, vs, ms, gs, strict=True)
+        stepped = [_step(*leaf, rate, b1_rate, correction) for leaf in leaves]
+        directions, vs, ms = ([leaf[i] for leaf in stepped] for i in range(3))
         if moment_format is not None:
             window = {repr(moment_format): window}
         v = treedef.unflatten(vs)
-        m = None if ms is None else treedef.unflatten(ms)
+        m = None if b1 is None else treedef.unflatten(ms)
         new_state = ScaleBySecondMomentState(count, v, m, window)
         return treedef.unflatten(directions), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+# One program a shape: leaves that are alike are traced and lowered once.
+@jax.jit
+def _step(
+    storage: "_Floats | _Codes",
+    v: jax.Array,
+    m: jax.Array | None,
+    g: jax.Array,
+    rate: jax.Array,
+    b1_rate: jax.Array | None,
+    correction: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The direction of a leaf, and its moments as they are stored from then on."""
+    g = g.astype(storage.dtype_of(v))
+    v, value, ok, positive = storage.add_square(v, g, rate)
+    if m is not None:
+        m, g = storage.add(m, g, ok, b1_rate)
+    # Not g / sqrt(v / correction**2): that quotient can overflow.
+    direction = over_root(g * correction.astype(g.dtype), value)
+    return jnp.where(ok & positive, direction, 0), v, m
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Floats:
-    """One leaf's moments, stored as they are."""
+    """A leaf's moments, stored as they are."""
 
-    dtype: Any
+    def dtype_of(self, v: jax.Array) -> Any:
+        """The dtype of the arithmetic."""
+        return v.dtype
 
     def add_square(self, v: jax.Array, g: jax.Array, rate: jax.Array) -> Any:
-        """``v`` after a gradient: stored, its value, and where it is finite."""
+        """``v`` after a gradient: stored, its value, where it fits, and is not 0."""
         ok = g * g < jnp.inf
         v = jnp.where(ok, _average(v, g * g, rate), v)
-        return v, v, ok
+        return v, v, ok, v > 0
 
     def add(self, m: jax.Array, g: jax.Array, ok: jax.Array, rate: jax.Array) -> Any:
         """``m`` after a gradient, where ``ok``: stored, and its value."""
@@ -170,50 +192,55 @@ class _Floats:
         return m, m
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Codes:
-    """One leaf's moments, stored as codes of a format.
+    """A leaf's moments, stored as codes of a format.
 
     Attributes:
       format: the format.
-      before: where its codes lie before the step.
-      octaves: how far those of ``v`` have gone down since, by the decay of the scale.
-      after: where its codes lie after the step.
-      scale: the unit of ``v`` after the step.
-      keys: the keys of the leaf for ``v`` and for ``m``.
+      old_v: the grid of ``v`` before the step, lowered by the decay of the scale since.
+      new_v: the grid of ``v`` after the step.
+      share: of a squared gradient in ``v``, in the unit of ``v`` after the step.
+      keys_v: the keys of the leaf for ``v``.
+      m: the grids of ``|m|`` before and after the step, and the keys for ``m``; None
+        without a first moment.
     """
 
-    format: MomentFormat
-    before: jax.Array
-    octaves: jax.Array
-    after: jax.Array
-    scale: jax.Array
-    keys: tuple[jax.Array, jax.Array]
-    dtype = jnp.dtype(jnp.float32)
+    format: MomentFormat = dataclasses.field(metadata={"static": True})
+    old_v: MomentGrid
+    new_v: MomentGrid
+    share: jax.Array
+    keys_v: jax.Array
+    m: tuple[MomentGrid, MomentGrid, jax.Array] | None
+
+    def dtype_of(self, v: jax.Array) -> Any:
+        """The dtype of the arithmetic."""
+        del v
+        return jnp.dtype(jnp.float32)
 
     def add_square(self, v: jax.Array, g: jax.Array, rate: jax.Array) -> Any:
-        """``v`` after a gradient: stored, its value over the scale, where it fits."""
-        old = self.format.v_grid(self.before).lowered(self.octaves)
-        new = self.format.v_grid(self.after)
+        """As that of floats, but values are over the unit of ``v``."""
+        del rate
+        highest = self.format.highest_v
         square = jnp.where(g * g < jnp.inf, g * g, 0)
-        share = (rate / self.scale).astype(jnp.float32)
-        value = old.decode(v.astype(jnp.int32)) + rounded(share * square)
-        code = new.encode(value, random_bits(self.keys[0], v.shape))
-        ok = (g * g < jnp.inf) & (code <= new.highest)
-        code = jnp.where(value > 0, jnp.clip(code, 1, new.highest), 0)
+        value = self.old_v.decode(v) + rounded(self.share * square)
+        code = self.new_v.encode(value, random_bits(self.keys_v, v.shape))
+        ok = (g * g < jnp.inf) & (code <= highest)
+        code = jnp.where(value > 0, jnp.clip(code, 1, highest), 0)
         stored = code.astype(v.dtype)
         # Decoded anew from what is stored, lest XLA on CPU compute that twice.
-        decoded = new.decode(stored.astype(jnp.int32))
-        return stored, straight_through(value, decoded), ok
+        decoded = straight_through(value, self.new_v.value(stored))
+        return stored, decoded, ok, value > 0
 
     def add(self, m: jax.Array, g: jax.Array, ok: jax.Array, rate: jax.Array) -> Any:
         """``m`` after a gradient, where ``ok``: stored, and its value."""
-        old, new = map(self.format.m_grid, (self.before, self.after))
-        code = m.astype(jnp.int32)
-        value = jnp.where(code < 0, -1, 1) * old.decode(jnp.abs(code))
+        assert self.m is not None
+        old, new, keys = self.m
+        value = jnp.where(m < 0, -1, 1) * old.decode(jnp.abs(m.astype(jnp.int32)))
         value = jnp.where(ok, _average(value, g, rate), value)
-        bits = random_bits(self.keys[1], m.shape)
-        code = new.encode_from_zero(jnp.abs(value), bits)
+        bits = random_bits(keys, m.shape)
+        code = new.encode_from_zero(jnp.abs(value), bits, self.format.highest_m)
         decoded = new.decode(code)
         decoded = straight_through(value, jnp.where(value < 0, -decoded, decoded))
         return jnp.where(value < 0, -code, code).astype(m.dtype), decoded
@@ -224,19 +251,20 @@ def _storages(
     window: MomentWindow,
     vs: Sequence[jax.Array],
     rate: jax.Array,
-    keys: Sequence[jax.Array],
     count: jax.Array,
+    keys: Sequence[jax.Array],
 ) -> tuple[list[_Codes], MomentWindow]:
     """How the moments of every leaf are stored, and the window from now on."""
     scale, octaves = decayed(window.scale, rate.astype(jnp.float32))
     before = window.octave
     after = format.follow(before, count, vs)
     after = jnp.where(after > 0, jnp.maximum(after - octaves, 1), 0)
-    storages = [
-        _Codes(format, before[i], octaves, after[i], scale, (keys[0][i], keys[1][i]))
-        for i in range(len(vs))
-    ]
-    return storages, MomentWindow(after, scale)
+    share = jnp.broadcast_to((rate / scale).astype(jnp.float32), after.shape)
+    m = None
+    if len(keys) > 1:
+        m = (format.m_grid(before), format.m_grid(after), keys[1])
+    v = (format.v_grid(before).lowered(octaves), format.v_grid(after), share, keys[0])
+    return one_a_leaf(_Codes(format, *v, m), len(vs)), MomentWindow(after, scale)
 
 
 def _average(moment: jax.Array, x: jax.Array, rate: jax.Array) -> jax.Array:

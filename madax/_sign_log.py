@@ -1,7 +1,7 @@
 """Layer 2, geometry: an additive step in log|w|."""
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -111,15 +111,8 @@ def scale_by_sign_log(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         _, ws, ds, treedef = flatten_both(params, updates)
-        ds = [jnp.where(jnp.isfinite(d), d, 0) for d in map(widen, ds)]
         floors = per_leaf(additive_floors(floor, *state), ws)
-        us = [
-            w.format.log_step(w.codes, d)
-            if is_quantized(w)
-            else sign_log_update(w, d, f)
-            for w, d, f in zip(ws, ds, floors, strict=True)
-        ]
-        return treedef.unflatten(us), state
+        return treedef.unflatten(map(_update, ws, ds, floors)), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -133,13 +126,26 @@ def additive_floors(
     return jnp.where(jnp.isnan(floors), 0, floors)
 
 
-def sign_log_update(w: jax.Array, d: jax.Array, floor: jax.Array) -> jax.Array:
-    """The update that takes log-step ``d`` from ``w``; additive up to ``floor``."""
+@jax.jit
+def _update(w: Any, d: jax.Array, floor: jax.Array | None) -> jax.Array:
+    """The update that takes log-step ``d`` from ``w``; additive up to the floor."""
+    d = widen(d)
+    d = jnp.where(jnp.isfinite(d), d, 0)
+    if is_quantized(w):
+        return w.format.log_step(w.codes, d)
     x = widen(w)
     return jnp.where(
         jnp.abs(x) > floor,
-        x * expm1(jnp.where(x < 0, -d, d)),
+        x * _expm1(jnp.where(x < 0, -d, d)),
         floor * d,
+    )
+
+
+def _expm1(d: jax.Array) -> jax.Array:
+    # GPUs and TPUs have an instruction for most of it. Floats, unlike codes, need not
+    # be the same bits everywhere.
+    return jax.lax.platform_dependent(
+        jnp.clip(d, -87.0, 88.0), cpu=expm1, default=jnp.expm1
     )
 
 

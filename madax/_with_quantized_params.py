@@ -1,5 +1,6 @@
 """Any optax optimizer on parameters that are codes: decode, update, encode."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -7,11 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from madax._checks import check_seed
-from madax._leaves import check_code_scales, flatten_both, widen
+from madax._leaves import check_code_scales, flatten_both, one_a_leaf, widen
 from madax._lns_quantize import step_codes
 from madax._numerics import relative_to
 from madax._quantize_params import dequantize_params
-from madax._quantized_array import is_quantized
+from madax._quantized_array import QuantizedArray, is_quantized
 from madax._rounding import Rounding, check_rounding, leaf_keys, random_bits
 
 
@@ -88,14 +89,21 @@ def with_quantized_params(
         )
         us = treedef.flatten_up_to(updates)
         keys = leaf_keys(seed, state.count, paths, extra_args.get("layer"))
-        for i, (w, u) in enumerate(zip(ws, us, strict=True)):
-            if is_quantized(w):
-                bits = random_bits(keys[i], w.shape)
-                u = relative_to(w.scale, jnp.where(jnp.isfinite(u), widen(u), 0))
-                steps = w.format.add_step(w.codes, u)
-                sign = jnp.sign(w.format.decode(w.codes) + u)
-                us[i] = step_codes(w, steps, sign, rounding, bits)
+        for i, key in enumerate(one_a_leaf(keys, len(ws))):
+            if is_quantized(ws[i]):
+                us[i] = _rounded_sum(ws[i], us[i], key, rounding)
         count = jnp.asarray(optax.safe_increment(state.count))
         return treedef.unflatten(us), WithQuantizedParamsState(count, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@partial(jax.jit, static_argnums=3)
+def _rounded_sum(
+    w: QuantizedArray, u: jax.Array, key: jax.Array, rounding: Rounding
+) -> QuantizedArray:
+    """The step of codes that adds about ``u`` to their values; none if not finite."""
+    u = relative_to(w.scale, jnp.where(jnp.isfinite(u), widen(u), 0))
+    steps = w.format.add_step(w.codes, u)
+    sign = jnp.sign(w.format.decode(w.codes) + u)
+    return step_codes(w, steps, sign, rounding, random_bits(key, w.shape))

@@ -31,6 +31,8 @@ the oldest versions. ``.ci/run`` runs ``make test``, and two files on the oldest
 versions.
 ``mutants.py`` breaks madax in many places, and shows that ``make test`` fails of each.
 
+``quick_compiles`` is for files in which no bit depends on how a compiler optimises.
+
 For a new test: what guards a line of madax that nothing else does goes into
 ``make test``, once, at the smallest size. Compiling is what takes the time, so one
 program serves all cases that it can, and rates and data are its arguments.
@@ -39,6 +41,7 @@ program serves all cases that it can, and rates and data are its arguments.
 import os
 
 import jax
+import pytest
 from hypothesis import settings
 
 # Before anything asks JAX for its devices.
@@ -49,3 +52,11 @@ settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True
 settings.register_profile("nightly", deadline=None, max_examples=1000, print_blob=True)
 profile = "ci" if os.environ.get("CI") else "local"
 settings.load_profile(os.environ.get("MADAX_FUZZ") or profile)
+
+
+@pytest.fixture
+def quick_compiles():
+    """Compiles quickly what may run slowly."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

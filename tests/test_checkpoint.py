@@ -11,6 +11,8 @@ from helpers import assert_identical
 import madax
 from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 FORMATS = {
     "log": LogFormat.from_dynamic_range(8, 1000),
     "log16": LogFormat(16, 3e-4),

@@ -11,6 +11,8 @@ import pytest
 import madax
 from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 SHAPE = (6, 4, 5)
 FORMATS = [LogFormat(8, 0.05), SymlogFormat(16, 1 / 3), UniformFormat(4)]
 # One for all, as many as the channels of an axis or of two, and of a lower rank.

@@ -17,6 +17,8 @@ from flax.training import train_state
 
 import madax
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 FLAX = tuple(int(n) for n in re.findall(r"\d+", flax.__version__)[:2])
 needs_flax_0_12 = pytest.mark.skipif(
     FLAX < (0, 12), reason="nnx.Optimizer.update took no model, nnx.merge no copy"

@@ -16,6 +16,8 @@ from helpers import is_quantized, mostly_nightly
 import madax
 from madax import QuantizedArray, SymlogFormat
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 FLAX = tuple(int(n) for n in re.findall(r"\d+", flax.__version__)[:2])
 FMT = SymlogFormat(8, 1 / 3)
 WIDTH, LAYERS, WORDS, LENGTH = 8, 2, 24, 6

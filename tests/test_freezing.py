@@ -11,6 +11,8 @@ from helpers import is_quantized
 import madax
 from madax import SymlogFormat
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 FMT = SymlogFormat(16, 1 / 3)
 FROZEN = {"frozen": True, "moving": False, "bias": False}
 STEPS = 5

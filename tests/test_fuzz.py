@@ -294,7 +294,8 @@ class MomentGrid(NamedTuple):
 
 def moment_grids(bits, window):
     """Of v and m. Before a window is placed they have two bits less of mantissa."""
-    mantissa, v_highest, m_highest = bits - 6, 2**bits - 1, 2 ** (bits - 1) - 1
+    mantissa, m_highest = bits - 6, 2 ** (bits - 1) - 1
+    v_highest = min(2**bits - 1, 254 * 2 ** (mantissa - 2))
     if window:
         octave = window - 127
         # m is as high as the root of v; it has 32 octaves.
@@ -393,7 +394,7 @@ class Moments:
         self.grids[name].check(np.abs(new), np.abs(value) / unit, error / unit, name)
         if name == "v":  # no zero but the true one, or what a tiny b2 leaves of v
             assert np.all(new[value > error] > 0)
-            assert not np.any(new[value == 0])
+            assert not np.any(new[(value == 0) & (self.old[name] == 0)])
 
     def fits(self, value):
         """Where v does, and where it may."""

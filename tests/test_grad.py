@@ -13,6 +13,8 @@ from helpers import is_quantized, mostly_nightly
 import madax
 from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 WIDTH, LAYERS, WORDS = 16, 3, 40
 FORMATS = [LogFormat(8, 0.05), SymlogFormat(8, 1 / 3), UniformFormat(16)]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import FORMATS, raises
+from helpers import FORMATS, mostly_nightly, raises
 from test_meshes import EXACT_ADAM, different
 
 import madax
@@ -113,7 +113,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", mostly_nightly(OPTIMIZERS, "codes", "injected"))
 def test_it_is_the_ordinary_step(name):
     if name == "injected" and jax.__version_info__ < (0, 7):
         pytest.skip("the oldest optax makes hyperparameters integers, like codes")

@@ -12,6 +12,8 @@ from helpers import is_quantized, same
 import madax
 from madax import SymlogFormat
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 FMT = SymlogFormat(8, 1 / 3)
 WIDTH, LAYERS, WORDS = 8, 3, 24
 

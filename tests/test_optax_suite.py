@@ -19,6 +19,8 @@ import pytest
 
 import madax
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 # Madam as published: a weight keeps its sign and never leaves zero.
 PAPER = {"learning_rate": 0.01}
 # Additive up to the scale of a leaf at init, so a weight can cross zero. The bound

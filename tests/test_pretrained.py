@@ -9,6 +9,8 @@ import pytest
 import madax
 from madax import LogFormat, SymlogFormat, UniformFormat
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def outlier():
     """A thousand weights of rms 0.025, but for one of 0.5."""

@@ -16,6 +16,8 @@ import madax
 from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
 from madax._leaves import flatten
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 FMT = SymlogFormat(8)
 FORMATS = [LogFormat(8), FMT, UniformFormat(8)]
 

@@ -222,7 +222,7 @@ def test_leaves_of_one_shape_are_rounded_apart(transform):
         tx = optax.partition(
             {"x": madax.madam(0.02), "y": madax.madam(0.02)}, {"u": "x", "w": "y"}
         )
-        updates, _ = tx.update(grads, tx.init(params), params)
+        updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
         a, b = updates["u"].codes, updates["w"].codes
     else:
 
@@ -230,7 +230,7 @@ def test_leaves_of_one_shape_are_rounded_apart(transform):
             tx = madax.madam(0.02, seed=seed)
             return tx.update(grads, tx.init(params), params)[0]["u"].codes
 
-        a, b = jax.vmap(codes)(jnp.arange(2))
+        a, b = jax.jit(jax.vmap(codes))(jnp.arange(2))
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert 0.3 < np.mean(a != 0) < 0.5 and 0.3 < np.mean(b != 0) < 0.5
     assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) * 64 < SIGMAS

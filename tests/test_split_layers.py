@@ -10,6 +10,8 @@ from helpers import FORMATS, raises
 
 import madax
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 DEPTH, WIDTH, VOCABULARY = 3, 8, 16
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (4, 7))
 

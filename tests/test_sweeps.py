@@ -63,6 +63,7 @@ def resumed(killed):
     return raw, before
 
 
+@pytest.mark.nightly
 def test_a_killed_sweep_resumes_and_loses_nothing(resumed):
     raw, before = resumed
     done = before.count("\n")
@@ -72,6 +73,7 @@ def test_a_killed_sweep_resumes_and_loses_nothing(resumed):
     assert len(found) == len(set(found)) == RUNS
 
 
+@pytest.mark.nightly
 def test_nothing_is_run_twice(resumed, monkeypatch):
     raw, _ = resumed
     content = raw.read_bytes()
@@ -80,6 +82,7 @@ def test_nothing_is_run_twice(resumed, monkeypatch):
     assert raw.read_bytes() == content
 
 
+@pytest.mark.nightly
 def test_a_single_missing_run_is_run_again(resumed, tmp_path):
     raw, _ = resumed
     lines = raw.read_text().splitlines(keepends=True)
@@ -92,6 +95,7 @@ def test_a_single_missing_run_is_run_again(resumed, tmp_path):
     assert again["error"] == pytest.approx(lost["error"], abs=0.02)
 
 
+@pytest.mark.nightly
 def test_records_say_what_ran(resumed):
     runs = records.read(resumed[0])
     run = runs.iloc[0]
@@ -102,6 +106,7 @@ def test_records_say_what_ran(resumed):
     assert run["wall_s"] > 0 and run["metric"] == "accuracy"
 
 
+@pytest.mark.nightly
 def test_reports_are_those_of_the_records_to_the_digit(resumed, tmp_path, capsys):
     raw, _ = resumed
     (tmp_path / "runs.jsonl").write_bytes(raw.read_bytes())

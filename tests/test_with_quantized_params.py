@@ -11,6 +11,8 @@ from oracle import decode
 import madax
 from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 FORMATS = {
     "uniform": UniformFormat(8),
     "symlog": SymlogFormat(8, 0.1),

@@ -16,7 +16,10 @@ from helpers import jitted_step
 
 import madax
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*beyond p_scale")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*beyond p_scale"),
+    pytest.mark.usefixtures("quick_compiles"),
+]
 
 STEPS = 6
 FLOORED = {"b1": 0.9, "floor": 1.0, "p_scale": 1.5}

@@ -16,6 +16,8 @@ from optax import contrib
 
 import madax
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 FORMAT = madax.LogFormat.from_dynamic_range(bits=16, ratio=1e4)
 RATE = 0.05
 X = jax.random.normal(jax.random.key(1), (64, 8))
