@@ -386,6 +386,7 @@ def llama_figure(runs: pd.DataFrame) -> Figure:
                 middle,
                 [[middle - low], [high - middle]],
                 capsize=3,
+                elinewidth=1,
                 **style,
             )
             if run["name"] == BASELINE:
