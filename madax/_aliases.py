@@ -14,13 +14,14 @@ from madax._checks import (
     check_instance,
     check_learning_rate,
     check_positive,
+    check_state,
 )
 from madax._clip import clip_log_weights
 from madax._formats import Format, LogFormat, base_step_range
 from madax._lns_quantize import lns_quantize
 from madax._moments import MomentFormat
 from madax._rounding import Rounding
-from madax._second_moment import scale_by_second_moment
+from madax._second_moment import ScaleBySecondMomentState, scale_by_second_moment
 from madax._sign_log import scale_by_sign_log
 from madax._weight_decay import add_decayed_log_weights
 
@@ -141,6 +142,7 @@ def madam(
     )
 
     def update_fn(updates, state, params=None, **extra_args):
+        check_state(state[0], ScaleBySecondMomentState)
         # One count, so that XLA sees that both roundings hash the same numbers.
         count = {"count": state[0].count}
         return chain.update(updates, state, params, **(count | extra_args))

@@ -26,7 +26,7 @@ def check_number(
     """
     remedy = f"pass a number with {condition} (default: {default})"
     is_array = isinstance(value, (np.ndarray, np.generic, jax.Array))
-    # Of an unsigned number there is no negative, and JAX knows no long double.
+    # A rate may be negated, which unsigned numbers cannot. JAX has no long double.
     if isinstance(value, bool) or not (
         jnp.issubdtype(value.dtype, np.number)
         and not jnp.issubdtype(value.dtype, np.unsignedinteger)
@@ -85,9 +85,18 @@ def check_non_negative(name: str, value: Any, default: float) -> None:
     )
 
 
-def check_positive(name: str, value: Any, default: float | None) -> None:
-    """Raises unless ``value`` is positive; ``inf`` stands for no bound at all."""
-    check_number(name, value, lambda x: x > 0, f"{name} > 0", default)
+def check_positive(
+    name: str, value: Any, default: float | None, *, finite: bool = False
+) -> None:
+    """Raises unless ``value`` is positive; ``inf`` stands for no bound at all.
+
+    A grid must be ``finite``: it has a largest value.
+    """
+    if finite:
+        valid, rule = lambda x: 0 < x < math.inf, f"0 < {name} < inf"
+    else:
+        valid, rule = lambda x: x > 0, f"{name} > 0"
+    check_number(name, value, valid, rule, default)
 
 
 def leaf_name(tree_name: str, path: str) -> str:
@@ -119,11 +128,6 @@ def listed(items: Iterable[str], most: int = 8) -> str:
     items = list(items)
     more = [f"and {len(items) - most} more"] if len(items) > most else []
     return ", ".join([*items[:most], *more])
-
-
-def check_scale(name: str, value: Any, default: float | None) -> None:
-    """Raises unless ``value`` is positive and finite: a grid has a largest value."""
-    check_number(name, value, lambda x: 0 < x < math.inf, f"0 < {name} < inf", default)
 
 
 def check_float_leaf(tree_name: str, path: str, leaf: Any) -> None:
@@ -204,4 +208,14 @@ def check_seed(seed: Any) -> None:
         raise TypeError(
             f"seed must be an integer, got {seed!r} of type {type(seed).__name__}; "
             "pass an int, not a jax.random key (default: 0)."
+        )
+
+
+def check_state(state: Any, kind: type) -> None:
+    """Raises unless a state was made by ``init`` of this transform and version."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state must be a {kind.__name__}, got {type(state).__name__}; pass what "
+            "init returned; restore a checkpoint into that, with the version of madax "
+            "that wrote it."
         )

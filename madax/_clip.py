@@ -1,4 +1,4 @@
-"""Layer 2, geometry: the bound on |w|."""
+"""Geometry: the bound on |w|."""
 
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from madax._checks import (
     CLIPPED,
     check_non_negative,
     check_positive,
+    check_state,
     leaf_name,
     shares,
     warn_of_leaves,
@@ -105,6 +106,7 @@ def clip_log_weights(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
+        check_state(state, ClipLogWeightsState)
         _, ws, us, treedef = flatten_both(params, updates)
         bounds = weight_bounds(p_scale, *state)
         us = [

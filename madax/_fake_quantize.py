@@ -79,6 +79,5 @@ def _round_to_grid(x: jax.Array, format: Format | None) -> jax.Array:
         return x
     wide = widen(x)
     scale = jnp.max(jnp.abs(wide), initial=0)
-    relative = wide / jnp.where(scale > 0, scale, 1)
-    code = format.saturate(jnp.round(format.encode(relative)), jnp.sign(relative))
+    code = format.nearest(wide / jnp.where(scale > 0, scale, 1))
     return (scale * format.decode(code)).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Layer 3, storage: number formats, grids of signed integer codes.
+"""Storage: number formats, grids of signed integer codes.
 
 Everything here works on values relative to the scale, the value of the largest
 code, so in [-1, 1]; and on codes in [-levels, levels], odd and monotone in the
@@ -125,6 +125,10 @@ class Format(ABC):
         ``encode(decode(code) + u) - code``, with small steps exact: their digits
         must not be lost in the width of the code.
         """
+
+    def nearest(self, x: jax.Array) -> jax.Array:
+        """The codes nearest to values relative to the scale, float32; of NaN, NaN."""
+        return self.saturate(jnp.round(self.encode(x)), jnp.sign(x))
 
     def saturate(self, code: jax.Array, sign: jax.Array) -> jax.Array:
         """The nearest code there is to an integer, for a value of that sign."""

@@ -328,8 +328,8 @@ def _orderless_mean(x: jax.Array, axis: int) -> jax.Array:
     """The mean of numbers in [0, 1], the same bits in whatever order they are added.
 
     So a leaf has the same scale on one device and on a mesh, where partial sums of
-    floats would round differently. The numbers are cut into digits, as wide as leaves
-    their sum room in 32 bits, and the digits are added up as integers.
+    floats would round differently. Each number is cut into digits, and the digits are
+    added up as integers. They are narrow enough for the sum to fit 32 bits.
     """
     count = x.shape[axis]
     width = min(24, 32 - count.bit_length())

@@ -1,4 +1,4 @@
-"""Layer 3, storage: the transform that moves weights onto a grid of codes."""
+"""Storage: the transform that moves weights onto a grid of codes."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,8 +10,9 @@ import optax
 from madax._checks import (
     check_instance,
     check_non_negative,
-    check_scale,
+    check_positive,
     check_seed,
+    check_state,
 )
 from madax._clip import weight_bounds
 from madax._formats import Format
@@ -40,11 +41,11 @@ class LnsQuantizeState(NamedTuple):
     Attributes:
       count: number of steps taken, int32 scalar.
       scale: value of the largest code of each float leaf, float32, shape (number of
-        float leaves,), or () if there are none.
+        float leaves,), or () if there are none; None without a format for them.
     """
 
     count: jax.Array
-    scale: jax.Array
+    scale: Any
 
 
 def lns_quantize(
@@ -124,34 +125,50 @@ def lns_quantize(
     check_rounding(rounding)
     check_seed(seed)
     if p_scale is not None:
-        check_scale("p_scale", p_scale, None)
+        check_positive("p_scale", p_scale, None, finite=True)
     check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
-        first = initial_scales(params, zero_init_scale)
+        count = jnp.zeros([], jnp.int32)
+        first = initial_scales(params, zero_init_scale)  # refuses what it has to
+        if format is None:
+            return LnsQuantizeState(count, None)
         scale = weight_bounds(p_scale, first.rms0, first.peak0)
         scale = jnp.minimum(scale, jnp.finfo(scale.dtype).max)
-        return LnsQuantizeState(jnp.zeros([], jnp.int32), scale)
+        return LnsQuantizeState(count, scale)
 
     def update_fn(updates, state, params=None, *, layer=None, count=None, **extra_args):
         del extra_args
+        check_state(state, LnsQuantizeState)
         paths, ws, us, treedef = flatten_both(params, updates)
         steps = state.count if count is None else count
         keys = one_a_leaf(leaf_keys(seed, steps, paths, layer), len(ws))
-        scales = per_leaf(state.scale, ws)
+        scales = _scales(state, format, ws)
         leaves = zip(ws, us, scales, keys, strict=True)
-        out = [_rounded(*leaf, format, rounding) for leaf in leaves]
+        out = [_step_leaf(*leaf, format, rounding) for leaf in leaves]
         count = jnp.asarray(optax.safe_increment(state.count))
         return treedef.unflatten(out), LnsQuantizeState(count, state.scale)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _scales(state: LnsQuantizeState, format: Format | None, ws: list[Any]) -> list[Any]:
+    """The scale of each leaf's grid; None for those that have none."""
+    if format is None:
+        return [None] * len(ws)
+    if state.scale is None:
+        raise ValueError(
+            f"format is {format}, but the optimizer state was made without; call init "
+            "again."
+        )
+    return per_leaf(state.scale, ws)
+
+
 @partial(jax.jit, static_argnums=(4, 5))
-def _rounded(
+def _step_leaf(
     w: Any,
     u: jax.Array,
-    scale: jax.Array | None,
+    scale: Any,
     key: jax.Array,
     format: Format | None,
     rounding: Rounding,
@@ -243,7 +260,7 @@ def _step_on_grid(
     dtype = jnp.result_type(w)
     largest = largest_weight(dtype)  # float16 may not reach as far as the scale
     x, step, moved = (relative_to(scale, v) for v in (widen(w), widen(u), widen(w) + u))
-    code = format.saturate(jnp.round(format.encode(x)).astype(jnp.int32), jnp.sign(x))
+    code = format.nearest(x).astype(jnp.int32)
     value = format.decode(code)
     point = jnp.clip(scale * value, -largest, largest).astype(dtype)
     # A weight that is on the grid to within float rounding is on the grid: its step

@@ -1,4 +1,4 @@
-"""Layer 3, storage: the format of the optimizer's moments, small floats.
+"""Storage: the format of the optimizer's moments, small floats.
 
 The top bits of a float32 pattern are a grid that is logarithmic from octave to
 octave and uniform within one; adding random bits below the cut before cutting is

@@ -14,7 +14,7 @@ from madax._checks import (
     CLIPPED,
     check_float_leaf,
     check_instance,
-    check_scale,
+    check_positive,
     leaf_name,
     listed,
     shares,
@@ -118,7 +118,7 @@ def quantize_params(
             f"{type(where).__name__}."
         )
     if p_scale is not None:
-        check_scale("p_scale", p_scale, None)
+        check_positive("p_scale", p_scale, None, finite=True)
     axes = _channel_axes(channel_axis)
     tree, merge = _split_module(params)
     return merge(_quantize_tree(tree, format, where or _is_weight, p_scale, axes))
@@ -283,7 +283,7 @@ def _encode(
         scale = jnp.where(rms == 0, jnp.max(bound, initial=0), bound)
     scale = jnp.reshape(scale, jnp.shape(scale) or (1,) * w.ndim).astype(jnp.float32)
     x = relative_to(jnp.where(scale > 0, scale, 1), w)
-    code = format.saturate(jnp.round(format.encode(x)).astype(jnp.int32), jnp.sign(w))
+    code = format.nearest(x).astype(jnp.int32)
     facts = _Facts(
         jnp.max(peak, initial=0),
         jnp.min(scale, initial=jnp.inf),

@@ -1,4 +1,4 @@
-"""Layer 1, direction: the gradient over the root of its second moment."""
+"""Direction: the gradient over the root of its second moment."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from madax._checks import check_b1, check_decay, check_instance, check_seed
+from madax._checks import (
+    check_b1,
+    check_decay,
+    check_instance,
+    check_seed,
+    check_state,
+)
 from madax._leaves import flatten, flatten_like, one_a_leaf, path_names, zeros_like
 from madax._moments import MomentFormat, MomentGrid, MomentWindow, decayed
 from madax._numerics import (
@@ -110,6 +116,7 @@ def scale_by_second_moment(
 
     def update_fn(updates, state, params=None, *, layer=None, **extra_args):
         del params, extra_args
+        check_state(state, ScaleBySecondMomentState)
         with_path, treedef = jax.tree_util.tree_flatten_with_path(state.v)
         paths, vs = path_names([p for p, _ in with_path]), [v for _, v in with_path]
         gs = flatten_like(updates, treedef, "state.v", paths, vs)
@@ -158,7 +165,7 @@ def _step(
     m: jax.Array | None,
     g: jax.Array,
     rate: jax.Array,
-    b1_rate: jax.Array | None,
+    b1_rate: Any,
     correction: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The direction of a leaf, and its moments as they are stored from then on."""

@@ -1,4 +1,4 @@
-"""Layer 2, geometry: an additive step in log|w|."""
+"""Geometry: an additive step in log|w|."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from madax._checks import check_non_negative
+from madax._checks import (
+    check_non_negative,
+    check_state,
+)
 from madax._leaves import (
     check_code_scales,
     flatten_both,
@@ -110,6 +113,7 @@ def scale_by_sign_log(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
+        check_state(state, ScaleBySignLogState)
         _, ws, ds, treedef = flatten_both(params, updates)
         floors = per_leaf(additive_floors(floor, *state), ws)
         return treedef.unflatten(map(_update, ws, ds, floors)), state
@@ -127,7 +131,7 @@ def additive_floors(
 
 
 @jax.jit
-def _update(w: Any, d: jax.Array, floor: jax.Array | None) -> jax.Array:
+def _update(w: Any, d: jax.Array, floor: Any) -> jax.Array:
     """The update that takes log-step ``d`` from ``w``; additive up to the floor."""
     d = widen(d)
     d = jnp.where(jnp.isfinite(d), d, 0)

@@ -1,4 +1,4 @@
-"""Layer 1, direction: decay of the weights, as a part of the log-step."""
+"""Direction: decay of the weights, as a part of the log-step."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from madax._checks import check_non_negative
+from madax._checks import (
+    check_non_negative,
+    check_state,
+)
 from madax._leaves import flatten_both, initial_scales, per_leaf, widen
 from madax._numerics import relative_to, rounded
 from madax._quantized_array import is_quantized
@@ -88,6 +91,7 @@ def add_decayed_log_weights(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
+        check_state(state, AddDecayedLogWeightsState)
         _, ws, ds, treedef = flatten_both(params, updates)
         floors = per_leaf(additive_floors(floor, *state), ws)
         ds = [

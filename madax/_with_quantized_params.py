@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from madax._checks import check_seed
+from madax._checks import (
+    check_seed,
+    check_state,
+)
 from madax._leaves import check_code_scales, flatten_both, one_a_leaf, widen
 from madax._lns_quantize import step_codes
 from madax._numerics import relative_to
@@ -82,6 +85,7 @@ def with_quantized_params(
         return WithQuantizedParamsState(jnp.zeros([], jnp.int32), inner.init(decoded))
 
     def update_fn(updates, state, params=None, **extra_args):
+        check_state(state, WithQuantizedParamsState)
         paths, ws, _, treedef = flatten_both(params, updates)
         decoded = dequantize_params(params)
         updates, inner_state = inner.update(

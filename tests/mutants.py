@@ -31,12 +31,13 @@ MUTANTS = {
             "bad_input",
         ),
         ("0 <= x < 1, f", "0 <= x <= 1, f", "bad_input"),
-        ("lambda x: x > 0,", "lambda x: x >= 0,", "bad_input"),
+        ("lambda x: x > 0, f", "lambda x: x >= 0, f", "bad_input"),
         ("lowest * (1 - 1e-5)", "lowest * (1 - 0.5)", "bad_input_formats"),
         ("or np.shape(seed) != ()\n", "", "bad_input_formats"),
         ("if jnp.issubdtype(dtype, jnp.complexfloating):", "if False:", "bad_input"),
     ],
     "_formats": [
+        ("jnp.round(self.encode(x))", "jnp.floor(self.encode(x))", "quantized bbit"),
         ("jnp.clip(magnitude, 1, self.levels)\n\n", "magnitude\n\n", "formats"),
         ("(jnp.abs(c) - self.levels)", "(jnp.abs(c) - self.levels + 1)", "formats"),
         ("new_sign == sign", "new_sign != sign", "formats"),
@@ -154,7 +155,7 @@ MUTANTS = {
             "if True:",
             "bad_input_formats",
         ),
-        ("jnp.round(format.encode(x))", "jnp.floor(format.encode(x))", "quantized"),
+        ("format.nearest(x)", "format.nearest(0.9 * x)", "quantized"),
     ],
     "_quantized_array": [
         ("return codes == format.step_dtype", "return True", "wrappers_training"),

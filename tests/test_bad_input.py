@@ -137,7 +137,7 @@ TRANSFORMS = {
     "second_moment": madax.scale_by_second_moment(),
     "sign_log": madax.scale_by_sign_log(),
     "clip": madax.clip_log_weights(),
-    "lns_quantize": madax.lns_quantize(),
+    "lns_quantize": madax.lns_quantize(madax.LogFormat(8)),
 }
 EVERY = pytest.mark.parametrize("tx", TRANSFORMS.values(), ids=TRANSFORMS)
 NEEDS_PARAMS = pytest.mark.parametrize(
@@ -187,6 +187,23 @@ def test_floats_in_which_updates_are_lost(tx, dtype):
 def test_missing_params(tx):
     with raises(ValueError, "params is None", "update(grads, state, params)"):
         tx.update(TREE, tx.init(TREE))
+
+
+@NEEDS_PARAMS
+def test_a_state_of_another_layout(tx):
+    """As a checkpoint that is restored into nothing is dictionaries."""
+    state = tx.init(TREE)
+    parts = state if type(state) is tuple else (state,)
+    layouts = [s._asdict() if hasattr(s, "_asdict") else s for s in parts]
+    state = tuple(layouts) if type(state) is tuple else layouts[0]
+    with raises(TypeError, "state must be a ", "got dict", "version of madax"):
+        tx.update(TREE, state, TREE)
+
+
+def test_a_grid_for_a_state_without():
+    state = madax.lns_quantize().init(TREE)
+    with raises(ValueError, "format is LogFormat(", "made without", "init again"):
+        madax.lns_quantize(madax.LogFormat(8)).update(TREE, state, TREE)
 
 
 MISMATCHES = {

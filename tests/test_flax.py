@@ -1,4 +1,4 @@
-"""Madam in flax: linen and nnx, with networks as people write them.
+"""Madam in flax: linen and nnx, with ordinary networks.
 
 They start with leaves of zeros: biases, the last layer, the gate of a residual branch.
 """
