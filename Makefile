@@ -11,7 +11,8 @@ AWAY := $(abspath build/away)
 # Where the wheel's tests are found, when it is tested.
 TESTS ?= tests
 
-.PHONY: demo notebooks test test-wheel test-floor test-matrix test-nightly lint
+.PHONY: demo notebooks docs test test-wheel test-sdist test-floor test-matrix
+.PHONY: test-nightly lint hooks
 .PRECIOUS: $(VENV)/.%
 .DELETE_ON_ERROR:
 
@@ -21,6 +22,12 @@ demo: $(VENV)/.demo
 # The notebooks are made from their scripts, and keep what they print and draw.
 notebooks: $(VENV)/.notebooks
 	cd notebooks && $(abspath $(BIN))/jupytext --to ipynb --execute *.py
+
+# All pages anew, and a warning is an error. Links are relative: any static host does.
+docs: $(VENV)/.docs
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees -E docs build/docs
+	@echo "Pages: build/docs/index.html"
 
 # What runs before every commit; tests/conftest.py says what is left for the night.
 test: $(VENV)/.test
@@ -44,9 +51,16 @@ test-wheel:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		-c $(CONSTRAINTS) "$$(echo build/wheel/*.whl)[test]"
 	mkdir -p $(AWAY)
-	cp -r tests benchmarks notebooks README.md pyproject.toml $(AWAY)
+	cp -r tests benchmarks docs notebooks *.md CITATION.cff pyproject.toml $(AWAY)
 	cd $(AWAY) && $(abspath $(BIN))/python -m pytest -n auto --dist loadfile \
 		--pyargs $(TESTS) madax
+
+# The source distribution, unpacked, can test itself.
+test-sdist: $(VENV)/.sdist
+	rm -rf build/sdist
+	$(BIN)/python -m build --sdist --outdir build/sdist
+	tar -xzf build/sdist/*.tar.gz -C build/sdist --strip-components 1
+	$(MAKE) -C build/sdist test
 
 # The oldest JAX, optax and Flax that pyproject.toml allows, under the wheel.
 test-floor:
@@ -73,6 +87,10 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
+
+# Git runs ruff, pyrefly and jupytext at every commit from now on.
+hooks: $(VENV)/.lint
+	$(BIN)/pre-commit install
 
 # One stamp an extra, renewed when pyproject.toml changes.
 $(VENV)/.%: pyproject.toml

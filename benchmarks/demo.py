@@ -48,15 +48,18 @@ def demo(out: Path = Path("benchmarks/results/demo"), *, smoke: bool = False) ->
             place = {"multiplier": MULTIPLIERS[rates.index(run["rate"])]}
             records.append(raw, fixed | place | run | measured)
 
-    demo_report(out)
-    print(f"\n{demo_table(records.read(raw))}\n")
+    print(f"\n{demo_report(out)}\n")
     print(f"Test accuracy, the median of {budget.seeds} seeds.")
     print(f"Figure:  {image}\nRecords: {raw}")
 
 
-def demo_report(folder: Path) -> None:
-    """Draws demo.png from the records alone."""
-    save(demo_figure(records.read(folder / "demo.jsonl")), folder / "demo.png")
+def demo_report(folder: Path) -> str:
+    """Writes demo.md and demo.png from the records alone; returns the table."""
+    runs = records.read(folder / "demo.jsonl")
+    table = demo_table(runs)
+    (folder / "demo.md").write_text(f"{table}\n", encoding="utf-8")
+    save(demo_figure(runs), folder / "demo.png")
+    return table
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:

@@ -18,10 +18,7 @@ from madax._second_moment import ScaleBySecondMomentState, scale_by_second_momen
 from madax._sign_log import ScaleBySignLogState, scale_by_sign_log
 from madax._split_layers import SplitLayers, split_layers
 from madax._weight_decay import AddDecayedLogWeightsState, add_decayed_log_weights
-from madax._with_quantized_params import (
-    WithQuantizedParamsState,
-    with_quantized_params,
-)
+from madax._with_quantized_params import WithQuantizedParamsState, with_quantized_params
 
 __version__ = _version("madax")
 

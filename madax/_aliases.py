@@ -1,5 +1,7 @@
 """The optimizers: chains of the transforms, one screen long each."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any

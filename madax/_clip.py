@@ -1,5 +1,7 @@
 """Geometry: the bound on |w|."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -18,14 +20,13 @@ from madax._checks import (
 from madax._leaves import (
     flatten,
     flatten_both,
-    initial_scales,
     known_values,
     largest_weight,
     per_leaf,
-    share_beyond,
     widen,
 )
 from madax._quantized_array import is_quantized
+from madax._scales import initial_scales, share_beyond
 
 
 class ClipLogWeightsState(NamedTuple):

@@ -142,11 +142,11 @@ class LogFormat(Format):
 
     .. math::
 
-      |w| = \text{scale} \cdot e^{-\text{base\_step}\,(\text{levels} - |c|)},
+      |w| = \text{scale} \cdot e^{-\mathrm{base\_step}\,(\text{levels} - |c|)},
       \qquad c = 0 \Leftrightarrow w = 0
 
     A log-step is an addition of codes: with the sign in the code,
-    :math:`c' = c + d / \text{base\_step}` is
+    :math:`c' = c + d / \mathrm{base\_step}` is
     :math:`w' = w\, e^{\mathrm{sign}(w)\, d}`. A non-zero value never rounds to
     zero; Madam never moves a zero, and never changes a sign.
 
@@ -285,8 +285,8 @@ class SymlogFormat(Format):
 
     .. math::
 
-      w = \text{scale} \cdot \text{linear\_range} \cdot \sinh(c \cdot \text{step}),
-      \qquad \text{step} = \mathrm{asinh}(1/\text{linear\_range}) / \text{levels}
+      w &= \text{scale} \cdot \mathrm{linear\_range} \cdot \sinh(c \cdot \text{step})
+      \\ \text{step} &= \mathrm{asinh}(1 / \mathrm{linear\_range}) / \text{levels}
 
     Multiplicative where that matters, and able to cross zero: the native
     counterpart of ``floor``. A log-step is again an addition of codes,

@@ -1,5 +1,7 @@
 """Storage: the transform that moves weights onto a grid of codes."""
 
+from __future__ import annotations
+
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,14 +18,7 @@ from madax._checks import (
 )
 from madax._clip import weight_bounds
 from madax._formats import Format
-from madax._leaves import (
-    flatten_both,
-    initial_scales,
-    largest_weight,
-    one_a_leaf,
-    per_leaf,
-    widen,
-)
+from madax._leaves import flatten_both, largest_weight, one_a_leaf, per_leaf, widen
 from madax._numerics import relative_to, straight_through
 from madax._quantized_array import QuantizedArray, is_quantized
 from madax._rounding import (
@@ -33,6 +28,7 @@ from madax._rounding import (
     random_bits,
     round_steps,
 )
+from madax._scales import initial_scales
 
 
 class LnsQuantizeState(NamedTuple):

@@ -1,5 +1,7 @@
 """From trees of floats to trees of codes, and back."""
 
+from __future__ import annotations
+
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -21,9 +23,10 @@ from madax._checks import (
     warn_of_leaves,
 )
 from madax._formats import Format
-from madax._leaves import awaited, path_names, root_mean_square, share_beyond, widen
+from madax._leaves import awaited, path_names, widen
 from madax._numerics import relative_to
 from madax._quantized_array import QuantizedArray, is_quantized
+from madax._scales import root_mean_square, share_beyond
 
 # Paths of what is no weight matrix, whatever its rank: biases of attention have two
 # axes, and every leaf of a stack of layers has one more.

@@ -1,5 +1,7 @@
 """Direction: the gradient over the root of its second moment."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,23 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from madax._checks import (
-    check_b1,
-    check_decay,
-    check_instance,
-    check_seed,
-    check_state,
-)
+from madax._checks import check_b1, check_decay, check_instance, check_seed, check_state
 from madax._leaves import flatten, flatten_like, one_a_leaf, path_names, zeros_like
 from madax._moments import MomentFormat, MomentGrid, MomentWindow, decayed
-from madax._numerics import (
-    exp,
-    expm1,
-    log1p,
-    over_root,
-    rounded,
-    straight_through,
-)
+from madax._numerics import exp, expm1, log1p, over_root, rounded, straight_through
 from madax._rounding import leaf_keys, random_bits
 
 
@@ -160,7 +149,7 @@ def scale_by_second_moment(
 # One program a shape: leaves that are alike are traced and lowered once.
 @jax.jit
 def _step(
-    storage: "_Floats | _Codes",
+    storage: _Floats | _Codes,
     v: jax.Array,
     m: jax.Array | None,
     g: jax.Array,

@@ -1,5 +1,7 @@
 """Geometry: an additive step in log|w|."""
 
+from __future__ import annotations
+
 import warnings
 from typing import Any, NamedTuple
 
@@ -7,20 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from madax._checks import (
-    check_non_negative,
-    check_state,
-)
-from madax._leaves import (
-    check_code_scales,
-    flatten_both,
-    initial_scales,
-    known_values,
-    per_leaf,
-    widen,
-)
+from madax._checks import check_non_negative, check_state
+from madax._leaves import flatten_both, known_values, per_leaf, widen
 from madax._numerics import expm1
 from madax._quantized_array import is_quantized
+from madax._scales import check_code_scales, initial_scales
 
 
 class ScaleBySignLogState(NamedTuple):

@@ -1,5 +1,7 @@
 """Direction: decay of the weights, as a part of the log-step."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,13 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from madax._checks import (
-    check_non_negative,
-    check_state,
-)
-from madax._leaves import flatten_both, initial_scales, per_leaf, widen
+from madax._checks import check_non_negative, check_state
+from madax._leaves import flatten_both, per_leaf, widen
 from madax._numerics import relative_to, rounded
 from madax._quantized_array import is_quantized
+from madax._scales import initial_scales
 from madax._sign_log import additive_floors
 
 

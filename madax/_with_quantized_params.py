@@ -1,5 +1,7 @@
 """Any optax optimizer on parameters that are codes: decode, update, encode."""
 
+from __future__ import annotations
+
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -7,16 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from madax._checks import (
-    check_seed,
-    check_state,
-)
-from madax._leaves import check_code_scales, flatten_both, one_a_leaf, widen
+from madax._checks import check_seed, check_state
+from madax._leaves import flatten_both, one_a_leaf, widen
 from madax._lns_quantize import step_codes
 from madax._numerics import relative_to
 from madax._quantize_params import dequantize_params
 from madax._quantized_array import QuantizedArray, is_quantized
 from madax._rounding import Rounding, check_rounding, leaf_keys, random_bits
+from madax._scales import check_code_scales
 
 
 class WithQuantizedParamsState(NamedTuple):

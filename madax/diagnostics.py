@@ -5,6 +5,8 @@ Every function returns scalars, or small vectors, keyed by the path of a leaf
 quantised ones, which count by their values.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
@@ -14,16 +16,10 @@ import optax
 
 from madax._checks import check_positive
 from madax._clip import ClipLogWeightsState, weight_bounds
-from madax._leaves import (
-    entries,
-    flatten,
-    flatten_like,
-    per_leaf,
-    split_peak,
-    widen,
-)
+from madax._leaves import entries, flatten, flatten_like, per_leaf, widen
 from madax._quantize_params import dequantize_params
 from madax._quantized_array import is_quantized
+from madax._scales import split_peak
 
 __all__ = [
     "code_occupancy",

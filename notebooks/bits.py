@@ -17,6 +17,9 @@
 # How few bits a weight needs, when there is no other copy of it. A format is a grid of
 # values; a step that is smaller than the grid has to be rounded. What matters is, in
 # this order: how it is rounded, how many bits there are, and which grid they make.
+#
+# It reads the records of this repository, with its `benchmarks`: run it in a clone. To
+# copy from, take the notebook *quick_start*.
 
 # %%
 import os

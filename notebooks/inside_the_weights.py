@@ -18,6 +18,9 @@
 # nearly independent makes a bell curve of $\log|w|$, that is a log-normal distribution
 # of weights, as one finds in the sizes of synapses. This notebook looks at what Madam
 # does to weights, in float32 and on codes of 8 bits, with Adam beside it.
+#
+# It takes its data and network from this repository's `benchmarks`: run it in a clone.
+# To copy from, take the notebook *quick_start*.
 
 # %%
 import os

@@ -18,6 +18,9 @@
 # and gradients. So one rate should suit very different networks: does it? The records
 # of `python -m benchmarks lr-sensitivity` and `no-tuning` answer for eight networks;
 # a small sweep below shows where the answer comes from.
+#
+# It reads the records of this repository, with its `benchmarks`: run it in a clone. To
+# copy from, take the notebook *quick_start*.
 
 # %%
 import os

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import madax
 from madax import LogFormat, MomentFormat, SymlogFormat, UniformFormat
@@ -110,3 +111,17 @@ def raises(kind, *parts):
     """An error of that kind which holds each part, in order, and says what to do."""
     pattern = ".*".join(map(re.escape, parts))
     return pytest.raises(kind, match=f"(?s)(?=.*{pattern}).*{REMEDY}")
+
+
+# Since 0.12 there are nnx.List and updates of a model by its optimizer.
+examples_of_flax = pytest.mark.skipif(
+    not hasattr(nnx, "List"), reason="the examples are for Flax 0.12 or newer"
+)
+
+
+def run_examples(page):
+    """Runs a page's blocks of Python one after the other, as if pasted; the names."""
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    return names

@@ -61,12 +61,14 @@ MUTANTS = {
         ("largest - float(info.eps) * 2.0 ** (exponent - 1)", "largest", "faults"),
         ("vector.shape != entries(len(floats))", "False", "bad_input_formats"),
         ("(leaves,) if leaves else ()", "(leaves,)", "checkpoint"),
+        ("== jnp.float64\n", "== jnp.int8\n", "dtypes"),
+    ],
+    "_scales": [
         ("if not np.isfinite(value):", "if False:", "bad_input"),
         ("jnp.full_like(peak, 0.25)", "0 * peak", "quantized_array"),
         ("jnp.sum(digit.astype(jnp.uint32)", "jnp.sum(digit", "meshes many_weights"),
         ("jnp.where(peak > 1, 0.125, 1.0)", "jnp.ones_like(peak)", "faults"),
         ("2 * power <= largest", "False", "properties"),
-        ("== jnp.float64\n", "== jnp.int8\n", "dtypes"),
     ],
     "_numerics": [
         ("jnp.clip(x, -87.0, 88.0)", "jnp.clip(x, -87.0, 89.0)", "numerics"),

@@ -1,29 +1,31 @@
 """The README's examples run, and name what there is."""
 
+import inspect
 import re
 from pathlib import Path
 
-import jax
 import numpy as np
+import pytest
+from helpers import examples_of_flax, run_examples
 
 import madax
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
+@examples_of_flax
 def test_examples_run_and_train():
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(block, names)  # one after the other, as a reader would paste them
-        if "loss_before" not in names:
-            assert names["loss"](names["params"]) < 1e-3
-            names["loss_before"] = np.log(10)
-    params = names["params"]
-    assert isinstance(params["kernel"], madax.QuantizedArray)
-    final = names["loss"](madax.dequantize_params(params), names["x"], names["y"])
-    assert final < 0.9 * names["loss_before"]
-    stored = sum(x.nbytes for x in jax.tree.leaves((params, names["state"][0].v)))
-    assert stored < 2.2 * (64 * 10 + 10)
+    names = run_examples(README)
+    assert names["loss"](names["params"]) < 1e-3
+    assert isinstance(names["model"].hidden.kernel.get_value(), madax.QuantizedArray)
+    assert names["nnx_loss"](names["model"], names["x"], names["y"]) < 0.9 * np.log(10)
+    assert np.isfinite(names["value"])
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 150
 
 
 def test_names_mentioned_exist():
@@ -38,6 +40,12 @@ def test_every_public_name_is_documented_with_an_example():
         assert documented.__doc__
         exempt = is_tuple or name in ("Format", "diagnostics")
         assert exempt or ">>>" in documented.__doc__, name
+
+
+def test_help_opens_with_a_readable_signature():
+    for name in sorted(set(madax.__all__) - {"diagnostics"}):
+        signature = str(inspect.signature(getattr(madax, name)))
+        assert "complex" not in signature, f"{name}: annotations are to be strings"
 
 
 def test_local_links_lead_somewhere():

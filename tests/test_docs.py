@@ -1,0 +1,96 @@
+"""The pages: examples run, links lead somewhere, and nothing is left out."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import examples_of_flax, run_examples
+
+import madax
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {
+    str(path.relative_to(DOCS)): path.read_text(encoding="utf-8")
+    for path in sorted(DOCS.rglob("*.md"))
+}
+EXAMPLES = [name for name, page in PAGES.items() if "```python" in page]
+TRAINED = {"formats.md", "flax.md", "layerwise.md"}  # Have tests of their own.
+INCLUDED = {
+    (DOCS / name).parent.joinpath(target).resolve()
+    for name, page in PAGES.items()
+    for target in re.findall(r"```{include} (\S+)", page)
+}
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+def test_plain_trees_train_on_two_bytes_a_weight():
+    names = run_examples(PAGES["formats.md"])
+    params = names["params"]
+    assert isinstance(params["kernel"], madax.QuantizedArray)
+    assert names["loss"](params, names["x"], names["y"]) < 0.9 * np.log(10)
+    stored = sum(x.nbytes for x in jax.tree.leaves((params, names["state"][0].v)))
+    assert stored < 2.2 * (64 * 10 + 10)
+
+
+@examples_of_flax
+def test_a_flax_model_trains_and_is_loaded():
+    names = run_examples(PAGES["flax.md"])
+    assert names["value"] < 0.9 * names["first"] and np.isfinite(names["linen_value"])
+    names["model"].eval()
+    assert np.array_equal(names["logits"], names["model"](names["x"]))
+
+
+@examples_of_flax
+def test_layers_train():
+    names = run_examples(PAGES["layerwise.md"])
+    assert names["value"] < 0.9 * np.log(16)
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in TRAINED])
+def test_other_examples_run(name):
+    run_examples(PAGES[name])
+
+
+def test_names_mentioned_exist():
+    for name, page in PAGES.items():
+        for found in re.findall(r"\bmadax\.(?!css)([a-z]\w+)", page):
+            assert hasattr(madax, found), f"{name}: madax.{found}"
+
+
+def test_local_links_lead_somewhere():
+    pages = PAGES | {
+        "../CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    }
+    for name, page in pages.items():
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", page):
+            assert (DOCS / name).parent.joinpath(target).exists(), f"{name}: {target}"
+    assert all(path.exists() for path in INCLUDED)
+
+
+def test_every_page_is_in_the_contents():
+    contents = set(re.findall(r"^([\w/-]+)$", PAGES["index.md"], re.MULTILINE))
+    pages = {name.removesuffix(".md") for name in PAGES} - {"index"}
+    books = {f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert contents == pages | books
+
+
+def test_every_public_name_is_on_an_api_page():
+    api = "".join(page for name, page in PAGES.items() if name.startswith("api/"))
+    named = re.findall(r"^\.\. auto\w+:: madax\.(\w+)$", api, re.MULTILINE)
+    assert sorted(named) == sorted(madax.__all__)
+
+
+def test_every_module_is_on_the_map():
+    _, modules = PAGES["how-it-is-built.md"].split("## The modules")
+    there = {path.stem for path in Path(madax.__file__).parent.glob("*.py")}
+    named = set(re.findall(r"^\| `(\w+)` \|", modules, re.MULTILINE))
+    assert named | {"__init__"} == there
+
+
+def test_every_table_of_results_is_on_a_page():
+    tables = (ROOT / "benchmarks" / "results").rglob("*.md")
+    assert {path for path in tables if "smoke" not in path.parts} <= INCLUDED
