@@ -102,7 +102,10 @@ CHIPS = {
             256: ("v5e:16x16", {}),
         },
     ),
-    "TPU v5p": Chip(int(95.74 * 2**30), {4: ("v5:2x2x1", {})}),
+    "TPU v5p": Chip(
+        int(95.74 * 2**30),
+        {1: ("v5:1x1x1", {"chips_per_host_bounds": (1, 1, 1)}), 4: ("v5:2x2x1", {})},
+    ),
     "TPU v6e": Chip(
         int(31.25 * 2**30), {1: ("v6e:1x1", {"chips_per_host_bounds": (1, 1, 1)})}
     ),

@@ -76,18 +76,17 @@ def jobs(profile: str) -> Iterator[Job]:
     yield Job("Llama-2 70B", "TPU v5e", chips=256)
     yield Job("Llama-2 70B", "H100", chips=8)
     yield Job("Llama-2 7B", "H100", chips=8)
-    yield Job("Llama-2 70B", "B200", length=4096)
+    yield Job("Llama-2 70B", "B200", length=2048)
+    yield Job("Llama-2 13B", "H100")
     yield Job("Llama-2 13B", "TPU v6e")
-    yield Job("CodeLlama 34B", "TPU v5p")
-    for model, chip in (
-        ("Llama-2 7B", "RTX 4090"),
-        ("Llama-2 13B", "H100"),
-        ("CodeLlama 34B", "H100"),
-        ("Llama-2 70B", "H200"),
-        ("Llama-2 7B", "TPU v5e"),
+    yield Job("CodeLlama 34B", "TPU v5p", length=2048)
+    for model, chip, first in (
+        ("Llama-2 7B", "RTX 4090", 11),
+        ("CodeLlama 34B", "H100", 12),
+        ("Llama-2 70B", "H200", 12),
     ):
         # As far as it fits: what is longer than one that does not is left out.
-        for power in range(11, 18):
+        for power in range(first, 18):
             yield Job(model, chip, length=2**power)
 
 
@@ -255,10 +254,16 @@ def fit_table(runs: pd.DataFrame) -> str:
         "compiled for, not run. GB are 10^9 bytes of each chip.\n\n"
         "**One chip:**\n\n"
     )
-    one = runs[runs["chips"] == 1].sort_values(
-        ["parameters", "chip", "way", "length"], kind="stable"
-    )
-    text += markdown([_row(run) for run in one.to_dict("records")])
+    job = ["parameters", "chip", "way"]
+    one = runs[runs["chips"] == 1].sort_values([*job, "length"], kind="stable")
+    first = one.drop_duplicates(job)
+    text += markdown([_row(run) for run in first.to_dict("records")])
+    longer = one[one.duplicated(job, keep=False)]
+    if len(longer):
+        text += (
+            "\n\n**Longer sequences**, of powers of two as far as one does not fit:\n\n"
+            + markdown([_row(run) for run in longer.to_dict("records")])
+        )
     many = runs[runs["chips"] > 1]
     if len(many):
         rows = [

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ SYMLOG_8 = madax.SymlogFormat(bits=8, linear_range=1 / 3)
 SYMLOG_16 = madax.SymlogFormat(bits=16, linear_range=1 / 3)
 V_8 = madax.MomentFormat(bits=8)
 ADAM_RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
-MADAM_RATES = (0.01, 0.02, 0.03, 0.05, 0.1)
+MADAM_RATES = (0.01, 0.015, 0.02, 0.03, 0.05)
 
 
 def _adamw(rate: Any) -> optax.GradientTransformation:
@@ -36,8 +37,28 @@ def _adamw(rate: Any) -> optax.GradientTransformation:
     )
 
 
+def _madam(
+    rate: Any, b2: float = 0.99, b1: float | None = None
+) -> optax.GradientTransformation:
+    return madax.madam(rate, b2, b1=b1, moment_format=V_8)
+
+
 def _codes_adam(rate: Any) -> optax.GradientTransformation:
     return madax.with_quantized_params(optax.adam(rate))
+
+
+def _flash_adamw(rate: Any) -> optax.GradientTransformation:
+    from flashoptim_jax import flash_adamw  # pyrefly: ignore[missing-import]
+
+    # Its kernels are for GPUs; this is the same in plain JAX.
+    flash = flash_adamw(rate, weight_decay=0.1, fused=False)
+
+    def update(updates, state, params=None):
+        after, state = flash.step(params, state, updates)
+        return jax.tree.map(jnp.subtract, after, params), state
+
+    tx = optax.GradientTransformation(flash.init, update)
+    return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +80,16 @@ class Row:
 
 ROWS = {
     "AdamW float32": Row(_adamw, ADAM_RATES),
-    "AdamW bfloat16": Row(_adamw, ADAM_RATES, params=jnp.bfloat16),
-    "madam 8 bits": Row(partial(madax.madam, moment_format=V_8), MADAM_RATES, SYMLOG_8),
-    "madam 8 bits, b1": Row(
-        partial(madax.madam, moment_format=V_8, b1=0.9, b2=0.99), MADAM_RATES, SYMLOG_8
-    ),
-    "madam 16 bits": Row(
-        partial(madax.madam, moment_format=V_8), MADAM_RATES, SYMLOG_16
-    ),
-    "adam on 8 bits": Row(_codes_adam, ADAM_RATES, SYMLOG_8),
+    "madam 8 bits": Row(_madam, MADAM_RATES, SYMLOG_8),
+    "madam 8 bits, b1": Row(partial(_madam, b1=0.9), MADAM_RATES[1:4], SYMLOG_8),
+    "madam 16 bits": Row(_madam, MADAM_RATES[1:4], SYMLOG_16),
+    "adam on 8 bits": Row(_codes_adam, ADAM_RATES[1:4], SYMLOG_8),
+    "AdamW bfloat16": Row(_adamw, ADAM_RATES[1:4], params=jnp.bfloat16),
 }
+if find_spec("flashoptim_jax") is not None:
+    ROWS["FlashAdamW"] = Row(_flash_adamw, ADAM_RATES[1:4], params=jnp.bfloat16)
 BASELINE = "AdamW float32"
+LONG = (BASELINE, "madam 8 bits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +104,8 @@ class Budget:
       batch: sequences in a step.
       length: tokens in a sequence.
       seeds: of the best rate of each row; the others have one.
-      rates: of each row, how many to try, the middle ones.
+      rates: of each row, how many to try at most, the middle ones; unless it is one,
+        others follow until the best is between two.
       dtype: of weights in the network.
     """
 
@@ -110,7 +131,8 @@ class Budget:
 
 PROFILES = {
     "smoke": Budget(2, 32, 20, 2, 4, 32, seeds=1, rates=1),
-    "quick": Budget(4, 128, 300, 6, 8, 128, seeds=3),
+    "quick": Budget(4, 128, 300, 6, 4, 128, seeds=3),
+    "long": Budget(4, 128, 2000, 10, 4, 128, seeds=3, rates=2),
     "full": Budget(12, 512, 5000, 20, 32, 512, seeds=3, dtype="bfloat16"),
 }
 
@@ -119,7 +141,7 @@ PROFILES = {
 def llama(
     out: Path | None = None,
     *,
-    profile: Literal["smoke", "quick", "full"] = "quick",
+    profile: Literal["smoke", "quick", "long", "full"] = "quick",
     text: tuple[str, ...] = ("pydoc",),
     rows: tuple[str, ...] = (),
 ) -> None:
@@ -132,10 +154,12 @@ def llama(
     Args:
         out: Folder for llama.jsonl, .md and .png; by default
             benchmarks/results/llama/ and the profile.
-        profile: smoke takes a minute, quick an hour on two CPU cores, full is for a
-            GPU.
-        text: Texts to train on: pydoc, which comes with CPython, or paths of files.
-        rows: Names of optimizers; by default all.
+        profile: smoke takes a minute; quick, and long of two rows, half an hour a text
+            on one CPU core; full is for a GPU.
+        text: Texts to train on: pydoc and stdlib, which come with CPython, or paths of
+            files.
+        rows: Names of optimizers; by default all, FlashAdamW where its package is
+            there (``pip install madax[rivals]``); two of the long profile.
     """
     folder = out or Path("benchmarks/results/llama") / profile
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +168,7 @@ def llama(
     if unknown:
         raise ValueError(f"rows must be of {list(ROWS)}, got {unknown}")
     for source in text:
-        for name in rows or ROWS:
+        for name in rows or (LONG if profile == "long" else ROWS):
             for settings in _tuning(raw, source, name, budget):
                 records.append(raw, settings | train(**settings))
     print(llama_report(folder))
@@ -153,20 +177,30 @@ def llama(
 
 
 def _tuning(raw: Path, source: str, name: str, budget: Budget) -> Iterator[dict]:
-    """Yields the runs that are missing: of all rates, then of the best, other seeds."""
+    """Yields the runs that are missing: of rates, then of the best, other seeds."""
     fixed = {"source": source, "name": name, "budget": dataclasses.asdict(budget)}
     rates = ROWS[name].rates
-    skip = (len(rates) - budget.rates) // 2
-    rates = rates[skip : skip + budget.rates]
-    for rate in rates:
-        if not records.find(raw, fixed | {"rate": rate, "seed": 0}):
-            yield fixed | {"rate": rate, "seed": 0}
-    runs = [r for rate in rates for r in records.find(raw, fixed | {"rate": rate})]
-    first = [run for run in runs if run["seed"] == 0]
-    # A loss that is not finite is null in the records.
-    best = min(first, key=lambda r: np.inf if r["loss"] is None else r["loss"])
+    count = min(budget.rates, len(rates))
+    first = (len(rates) - count) // 2
+    last = first + count - 1
+    while True:
+        losses = {}
+        for rate in rates[first : last + 1]:
+            settings = fixed | {"rate": rate, "seed": 0}
+            if not records.find(raw, settings):
+                yield settings
+            # A loss that is not finite is null in the records.
+            loss = records.find(raw, settings)[0]["loss"]
+            losses[rate] = np.inf if loss is None else loss
+        best = min(losses, key=lambda rate: losses[rate])
+        if budget.rates > 1 and best == rates[first] and first > 0:
+            first -= 1
+        elif budget.rates > 1 and best == rates[last] and last < len(rates) - 1:
+            last += 1
+        else:
+            break
     for seed in range(1, budget.seeds):
-        settings = fixed | {"rate": best["rate"], "seed": seed}
+        settings = fixed | {"rate": best, "seed": seed}
         if not records.find(raw, settings):
             yield settings
 
@@ -295,6 +329,11 @@ def _at_best(runs: pd.DataFrame, best: Any) -> pd.DataFrame:
     return runs[same & (runs["rate"] == best["rate"])]
 
 
+def _losses(runs: pd.DataFrame, best: Any) -> pd.Series:
+    """Returns the losses of one of those, by seed."""
+    return _at_best(runs, best).set_index("seed")["loss"]
+
+
 def llama_table(runs: pd.DataFrame) -> str:
     """Returns held-out losses in Markdown, from the records alone."""
     first = runs.iloc[0]
@@ -302,15 +341,16 @@ def llama_table(runs: pd.DataFrame) -> str:
     parts = [
         f"{first['parameters'] / 1e6:.2f} M parameters, {budget['layers']} layers of "
         f"{budget['width']}; {budget['steps']} steps of {budget['batch']} x "
-        f"{budget['length']} bytes; held-out nats a byte, at the best rate of each.\n"
+        f"{budget['length']} bytes; held-out nats a byte, at the best rate of each, "
+        "the median of the seeds; against AdamW's of the same seed.\n"
     ]
     best = _best(runs)
     for source, group in best.groupby("source", sort=False):
         base = group[group["name"] == BASELINE]
-        base = _at_best(runs, base.iloc[0])["loss"].median() if len(base) else np.nan
+        base = _losses(runs, base.iloc[0]) if len(base) else pd.Series(dtype=float)
         rows = []
         for run in group.to_dict("records"):
-            losses = _at_best(runs, run)["loss"]
+            losses = _losses(runs, run)
             tried = runs[(runs["source"] == source) & (runs["name"] == run["name"])]
             rows.append(
                 {
@@ -321,7 +361,7 @@ def llama_table(runs: pd.DataFrame) -> str:
                     "loss": f"{losses.median():.4f}",
                     "min to max": f"{losses.min():.4f} to {losses.max():.4f}",
                     "seeds": f"{len(losses)}",
-                    "against AdamW": f"{100 * (losses.median() / base - 1):+.1f} %",
+                    "against AdamW": f"{100 * (losses / base - 1).median():+.1f} %",
                 }
             )
         parts.append(f"\n**{source}:**\n\n{markdown(rows)}\n")
@@ -331,21 +371,33 @@ def llama_table(runs: pd.DataFrame) -> str:
 def llama_figure(runs: pd.DataFrame) -> Figure:
     """Draws the loss over steps, and over bytes a parameter; a row of panels a text."""
     groups = list(_best(runs).groupby("source", sort=False))
-    fig = Figure(figsize=(9, 0.8 + 3.4 * len(groups)), layout="constrained")
-    panels = fig.subplots(len(groups), 2, squeeze=False, sharey="row")
+    styles = dict(zip(runs["name"].unique(), cycle(STYLES)))
+    fig = Figure(figsize=(9, 1.2 + 3.2 * len(groups)), layout="constrained")
+    panels = fig.subplots(len(groups), 2, squeeze=False)
     for (over_steps, over_bytes), (source, group) in zip(panels, groups, strict=True):
-        for run, style in zip(group.to_dict("records"), cycle(STYLES)):
-            seeds = _at_best(runs, run)
+        for run in group.to_dict("records"):
+            style, seeds = styles[run["name"]], _at_best(runs, run)
             curves = np.array([c["loss"] for c in seeds["curve"]], float)
             steps = run["curve"]["step"]
             over_steps.plot(steps, np.median(curves, 0), label=run["name"], **style)
-            over_bytes.plot(run["bytes_per_parameter"], seeds["loss"].median(), **style)
+            middle, low, high = (seeds["loss"].agg(f) for f in ("median", "min", "max"))
+            over_bytes.errorbar(
+                run["bytes_per_parameter"],
+                middle,
+                [[middle - low], [high - middle]],
+                capsize=3,
+                elinewidth=1,
+                **style,
+            )
+            if run["name"] == BASELINE:
+                over_bytes.axhline(middle, color="0.6", linewidth=1, zorder=0)
         over_steps.set(title=source, xlabel="step", ylabel="held-out nats a byte")
         over_bytes.set(
-            title="at the end", xlabel="bytes a parameter, of parameters and state"
+            title="at the end: median, all seeds",
+            xlabel="bytes a parameter, of parameters and state",
         )
         over_bytes.set_xlim(left=0)
         for axes in (over_steps, over_bytes):
             axes.grid(alpha=0.3)
-    legend(fig, panels[:, 0], columns=3)
+    legend(fig, panels[:, 0], columns=4)
     return fig

@@ -1,14 +1,17 @@
 """The benchmarks of whole models: sizes, shape and loss of the network, what fits."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import optax
+import pandas as pd
 import pytest
 from helpers import mostly_nightly
 
 from benchmarks import compilers, decoder, fit, layerwise, llama, records
+from benchmarks.data.text import text
 
 
 def tokens(size, batch=2, length=24):
@@ -69,6 +72,77 @@ def test_the_network_is_causal():
     first = decoder.layer(size, w, x)
     np.testing.assert_allclose(changed[:, :20], first[:, :20], atol=1e-5)
     assert not np.allclose(changed[:, 20:], first[:, 20:])
+
+
+def test_rates_are_tried_until_the_best_is_between_two(tmp_path, monkeypatch):
+    raw = tmp_path / "llama.jsonl"
+    row = llama.Row(llama._adamw, (0.001, 0.002, 0.003, 0.004, 0.005))
+    monkeypatch.setattr(llama, "ROWS", {"row": row})
+
+    def runs(best, rates):
+        budget = dataclasses.replace(llama.PROFILES["long"], rates=rates)
+        source = f"{best}, {rates}"
+        for settings in llama._tuning(raw, source, "row", budget):
+            # As of a run that diverged: no loss.
+            loss = None if settings["rate"] == 0.005 else abs(settings["rate"] - best)
+            records.append(raw, settings | {"loss": loss})
+            yield settings["rate"], settings["seed"]
+
+    seeds = lambda rate: [(rate, 1), (rate, 2)]
+    down = [(0.002, 0), (0.003, 0), (0.001, 0)]
+    assert list(runs(0.001, 2)) == down + seeds(0.001)
+    assert list(runs(0.002, 2)) == down + seeds(0.002)
+    up = [(0.002, 0), (0.003, 0), (0.004, 0), (0.005, 0)]
+    assert list(runs(0.004, 2)) == up + seeds(0.004)
+    assert list(runs(0.004, 1)) == [(0.003, 0), *seeds(0.003)]
+    assert not list(runs(0.004, 2))
+
+
+def test_losses_are_compared_seed_by_seed():
+    """Which seeds are hard is no matter."""
+    losses = {llama.BASELINE: [1.0, 2.0, 4.0], "row": [1.01, 2.02, 4.04]}
+    run = {"source": "text", "rate": 0.1, "parameters": 1, "bytes_per_parameter": 2}
+    run["budget"] = dataclasses.asdict(llama.PROFILES["quick"])
+    table = llama.llama_table(
+        pd.DataFrame(
+            [
+                run | {"name": name, "seed": seed, "loss": loss}
+                for name in losses
+                for seed, loss in enumerate(losses[name])
+            ]
+        )
+    )
+    row = next(line for line in table.splitlines() if line.startswith("| row"))
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[5:9] == ["2.0200", "1.0100 to 4.0400", "3", "+1.0 %"]
+
+
+def test_texts_are_bytes_of_which_the_last_tenth_is_held_out(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(range(100)))
+    for source, least in (("pydoc", 300_000), ("stdlib", 3_000_000), (str(file), 100)):
+        data = text(source)
+        assert len(data.train) + len(data.test) >= least
+        assert len(data.test) == pytest.approx(len(data.train) / 9, abs=1)
+    assert list(data.test) == list(range(90, 100))
+    with pytest.raises(ValueError, match=r"'pydoc', 'stdlib'.*got 'bible'"):
+        text("bible")
+
+
+@pytest.mark.nightly
+def test_flash_adamw_takes_the_steps_of_its_package():
+    flashoptim = pytest.importorskip("flashoptim_jax")
+    key = jax.random.key(0)
+    params = {"w": jax.random.normal(key, (64, 40)).astype(jax.numpy.bfloat16)}
+    tx = llama._flash_adamw(0.01)
+    flash = flashoptim.flash_adamw(0.01, weight_decay=0.1, fused=False)
+    state, expected, kept = tx.init(params), params, flash.init(params)
+    for _ in range(3):
+        grads = jax.tree.map(lambda w: w / 100, expected)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        expected, kept = flash.step(expected, kept, grads)
+        np.testing.assert_array_equal(*map(np.asarray, (params["w"], expected["w"])))
 
 
 @pytest.mark.nightly
@@ -147,7 +221,11 @@ def test_longer_sequences_than_one_that_does_not_fit_are_left_out(tmp_path):
 
 
 def test_committed_tables_are_those_of_the_records():
-    tables = {"fit": fit.fit_table, "layerwise": layerwise.layerwise_table}
+    tables = {
+        "fit": fit.fit_table,
+        "layerwise": layerwise.layerwise_table,
+        "llama": llama.llama_table,
+    }
     results = fit.Path(fit.__file__).parent / "results"
     for name, table in tables.items():
         found = sorted((results / name).rglob(f"{name}.jsonl"))

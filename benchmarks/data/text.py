@@ -1,7 +1,9 @@
-"""Text as tokens: bytes of CPython's own help or any file, or words of WikiText-2."""
+"""Text as tokens: bytes of what comes with CPython or any file, words of WikiText-2."""
 
 import dataclasses
 import pydoc_data.topics
+import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +34,10 @@ def text(source: str, folder: Path | None = None) -> Text:
     """Returns a text.
 
     Args:
-      source: "pydoc", the help on Python that comes with CPython, some 450 kB; the
-        path of a file of text; or "wikitext-2", by words. Of the first two, which are
-        bytes, the last tenth is held out.
+      source: "pydoc", the help on Python that comes with CPython, some 450 kB;
+        "stdlib", the sources of its modules, some 5 MB; the path of a file of text; or
+        "wikitext-2", by words. Of all but the last, which are bytes, the last tenth is
+        held out.
       folder: where WikiText-2 is, as wiki.train.tokens and wiki.test.tokens; None for
         Hugging Face.
 
@@ -43,12 +46,14 @@ def text(source: str, folder: Path | None = None) -> Text:
     """
     if source == "pydoc":
         return _pydoc()
+    if source == "stdlib":
+        return _stdlib()
     if source == "wikitext-2":
         return _words(*_wikitext(folder))
     if Path(source).is_file():
         return _bytes(Path(source).read_bytes(), Path(source).name)
     raise ValueError(
-        f"the text must be 'pydoc', 'wikitext-2' or a file, got {source!r}"
+        f"the text must be 'pydoc', 'stdlib', 'wikitext-2' or a file, got {source!r}"
     )
 
 
@@ -56,6 +61,13 @@ def _pydoc() -> Text:
     # Sorted by name, as its order has changed between versions of Python.
     pages = [page for _, page in sorted(pydoc_data.topics.topics.items())]
     return _bytes("\n".join(pages).encode(), "pydoc")
+
+
+def _stdlib() -> Text:
+    # Single modules, no packages: a Linux distribution may leave out some of these.
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = [folder / f"{name}.py" for name in sorted(sys.stdlib_module_names)]
+    return _bytes(b"\n".join(f.read_bytes() for f in files if f.exists()), "stdlib")
 
 
 def _bytes(content: bytes, name: str) -> Text:
