@@ -15,12 +15,12 @@ from madax._leaves import (
     flatten,
     flatten_like,
     path_names,
-    root_mean_square,
     zeros_like,
 )
 from madax._numerics import relative_to, rounded
 from madax._quantize_params import NO_WEIGHT
 from madax._quantized_array import is_quantized
+from madax._scales import root_mean_square
 
 # The quintic's coefficients, from the reference: of steep slope at 0.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
