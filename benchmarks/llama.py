@@ -43,6 +43,10 @@ def _madam(
     return madax.madam(rate, b2, b1=b1, moment_format=V_8)
 
 
+def _muon_madam(rate: Any) -> optax.GradientTransformation:
+    return madax.muon_madam(rate, b2=0.99, moment_format=V_8)
+
+
 def _codes_adam(rate: Any) -> optax.GradientTransformation:
     return madax.with_quantized_params(optax.adam(rate))
 
@@ -81,6 +85,7 @@ class Row:
 ROWS = {
     "AdamW float32": Row(_adamw, ADAM_RATES),
     "madam 8 bits": Row(_madam, MADAM_RATES, SYMLOG_8),
+    "muon_madam 8 bits": Row(_muon_madam, MADAM_RATES, SYMLOG_8),
     "madam 8 bits, b1": Row(partial(_madam, b1=0.9), MADAM_RATES[1:4], SYMLOG_8),
     "madam 16 bits": Row(_madam, MADAM_RATES[1:4], SYMLOG_16),
     "adam on 8 bits": Row(_codes_adam, ADAM_RATES[1:4], SYMLOG_8),
@@ -89,7 +94,7 @@ ROWS = {
 if find_spec("flashoptim_jax") is not None:
     ROWS["FlashAdamW"] = Row(_flash_adamw, ADAM_RATES[1:4], params=jnp.bfloat16)
 BASELINE = "AdamW float32"
-LONG = (BASELINE, "madam 8 bits")
+LONG = (BASELINE, "madam 8 bits", "muon_madam 8 bits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +159,7 @@ def llama(
     Args:
         out: Folder for llama.jsonl, .md and .png; by default
             benchmarks/results/llama/ and the profile.
-        profile: smoke takes a minute; quick, and long of two rows, half an hour a text
+        profile: smoke takes a minute; quick, and long of three rows, half an hour a text
             on one CPU core; full is for a GPU.
         text: Texts to train on: pydoc and stdlib, which come with CPython, or paths of
             files.
