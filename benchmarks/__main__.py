@@ -18,6 +18,7 @@ from benchmarks.pretrained import pretrained
 from benchmarks.report import report
 from benchmarks.speed import speed
 from benchmarks.stall import stall
+from benchmarks.state import state
 from benchmarks.study import study
 
 app = SubcommandApp()
@@ -30,6 +31,7 @@ for command in (
     bits,
     lns,
     stall,
+    state,
     pretrained,
     speed,
     memory,

@@ -14,6 +14,7 @@ from benchmarks.no_tuning import no_tuning_report
 from benchmarks.pretrained import pretrained_report
 from benchmarks.speed import speed_report
 from benchmarks.stall import stall_report
+from benchmarks.state import state_report
 from benchmarks.study import study_report
 
 # By the name of a file of records, what is made of it, in its folder.
@@ -27,6 +28,7 @@ REPORTS = {
     "llama": (llama_report,),
     "demo": (demo_report,),
     "stall": (stall_report,),
+    "state": (state_report,),
     "pretrained": (pretrained_report,),
 }
 

@@ -11,14 +11,29 @@ from madax._grad import grad, value_and_grad
 from madax._layerwise import Layerwise, layerwise
 from madax._lns_quantize import LnsQuantizeState, lns_quantize
 from madax._moments import MomentFormat, MomentWindow
+from madax._muon_madam import muon_madam
+from madax._orthogonal import (
+    MatrixAxes,
+    ScaleByOrthogonalMomentumState,
+    scale_by_orthogonal_momentum,
+)
 from madax._quantize_params import dequantize_params, quantize_params
 from madax._quantized_array import QuantizedArray
 from madax._saving import from_flat_dict, to_flat_dict
 from madax._second_moment import ScaleBySecondMomentState, scale_by_second_moment
 from madax._sign_log import ScaleBySignLogState, scale_by_sign_log
 from madax._split_layers import SplitLayers, split_layers
+from madax._state_codes import StateWindow
 from madax._weight_decay import AddDecayedLogWeightsState, add_decayed_log_weights
-from madax._with_quantized_params import WithQuantizedParamsState, with_quantized_params
+from madax._with_quantized_params import (
+    WithQuantizedParamsState,
+    with_dequantized_params,
+    with_quantized_params,
+)
+from madax._with_quantized_state import (
+    WithQuantizedStateState,
+    with_quantized_state,
+)
 
 __version__ = _version("madax")
 
@@ -29,15 +44,19 @@ __all__ = [
     "Layerwise",
     "LnsQuantizeState",
     "LogFormat",
+    "MatrixAxes",
     "MomentFormat",
     "MomentWindow",
     "QuantizedArray",
+    "ScaleByOrthogonalMomentumState",
     "ScaleBySecondMomentState",
     "ScaleBySignLogState",
     "SplitLayers",
+    "StateWindow",
     "SymlogFormat",
     "UniformFormat",
     "WithQuantizedParamsState",
+    "WithQuantizedStateState",
     "add_decayed_log_weights",
     "bbit_madam",
     "clip_log_weights",
@@ -50,11 +69,15 @@ __all__ = [
     "lns_madam",
     "lns_quantize",
     "madam",
+    "muon_madam",
     "quantize_params",
+    "scale_by_orthogonal_momentum",
     "scale_by_second_moment",
     "scale_by_sign_log",
     "split_layers",
     "to_flat_dict",
     "value_and_grad",
+    "with_dequantized_params",
     "with_quantized_params",
+    "with_quantized_state",
 ]

@@ -125,22 +125,17 @@ def madam(
       Bernstein et al., `Learning compositional functions via multiplicative
       weight updates <https://arxiv.org/abs/2006.14560>`_, 2020, Algorithm 1.
     """
-    check_learning_rate(learning_rate, 0.01)
-    check_positive("g_bound", g_bound, 10.0)
-    geometry = {"floor": floor, "zero_init_scale": zero_init_scale}
-    decay = (
-        []
-        if weight_decay is None
-        else [add_decayed_log_weights(weight_decay, mask, **geometry)]
-    )
-    chain = optax.chain(
+    chain = from_direction(
         scale_by_second_moment(b2, b1=b1, moment_format=moment_format, seed=seed),
-        optax.clip(g_bound),
-        *decay,
-        optax.scale_by_learning_rate(learning_rate),
-        scale_by_sign_log(**geometry),
-        clip_log_weights(p_scale, zero_init_scale=zero_init_scale),
-        lns_quantize(rounding=rounding, seed=seed),
+        learning_rate,
+        p_scale,
+        g_bound,
+        floor=floor,
+        zero_init_scale=zero_init_scale,
+        weight_decay=weight_decay,
+        mask=mask,
+        rounding=rounding,
+        seed=seed,
     )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -150,6 +145,39 @@ def madam(
         return chain.update(updates, state, params, **(count | extra_args))
 
     return optax.GradientTransformationExtraArgs(chain.init, update_fn)
+
+
+def from_direction(
+    direction: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    p_scale: jax.typing.ArrayLike | None,
+    g_bound: jax.typing.ArrayLike,
+    *,
+    floor: jax.typing.ArrayLike,
+    zero_init_scale: jax.typing.ArrayLike,
+    weight_decay: jax.typing.ArrayLike | None,
+    mask: Any,
+    rounding: Rounding,
+    seed: jax.typing.ArrayLike,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer that takes multiplicative steps in a direction; as of madam."""
+    check_learning_rate(learning_rate, 0.01)
+    check_positive("g_bound", g_bound, 10.0)
+    geometry = {"floor": floor, "zero_init_scale": zero_init_scale}
+    decay = (
+        []
+        if weight_decay is None
+        else [add_decayed_log_weights(weight_decay, mask, **geometry)]
+    )
+    return optax.chain(
+        direction,
+        optax.clip(g_bound),
+        *decay,
+        optax.scale_by_learning_rate(learning_rate),
+        scale_by_sign_log(**geometry),
+        clip_log_weights(p_scale, zero_init_scale=zero_init_scale),
+        lns_quantize(rounding=rounding, seed=seed),
+    )
 
 
 def bbit_madam(

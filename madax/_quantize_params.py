@@ -30,10 +30,10 @@ from madax._scales import root_mean_square, share_beyond
 
 # Paths of what is no weight matrix, whatever its rank: biases of attention have two
 # axes, and every leaf of a stack of layers has one more.
-_NO_WEIGHT = re.compile(
+NO_WEIGHT = re.compile(
     r"norm"  # anywhere in the path: LayerNorm_0/scale, final_norm/weight
     r"|(^|/)(ln|bn)(_\w+|\d*)/"  # ln_f/weight, bn2/w
-    r"|(^|[/_])(bias|scale|offset|gamma|beta|gain)(_?\d+)?$"  # out/bias, layer_scale
+    r"|(^|[/_])(bias|scale|offset|gamma|beta|gain)(e?s)?(_?\d+)?$"  # biases
     r"|(^|/)b\d*$",  # linear/b, b1
     re.IGNORECASE,
 )
@@ -227,7 +227,7 @@ def _is_weight(path: str, leaf: Any) -> bool:
         jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
         and np.ndim(leaf) >= 2
         and np.size(leaf) >= 16
-        and not _NO_WEIGHT.search(path)
+        and not NO_WEIGHT.search(path)
     )
 
 

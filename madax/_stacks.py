@@ -66,18 +66,25 @@ def splitter(tx: Any, layers: Any, stack: Any) -> tuple[Callable, Callable]:
 
 def init_stack(tx: Any, layers: Any) -> Any:
     """The states of all layers, with a leading axis but for what they share."""
-    whole, treedef = jax.tree.flatten(tx.init({LAYERS: layers}))
     one = _one(layers)
-    shapes = jax.tree.leaves(jax.eval_shape(tx.init, {LAYERS: one}))
-    from_values = _depends(lambda layers, _: tx.init({LAYERS: layers}), one, ())
+    with_path, treedef = jax.tree_util.tree_flatten_with_path(
+        jax.eval_shape(tx.init, {LAYERS: one})
+    )
+    from_values = depends_on(lambda layers, _: tx.init({LAYERS: layers}), one, ())
     shared = _shared(tx, one, from_values)
 
     # Zeros of the shape of the stack are sharded like it: these are kept as they are.
-    as_one = [
-        not dependent and x.shape == (depth_of(layers), *shape.shape)
-        for x, shape, dependent in zip(whole, shapes, from_values, strict=True)
-    ]
-    others = [i for i, is_kept in enumerate(as_one) if not is_kept]
+    # By path: what is done by size or rank may be another thing with a stack.
+    stack = dict(jax.tree_util.tree_leaves_with_path(tx.init({LAYERS: layers})))
+    states, others = [], []
+    for i, (path, shape) in enumerate(with_path):
+        x, whole = stack.get(path), ((depth_of(layers), *shape.shape), shape.dtype)
+        is_like = x is not None and (np.shape(x), jnp.result_type(x)) == whole
+        if is_like and not from_values[i]:
+            states.append(x)
+        else:
+            states.append(None)
+            others.append(i)
 
     def init(layer):
         leaves = jax.tree.leaves(tx.init({LAYERS: layer}))
@@ -85,8 +92,8 @@ def init_stack(tx: Any, layers: Any) -> Any:
 
     axes = [None if i in shared else 0 for i in others]
     for i, x in zip(others, jax.vmap(init, out_axes=axes)(layers), strict=True):
-        whole[i] = x
-    return treedef.unflatten(whole)
+        states[i] = x
+    return treedef.unflatten(states)
 
 
 def _shared(tx: Any, one: Any, from_values: Sequence[bool]) -> set[int]:
@@ -107,8 +114,8 @@ def _shared(tx: Any, one: Any, from_values: Sequence[bool]) -> set[int]:
             layer = jnp.int32(0)
             return tx.update({LAYERS: grads}, state, {LAYERS: params}, layer=layer)[1]
 
-        depends = _depends(new_state, (_gradients(one), one, own), common)
-        left = {i for i in shared if not depends[i]}
+        found = depends_on(new_state, (_gradients(one), one, own), common)
+        left = {i for i in shared if not found[i]}
         if left == shared:
             return shared
         shared = left
@@ -119,7 +126,7 @@ def _gradients(params: Any) -> Any:
     return jax.eval_shape(dequantize_params, params)
 
 
-def _depends(fn: Callable[[Any, Any], Any], mapped: Any, fixed: Any) -> list[bool]:
+def depends_on(fn: Callable[[Any, Any], Any], mapped: Any, fixed: Any) -> list[bool]:
     """For each leaf of ``fn(mapped, fixed)``, whether it depends on ``mapped``.
 
     ``vmap`` knows: what does not is not batched. Nothing is run.
@@ -143,6 +150,8 @@ def _depends(fn: Callable[[Any, Any], Any], mapped: Any, fixed: Any) -> list[boo
         return jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
 
     mapped = jax.tree.map(two, mapped)
+    if not jax.tree.leaves(mapped):
+        return [False] * len(jax.eval_shape(run, mapped, fixed))
     out = jax.eval_shape(jax.vmap(run, in_axes=(0, None)), mapped, fixed)
     return found or [False] * len(out)
 
@@ -160,7 +169,7 @@ def check_layer_by_layer(tx: Any, params: Any) -> None:
         return updates[ENDS], updates[LAYERS][1]
 
     grads = _gradients(ends), _gradients(one)
-    if any(_depends(others, grads[1], (grads, state, tree))):
+    if any(depends_on(others, grads[1], (grads, state, tree))):
         raise ValueError(
             "tx must update each layer from its own gradients, but here updates depend "
             "on those of other layers, as by optax.clip_by_global_norm, and they are "

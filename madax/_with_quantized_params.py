@@ -1,4 +1,4 @@
-"""Any optax optimizer on parameters that are codes: decode, update, encode."""
+"""Any optax transform on parameters that are codes: decode, update, encode."""
 
 from __future__ import annotations
 
@@ -70,14 +70,9 @@ def with_quantized_params(
       >>> print(f"{params.dequantize().mean():.1f}")
       -1.0
     """
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(
-            f"inner must be an optax.GradientTransformation, got {inner!r} of type "
-            f"{type(inner).__name__}; pass for example optax.adam(1e-3)."
-        )
+    inner = check_inner(inner)
     check_rounding(rounding)
     check_seed(seed)
-    inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
         check_code_scales(params)
@@ -111,3 +106,58 @@ def _rounded_sum(
     steps = w.format.add_step(w.codes, u)
     sign = jnp.sign(w.format.decode(w.codes) + u)
     return step_codes(w, steps, sign, rounding, random_bits(key, w.shape))
+
+
+def with_dequantized_params(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Shows a transform the values of parameters in the place of codes.
+
+    What comes out is the inner transform's, floats. So any direction may stand before
+    :func:`scale_by_sign_log` and :func:`lns_quantize`, and train codes natively: those
+    of optax, whose states would be made of codes otherwise, and partitions of them.
+
+    Args:
+      inner: a gradient transformation of gradients to gradients.
+
+    Returns:
+      That for trees that mix arrays and :class:`QuantizedArray`.
+
+    Raises:
+      TypeError: if ``inner`` is not a gradient transformation.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, madax
+      >>> tx = optax.chain(
+      ...     madax.with_dequantized_params(optax.scale_by_adam()),
+      ...     optax.scale_by_learning_rate(0.1),
+      ...     madax.scale_by_sign_log(),
+      ...     madax.clip_log_weights(),
+      ...     madax.lns_quantize(),
+      ... )
+      >>> w = madax.quantize_params(jnp.ones((4, 4)), madax.LogFormat(8))
+      >>> updates, state = tx.update(jnp.ones((4, 4)), tx.init(w), w)
+      >>> bool(jnp.all(optax.apply_updates(w, updates) < w))
+      True
+    """
+    inner = check_inner(inner)
+
+    def init_fn(params):
+        return inner.init(dequantize_params(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if params is not None:
+            params = dequantize_params(params)
+        return inner.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def check_inner(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """The inner transform, to be given extra arguments, if it is one."""
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"inner must be an optax.GradientTransformation, got {inner!r} of type "
+            f"{type(inner).__name__}; pass for example optax.adam(1e-3)."
+        )
+    return optax.with_extra_args_support(inner)

@@ -3,16 +3,15 @@
 Each file has one subject, which its first lines state:
 
 - formulas: ``test_formats``, ``test_moments``, ``test_rounding``, ``test_numerics``,
-  ``test_oracle``, ``test_bbit_lns``, ``test_weight_decay``, ``test_derivatives``,
-  ``test_fake_quantize``, ``test_diagnostics*`` compare one part each with NumPy in
-  float64, much of it in ``oracle.py``;
+  ``test_oracle``, ``test_bbit_lns``, ``test_weight_decay``, ``test_orthogonal``,
+  ``test_derivatives``, ``test_fake_quantize``, ``test_diagnostics*`` compare one part
+  each with NumPy in float64, much of it in ``oracle.py``;
 - searches: ``test_fuzz`` has random trees, formats and hyperparameters, every step
   checked by an oracle; ``test_fuzz_meshes`` has random layouts, ``test_properties``
   what holds for every weight;
 - mistakes and faults: ``test_bad_input*``, ``test_faults``, ``test_dtypes``;
 - codes: ``test_quantize*``, ``test_codes_as_weights``, ``test_grad``, ``test_native``,
-  ``test_with_quantized_params``, ``test_freezing``, ``test_saving``,
-  ``test_*layer*``;
+  ``test_with_quantized_*``, ``test_freezing``, ``test_saving``, ``test_*layer*``;
 - programs: ``test_*meshes``, ``test_many_weights``, ``test_processes``,
   ``test_same_bits``, ``test_lowering`` show that a mesh, other processes and other
   compilers get the same bits;

@@ -271,7 +271,26 @@ MUTANTS = {
     ],
     "_stacks": [
         ("if left == shared:", "if True:", "layerwise"),
-        ("if any(_depends(others", "if not any(_depends(others", "layerwise"),
+        ("if any(depends_on(others", "if not any(depends_on(others", "layerwise"),
+    ],
+    "_state_codes": [
+        ("if bits is None else bits", "", "with_quantized_state"),
+        ("jnp.where(jnp.isfinite(x), x, before)", "x", "with_quantized_state"),
+        ("top + 2 - octaves", "top + 1 - octaves", "with_quantized_state"),
+        ("least = jnp.where(signed, 0, 1)", "least = 0", "with_quantized_state"),
+        ("_LEAST_FACTOR, fraction, scale", "_LEAST_FACTOR, scale, scale", "with_q"),
+    ],
+    "_with_quantized_state": [
+        ("and not copy", "", "with_quantized_state"),
+        ("and leaf.size >= _LEAST_SIZE", "", "with_quantized_state"),
+        ("    if made_for != wanted:", "    if False:", "with_quantized_state"),
+        ("        if found:", "        if False:", "with_quantized_state"),
+    ],
+    "_orthogonal": [
+        ("rows <= columns else x.mT", "True else x.mT", "orthogonal"),
+        ("jnp.where(jnp.isfinite(g), g, ms[i])", "g", "orthogonal"),
+        ("ahead = _average(ms[i], g, b1)", "ahead = ms[i]", "orthogonal"),
+        ("_A, _B, _C = 3.4445", "_A, _B, _C = 3.3", "orthogonal"),
     ],
     "_split_layers": [
         ("graph != parts[0][0]", "graph is None", "split_layers"),

@@ -88,6 +88,7 @@ FLOATS = [
     "linear/b",
     "mlp/b1",
     "layer_scale",
+    "biases",
     "logit_scale",
     "film/gamma",
     "film/beta",

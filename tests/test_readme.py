@@ -28,6 +28,23 @@ def test_it_is_short():
     assert len(README.splitlines()) <= 150
 
 
+def test_results_are_those_of_the_records():
+    root = Path(__file__).parents[1]
+    rows = re.findall(
+        r"^\| .*\]\((docs/results/.*?)\).*? (\|.*)\|$", README, re.MULTILINE
+    )
+    assert len(rows) >= 7
+    for target, cells in rows:
+        page = root / target
+        tables = re.findall(r"```{include} (\S+)", page.read_text(encoding="utf-8"))
+        text = "".join((page.parent / t).read_text(encoding="utf-8") for t in tables)
+        found = [float(number) for number in re.findall(r"\d+\.?\d*", text)]
+        for number in re.findall(r"(?<![\w-])\d+\.?\d*", cells):
+            digits = len(number.partition(".")[2])
+            rounded = {f"{x:.{digits}f}" for x in found}
+            assert number in rounded, f"README has {number}, and {target} does not"
+
+
 def test_names_mentioned_exist():
     for name in re.findall(r"madax\.(\w+)", README):
         assert hasattr(madax, name), name

@@ -1,0 +1,120 @@
+"""Muon's direction for matrices, Madam's for the rest; multiplicative steps for all."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from madax._aliases import from_direction
+from madax._moments import MomentFormat
+from madax._orthogonal import Matrices, matrix_labels, scale_by_orthogonal_momentum
+from madax._rounding import Rounding
+from madax._second_moment import scale_by_second_moment
+from madax._with_quantized_state import with_quantized_state
+
+
+def muon_madam(
+    learning_rate: optax.ScalarOrSchedule = 0.01,
+    b1: jax.typing.ArrayLike = 0.95,
+    b2: jax.typing.ArrayLike = 0.999,
+    p_scale: jax.typing.ArrayLike | None = None,
+    g_bound: jax.typing.ArrayLike = 10.0,
+    *,
+    matrices: Matrices | None = None,
+    floor: jax.typing.ArrayLike = 0.0,
+    zero_init_scale: jax.typing.ArrayLike = 0.1,
+    weight_decay: jax.typing.ArrayLike | None = None,
+    mask: Any | Callable[[Any], Any] | None = None,
+    moment_format: MomentFormat | None = None,
+    rounding: Rounding = "stochastic",
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Madam whose matrices take the direction of Muon.
+
+    .. math::
+
+      d &= -\eta\, (\mathrm{clip}(\hat g, \pm g_\text{bound})
+        + \lambda\, \mathrm{sign}(w)) \\
+      w &\leftarrow \mathrm{clip}(w\, e^{\mathrm{sign}(w)\, d}, \pm w_\text{max})
+
+    where :math:`\hat g` is that of :func:`scale_by_orthogonal_momentum` for matrices
+    and that of :func:`scale_by_second_moment` for all other leaves. Both have a root
+    mean square of about 1, so a rate that suits :func:`madam` is one to start from.
+
+    Matrices are those leaves of rank 2 or more that are not called an embedding (or
+    "wte", "wpe"), a last layer ("head", "logits"), a norm, a scale or a bias. Of a
+    table a step sees few rows, and an orthogonal matrix has them all move.
+
+    Each leaf has one moment. With ``moment_format=MomentFormat(8)``, on leaves that are
+    8-bit codes, training keeps two bytes a parameter. Those are trained natively, one
+    layer at a time, too, as by :func:`layerwise`.
+
+    Args:
+      learning_rate: :math:`\eta`, in nats a step, or a schedule of it.
+      b1: decay rate of the momentum of matrices, in [0, 1).
+      b2: decay rate of the second moment of other leaves, in [0, 1).
+      p_scale: bound on a weight, as of :func:`madam`.
+      g_bound: bound on the direction.
+      matrices: ``matrices(path, shape)`` is a :class:`MatrixAxes`, or None for a leaf
+        that takes the direction of Madam; for paths like ``"Dense_0/kernel"``. None for
+        the default above.
+      floor: as of :func:`madam`.
+      zero_init_scale: as of :func:`madam`.
+      weight_decay: :math:`\lambda`, as of :func:`madam`.
+      mask: which leaves decay, as of :func:`madam`.
+      moment_format: how moments are stored, such as ``MomentFormat(bits=8)``; None for
+        float32 or wider.
+      rounding: rounding of code steps, "stochastic" or "nearest".
+      seed: seed of the stochastic rounding.
+
+    Returns:
+      The optimizer, a gradient transformation; its updates add to the parameters under
+      ``optax.apply_updates``.
+
+    Raises:
+      ValueError: if an argument is out of range, ``matrices`` gives axes that a leaf
+        does not have, ``params`` are missing or do not match.
+      TypeError: if an argument is of the wrong type, or a leaf is not real floating.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, madax
+      >>> w = jax.random.normal(jax.random.key(0), (64, 32))
+      >>> params = madax.quantize_params({"w": w}, madax.SymlogFormat(8, 1 / 3))
+      >>> tx = madax.muon_madam(0.02, moment_format=madax.MomentFormat(8))
+      >>> state = tx.init(params)
+      >>> total = sum(x.nbytes for x in jax.tree.leaves((params, state)))
+      >>> print(f"{total / w.size:.1f} bytes a parameter")
+      2.0 bytes a parameter
+
+    References:
+      Jordan et al., `Muon: an optimizer for hidden layers in neural networks
+      <https://kellerjordan.github.io/posts/muon/>`_, 2024.
+
+      Bernstein et al., `Learning compositional functions via multiplicative
+      weight updates <https://arxiv.org/abs/2006.14560>`_, 2020.
+    """
+    orthogonal = scale_by_orthogonal_momentum(b1, matrices=matrices)
+    if moment_format is not None:
+        orthogonal = with_quantized_state(
+            orthogonal,
+            moment_format,
+            octaves=8,
+            where=lambda path, leaf: True,
+            seed=seed,
+        )
+    normalized = scale_by_second_moment(b2, moment_format=moment_format, seed=seed)
+    return from_direction(
+        optax.partition(
+            {"matrix": orthogonal, "other": normalized}, matrix_labels(matrices)
+        ),
+        learning_rate,
+        p_scale,
+        g_bound,
+        floor=floor,
+        zero_init_scale=zero_init_scale,
+        weight_decay=weight_decay,
+        mask=mask,
+        rounding=rounding,
+        seed=seed,
+    )

@@ -1,0 +1,163 @@
+"""Layer 3, storage: codes of any state of an optimizer, a leaf at a time.
+
+Where the codes lie follows from the values that are to be stored, in the same step.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from madax._leaves import entries
+from madax._moments import MomentFormat, MomentGrid
+from madax._numerics import relative_to, rounded
+from madax._rounding import Rounding, random_bits
+
+# Of decay: less is the fall of one element, whose noise it would bring to all.
+_LEAST_FACTOR = 0.1
+_UNSIGNED_OCTAVES = 64
+# Of float32: bits of the fraction, their mask, and the pattern of 1.0.
+_MANTISSA, _FRACTION, _ONE = 23, 0x007FFFFF, 0x3F800000
+
+
+class StateWindow(NamedTuple):
+    """Where the codes of a state lie: an entry a stored leaf, in flatten order.
+
+    Attributes:
+      octave: biased exponent of the lowest octave, int32, shape (number of stored
+        leaves,), or () if there are none.
+      scale: unit of the values, float32 in [1, 2), same shape. What all elements of a
+        leaf decay by goes here, rather than into codes, which would be rounded.
+      signed: whether a bit of the codes is a sign, bool, same shape.
+    """
+
+    octave: jax.Array
+    scale: jax.Array
+    signed: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """How values become codes, and codes values.
+
+    Magnitudes without a sign are the bits of a float32 from some octave up. Those with
+    a sign are the bits of the magnitude and ``2**octave`` together: zero is a code like
+    any other, and the first are spaced evenly.
+
+    Attributes:
+      format: the width of the codes.
+      octaves: how many a leaf with a sign has.
+    """
+
+    format: MomentFormat
+    octaves: int
+
+    def decode(self, codes: jax.Array, window: StateWindow) -> jax.Array:
+        """The values of codes, float32."""
+        code, sign = codes.astype(jnp.int32), 1 << (self.format.bits - 1)
+        negative = window.signed & (code >= sign)
+        code = jnp.where(negative, code - sign, code)
+        grid, _, offset = self._grid(window)
+        # Rounded: the inner optimizer may add to it.
+        value = rounded(
+            window.scale * jnp.where(code > 0, grid.decode(code) - offset, 0)
+        )
+        return jnp.where(negative, -value, value)
+
+    def encode(
+        self, new: Any, before: Any, window: StateWindow, bits: jax.Array | None
+    ) -> tuple[jax.Array, StateWindow]:
+        """The codes of new values, and where they lie.
+
+        Args:
+          new: the values, floating.
+          before: the values before, float32, which stay where new ones are not finite.
+          window: where their codes lay.
+          bits: random bits of the shape of the leaf; None to round to nearest.
+        """
+        x = jnp.asarray(new).astype(jnp.float32)
+        x = jnp.where(jnp.isfinite(x), x, before)
+        signed = jnp.min(x, initial=0) < 0
+        # A common factor is not rounded: an average decays exactly.
+        factor = jnp.where(before == 0, 1, x / jnp.where(before == 0, 1, before))
+        scale = _decayed(window.scale, jnp.min(factor, initial=1))
+        size = relative_to(scale, jnp.abs(x))
+        window = StateWindow(
+            self._octave(jnp.max(size, initial=0), signed), scale, signed
+        )
+        grid, highest, offset = self._grid(window)
+        bits = jnp.full(x.shape, 0x8000, jnp.uint32) if bits is None else bits
+        least = jnp.where(signed, 0, 1)
+        code = jnp.clip(grid.encode(size + offset, bits), least, highest)
+        code = jnp.where(size > 0, code, 0)
+        code += jnp.where(signed & (x < 0), 1 << (self.format.bits - 1), 0)
+        return code.astype(self.format.v_dtype), window
+
+    def _grid(self, window: StateWindow) -> tuple[MomentGrid, jax.Array, jax.Array]:
+        """The grid of magnitudes, its greatest code, and what is added to them."""
+        signed, bits = window.signed, self.format.bits
+        lowest = window.octave << _MANTISSA
+        # The bits of a pattern but for those of an exponent of so many octaves.
+        shift = jnp.where(
+            signed,
+            _MANTISSA + self.octaves.bit_length() - bits,
+            _MANTISSA + _UNSIGNED_OCTAVES.bit_length() - 1 - bits,
+        )
+        highest = jnp.where(signed, 2 ** (bits - 1) - 1, 2**bits - 1)
+        offset = jax.lax.bitcast_convert_type(lowest, jnp.float32)
+        # Without an offset, code 1 is the first of the lowest octave.
+        origin = jnp.where(signed, lowest, lowest - (1 << shift))
+        return MomentGrid(shift, origin), highest, jnp.where(signed, offset, 0)
+
+    def _octave(self, peak: jax.Array, signed: jax.Array) -> jax.Array:
+        """The lowest octave of a grid that ends above the largest magnitude."""
+        top = jax.lax.bitcast_convert_type(peak, jnp.int32) >> _MANTISSA
+        octaves = jnp.where(signed, self.octaves, _UNSIGNED_OCTAVES)
+        return jnp.clip(top + 2 - octaves, 1, 254 - octaves)
+
+
+@partial(jax.jit, static_argnums=0)
+def decoded(codec: Codec, codes: jax.Array, window: StateWindow) -> jax.Array:
+    """The values of the codes of a leaf, float32."""
+    return codec.decode(codes, window)
+
+
+@partial(jax.jit, static_argnums=(0, 5))
+def encoded(
+    codec: Codec,
+    new: jax.Array,
+    before: jax.Array,
+    window: StateWindow,
+    key: jax.Array,
+    rounding: Rounding,
+) -> tuple[jax.Array, StateWindow]:
+    """The codes of the new values of a leaf, rounded, and where they lie."""
+    bits = random_bits(key, new.shape) if rounding == "stochastic" else None
+    return codec.encode(new, before, window, bits)
+
+
+@partial(jax.jit, static_argnums=0)
+def started(codec: Codec, new: Any) -> tuple[jax.Array, StateWindow]:
+    """The codes of the values that a state starts with, and where they lie."""
+    window = StateWindow(jnp.int32(1), jnp.float32(1), jnp.bool(False))
+    return codec.encode(new, 0.0, window, None)
+
+
+def _decayed(scale: jax.Array, factor: jax.Array) -> jax.Array:
+    """``scale * factor`` over a power of two, in [1, 2)."""
+    pattern = jax.lax.bitcast_convert_type(scale * factor, jnp.int32)
+    pattern = (pattern & _FRACTION) | _ONE
+    fraction = jax.lax.bitcast_convert_type(pattern, jnp.float32)
+    return jnp.where(factor >= _LEAST_FACTOR, fraction, scale)
+
+
+def stack_windows(windows: Sequence[StateWindow]) -> StateWindow:
+    """The windows of all leaves in one."""
+    if not windows:
+        shape = entries(0)
+        ones = jnp.ones(shape, jnp.int32), jnp.ones(shape, jnp.float32)
+        return StateWindow(*ones, jnp.zeros(shape, bool))
+    return StateWindow(*map(jnp.stack, zip(*windows, strict=True)))

@@ -1,0 +1,258 @@
+"""Any optax optimizer with its moments as codes: decode, update, encode."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from madax._checks import check_instance, check_seed, check_state
+from madax._leaves import entries, one_a_leaf, path_names
+from madax._moments import MomentFormat
+from madax._quantized_array import is_quantized
+from madax._rounding import Rounding, check_rounding, leaf_keys
+from madax._stacks import ENDS, LAYERS, depends_on
+from madax._state_codes import (
+    Codec,
+    decoded,
+    encoded,
+    stack_windows,
+    started,
+)
+from madax._with_quantized_params import check_inner
+
+# Below that there is little to gain, and the noise of a few codes to lose by.
+_LEAST_SIZE = 4096
+
+
+class WithQuantizedStateState(NamedTuple):
+    """State of :func:`with_quantized_state`.
+
+    Attributes:
+      count: number of steps taken, int32 scalar.
+      inner_state: state of the inner optimizer, with codes in the place of the
+        leaves that are stored: uint8, or uint16 for more than 8 bits.
+      window: ``{format of the codes: where they lie}``, a :class:`StateWindow`. The key
+        is there so that a checkpoint of other codes does not fit.
+    """
+
+    count: jax.Array
+    inner_state: Any
+    window: Any
+
+
+def with_quantized_state(
+    inner: optax.GradientTransformation,
+    moment_format: MomentFormat = MomentFormat(8),  # noqa: B008
+    *,
+    octaves: int = 32,
+    where: Callable[[str, Any], bool] | None = None,
+    rounding: Rounding = "stochastic",
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Stores the moments of any optimizer as codes of 8 to 16 bits.
+
+    In every step the codes are decoded, the inner optimizer makes its update from the
+    values and makes new values, and these are encoded. Adam has two bytes of state a
+    parameter in the place of eight; with :func:`with_quantized_params` around it, three
+    bytes a parameter are all there is.
+
+    - A leaf of the state that has a negative value is stored with a sign and 32
+      octaves, any other without and with 64. So :math:`\nu` is not in need of a name.
+      The rest are binary digits: two, of 8 bits.
+    - The octaves lie below the largest value of the leaf, in every step anew: moments
+      may grow or fall by any factor.
+    - Adam divides each element by its own size, so small ones need their digits, too.
+      Momentum that is used as a whole, as of SGD and Muon, has two digits more with
+      ``octaves=8``: values are spaced evenly below a 64th of the largest.
+    - What is positive in a leaf without negative values stays so: below the octaves,
+      as of gradients of 1e-9 of the largest, it counts as the least there is. So Adam
+      divides by no zero that was none.
+    - The decay of such a leaf is exact: the factor that all its elements have in common
+      goes into a scale. Then :math:`\nu` has a relative variance of about
+      :math:`0.36 / 2^{\text{bits} - 6}`, as in :class:`MomentFormat`, which makes
+      :math:`1/\sqrt\nu` too large by 3.4 % on average for 8 bits.
+    - A value that is not finite is not stored; what was there before stays.
+
+    Without ``where``, those leaves are stored that are floating, have 4096 elements or
+    more and the shape of a parameter, and do not start as a copy of parameters: a slow
+    or an averaged weight wants more digits. Counts and factored moments stay what they
+    are. A step has the floats of a leaf there when it is their turn; ``init`` has those
+    of all, unless it is compiled.
+
+    :func:`madam` needs no such wrapper: it has a ``moment_format`` of its own. An
+    accumulator of gradients is a moment, too: ``optax.MultiSteps`` goes around this.
+
+    Args:
+      inner: any optax optimizer.
+      moment_format: the format of the codes.
+      octaves: how many a leaf with negative values has: 2, 4, 8, 16 or 32.
+      where: ``where(path, leaf)`` tells which leaves of the state are stored, given
+        paths like ``"0/mu/Dense_0/kernel"`` and shapes, a ``jax.ShapeDtypeStruct``.
+      rounding: "stochastic", or "nearest", with which slow averages stand still.
+      seed: seed of the stochastic rounding.
+
+    Returns:
+      An optimizer, whose updates are those of the inner one.
+
+    Raises:
+      ValueError: if ``octaves`` or ``rounding`` is none of those, or the state is not
+        of this optimizer.
+      TypeError: if an argument is of the wrong type, or ``where`` chooses what is not
+        floating.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, madax
+      >>> params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
+      >>> tx = madax.with_quantized_state(optax.adam(0.1))
+      >>> mu = tx.init(params).inner_state[0].mu
+      >>> print(mu["w"].dtype, mu["b"].dtype)
+      uint8 float32
+    """
+    inner = check_inner(inner)
+    check_instance("moment_format", moment_format, MomentFormat, or_none=False)
+    if where is not None and not callable(where):
+        raise TypeError(
+            f"where must be a function of (path, leaf), got {where!r} of type "
+            f"{type(where).__name__}."
+        )
+    if octaves not in (2, 4, 8, 16, 32):
+        raise ValueError(f"octaves must be 2, 4, 8, 16 or 32, got {octaves!r}.")
+    check_rounding(rounding)
+    check_seed(seed)
+    codec = Codec(moment_format, octaves)
+    name = f"{moment_format!r}, octaves={octaves}"
+
+    def init_fn(params):
+        paths, leaves, treedef = _flatten(inner.init(params))
+        windows = []
+        for i in _chosen(inner, params, paths, where):
+            leaves[i], window = started(codec, leaves[i])
+            windows.append(window)
+        count = jnp.zeros([], jnp.int32)
+        inner_state = treedef.unflatten(leaves)
+        return WithQuantizedStateState(
+            count, inner_state, {name: stack_windows(windows)}
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        check_state(state, WithQuantizedStateState)
+        like = jax.eval_shape(inner.init, updates if params is None else params)
+        paths, leaves, treedef = _flatten(state.inner_state)
+        dtypes = _stored_dtypes(name, moment_format.v_dtype, state, like)
+        windows = one_a_leaf(state.window[name], len(dtypes))
+        before = {}
+        for (i, dtype), window in zip(dtypes.items(), windows, strict=True):
+            before[i] = decoded(codec, leaves[i], window)
+            leaves[i] = before[i].astype(dtype)
+        updates, inner_state = inner.update(
+            updates, treedef.unflatten(leaves), params, **extra_args
+        )
+        leaves, treedef = jax.tree.flatten(inner_state)
+        names, layer = [_name(path) for path in paths], extra_args.get("layer")
+        keys = one_a_leaf(leaf_keys(seed, state.count, names, layer), len(names))
+        for n, (i, value) in enumerate(before.items()):
+            leaves[i], windows[n] = encoded(
+                codec, leaves[i], value, windows[n], keys[i], rounding
+            )
+        count = jnp.asarray(optax.safe_increment(state.count))
+        inner_state = treedef.unflatten(leaves)
+        window = {name: stack_windows(windows)}
+        return updates, WithQuantizedStateState(count, inner_state, window)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+# --- which leaves ---------------------------------------------------------------------
+
+
+def _flatten(state: Any) -> tuple[list[str], list[Any], Any]:
+    with_path, treedef = jax.tree_util.tree_flatten_with_path(state)
+    paths = path_names([path for path, _ in with_path])
+    return paths, [leaf for _, leaf in with_path], treedef
+
+
+def _chosen(
+    inner: optax.GradientTransformationExtraArgs,
+    params: Any,
+    paths: Sequence[str],
+    where: Callable[[str, Any], bool] | None,
+) -> list[int]:
+    """The indices of the leaves of the state to be stored."""
+    params = jax.eval_shape(lambda params: params, params)
+    leaves = jax.tree.leaves(jax.eval_shape(inner.init, params))
+    if where is None:
+        shapes = {w.shape for w in jax.tree.leaves(params, is_leaf=is_quantized)}
+        copies = depends_on(lambda params, _: inner.init(params), params, ())
+        return [
+            i
+            for i, (leaf, copy) in enumerate(zip(leaves, copies, strict=True))
+            if _is_float(leaf)
+            and leaf.size >= _LEAST_SIZE
+            and leaf.shape in shapes
+            and not copy
+        ]
+    chosen = [i for i, leaf in enumerate(leaves) if where(paths[i], leaf)]
+    for i in chosen:
+        if not _is_float(leaves[i]):
+            raise TypeError(
+                f"where chooses {paths[i]!r} of the state, of dtype {leaves[i].dtype}, "
+                "but only floating leaves can be stored as codes; leave it out."
+            )
+    return chosen
+
+
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _stored_dtypes(
+    wanted: str, codes_dtype: Any, state: WithQuantizedStateState, like: Any
+) -> dict[int, Any]:
+    """By the indices of the stored leaves, the dtypes they have for the optimizer.
+
+    Args:
+      wanted: the name of the format of the codes.
+      codes_dtype: their dtype.
+      state: the state, which must be of this optimizer.
+      like: the state of the inner optimizer, its shapes.
+    """
+    made_for = next(iter(state.window))
+    if made_for != wanted:
+        raise ValueError(
+            f"moment_format is {wanted}, but the optimizer state was made for "
+            f"{made_for}; call init again, or use the format of the state."
+        )
+    found = jax.tree.structure(state.inner_state)
+    if found != jax.tree.structure(like):
+        raise ValueError(
+            f"the optimizer state has the tree structure {found}, but that of inner is "
+            f"{jax.tree.structure(like)}; call init again."
+        )
+    pairs = zip(jax.tree.leaves(state.inner_state), jax.tree.leaves(like), strict=True)
+    stored = {
+        i: shape.dtype
+        for i, (leaf, shape) in enumerate(pairs)
+        if _is_float(shape) and jnp.result_type(leaf) == codes_dtype
+    }
+    window = state.window[wanted]
+    if np.shape(window.octave) != entries(len(stored)):
+        raise ValueError(
+            f"the optimizer state has {len(stored)} leaves of codes, but windows of "
+            f"shape {np.shape(window.octave)}; call init again."
+        )
+    return stored
+
+
+def _name(path: str) -> str:
+    """What random bits know a leaf by; of a layer in a list, as of one in a stack.
+
+    Only its index is one: those before it are of the state.
+    """
+    for part in (ENDS, LAYERS):
+        before, found, after = f"/{path}".partition(f"/{part}/")
+        if found:
+            return f"{before.replace('/', '.')}/{part}/{after}"
+    return path

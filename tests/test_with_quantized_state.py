@@ -1,0 +1,508 @@
+"""Any optimizer's moments as codes: against a float64 oracle and the float optimizer.
+
+A code c > 0 of an octave o stands for scale (1 + f / 2**M) 2**(o - 127 + e), where
+c - 1 = e 2**M + f and M = bits - 6. If signed, the highest bit is the sign, and the
+others stand for as much less 2**(o - 127), where c = e 2**M + f.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import test_layerwise
+from helpers import FORMATS, assert_identical, mostly_nightly, raises, step
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_checkpoint_resume import restore, save
+from test_meshes import EXACT_ADAM, different, enter, make_mesh
+
+import madax
+from madax import MomentFormat, with_quantized_state
+
+SHAPE, SIGMAS, STEPS = (64, 64), 5.0, 200
+EIGHT = MomentFormat(8)
+
+
+def everything(path, leaf):
+    return leaf.ndim > 0
+
+
+def oracle(bits, codes, window, octaves=32):
+    """The values of codes, float64."""
+    codes = np.asarray(codes, np.int64)
+    octave, scale, signed = (np.asarray(x)[0] for x in window)
+    m = bits - 1 - int(np.log2(octaves)) if signed else bits - 6
+    negative = signed & (codes >= 2 ** (bits - 1))
+    k = np.where(negative, codes - 2 ** (bits - 1), codes) - (0 if signed else 1)
+    lowest = 2.0 ** (np.float64(octave) - 127)
+    size = (1 + np.mod(k, 2**m) / 2**m) * lowest * 2.0 ** (k // 2**m)
+    size = np.where(codes > 0, size - (lowest if signed else 0), 0)
+    return np.where(negative, -1, 1) * np.float64(scale) * size
+
+
+def latest(init=0.0):
+    """A transform whose state is what it was given last."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(lambda w: jnp.full_like(w, init), params),
+        lambda updates, state, params=None: (updates, updates),
+    )
+
+
+def stored(x, fmt=EIGHT, before=None):
+    """What is stored of ``x``, by the oracle; and the window."""
+    tx = with_quantized_state(latest(), fmt, where=everything)
+    state = tx.init(x)
+    if before is not None:
+        _, state = tx.update(before, state)
+    codes, window = jax.jit(tx.update)(x, state)[1][1:]
+    (window,) = window.values()
+    return oracle(fmt.bits, codes, window), window
+
+
+# --- what is stored of one leaf -------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 9, 16])
+@pytest.mark.parametrize("peak", [1e-25, 1.0, 3e37])
+def test_values_are_stored_to_their_digits_whatever_their_scale(bits, peak):
+    rng = np.random.default_rng(0)
+    both = peak * rng.normal(size=5000) * 10.0 ** rng.uniform(-7, 0, 5000)
+    both[:9] = 0
+    fmt, signs = MomentFormat(bits), np.sign(both)
+    for values, octaves in ((both, 30), (np.abs(both), 62)):
+        x = np.float32(values)
+        value, window = stored(x, fmt)
+        assert bool(window.signed[0]) == bool(np.any(x < 0))
+        assert np.all((value == 0) | (np.sign(value) == np.sign(x)))
+        inside = np.abs(x) >= np.abs(x).max() * 2.0**-octaves
+        lowest = 2.0 ** (int(window.octave[0]) - 127) if np.any(x < 0) else 0
+        error, most = np.abs(value - x), (np.abs(x) + lowest) * 2.0 ** -(bits - 6)
+        assert inside.mean() > 0.9
+        assert np.all((error <= 1.001 * most)[inside])
+        # None is saturated, and what is positive stays so.
+        assert value.max() >= x.max() * (1 - 2.0 ** -(bits - 6))
+        assert np.all(value[~inside & (signs != 0)] <= np.abs(x).max())
+        assert octaves == 30 or np.all(value[signs != 0] > 0)
+        assert np.all(value[:9] == 0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rounding_is_unbiased(sign):
+    values = np.float32([1.0, 1.06, 1.9999, 2.3, 3e-6, 777.0, 0.3 * 512 * 2.0**-32])
+    x = jnp.full((len(values), 2**16), values[:, None]).at[0, 0].set(sign * 777.0)
+    value, window = stored(x)
+    for exact, drawn in zip(values, value[:, 1:], strict=True):
+        grid = np.unique(drawn)
+        # 16 random bits leave a bias of one part of them.
+        bias = max(np.ptp(grid), exact) * 2.0**-16
+        assert len(grid) <= 2 and grid[0] - bias <= exact <= grid[-1] + bias
+        error = abs(drawn.mean() - np.float64(exact))
+        assert error <= bias + SIGMAS * drawn.std() / 2**8
+    assert bool(window.signed[0]) == (sign < 0)
+
+
+def test_what_all_have_in_common_is_exact():
+    """An average that nothing is added to decays without rounding."""
+    rng = np.random.default_rng(0)
+    g = jnp.asarray(rng.lognormal(0, 2, 5000), jnp.float32)
+    rate = np.float32(0.001)
+    inner = optax.GradientTransformation(
+        jnp.zeros_like,
+        lambda g, v, params=None: (v, v - rate * v + rate * g * g),
+    )
+    tx = with_quantized_state(inner)
+    _, state = tx.update(g, tx.init(g))
+    first, decay = (
+        oracle(8, state[1], state[2]["MomentFormat(bits=8), octaves=32"]),
+        700,
+    )
+
+    def still(state, _):
+        return tx.update(0 * g, state)[1], None
+
+    state, _ = jax.jit(lambda s: jax.lax.scan(still, s, length=decay))(state)
+    last = oracle(8, state[1], state[2]["MomentFormat(bits=8), octaves=32"])
+    expected = first * (1 - np.float64(rate)) ** decay
+    # A rounding of the scale looks like a rise to an element in a thousand.
+    assert np.mean(np.abs(last / expected - 1) < 1e-3) > 0.95
+
+
+def test_what_is_not_finite_is_not_stored():
+    before = jnp.asarray(np.linspace(-2, 2, 5000), jnp.float32)
+    kept, _ = stored(before)
+    bad = before.at[:3].set(jnp.array([jnp.nan, jnp.inf, -jnp.inf]))
+    value, _ = stored(bad, before=before)
+    np.testing.assert_allclose(value[:3], kept[:3], rtol=0.25)
+
+
+@pytest.mark.parametrize("octaves", [2, 8, 16])
+def test_fewer_octaves_have_more_digits_and_an_even_end(octaves):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=5000) * 10.0 ** rng.uniform(-7, 0, 5000)
+    tx = with_quantized_state(latest(), octaves=octaves)
+    _, state = jax.jit(tx.update)(jnp.float32(x), tx.init(jnp.float32(x)))
+    (window,) = state.window.values()
+    value = oracle(8, state.inner_state, window, octaves)
+    lowest = 2.0 ** (int(window.octave[0]) - 127)
+    digits = 7 - int(np.log2(octaves))
+    assert np.abs(x).max() < lowest * 2.0**octaves < 8 * np.abs(x).max()
+    # As if the lowest octave were added.
+    error = np.abs(value - x)
+    assert np.all(error <= 1.0001 * (np.abs(x) + lowest) * 2.0**-digits)
+    small = error[np.abs(x) < lowest / 2]
+    assert small.size == 0 or small.max() <= 1.0001 * lowest * 2.0**-digits
+
+
+def test_nearest_rounding():
+    tx = with_quantized_state(latest(), where=everything, rounding="nearest")
+    x = jnp.float32([1.0, 1.12, 1.13, 1.3, 100.0])
+    _, state = jax.jit(tx.update)(x, tx.init(x))
+    (window,) = state.window.values()
+    np.testing.assert_array_equal(
+        oracle(8, state.inner_state, window) * 1.0, [1, 1, 1.25, 1.25, 96]
+    )
+
+
+# --- whole optimizers -----------------------------------------------------------------
+
+
+def gradients(steps, scale=lambda t: 1.0):
+    rng = np.random.default_rng(1)
+    sizes = np.exp(2 * rng.normal(size=SHAPE))
+    g = (rng.normal(size=(steps, *SHAPE)) + 0.3) * sizes
+    return jnp.asarray(
+        g * np.float64([scale(t) for t in range(steps)])[:, None, None], jnp.float32
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def directions(tx, grads):
+    params = {"w": jnp.ones(SHAPE)}
+
+    def one(state, g):
+        u, state = tx.update({"w": g}, state, params)
+        return state, u["w"]
+
+    state, out = jax.lax.scan(one, tx.init(params), grads)
+    return out, state
+
+
+def errors(inner, fmt, grads):
+    found, state = directions(with_quantized_state(inner, fmt), grads)
+    exact, _ = directions(inner, grads)
+    found, exact = np.float64(found), np.float64(exact)
+    axes = (1, 2)
+    error = np.sqrt(np.sum((found - exact) ** 2, axes) / np.sum(exact**2, axes))
+    length = np.sum(found * exact, axes) / np.sum(exact**2, axes)
+    return error, length, state
+
+
+ADAM = optax.scale_by_adam()
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(8, 0.2), (16, 1e-3)])
+def test_the_direction_of_adam(bits, bound):
+    error, length, state = errors(ADAM, MomentFormat(bits), gradients(50))
+    assert error[0] < 1e-6  # unrounded as long as nothing has been stored
+    assert np.mean(error) < bound
+    assert abs(np.mean(length) - 1) < max(0.2 * bound, 1e-3)
+    nu, mu = state.inner_state.nu["w"], state.inner_state.mu["w"]
+    assert np.all(np.asarray(nu) > 0) and mu.dtype == nu.dtype
+    (window,) = state.window.values()
+    np.testing.assert_array_equal(window.signed, [True, False])
+    # The octaves are placed anew in the step in which gradients grow or fall.
+    for factor in (1e6, 1e-6):
+        scaled = gradients(50, lambda t, factor=factor: factor ** (t >= 25))
+        error, _, state = errors(ADAM, MomentFormat(bits), scaled)
+        assert np.mean(error) < bound and np.max(error) < 2 * bound
+        assert np.all(np.asarray(state.inner_state.nu["w"]) > 0)
+
+
+OPTIMIZERS = {
+    "adam": optax.adam(0.1),
+    "adamw": optax.adamw(0.1, mu_dtype=jnp.bfloat16),
+    "amsgrad": optax.amsgrad(0.1),
+    "adabelief": optax.adabelief(0.1),
+    "rmsprop": optax.rmsprop(0.1, initial_scale=0.5, centered=True, momentum=0.9),
+    "adagrad": optax.adagrad(0.1),
+    "sgd": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adafactor": optax.adafactor(0.1, momentum=0.9),
+    "muon": optax.contrib.muon(0.1),
+    "madam": madax.madam(0.1, b1=0.9),
+}
+
+
+@pytest.mark.parametrize("name", mostly_nightly(OPTIMIZERS, "adafactor", "muon"))
+def test_every_optimizer_at_sixteen_bits_is_itself(name):
+    error, length, state = errors(OPTIMIZERS[name], MomentFormat(16), gradients(8))
+    assert np.max(error) < 5e-3
+    assert np.max(np.abs(length - 1)) < 2e-3
+    stored = [x for x in jax.tree.leaves(state.inner_state) if x.dtype == jnp.uint16]
+    assert stored and all(x.shape == SHAPE for x in stored)
+    floats = [x for x in jax.tree.leaves(state.inner_state) if x.dtype != jnp.uint16]
+    assert sum(x.size for x in floats) < 100
+
+
+def test_lion_and_its_signs():
+    found, _ = directions(with_quantized_state(optax.scale_by_lion()), gradients(50))
+    exact, _ = directions(optax.scale_by_lion(), gradients(50))
+    assert np.mean(np.asarray(found) == np.asarray(exact)) > 0.9
+
+
+def test_what_is_stored_by_default_and_its_bytes():
+    """Not small leaves, factors, counts, nor what starts as a copy of weights."""
+    params = {"w": jnp.ones((256, 128)), "b": jnp.ones(128), "e": jnp.ones((4096,))}
+    count = 256 * 128 + 4096
+
+    def bytes_of(tx):
+        state = jax.eval_shape(with_quantized_state(tx).init, params)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+    small = 2 * 4 * 128
+    assert small + 2 * count < bytes_of(optax.adamw(1.0)) < small + 2 * count + 64
+    # Factored: but for the vectors of rows and columns.
+    assert bytes_of(optax.adafactor(1.0)) < 4096 + 4 * (256 + 3 * 128) + 64
+    averaged = optax.contrib.schedule_free(optax.adam(1.0, b1=0.0), 1.0, b1=0.9)
+    # z, floats; and both moments of its Adam, codes.
+    assert bytes_of(averaged) < 4 * (count + 128) + 2 * (count + 4 * 128) + 128
+    asked = with_quantized_state(ADAM, where=lambda path, x: path == "mu/b")
+    state = asked.init(params)
+    assert [str(x.dtype) for x in state.inner_state.mu.values()].count("uint8") == 1
+    assert state.inner_state.mu["b"].dtype == jnp.uint8
+
+
+# --- compositions ---------------------------------------------------------------------
+
+
+def small_params():
+    rng = np.random.default_rng(0)
+    return {"w": jnp.float32(rng.normal(size=SHAPE) / 8), "b": jnp.zeros(64)}
+
+
+def small_grads(steps=12):
+    rng = np.random.default_rng(1)
+    return {
+        k: jnp.float32(rng.normal(size=(steps, *x.shape)))
+        for k, x in small_params().items()
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def carried_on(tx, params, state, grads):
+    def one(carry, g):
+        return step(tx, g, carry[1], carry[0]), None
+
+    return jax.lax.scan(one, (params, state), grads)[0]
+
+
+def trained(tx, params, steps=12):
+    grads = small_grads(steps)
+    return carried_on(tx, params, tx.init(params), grads)
+
+
+EXACT = with_quantized_state(EXACT_ADAM, seed=3)
+THREE_BYTES = madax.with_quantized_params(EXACT)
+
+
+def test_three_bytes_a_parameter():
+    params = madax.quantize_params({"w": small_params()["w"]}, FORMATS["symlog8"])
+    state = jax.eval_shape(THREE_BYTES.init, params)
+    count = params["w"].size
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
+    assert 3 * count < total < 3 * count + 64
+
+
+def test_a_loop_is_a_scan_and_compiled_once():
+    params = small_params()
+    expected = trained(EXACT, params)
+    state, grads = EXACT.init(params), small_grads()
+    jitted = jax.jit(functools.partial(step, EXACT))
+    for i in range(12):
+        params, state = jitted({k: x[i] for k, x in grads.items()}, state, params)
+    assert_identical((params, state), expected)
+    assert jitted._cache_size() == 1
+    _, other = trained(with_quantized_state(EXACT_ADAM, seed=4), small_params())
+    nu = [x.inner_state[0].nu["w"] for x in (state, other)]
+    assert np.mean(np.asarray(nu[0] != nu[1])) > 0.1
+
+
+def test_masked_partition_injected_and_many_models_at_once():
+    def make(learning_rate):
+        inner = {
+            "w": with_quantized_state(optax.adam(learning_rate)),
+            "b": optax.sgd(1),
+        }
+        return optax.partition(inner, {"w": "w", "b": "b"})
+
+    def train(rate):
+        tx = optax.inject_hyperparams(make)(learning_rate=rate)
+        params = small_params()
+        (params, _), _ = jax.lax.scan(
+            lambda c, g: (step(tx, g, c[1], c[0]), None),
+            (params, tx.init(params)),
+            small_grads(),
+        )
+        return params["w"]
+
+    rates = jnp.array([2**-7, 2**-5])
+    both, one = jax.jit(jax.vmap(train))(rates), jax.jit(train)
+    for rate, w in zip(rates, both, strict=True):
+        np.testing.assert_allclose(one(rate), w, rtol=2e-3, atol=2e-3)
+
+
+def test_a_mesh_has_the_bits_of_one_device():
+    params = small_params()
+    params |= madax.quantize_params({"w": params["w"]}, FORMATS["symlog8"])
+    expected = trained(THREE_BYTES, params)
+    mesh = make_mesh("auto")
+    matrix = NamedSharding(mesh, P("data", "model"))
+    where = lambda x: matrix if x.shape == SHAPE else NamedSharding(mesh, P())
+    with enter(mesh):
+        placed = jax.tree.map(lambda x: jax.device_put(x, where(x)), params)
+        state = THREE_BYTES.init(placed)
+        nu = state.inner_state.inner_state[0].nu["w"]
+        assert nu.dtype == jnp.uint8 and nu.sharding.is_equivalent_to(matrix, 2)
+        found = carried_on(THREE_BYTES, placed, state, small_grads())
+    assert len(found[0]["w"].codes.sharding.device_set) == 8
+    assert different(found, expected) == []
+
+
+def test_layers_one_at_a_time_are_the_ordinary_step():
+    inner = optax.sgd(2**-5, momentum=0.5)
+    inner = with_quantized_state(inner, where=lambda path, x: x.size > 16, seed=1)
+    tx = madax.with_quantized_params(inner)
+    start = test_layerwise.weights(FORMATS["log8"])
+    listed = test_layerwise.listed
+    params, state, losses = test_layerwise.trained(
+        tx.init, test_layerwise.ordinary(tx), listed(start)
+    )
+    functions = test_layerwise.embed, test_layerwise.layer, test_layerwise.loss
+    run = madax.layerwise(tx, *functions, dtype=jnp.float32)
+    found, found_state, found_losses = test_layerwise.trained(*run, start)
+    assert found_losses == losses
+    assert different(listed(found), params) == []
+    m = found_state["layers"].inner_state.inner_state[0].trace["layers"]["mlp"]["w"]
+    expected = state.inner_state.inner_state[0].trace["layers"]
+    assert m.dtype == jnp.uint8
+    assert different(list(m), [x["mlp"]["w"] for x in expected]) == []
+
+
+def test_a_layer_below_the_size_is_so_in_a_stack():
+    """16 * 16 weights are few, in whatever stack."""
+    deep = {"ends": {}, "layers": {"w": jnp.ones((64, 16, 16))}}
+    tx = with_quantized_state(optax.adam(0.1))
+    init, _ = madax.layerwise(tx, lambda e, b: b, lambda w, x: x, lambda e, x, b: x)
+    state = jax.eval_shape(init, deep)["layers"]
+    assert state.inner_state[0].nu["layers"]["w"].dtype == jnp.float32
+    init, _ = madax.layerwise(tx, lambda e, b: b, lambda w, x: x, lambda e, x, b: x)
+    state = jax.eval_shape(init, {"ends": {}, "layers": {"w": jnp.ones((2, *SHAPE))}})
+    nu = state["layers"].inner_state[0].nu["layers"]["w"]
+    assert nu.dtype == jnp.uint8 and nu.shape == (2, *SHAPE)
+
+
+def test_a_checkpoint_goes_on(tmp_path):
+    params, grads = small_params(), small_grads()
+    half = [{k: x[part] for k, x in grads.items()} for part in (slice(6), slice(6, 12))]
+    tree = carried_on(EXACT, params, EXACT.init(params), half[0])
+    save(tmp_path / "half", tree)
+    on = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    restored = restore(tmp_path / "half", tree, jax.tree.map(lambda _: on, tree))
+    assert_identical(carried_on(EXACT, *restored, half[1]), trained(EXACT, params))
+
+
+# --- real data ------------------------------------------------------------------------
+
+
+def test_a_network_trains_as_with_floats():
+    """Digits: held-out loss of Adam in three bytes a parameter, within 1 %."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x, y = jnp.float32(x / 16), jnp.asarray(y)
+    order = np.random.default_rng(0).permutation(len(y))
+    train, test = order[450:], order[:450]
+    rng = np.random.default_rng(0)
+    params = {
+        "hidden": jnp.float32(rng.normal(size=(64, 128)) / 8),
+        "bias": jnp.zeros(128),
+        "out": jnp.float32(rng.normal(size=(128, 10)) / 12),
+    }
+
+    def loss(w, rows):
+        h = jax.nn.relu(x[rows] @ w["hidden"] + w["bias"])
+        return optax.softmax_cross_entropy_with_integer_labels(
+            h @ w["out"], y[rows]
+        ).mean()
+
+    def final(tx, quantize, seed):
+        start = quantize(params)
+
+        def one(carry, key):
+            weights, state = carry
+            rows = jnp.asarray(train)[jax.random.randint(key, (64,), 0, len(train))]
+            grads = jax.grad(loss)(madax.dequantize_params(weights), rows)
+            return step(tx, grads, state, weights), None
+
+        keys = jax.random.split(jax.random.key(seed), STEPS)
+        (weights, _), _ = jax.lax.scan(one, (start, tx.init(start)), keys)
+        return loss(madax.dequantize_params(weights), jnp.asarray(test))
+
+    rate = optax.cosine_decay_schedule(0.003, STEPS)
+    adamw = optax.adamw(rate)
+    eight = with_quantized_state(adamw, where=everything)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def mean(*args):
+        return jnp.mean(jax.vmap(lambda seed: final(*args, seed))(jnp.arange(4)))
+
+    same = lambda w: w
+    exact = mean(adamw, same)
+    assert exact < 0.3
+    codes = lambda w: (
+        w | madax.quantize_params({"hidden": w["hidden"]}, FORMATS["symlog8"])
+    )
+    assert mean(madax.with_quantized_params(eight), codes) < 1.01 * exact
+
+
+# --- what is refused ------------------------------------------------------------------
+
+
+def update(state, tx, params=None):
+    params = small_params() if params is None else params
+    return tx.update(params, state, params)
+
+
+def test_bad_input():
+    adam, params = optax.adam(0.1), small_params()
+    with raises(TypeError, "inner must be an optax.GradientTransformation, got <func"):
+        with_quantized_state(optax.adam)
+    with raises(TypeError, "moment_format must be a madax.MomentFormat, got 8"):
+        with_quantized_state(adam, 8)
+    with raises(TypeError, "where must be a function of (path, leaf), got 'mu'"):
+        with_quantized_state(adam, where="mu")
+    with raises(ValueError, "octaves must be 2, 4, 8, 16 or 32, got 5"):
+        with_quantized_state(adam, octaves=5)
+    with raises(ValueError, "octaves=16", "made for", "octaves=32", "call init again"):
+        update(
+            with_quantized_state(adam).init(params),
+            with_quantized_state(adam, octaves=16),
+        )
+    with raises(ValueError, "rounding must be one of", "got 'up'"):
+        with_quantized_state(adam, rounding="up")
+    with raises(TypeError, "seed must be an integer, got 0.5"):
+        with_quantized_state(adam, seed=0.5)
+    with raises(TypeError, "where chooses '0/count' of the state, of dtype int32"):
+        with_quantized_state(adam, where=lambda path, x: True).init(params)
+    made = with_quantized_state(adam).init(params)
+    with raises(ValueError, "moment_format is MomentFormat(bits=9)", "bits=8"):
+        update(made, with_quantized_state(adam, MomentFormat(9)))
+    with raises(ValueError, "the optimizer state has the tree structure"):
+        update(made, with_quantized_state(optax.sgd(0.1, momentum=0.9)))
+    window = {k: madax.StateWindow(*(x[:1] for x in w)) for k, w in made.window.items()}
+    with raises(ValueError, "has 2 leaves of codes, but windows of shape (1,)"):
+        update(made._replace(window=window), with_quantized_state(adam))
+    with raises(TypeError, "state must be a WithQuantizedStateState, got tuple"):
+        update((), with_quantized_state(adam))
