@@ -1,5 +1,7 @@
 """Muon's direction for matrices, Madam's for the rest; multiplicative steps for all."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

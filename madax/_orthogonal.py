@@ -1,5 +1,7 @@
 """Layer 1, direction: the orthogonal matrix next to a momentum."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Callable

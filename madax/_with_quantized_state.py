@@ -1,5 +1,7 @@
 """Any optax optimizer with its moments as codes: decode, update, encode."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
