@@ -159,8 +159,8 @@ def llama(
     Args:
         out: Folder for llama.jsonl, .md and .png; by default
             benchmarks/results/llama/ and the profile.
-        profile: smoke takes a minute; quick, and long of three rows, half an hour a text
-            on one CPU core; full is for a GPU.
+        profile: smoke takes a minute; quick half an hour a text on one CPU core, long
+            an hour, of three rows; full is for a GPU.
         text: Texts to train on: pydoc and stdlib, which come with CPython, or paths of
             files.
         rows: Names of optimizers; by default all, FlashAdamW where its package is

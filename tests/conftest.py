@@ -17,6 +17,7 @@ Each file has one subject, which its first lines state:
   compilers get the same bits;
 - around it: ``test_wrappers*``, ``test_optax_suite``, ``test_flax*``,
   ``test_linen_codes``, ``test_checkpoint*``, ``test_training``;
+- pages: ``test_readme``, ``test_docs``;
 - benchmarks/: ``test_demo``, ``test_sweeps``, ``test_workloads``, ``test_hub``, ...
 
 ``helpers.py`` has what several of them need, ``processes.py`` starts processes.

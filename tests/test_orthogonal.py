@@ -174,6 +174,7 @@ def trained(tx, params):
     return params, state
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_other_leaves_take_the_steps_of_madam():
     start = network(FORMATS["symlog8"])
     found, _ = trained(TWO_BYTES, start)
@@ -186,6 +187,7 @@ def test_other_leaves_take_the_steps_of_madam():
         assert np.mean(np.asarray(a != b)) > 0.3
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_codes_take_the_rounded_steps_of_their_values():
     params = network(FORMATS["log8"])
     values = madax.dequantize_params(params)
@@ -233,6 +235,7 @@ def test_moments_of_eight_bits_hardly_turn_the_direction():
     assert float(jnp.mean(exact * stored)) > 0.9
 
 
+@pytest.mark.nightly
 def test_a_mesh_takes_the_steps_of_one_device_to_rounding():
     start, g = network(FORMATS["symlog8"]), grads_of(1)[0]
     tx = muon_madam(0.03, moment_format=MomentFormat(8))
@@ -259,6 +262,7 @@ def test_a_mesh_takes_the_steps_of_one_device_to_rounding():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_layers_one_at_a_time_are_the_ordinary_step():
     """To rounding: a compiler may take products of matrices in another order."""
     start = test_layerwise.weights(FORMATS["symlog8"])

@@ -416,6 +416,7 @@ def test_a_checkpoint_goes_on(tmp_path):
 # --- real data ------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_a_network_trains_as_with_floats():
     """Digits: held-out loss of Adam in three bytes a parameter, within 1 %."""
     from sklearn.datasets import load_digits
