@@ -10,6 +10,8 @@ import os
 import re
 from typing import Any
 
+from benchmarks.programs import SIZES
+
 # A process that asks must have been started with these.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -102,7 +104,13 @@ CHIPS = {
             256: ("v5e:16x16", {}),
         },
     ),
-    "TPU v5p": Chip(int(95.74 * 2**30), {4: ("v5:2x2x1", {})}),
+    "TPU v5p": Chip(
+        int(95.74 * 2**30),
+        {
+            1: ("v5p:1x1x1", {"chips_per_host_bounds": (1, 1, 1)}),
+            4: ("v5:2x2x1", {}),
+        },
+    ),
     "TPU v6e": Chip(
         int(31.25 * 2**30), {1: ("v6e:1x1", {"chips_per_host_bounds": (1, 1, 1)})}
     ),
@@ -157,9 +165,6 @@ def footprint(compiled: Any) -> dict[str, int]:
     }
 
 
-_SIZES = {"s8": 1, "u8": 1, "pred": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
-
-
 def gathered(text: str) -> dict[str, int]:
     """Returns the bytes that all-gathers of a program result in, by dtype."""
     total: dict[str, int] = {}
@@ -168,7 +173,7 @@ def gathered(text: str) -> dict[str, int]:
         if found is not None:
             # An asynchronous one has a pair: what goes in, and what comes out.
             dtype, dims = re.findall(r"(\w+)\[([\d,]*)\]", found[1])[-1]
-            size = _SIZES.get(dtype, 4) * math.prod(map(int, dims.split(",")))
+            size = SIZES.get(dtype, 4) * math.prod(map(int, dims.split(",")))
             total[dtype] = total.get(dtype, 0) + size
     return total
 
