@@ -90,7 +90,7 @@ TREES: dict[str, Callable[[Row], Work]] = {
 def compiled(
     out: Path = Path("benchmarks/results/compiled"),
     *,
-    chips: tuple[str, ...] = ("H100", "TPU v5e"),
+    chips: tuple[str, ...] = ("TPU v5e", "H100"),
     trees: tuple[str, ...] = ("4 leaves",),
     optimizers: tuple[str, ...] = tuple(ROWS),
 ) -> None:

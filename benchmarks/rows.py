@@ -36,7 +36,7 @@ class Row:
         return optax.tree.cast(weights, self.params)
 
     def quantize_stack(self, weights: Any) -> Any:
-        """Returns ``split_layers`` parameters, a scale for the matrices of each layer."""
+        """Returns stacks of layers, a scale for each layer's matrices."""
         if self.format is None:
             return self.quantize(weights)
         layers = madax.quantize_params(
