@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import re
+from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.programs import SIZES
@@ -150,6 +151,15 @@ CHIPS = {
         },
     ),
 }
+
+
+def is_installed(chip: str) -> bool:
+    """Returns whether there is a compiler for a key of ``CHIPS``, or for "CPU"."""
+    if chip == "CPU":
+        return True
+    if CHIPS[chip].gpu is None:
+        return find_spec("libtpu") is not None
+    return any(find_spec(f"jax_cuda{v}_plugin") is not None for v in (12, 13))
 
 
 def footprint(compiled: Any) -> dict[str, int]:
