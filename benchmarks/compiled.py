@@ -23,7 +23,7 @@ from jax.sharding import SingleDeviceSharding
 import madax
 from benchmarks import gpt2, memory, programs, records
 from benchmarks.compiled_report import compiled_report
-from benchmarks.compilers import CHIPS, ENVIRONMENT, footprint, is_installed
+from benchmarks.compilers import CHIPS, ENVIRONMENT, compiler, footprint
 from benchmarks.rows import BASELINE, BF16, ROWS, Row
 
 # What takes too long to be timed as well, or runs on some chips only.
@@ -152,17 +152,16 @@ def compiled(
     """
     out.mkdir(parents=True, exist_ok=True)
     raw = out / "compiled.jsonl"
-    wanted = [
-        job
-        for job in dict.fromkeys(jobs(profile))
-        if (not chips or job.chip in chips)
-        and (not trees or job.tree in trees)
-        and (not optimizers or job.optimizer in optimizers)
-    ]
+    wanted = list(dict.fromkeys(jobs(profile)))
+    for field, names in (("chip", chips), ("tree", trees), ("optimizer", optimizers)):
+        known = {getattr(job, field) for job in wanted}
+        if unknown := set(names) - known:
+            raise ValueError(f"{field}s must be of {sorted(known)}, got {unknown}")
+        wanted = [job for job in wanted if not names or getattr(job, field) in names]
     for chip in sorted({job.chip for job in wanted}):
-        if not is_installed(chip):
+        if compiler(chip) is None:
             raise ModuleNotFoundError(
-                f"the compiler for {chip}: pip install 'madax[compilers]', or choose "
+                f"no compiler for {chip}: pip install 'madax[compilers]', or choose "
                 "other chips."
             )
     while todo := [j for j in wanted if not records.find(raw, dataclasses.asdict(j))]:
@@ -182,7 +181,8 @@ def in_a_process(raw: Path, jobs: Sequence[Job]) -> None:
     left = [j for j in map(dataclasses.asdict, jobs) if not records.find(raw, j)]
     if left:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        records.append(raw, left[0] | {"error": f"{done.returncode}: {last}"})
+        by = {"compiler": compiler(left[0]["chip"])}
+        records.append(raw, left[0] | by | {"error": f"{done.returncode}: {last}"})
 
 
 def compile_all(raw: Path, jobs: Sequence[Job]) -> None:
@@ -194,7 +194,8 @@ def compile_all(raw: Path, jobs: Sequence[Job]) -> None:
             result = measure(TREES[job.tree](OPTIMIZERS[job.optimizer]), sharding)
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"[:1000]}
-        records.append(raw, dataclasses.asdict(job) | result)
+        by = {"compiler": compiler(job.chip)}
+        records.append(raw, dataclasses.asdict(job) | by | result)
 
 
 @functools.cache

@@ -40,7 +40,8 @@ def compiled_table(runs: pd.DataFrame) -> str:
         "donated. Ratios are to optax.adam.\n"
     ]
     for (chip, tree), group in runs.groupby(["chip", "tree"], sort=False):
-        sections.append(f"**{chip}, {tree}** ({CAPTION})" + _section(tree, group))
+        title = f"**{chip}, {tree}** ({CAPTION}, by {group['compiler'].iloc[-1]})"
+        sections.append(title + _section(tree, group))
     return "\n".join(sections)
 
 

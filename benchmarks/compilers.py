@@ -4,11 +4,12 @@ Nothing is run. XLA compiles for a TPU if the package libtpu is there, and for a
 those of ``jax[cuda12]`` are (``pip install madax[compilers]``).
 """
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from benchmarks.programs import SIZES
@@ -153,13 +154,20 @@ CHIPS = {
 }
 
 
-def is_installed(chip: str) -> bool:
-    """Returns whether there is a compiler for a key of ``CHIPS``, or for "CPU"."""
-    if chip == "CPU":
-        return True
-    if CHIPS[chip].gpu is None:
-        return find_spec("libtpu") is not None
-    return any(find_spec(f"jax_cuda{v}_plugin") is not None for v in (12, 13))
+def compiler(chip: str) -> str | None:
+    """Returns the package that compiles for a key of ``CHIPS``, or for "CPU".
+
+    Returns:
+      Its name and version; None if it is not installed.
+    """
+    packages = ["jaxlib"]
+    if chip != "CPU":
+        is_gpu = CHIPS[chip].gpu is not None
+        packages = ["jax-cuda12-plugin", "jax-cuda13-plugin"] if is_gpu else ["libtpu"]
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            return f"{package} {version(package)}"
+    return None
 
 
 def footprint(compiled: Any) -> dict[str, int]:

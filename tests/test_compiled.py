@@ -15,7 +15,7 @@ from helpers import mostly_nightly
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks import compiled, compiled_report, programs, records
-from benchmarks.compilers import is_installed
+from benchmarks.compilers import compiler
 
 # Of the step on four leaves: StableHLO operations for one of optax.adam, and kernels of
 # the CPU's compiler. They are what they were found to be: where they fall, so do these.
@@ -119,7 +119,7 @@ def test_steps_do_not_take_more_operations_and_kernels(name):
 
 def check(raw, limits):
     for chip in ("TPU v5e", "H100"):
-        if not is_installed(chip):
+        if compiler(chip) is None:
             pytest.skip(f"no compiler for {chip}: pip install 'madax[compilers]'")
     jobs = [compiled.Job(chip, "4 leaves", name) for chip, name in limits]
     compiled.in_a_process(raw, jobs)
@@ -197,15 +197,19 @@ def test_compiled(tmp_path, capfd, monkeypatch):
 
 
 @pytest.mark.nightly
-def test_a_compiler_that_ends_its_process_is_recorded(tmp_path):
+def test_a_compiler_that_ends_its_process_is_recorded(tmp_path, monkeypatch):
     raw = tmp_path / "compiled.jsonl"
     compiled.in_a_process(raw, [compiled.Job("CPU", "no such tree", "adam")])
-    compiled.in_a_process(raw, [compiled.Job("no such chip", "4 leaves", "adam")])
-    assert records.read(raw)["error"].str.contains("KeyError").all()
+    monkeypatch.setattr(compiled.sys, "executable", "false")
+    compiled.in_a_process(raw, [compiled.Job("CPU", "4 leaves", "adam")])
+    errors = records.read(raw)["error"].to_list()
+    assert errors == ["KeyError: 'no such tree'", "1: no message"]
 
 
 def test_chips_without_a_compiler_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(compiled, "is_installed", lambda chip: chip == "CPU")
+    with pytest.raises(ValueError, match=r"trees must be of .* got {'4 tree'}"):
+        compiled.compiled(tmp_path, trees=("4 tree",))
+    monkeypatch.setattr(compiled, "compiler", {"CPU": "jaxlib"}.get)
     with pytest.raises(ModuleNotFoundError, match=r"compiler for .*madax\[compilers\]"):
         compiled.compiled(tmp_path, chips=("TPU v5e", "CPU"))
 
