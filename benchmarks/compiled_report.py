@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks import records
 from benchmarks.rows import BASELINE
@@ -88,39 +89,30 @@ def _row(run: Any, adam: Any, is_step: bool) -> dict[str, str]:
 
 def compiled_figure(runs: pd.DataFrame) -> Figure:
     """Draws bytes, operations, cycles and compile time, a panel each."""
-    runs = runs[runs["parameters"].notna()]
-    alone = runs[~runs["tree"].str.contains("train")]
+    alone = runs[runs["parameters"].notna() & ~runs["tree"].str.contains("train")]
     names = list(dict.fromkeys(alone["optimizer"]))
-    fig = Figure(figsize=(14, 1.6 + 0.26 * len(names)), layout="constrained")
+    fig = Figure(figsize=(14, 2 + 0.28 * len(names)), layout="constrained")
     panels = fig.subplots(1, 4, sharey=True)
     four = alone[alone["tree"] == "4 leaves"]
-    bars = ("bytes", "operations", "cycles")
-    for axes, name in zip(panels, bars, strict=False):
-        which = four[four["cycles"] > 0] if name == "cycles" else four
-        _points(axes, names, which, name, per="" if name == "cycles" else "parameters")
-    floors = four.drop_duplicates("optimizer")
-    panels[0].plot(
-        floors["floor"] / floors["parameters"],
-        [names.index(n) for n in floors["optimizer"]],
-        "k|",
-        ms=12,
-        label="floor",
-    )
     whole = alone[alone["leaves"] == alone["leaves"].max()]
-    _points(panels[3], names, whole, "cpu_s", per="")
-    panels[0].set(xlabel="bytes / parameter", xlim=(0, None))
-    panels[1].set(xlabel="operations / parameter", xscale="log")
-    panels[2].set(xlabel="estimated cycles / adam", xscale="log")
-    panels[3].set(xlabel="compiling, 148 leaves / adam", xscale="log")
+    tpus = four[four["cycles"] > 0]
+    _points(panels[0], names, four, "bytes / parameter", four["bytes"])
+    _points(panels[1], names, four, "operations / parameter", four["operations"])
+    _points(panels[2], names, tpus, "estimated cycles / adam", tpus["cycles"])
+    label = f"compiling {whole['leaves'].max():.0f} leaves / adam"
+    _points(panels[3], names, whole, label, whole["cpu_s"])
+    lines = [names.index(name) for name in four["optimizer"]]
+    floor = four["floor"] / four["parameters"]
+    panels[0].plot(floor, lines, "k|", ms=14, label="floor", zorder=1)
     panels[0].set(yticks=range(len(names)), yticklabels=names)
     panels[0].invert_yaxis()
-    fig.suptitle(f"The step alone, by XLA's compilers: {CAPTION}", fontsize=10)
+    fig.suptitle(f"The optimizer step alone: {CAPTION}", fontsize=10)
     legend(fig)
     return fig
 
 
 def _points(
-    axes: Axes, names: Sequence[str], runs: pd.DataFrame, value: str, per: str
+    axes: Axes, names: Sequence[str], runs: pd.DataFrame, label: str, values: pd.Series
 ) -> None:
     """Draws a number of every optimizer, a marker a chip.
 
@@ -128,22 +120,30 @@ def _points(
       axes: where.
       names: of optimizers, a line each.
       runs: of one tree.
-      value: column to draw.
-      per: column to divide by; "" for the same of optax.adam on that chip.
+      label: what it is, ending in what it is divided by: "parameter" or "adam".
+      values: of each run, as they were recorded.
     """
-    for i, (chip, style) in enumerate(zip(CHIPS, STYLES[1:], strict=False)):
+    is_ratio = label.endswith("adam")
+    for i, (chip, style) in enumerate(zip(CHIPS, STYLES[1:], strict=True)):
         here = runs[runs["chip"] == chip]
-        if per:
-            unit = here[per]
-        else:
-            adam = here[here["optimizer"] == BASELINE][value]
-            unit = adam.iloc[0] if len(adam) else np.nan
-            axes.axvline(1, c="black", ls="--", lw=1)
-        shift = 0.5 * (i / len(CHIPS) - 0.5)
-        axes.plot(
-            np.divide(here[value], unit),
-            [names.index(n) + shift for n in here["optimizer"]],
-            **style | {"linestyle": "", "ms": 5},
-            label=chip,
-        )
+        unit = here["parameters"]
+        if is_ratio:
+            adam = values[here.index[here["optimizer"] == BASELINE]]
+            unit = adam.iloc[-1] if len(adam) else np.nan
+        lines = [names.index(name) for name in here["optimizer"]]
+        if lines:
+            # Beside each other, so that equal ones are seen.
+            apart = 0.6 * (i / (len(CHIPS) - 1) - 0.5)
+            axes.plot(
+                values[here.index] / unit,
+                np.add(lines, apart),
+                **style | {"linestyle": "", "ms": 5},
+                label=chip,
+            )
+    if is_ratio:
+        axes.axvline(1, c="black", ls="--", lw=1)
+    axes.set(xlabel=label, xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
