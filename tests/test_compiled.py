@@ -123,7 +123,8 @@ def check(raw, limits):
             pytest.skip(f"no compiler for {chip}: pip install 'madax[compilers]'")
     jobs = [compiled.Job(chip, "4 leaves", name) for chip, name in limits]
     compiled.in_a_process(raw, jobs)
-    runs = {(r["chip"], r["optimizer"]): r for r in map(json.loads, raw.open())}
+    lines = raw.read_text().splitlines()
+    runs = {(r["chip"], r["optimizer"]): r for r in map(json.loads, lines)}
     assert list(runs) == list(limits)
     found = {}
     for job, run in runs.items():
@@ -160,7 +161,7 @@ def run(optimizer, chip="TPU v5e", **changed):
     numbers = {"kernels": 4, "bytes": 28 * count, "operations": 13 * count}
     numbers |= {"cycles": 9e5, "stablehlo": 140, "lowering_s": 0.1, "compile_s": 1.5}
     numbers |= {"cpu_s": 1.6, "peak": 12 * count, "floor": 28 * count}
-    numbers |= {"parameters": count, "leaves": 4}
+    numbers |= {"parameters": count, "leaves": 4, "compiler": "libtpu 1"}
     return (
         {"chip": chip, "tree": "4 leaves", "optimizer": optimizer} | numbers | changed
     )
@@ -170,6 +171,7 @@ def test_failures_stay_in_the_table_with_their_error(tmp_path):
     raw = tmp_path / "compiled.jsonl"
     records.append(raw, run("adam"), run("madam", cycles=4.5e5, cpu_s=4.8))
     failed = {"chip": "TPU v5e", "tree": "4 leaves", "optimizer": "muon"}
+    failed |= {"compiler": "libtpu 1"}
     records.append(raw, failed | {"error": "ValueError: too large\nby far"})
     records.append(raw, run("madam", chip="H100", cycles=0))
     text = compiled_report.compiled_report(tmp_path)
