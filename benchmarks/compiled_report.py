@@ -35,10 +35,10 @@ def compiled_table(runs: pd.DataFrame) -> str:
         f"were not there: {CAPTION}. Kernels: of one step, loops unrolled. Bytes: what "
         "kernels take from main memory and give back; the floor is all parameters, "
         "state and gradients read, parameters and state written. Operations: on "
-        "elements, in kernels that XLA makes; no matrix products, roots, exponentials "
-        "or logarithms. Cycles: a TPU's, as its compiler estimates. Compiling: CPU "
-        "seconds of lowering and compiling. Peak: arguments, temporaries and results, "
-        "donated. Ratios are to optax.adam.\n"
+        "elements, no matrix products, roots, exponentials or logarithms; unknown "
+        "where Pallas or a library makes kernels. Cycles: a TPU's, as its compiler "
+        "estimates. Compiling: CPU seconds of lowering and compiling. Peak: arguments, "
+        "temporaries and results, donated. Ratios are to optax.adam.\n"
     ]
     for (chip, tree), group in runs.groupby(["chip", "tree"], sort=False):
         title = f"**{chip}, {tree}** ({CAPTION}, by {group['compiler'].iloc[-1]})"
@@ -76,7 +76,8 @@ def _row(run: Any, adam: Any, is_step: bool) -> dict[str, str]:
     if is_step:
         row["bytes / parameter"] = f"{run['bytes'] / n:.2f}"
         row["floor"] = f"{run['floor'] / n:.2f}"
-        row["operations / parameter"] = f"{run['operations'] / n:.1f}"
+        operations = "-" if run["foreign"] else f"{run['operations'] / n:.1f}"
+        row["operations / parameter"] = operations
     if run["cycles"]:
         row["cycles / adam"] = ratio("cycles")
     row["StableHLO"] = f"{run['stablehlo']:.0f}"
@@ -95,9 +96,10 @@ def compiled_figure(runs: pd.DataFrame) -> Figure:
     panels = fig.subplots(1, 4, sharey=True)
     four = alone[alone["tree"] == "4 leaves"]
     whole = alone[alone["leaves"] == alone["leaves"].max()]
+    ours = four[four["foreign"] == 0]
     tpus = four[four["cycles"] > 0]
     _points(panels[0], names, four, "bytes / parameter", four["bytes"])
-    _points(panels[1], names, four, "operations / parameter", four["operations"])
+    _points(panels[1], names, ours, "operations / parameter", ours["operations"])
     _points(panels[2], names, tpus, "estimated cycles / adam", tpus["cycles"])
     label = f"compiling {whole['leaves'].max():.0f} leaves / adam"
     _points(panels[3], names, whole, label, whole["cpu_s"])

@@ -40,12 +40,15 @@ class Work:
       operations: on the elements of arrays, inside kernels, integers and comparisons
         too; neither those of matrix products nor transcendental functions.
       cycles: that a TPU's compiler estimates for kernels, copies beside them aside.
+      foreign: kernels, of those, that XLA did not make, of which it counts nothing but
+        the bytes: Pallas', and libraries'.
     """
 
     kernels: int = 0
     bytes: int = 0
     operations: int = 0
     cycles: int = 0
+    foreign: int = 0
 
     def __add__(self, other: "Work") -> "Work":
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
@@ -131,6 +134,7 @@ def _of_one(computations: Any, here: Any, x: _Instruction) -> Work:
         + _nbytes(x.type),
         operations=_operations(computations, x, here),
         cycles=x.number("estimated_cycles", 0),
+        foreign=int(x.opcode == "custom-call"),
     )
 
 

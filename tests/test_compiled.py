@@ -162,6 +162,7 @@ def run(optimizer, chip="TPU v5e", **changed):
     numbers |= {"cycles": 9e5, "stablehlo": 140, "lowering_s": 0.1, "compile_s": 1.5}
     numbers |= {"cpu_s": 1.6, "peak": 12 * count, "floor": 28 * count}
     numbers |= {"parameters": count, "leaves": 4, "compiler": "libtpu 1"}
+    numbers |= {"foreign": 0}
     return (
         {"chip": chip, "tree": "4 leaves", "optimizer": optimizer} | numbers | changed
     )
@@ -173,13 +174,15 @@ def test_failures_stay_in_the_table_with_their_error(tmp_path):
     failed = {"chip": "TPU v5e", "tree": "4 leaves", "optimizer": "muon"}
     failed |= {"compiler": "libtpu 1"}
     records.append(raw, failed | {"error": "ValueError: too large\nby far"})
-    records.append(raw, run("madam", chip="H100", cycles=0))
+    records.append(raw, run("madam", chip="H100", cycles=0, foreign=4))
     text = compiled_report.compiled_report(tmp_path)
     assert text == (tmp_path / "compiled.md").read_text()
     assert text.count("compiled for, not run") == 3
     lines = text.splitlines()
     (madam,) = [line for line in lines if "madam" in line and "0.50" in line]
     assert "3.00" in madam
+    (foreign,) = [line for line in lines if "madam" in line and "0.50" not in line]
+    assert foreign.split("|")[5].strip() == "-"
     (muon,) = [line for line in lines if line.startswith("| muon")]
     assert set(muon.split()) == {"|", "muon", "-"}
     assert "muon failed: ValueError: too large" in lines
