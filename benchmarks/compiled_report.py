@@ -37,8 +37,8 @@ def compiled_table(runs: pd.DataFrame) -> str:
         "state and gradients read, parameters and state written. Operations: on "
         "elements, no matrix products, roots, exponentials or logarithms; unknown "
         "where Pallas or a library makes kernels. Cycles: a TPU's, as its compiler "
-        "estimates. Compiling: CPU seconds of lowering and compiling, which differ by a "
-        "fifth from time to time. Peak: arguments, temporaries and results, donated. "
+        "estimates. Compiling: CPU seconds of lowering and compiling, which vary by a "
+        "fifth. Peak: arguments, temporaries and results, donated. "
         "Ratios are to optax.adam.\n"
     ]
     for (chip, tree), group in runs.groupby(["chip", "tree"], sort=False):
