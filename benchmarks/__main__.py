@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from tyro.extras import SubcommandApp
 
 from benchmarks.bits import bits
+from benchmarks.compiled import compiled
 from benchmarks.demo import demo
 from benchmarks.depth import depth
 from benchmarks.fit import fit
@@ -37,6 +38,7 @@ for command in (
     memory,
     layerwise,
     fit,
+    compiled,
     llama,
     report,
 ):

@@ -4,11 +4,15 @@ Nothing is run. XLA compiles for a TPU if the package libtpu is there, and for a
 those of ``jax[cuda12]`` are (``pip install madax[compilers]``).
 """
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from benchmarks.programs import SIZES
 
 # A process that asks must have been started with these.
 ENVIRONMENT = {
@@ -147,6 +151,22 @@ CHIPS = {
 }
 
 
+def compiler(chip: str) -> str | None:
+    """Returns the package that compiles for a key of ``CHIPS``, or for "CPU".
+
+    Returns:
+      Its name and version; None if it is not installed.
+    """
+    packages = ["jaxlib"]
+    if chip != "CPU":
+        is_gpu = CHIPS[chip].gpu is not None
+        packages = ["jax-cuda12-plugin", "jax-cuda13-plugin"] if is_gpu else ["libtpu"]
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            return f"{package} {version(package)}"
+    return None
+
+
 def footprint(compiled: Any) -> dict[str, int]:
     """Returns what a compiled program takes of each device's memory, in bytes."""
     used = compiled.memory_analysis()
@@ -160,9 +180,6 @@ def footprint(compiled: Any) -> dict[str, int]:
     }
 
 
-_SIZES = {"s8": 1, "u8": 1, "pred": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
-
-
 def gathered(text: str) -> dict[str, int]:
     """Returns the bytes that all-gathers of a program result in, by dtype."""
     total: dict[str, int] = {}
@@ -171,7 +188,7 @@ def gathered(text: str) -> dict[str, int]:
         if found is not None:
             # An asynchronous one has a pair: what goes in, and what comes out.
             dtype, dims = re.findall(r"(\w+)\[([\d,]*)\]", found[1])[-1]
-            size = _SIZES.get(dtype, 4) * math.prod(map(int, dims.split(",")))
+            size = SIZES.get(dtype, 4) * math.prod(map(int, dims.split(",")))
             total[dtype] = total.get(dtype, 0) + size
     return total
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 import madax
 from benchmarks import decoder, records
 from benchmarks.fit import quantize
-from benchmarks.speed import V_8, Running, device_name
+from benchmarks.rows import V_8
+from benchmarks.speed import Running, device_name
 from benchmarks.style import markdown
 
 # The network, sequences in a step, tokens in a sequence, and how often it is timed.

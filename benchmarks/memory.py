@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 import madax
 from benchmarks import compilers, gpt2, records
-from benchmarks.speed import BASELINE, ROWS, Row, Step, device_name, train_step
+from benchmarks.rows import BASELINE, ROWS, Row
+from benchmarks.speed import Step, device_name, train_step
 from benchmarks.style import markdown
 
 # Shapes of parameters and of the state, the step, and the shape of tokens.
@@ -81,22 +82,9 @@ def layerwise_work(row: Row, size: gpt2.Size, batch: int, length: int) -> Work:
         loss,
         dtype=row.grads,
     )
-    params = jax.eval_shape(partial(_quantize_stack, row), split.params)
+    params = jax.eval_shape(row.quantize_stack, split.params)
     tokens = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
     return params, jax.eval_shape(run.init, params), step, tokens
-
-
-def _quantize_stack(row: Row, params: Any) -> Any:
-    """Returns parameters as they are stored, a scale for each layer's matrices."""
-    if row.format is None:
-        return row.quantize(params)
-    layers = madax.quantize_params(
-        params["layers"],
-        row.format,
-        where=lambda path, w: path.endswith("kernel"),
-        channel_axis=0,
-    )
-    return {"ends": row.quantize(params["ends"]), "layers": layers}
 
 
 def footprint(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from benchmarks.bits import bits_report
+from benchmarks.compiled_report import compiled_report
 from benchmarks.demo import demo_report
 from benchmarks.depth import depth_report
 from benchmarks.fit import fit_report
@@ -24,6 +25,7 @@ REPORTS = {
     "speed": (speed_report,),
     "memory": (memory_report,),
     "fit": (fit_report,),
+    "compiled": (compiled_report,),
     "layerwise": (layerwise_report,),
     "llama": (llama_report,),
     "demo": (demo_report,),

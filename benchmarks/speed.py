@@ -19,59 +19,8 @@ from tqdm import tqdm
 
 import madax
 from benchmarks import gpt2, records
+from benchmarks.rows import BASELINE, ROWS, Row
 from benchmarks.style import markdown, save
-
-LOG_8 = madax.LogFormat.from_dynamic_range(bits=8, ratio=100)
-LOG_16 = madax.LogFormat.from_dynamic_range(bits=16, ratio=1000)
-V_8 = madax.MomentFormat(bits=8)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One row of the table.
-
-    Attributes:
-      tx: the optimizer.
-      format: format of the weight matrices; None for floats.
-      params: dtype of float parameters.
-      grads: dtype of gradients.
-    """
-
-    tx: optax.GradientTransformation
-    format: madax.Format | None = None
-    params: Any = jnp.float32
-    grads: Any = jnp.float32
-
-    def quantize(self, weights: optax.Params) -> optax.Params:
-        """Returns float32 weights as the optimizer stores them."""
-        if self.format is not None:
-            return madax.quantize_params(weights, self.format)
-        return optax.tree.cast(weights, self.params)
-
-
-BF16 = {"params": jnp.bfloat16, "grads": jnp.bfloat16}
-ROWS = {
-    "adam": Row(optax.adam(1e-3)),
-    "adamw": Row(optax.adamw(1e-3)),
-    "lion": Row(optax.lion(1e-4)),
-    "sgd": Row(optax.sgd(0.1)),
-    "adafactor": Row(optax.adafactor(1e-3)),
-    "muon": Row(optax.contrib.muon(0.02)),
-    "adam bfloat16": Row(optax.adam(1e-3), **BF16),
-    "madam": Row(madax.madam()),
-    "madam bfloat16": Row(madax.madam(), **BF16),
-    "bbit_madam": Row(madax.bbit_madam()),
-    "native 16": Row(madax.madam(), LOG_16, grads=jnp.bfloat16),
-    "native 16, 8-bit v": Row(
-        madax.madam(moment_format=V_8), LOG_16, grads=jnp.bfloat16
-    ),
-    "native 8": Row(madax.madam(), LOG_8, grads=jnp.bfloat16),
-    "native 8, 8-bit v": Row(madax.madam(moment_format=V_8), LOG_8, grads=jnp.bfloat16),
-    "native 8 adam": Row(
-        madax.with_quantized_params(optax.adam(1e-3)), LOG_8, grads=jnp.bfloat16
-    ),
-}
-BASELINE = "adam"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +125,7 @@ def optimizer_step(row: Row, weights: optax.Params) -> tuple[Step, Any]:
     grads = jax.tree.map(
         lambda key, w: 1e-3 * jax.random.normal(key, w.shape, row.grads), keys, weights
     )
-
-    def step(params, state, grads):
-        updates, state = row.tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step, grads
+    return row.step, grads
 
 
 def train_step(
@@ -195,8 +139,7 @@ def train_step(
     def step(params, state, tokens):
         decoded = madax.dequantize_params(params, row.grads)
         grads = jax.grad(partial(gpt2.loss, size))(decoded, tokens)
-        updates, state = row.tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        return row.step(params, state, grads)
 
     return step, tokens
 

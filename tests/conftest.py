@@ -14,7 +14,7 @@ Each file has one subject, which its first lines state:
   ``test_with_quantized_*``, ``test_freezing``, ``test_saving``, ``test_*layer*``;
 - programs: ``test_*meshes``, ``test_many_weights``, ``test_processes``,
   ``test_same_bits``, ``test_lowering`` show that a mesh, other processes and other
-  compilers get the same bits;
+  compilers get the same bits; ``test_compiled`` bounds what compilers make of a step;
 - around it: ``test_wrappers*``, ``test_optax_suite``, ``test_flax*``,
   ``test_linen_codes``, ``test_checkpoint*``, ``test_training``;
 - pages: ``test_readme``, ``test_docs``;

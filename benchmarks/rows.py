@@ -1,0 +1,78 @@
+"""The optimizers and formats whose steps are timed, weighed and compiled."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+import madax
+
+LOG_8 = madax.LogFormat.from_dynamic_range(bits=8, ratio=100)
+LOG_16 = madax.LogFormat.from_dynamic_range(bits=16, ratio=1000)
+V_8 = madax.MomentFormat(bits=8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the tables.
+
+    Attributes:
+      tx: the optimizer.
+      format: format of the weight matrices; None for floats.
+      params: dtype of float parameters.
+      grads: dtype of gradients.
+    """
+
+    tx: optax.GradientTransformation
+    format: madax.Format | None = None
+    params: Any = jnp.float32
+    grads: Any = jnp.float32
+
+    def quantize(self, weights: optax.Params) -> optax.Params:
+        """Returns float32 weights as the optimizer stores them."""
+        if self.format is not None:
+            return madax.quantize_params(weights, self.format)
+        return optax.tree.cast(weights, self.params)
+
+    def quantize_stack(self, weights: Any) -> Any:
+        """Returns stacks of layers, a scale for each layer's matrices."""
+        if self.format is None:
+            return self.quantize(weights)
+        layers = madax.quantize_params(
+            weights["layers"],
+            self.format,
+            where=lambda path, w: path.endswith("kernel"),
+            channel_axis=0,
+        )
+        return {"ends": self.quantize(weights["ends"]), "layers": layers}
+
+    def step(self, params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        """Returns parameters and state after the step of the optimizer alone."""
+        updates, state = self.tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+
+BF16 = {"params": jnp.bfloat16, "grads": jnp.bfloat16}
+ROWS = {
+    "adam": Row(optax.adam(1e-3)),
+    "adamw": Row(optax.adamw(1e-3)),
+    "lion": Row(optax.lion(1e-4)),
+    "sgd": Row(optax.sgd(0.1)),
+    "adafactor": Row(optax.adafactor(1e-3)),
+    "muon": Row(optax.contrib.muon(0.02)),
+    "adam bfloat16": Row(optax.adam(1e-3), **BF16),
+    "madam": Row(madax.madam()),
+    "madam bfloat16": Row(madax.madam(), **BF16),
+    "bbit_madam": Row(madax.bbit_madam()),
+    "native 16": Row(madax.madam(), LOG_16, grads=jnp.bfloat16),
+    "native 16, 8-bit v": Row(
+        madax.madam(moment_format=V_8), LOG_16, grads=jnp.bfloat16
+    ),
+    "native 8": Row(madax.madam(), LOG_8, grads=jnp.bfloat16),
+    "native 8, 8-bit v": Row(madax.madam(moment_format=V_8), LOG_8, grads=jnp.bfloat16),
+    "native 8 adam": Row(
+        madax.with_quantized_params(optax.adam(1e-3)), LOG_8, grads=jnp.bfloat16
+    ),
+}
+BASELINE = "adam"
