@@ -178,7 +178,7 @@ def log_change(x: jax.Array, u: jax.Array) -> jax.Array:
     Returns:
       The changes.
     """
-    ratio = u / jnp.where(x == 0, 1, x)
+    ratio = rounded(u / jnp.where(x == 0, 1, x))
     moved = jnp.where(x == 0, ratio, 1 + ratio)
     exponent, mantissa = _exponent_and_mantissa(jnp.abs(moved))
     # The digits of a small ratio, which the sum has lost.
@@ -198,7 +198,7 @@ def sinh(x: jax.Array) -> jax.Array:
 def sinh_and_decay(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``sinh(x)`` and ``exp(-x)`` for x in [0, 88), to a relative error of 3e-7."""
     e = expm1(x)
-    decay = 1 / (1 + e)
+    decay = rounded(1 / (1 + e))
     return 0.5 * (e + rounded(e * decay)), decay
 
 

@@ -24,8 +24,8 @@ CPU = {
     "madam": (2.5, 11, 1.01),
     "native 8, 8-bit v": (6.2, 27, 1.15),
     "native 16": (2.9, 12, 1.01),
-    "native 8 adam": (4.6, 33, 2.1),
-    "bbit_madam": (6.7, 31, 2.4),
+    "native 8 adam": (4.7, 21, 1.01),
+    "bbit_madam": (6.8, 15, 1.01),
 }
 # For chips: kernels of four leaves, operations a parameter, a TPU's cycles over adam's.
 LIMITS = {
