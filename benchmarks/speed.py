@@ -62,6 +62,7 @@ def speed(
     out: Path = Path("benchmarks/results/speed"),
     *,
     profile: Literal["smoke", "quick", "full"] = "quick",
+    optimizers: tuple[str, ...] = tuple(name for name in ROWS if name != BASELINE),
 ) -> None:
     """Time the optimizer step of every optimizer and format, against optax.adam.
 
@@ -73,6 +74,7 @@ def speed(
         out: Folder of a folder for this device: speed.jsonl, .md and .png.
         profile: smoke takes a minute, quick ten minutes on two CPU cores (GPT-2's
             shape at 12 M parameters), full the same on a GPU (at 124 M).
+        optimizers: Rows of the table; by default all.
     """
     folder = out / device_name()
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +84,7 @@ def speed(
     copy = copy_bandwidth(chosen.leaf)
     for tree, weights, make in work(chosen):
         baseline = running(ROWS[BASELINE], weights, make)
-        for name in tqdm([n for n in ROWS if n != BASELINE], desc=tree):
+        for name in tqdm(optimizers, desc=tree):
             rounds = chosen.rounds if make is optimizer_step else chosen.train_rounds
             run = compare(name, weights, make, baseline, rounds)
             records.append(raw, {"tree": tree, "copy_gb_s": copy} | run)

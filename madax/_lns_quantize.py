@@ -142,6 +142,7 @@ def lns_quantize(
         scales = _scales(state, format, ws)
         leaves = zip(ws, us, scales, keys, strict=True)
         out = [_step_leaf(*leaf, format, rounding) for leaf in leaves]
+        out = list(map(as_steps, ws, out))
         count = jnp.asarray(optax.safe_increment(state.count))
         return treedef.unflatten(out), LnsQuantizeState(count, state.scale)
 
@@ -169,7 +170,7 @@ def _step_leaf(
     format: Format | None,
     rounding: Rounding,
 ) -> Any:
-    """The update of a leaf that ends on the grid."""
+    """The update of a leaf that ends on the grid; of codes, as integers."""
     bits = random_bits(key, w.shape) if rounding == "stochastic" else None
     if is_quantized(w):
         return step_codes(w, u, w.codes.astype(jnp.int32), rounding, bits)
@@ -184,7 +185,7 @@ def step_codes(
     sign: jax.Array,
     rounding: Rounding,
     bits: jax.Array | None,
-) -> QuantizedArray:
+) -> jax.Array:
     """Rounds a real-valued number of codes to the step that ``w`` will take.
 
     Args:
@@ -195,11 +196,16 @@ def step_codes(
       bits: random bits of the leaf's shape, or None.
 
     Returns:
-      The code steps, which are to be added to ``w``.
+      The step, int32, which :func:`as_steps` makes an update of.
     """
     new = moved_codes(w.codes, w.format, steps, sign, rounding, bits)
-    delta = new - w.codes.astype(jnp.int32)
-    return QuantizedArray.steps(delta, w.format)
+    return new - w.codes.astype(jnp.int32)
+
+
+def as_steps(w: Any, step: Any) -> Any:
+    """The update of a quantised leaf by a step of its codes; that of a float itself."""
+    # Not within a compiled function: what marks an update there is a Python value.
+    return QuantizedArray.steps(step, w.format) if is_quantized(w) else step
 
 
 def moved_codes(

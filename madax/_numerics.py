@@ -169,17 +169,21 @@ def log1p(x: jax.Array) -> jax.Array:
 
 
 def log_change(x: jax.Array, u: jax.Array) -> jax.Array:
-    """``log|x + u| - log|x|``, or ``log|u|`` where x is 0; float32, as :func:`log`.
+    """``log|x + u| - log|x|``, or ``log|u|`` where x is 0, as :func:`log`.
 
     Args:
-      x: finite values, float32.
-      u: finite values, float32, of any size against ``x``.
+      x: finite values, float32 or wider.
+      u: finite values, float32 or wider, of any size against ``x``.
 
     Returns:
       The changes.
     """
     ratio = rounded(u / jnp.where(x == 0, 1, x))
     moved = jnp.where(x == 0, ratio, 1 + ratio)
+    if moved.dtype != jnp.float32:
+        small = (jnp.abs(ratio) < 0.5) & (x != 0)
+        size = jnp.maximum(jnp.abs(moved), jnp.finfo(moved.dtype).tiny)
+        return jnp.where(small, jnp.log1p(ratio), jnp.log(size))
     exponent, mantissa = _exponent_and_mantissa(jnp.abs(moved))
     # The digits of a small ratio, which the sum has lost.
     small = (exponent == 0) & (moved > 0) & (x != 0)

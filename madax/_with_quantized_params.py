@@ -11,7 +11,7 @@ import optax
 
 from madax._checks import check_seed, check_state
 from madax._leaves import flatten_both, one_a_leaf, widen
-from madax._lns_quantize import step_codes
+from madax._lns_quantize import as_steps, step_codes
 from madax._numerics import relative_to
 from madax._quantize_params import dequantize_params
 from madax._quantized_array import QuantizedArray, is_quantized
@@ -90,7 +90,7 @@ def with_quantized_params(
         keys = leaf_keys(seed, state.count, paths, extra_args.get("layer"))
         for i, key in enumerate(one_a_leaf(keys, len(ws))):
             if is_quantized(ws[i]):
-                us[i] = _rounded_sum(ws[i], us[i], key, rounding)
+                us[i] = as_steps(ws[i], _rounded_sum(ws[i], us[i], key, rounding))
         count = jnp.asarray(optax.safe_increment(state.count))
         return treedef.unflatten(us), WithQuantizedParamsState(count, inner_state)
 
@@ -100,7 +100,7 @@ def with_quantized_params(
 @partial(jax.jit, static_argnums=3)
 def _rounded_sum(
     w: QuantizedArray, u: jax.Array, key: jax.Array, rounding: Rounding
-) -> QuantizedArray:
+) -> jax.Array:
     """The step of codes that adds about ``u`` to their values; none if not finite."""
     u = relative_to(w.scale, jnp.where(jnp.isfinite(u), widen(u), 0))
     steps = w.format.add_step(w.codes, u)

@@ -19,8 +19,6 @@ from helpers import assert_identical
 import madax
 from madax import LogFormat, MomentFormat, SymlogFormat, UniformFormat
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 FORMATS = {
     "log": LogFormat.from_dynamic_range(8, 1000),
     "symlog": SymlogFormat(16, 1 / 3),
