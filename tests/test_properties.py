@@ -105,10 +105,13 @@ def test_weights_stay_within_the_bound(dtype, w, grads, lr, p_scale, floor):
     w = np.clip(w, -1e3, 1e3)  # the range of float16
     steps = values(run(w, grads, lr, p_scale, floor, dtype=dtype))
     bound = p_scale * oracle.first_rms(steps[0])[0]
-    # u and w + u are rounded, each relative to the larger of weight and bound.
-    rounding = 2 * float(jnp.finfo(dtype).eps) * np.maximum(np.abs(steps[:-1]), bound)
+    # u and w + u are rounded, each relative to the larger of weight and bound, and
+    # subnormal numbers as the least normal one.
+    info = jnp.finfo(dtype)
+    eps, least = 2 * float(info.eps), max(bound, float(info.tiny))
+    rounding = eps * np.maximum(np.abs(steps[:-1]), least)
     assert np.all(np.abs(steps[1:]) <= bound + rounding)
-    assert np.all(np.abs(steps[-1]) <= bound * (1 + 2 * float(jnp.finfo(dtype).eps)))
+    assert np.all(np.abs(steps[-1]) <= bound + eps * least)
 
 
 @given(w=non_zero_weights, u=weights, p_scale=st.floats(0.1, 10))
