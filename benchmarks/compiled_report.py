@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks import records
 from benchmarks.rows import BASELINE
-from benchmarks.style import STYLES, legend, markdown, save
+from benchmarks.style import STYLES, legend, markdown, report
 
 CAPTION = "compiled for, not run"
 # In the order of the figure, a colour and a marker each.
@@ -21,11 +20,7 @@ CHIPS = ("TPU v5e", "H100", "CPU", "TPU v5p", "TPU v6e", "H200", "B200")
 
 def compiled_report(folder: Path) -> str:
     """Writes the table and the figure from a folder's records; returns the table."""
-    runs = records.read(folder / "compiled.jsonl")
-    text = compiled_table(runs)
-    (folder / "compiled.md").write_text(text, encoding="utf-8")
-    save(compiled_figure(runs), folder / "compiled.png")
-    return text
+    return report(folder, "compiled", compiled_table, compiled_figure)
 
 
 def compiled_table(runs: pd.DataFrame) -> str:

@@ -30,7 +30,7 @@ from benchmarks.compilers import (
     gathered,
     needed,
 )
-from benchmarks.style import markdown, save
+from benchmarks.style import markdown, report
 
 FORMAT = madax.SymlogFormat(bits=8, linear_range=1 / 3)
 MADAM = madax.madam(moment_format=madax.MomentFormat(bits=8))
@@ -233,11 +233,7 @@ def _ordinary(size: decoder.Size, tx: Any, params: Any, state: Any, batch: Any) 
 
 def fit_report(folder: Path) -> str:
     """Writes the table and the figure from a folder's records; returns the table."""
-    runs = records.read(folder / "fit.jsonl")
-    text = fit_table(runs)
-    (folder / "fit.md").write_text(text, encoding="utf-8")
-    save(fit_figure(runs), folder / "fit.png")
-    return text
+    return report(folder, "fit", fit_table, fit_figure)
 
 
 WAYS = {

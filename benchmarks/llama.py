@@ -22,7 +22,7 @@ import madax
 from benchmarks import decoder, records
 from benchmarks.data.text import Text, text
 from benchmarks.fit import quantize
-from benchmarks.style import STYLES, legend, markdown, save
+from benchmarks.style import STYLES, legend, markdown, report
 
 SYMLOG_8 = madax.SymlogFormat(bits=8, linear_range=1 / 3)
 SYMLOG_16 = madax.SymlogFormat(bits=16, linear_range=1 / 3)
@@ -315,11 +315,7 @@ def _sample(budget: Budget, params: Any, data: Text, count: int = 160) -> str:
 
 def llama_report(folder: Path) -> str:
     """Writes the table and the figure from a folder's records; returns the table."""
-    runs = records.read(folder / "llama.jsonl")
-    table = llama_table(runs)
-    (folder / "llama.md").write_text(table, encoding="utf-8")
-    save(llama_figure(runs), folder / "llama.png")
-    return table
+    return report(folder, "llama", llama_table, llama_figure)
 
 
 def _best(runs: pd.DataFrame) -> pd.DataFrame:

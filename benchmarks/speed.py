@@ -20,7 +20,7 @@ from tqdm import tqdm
 import madax
 from benchmarks import gpt2, records
 from benchmarks.rows import BASELINE, ROWS, Row
-from benchmarks.style import markdown, save
+from benchmarks.style import markdown, report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +93,7 @@ def speed(
 
 def speed_report(folder: Path) -> str:
     """Writes the table and the figure from a folder's records; returns the table."""
-    runs = records.read(folder / "speed.jsonl")
-    text = speed_table(runs)
-    (folder / "speed.md").write_text(text, encoding="utf-8")
-    save(speed_figure(runs), folder / "speed.png")
-    return text
+    return report(folder, "speed", speed_table, speed_figure)
 
 
 def work(profile: Profile) -> Iterator[tuple[str, Weights, Make]]:

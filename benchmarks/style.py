@@ -1,12 +1,14 @@
 """How figures and tables look: lines told apart without colour, too, one legend."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from benchmarks import records
 
 # By line, by marker and by lightness.
 STYLES: tuple[dict[str, Any], ...] = (
@@ -51,6 +53,20 @@ def legend(
 def save(fig: Figure, path: Path) -> None:
     """Writes a figure into an image file."""
     fig.savefig(path, dpi=150)
+
+
+def report(
+    folder: Path,
+    name: str,
+    table: Callable[[pd.DataFrame], str],
+    figure: Callable[[pd.DataFrame], Figure],
+) -> str:
+    """Writes the table and the figure of a folder's records; returns the table."""
+    runs = records.read(folder / f"{name}.jsonl")
+    text = table(runs)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    save(figure(runs), folder / f"{name}.png")
+    return text
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
