@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from madax._checks import leaf_name
-from madax._leaves import path_names
+from madax._leaves import flatten_named
 from madax._quantize_params import dequantize_params
 from madax._stacks import (
     ENDS,
@@ -366,14 +366,13 @@ def _parts(params: Any) -> tuple[Any, Any]:
             f'params must be a dict of "ends" and "layers", got {found}; pass '
             '{"ends": tree, "layers": tree of leaves with a leading axis of layers}.'
         )
-    with_path, _ = jax.tree_util.tree_flatten_with_path(params[LAYERS])
-    shapes = [np.shape(leaf) for _, leaf in with_path]
+    names, leaves, _ = flatten_named(params[LAYERS])
+    shapes = [np.shape(leaf) for leaf in leaves]
     if not shapes or not shapes[0]:
         raise ValueError(
             "params['layers'] must be a tree of arrays with a leading axis of layers, "
             f"got {params[LAYERS]!r}; stack the layers with jnp.stack."
         )
-    names = path_names([path for path, _ in with_path])
     for name, shape in zip(names, shapes, strict=True):
         if shape[:1] != shapes[0][:1]:
             raise ValueError(
@@ -411,9 +410,9 @@ def _cut(batch: Any, parts: int) -> Any:
     if parts == 1:
         return batch
 
-    with_path, treedef = jax.tree_util.tree_flatten_with_path(batch)
-    names, leaves = path_names([path for path, _ in with_path]), []
-    for name, (_, x) in zip(names, with_path, strict=True):
+    names, leaves, treedef = flatten_named(batch)
+    split = []
+    for name, x in zip(names, leaves, strict=True):
         shape = np.shape(x)
         if not shape or shape[0] % parts:
             raise ValueError(
@@ -422,5 +421,5 @@ def _cut(batch: Any, parts: int) -> Any:
             )
         # Not neighbours: where the axis is sharded, each device has some of every part.
         x = jnp.reshape(x, (shape[0] // parts, parts, *shape[1:]))
-        leaves.append(jnp.moveaxis(x, 1, 0))
-    return treedef.unflatten(leaves)
+        split.append(jnp.moveaxis(x, 1, 0))
+    return treedef.unflatten(split)

@@ -9,7 +9,7 @@ parameter's sharding onto everything shaped like the parameter tree
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -70,17 +70,22 @@ def path_names(paths: Sequence[jax.tree_util.KeyPath]) -> list[str]:
     ]
 
 
+def flatten_named(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[str], list[Any], Any]:
+    """Flattens any tree into the names of its paths, leaves and treedef."""
+    with_path, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    paths = path_names([path for path, _ in with_path])
+    return paths, [leaf for _, leaf in with_path], treedef
+
+
 def flatten(params: Any, name: str = "params") -> tuple[list[str], list[Any], Any]:
     """Flattens a tree of parameters into paths, leaves and treedef.
 
     Raises:
       TypeError: if a leaf is neither real floating nor quantised.
     """
-    with_path, treedef = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=is_quantized
-    )
-    paths = path_names([path for path, _ in with_path])
-    leaves = [leaf for _, leaf in with_path]
+    paths, leaves, treedef = flatten_named(params, is_leaf=is_quantized)
     for path, leaf in zip(paths, leaves, strict=True):
         if is_quantized(leaf):
             leaf.check_has_codes()

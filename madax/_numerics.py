@@ -222,6 +222,19 @@ def expm1_arcsinh(x: jax.Array) -> jax.Array:
     return x + square / (1 + jnp.sqrt(1 + square))
 
 
+def decay_rate(decay: jax.typing.ArrayLike) -> jax.Array:
+    """``1 - decay``; 0 for what is not finite, as a traced decay may be anything."""
+    rate = jnp.asarray(1 - decay, jnp.result_type(float))
+    return jnp.where(jnp.isfinite(rate), rate, 0)
+
+
+def moving_average(moment: jax.Array, x: jax.Array, rate: jax.Array) -> jax.Array:
+    """``moment`` with a share ``rate`` of it replaced by ``x``."""
+    # In float32, decay and 1 - decay do not add up to 1; these coefficients do.
+    rate = rate.astype(moment.dtype)
+    return moment - rounded(rate * moment) + rounded(rate * x)
+
+
 def round_to_int(x: jax.Array) -> jax.Array:
     """The nearest integer of a float32 under 2**22 in size, halves to even, int32.
 

@@ -1,4 +1,4 @@
-"""Layer 1, direction: the orthogonal matrix next to a momentum."""
+"""Direction: the orthogonal matrix next to a momentum."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from madax._checks import check_decay, check_state, leaf_name
 from madax._leaves import (
     flatten,
     flatten_like,
-    path_names,
+    flatten_named,
     zeros_like,
 )
-from madax._numerics import relative_to, rounded
+from madax._numerics import decay_rate, moving_average, relative_to
 from madax._quantize_params import NO_WEIGHT
 from madax._quantized_array import is_quantized
 from madax._scales import root_mean_square
@@ -136,16 +136,15 @@ def scale_by_orthogonal_momentum(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         check_state(state, ScaleByOrthogonalMomentumState)
-        with_path, treedef = jax.tree_util.tree_flatten_with_path(state.m)
-        paths, ms = path_names([p for p, _ in with_path]), [m for _, m in with_path]
+        paths, ms, treedef = flatten_named(state.m)
         gs = flatten_like(updates, treedef, "state.m", paths, ms)
-        directions = []
+        directions, rate = [], decay_rate(b1)
         for i, (path, g) in enumerate(zip(paths, gs, strict=True)):
             g = jnp.asarray(g).astype(ms[i].dtype)
             g = jnp.where(jnp.isfinite(g), g, ms[i])
-            ms[i] = _average(ms[i], g, b1)
+            ms[i] = moving_average(ms[i], g, rate)
             axes = _check_axes(path, g.shape, axes_of(path, g.shape))
-            ahead = _average(ms[i], g, b1)
+            ahead = moving_average(ms[i], g, rate)
             directions.append(_as_matrices(orthogonalized, ahead, axes))
         m = ScaleByOrthogonalMomentumState(treedef.unflatten(ms))
         return treedef.unflatten(directions), m
@@ -175,12 +174,6 @@ def orthogonalized(x: jax.Array) -> jax.Array:
 
 def _over(scale: jax.Array, x: jax.Array) -> jax.Array:
     return relative_to(jnp.where(scale > 0, scale, 1), x)
-
-
-def _average(m: jax.Array, g: jax.Array, b1: Any) -> jax.Array:
-    # In float32, b1 and 1 - b1 do not add up to 1; these coefficients do.
-    rate = jnp.asarray(1 - b1).astype(m.dtype)
-    return m - rounded(rate * m) + rounded(rate * g)
 
 
 def _as_matrices(
@@ -216,11 +209,8 @@ def matrix_labels(matrices: Matrices | None) -> Callable[[Any], Any]:
     axes_of = matrices or default_matrix_axes
 
     def labels(tree: Any) -> Any:
-        with_path, treedef = jax.tree_util.tree_flatten_with_path(
-            tree, is_leaf=is_quantized
-        )
-        paths = path_names([path for path, _ in with_path])
-        shapes = [np.shape(leaf) for _, leaf in with_path]
+        paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
+        shapes = map(np.shape, leaves)
         found = [axes_of(*leaf) for leaf in zip(paths, shapes, strict=True)]
         return treedef.unflatten(["other" if x is None else "matrix" for x in found])
 

@@ -23,7 +23,7 @@ from madax._checks import (
     warn_of_leaves,
 )
 from madax._formats import Format
-from madax._leaves import awaited, path_names, widen
+from madax._leaves import awaited, flatten_named, widen
 from madax._numerics import relative_to
 from madax._quantized_array import QuantizedArray, is_quantized
 from madax._scales import root_mean_square, share_beyond
@@ -200,11 +200,7 @@ def _quantize_tree(
     channel_axes: Sequence[int],
 ) -> Any:
     """What :func:`quantize_params` does to a tree, with checked arguments."""
-    with_path, treedef = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=is_quantized
-    )
-    paths = path_names([path for path, _ in with_path])
-    leaves = [leaf for _, leaf in with_path]
+    paths, leaves, treedef = flatten_named(params, is_leaf=is_quantized)
     chosen = [i for i, leaf in enumerate(leaves) if where(paths[i], leaf)]
     if not chosen:
         raise ValueError(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from madax._formats import parse_format
-from madax._leaves import path_names
+from madax._leaves import flatten_named
 from madax._quantized_array import QuantizedArray, is_quantized
 
 _CODES = re.compile(r"(?P<path>(?:.*/)?)codes:(?P<format>\w+\(.*\))")
@@ -94,9 +94,8 @@ def from_flat_dict(arrays: Mapping[str, Any], target: Any = None) -> Any:
 
 
 def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    with_path = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0]
-    names = path_names([path for path, _ in with_path])
-    return [(name, leaf) for name, (_, leaf) in zip(names, with_path, strict=True)]
+    names, leaves, _ = flatten_named(tree, is_leaf=is_quantized)
+    return list(zip(names, leaves, strict=True))
 
 
 def _parts(leaf: Any) -> dict[str, Any]:

@@ -11,9 +11,25 @@ import jax.numpy as jnp
 import optax
 
 from madax._checks import check_b1, check_decay, check_instance, check_seed, check_state
-from madax._leaves import flatten, flatten_like, one_a_leaf, path_names, zeros_like
+from madax._leaves import (
+    compute_dtype,
+    flatten,
+    flatten_like,
+    flatten_named,
+    one_a_leaf,
+    zeros_like,
+)
 from madax._moments import MomentFormat, MomentGrid, MomentWindow, decayed
-from madax._numerics import exp, expm1, log1p, over_root, rounded, straight_through
+from madax._numerics import (
+    decay_rate,
+    exp,
+    expm1,
+    log1p,
+    moving_average,
+    over_root,
+    rounded,
+    straight_through,
+)
 from madax._rounding import leaf_keys, random_bits
 
 
@@ -106,13 +122,12 @@ def scale_by_second_moment(
     def update_fn(updates, state, params=None, *, layer=None, **extra_args):
         del params, extra_args
         check_state(state, ScaleBySecondMomentState)
-        with_path, treedef = jax.tree_util.tree_flatten_with_path(state.v)
-        paths, vs = path_names([p for p, _ in with_path]), [v for _, v in with_path]
+        paths, vs, treedef = flatten_named(state.v)
         gs = flatten_like(updates, treedef, "state.v", paths, vs)
         ms = [None] * len(vs) if b1 is None else treedef.flatten_up_to(state.m)
         window = _check_window(moment_format, state.window)
         count = jnp.asarray(optax.safe_increment(state.count))
-        rate, bias = _rate(b2), _bias_correction(b2, count)
+        rate, bias = decay_rate(b2), _bias_correction(b2, count)
         # The root of v is to be divided by its own correction, and that of its unit.
         correction = jnp.sqrt(bias)
         if b1 is not None:
@@ -132,7 +147,7 @@ def scale_by_second_moment(
             noise = moment_format.rounding_variance * (1 - (rate / bias) ** 2)
             correction *= exp(-0.375 * noise) / jnp.sqrt(window.scale)
 
-        b1_rate = None if b1 is None else _rate(b1)
+        b1_rate = None if b1 is None else decay_rate(b1)
         leaves = zip(storages, vs, ms, gs, strict=True)
         stepped = [_step(*leaf, rate, b1_rate, correction) for leaf in leaves]
         directions, vs, ms = ([leaf[i] for leaf in stepped] for i in range(3))
@@ -158,7 +173,7 @@ def _step(
     correction: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The direction of a leaf, and its moments as they are stored from then on."""
-    g = g.astype(storage.dtype_of(v))
+    g = g.astype(compute_dtype(v))
     v, value, ok, positive = storage.add_square(v, g, rate)
     if m is not None:
         m, g = storage.add(m, g, ok, b1_rate)
@@ -172,19 +187,15 @@ def _step(
 class _Floats:
     """A leaf's moments, stored as they are."""
 
-    def dtype_of(self, v: jax.Array) -> Any:
-        """The dtype of the arithmetic."""
-        return v.dtype
-
     def add_square(self, v: jax.Array, g: jax.Array, rate: jax.Array) -> Any:
         """``v`` after a gradient: stored, its value, where it fits, and is not 0."""
         ok = g * g < jnp.inf
-        v = jnp.where(ok, _average(v, g * g, rate), v)
+        v = jnp.where(ok, moving_average(v, g * g, rate), v)
         return v, v, ok, v > 0
 
     def add(self, m: jax.Array, g: jax.Array, ok: jax.Array, rate: jax.Array) -> Any:
         """``m`` after a gradient, where ``ok``: stored, and its value."""
-        m = jnp.where(ok, _average(m, g, rate), m)
+        m = jnp.where(ok, moving_average(m, g, rate), m)
         return m, m
 
 
@@ -210,11 +221,6 @@ class _Codes:
     keys_v: jax.Array
     m: tuple[MomentGrid, MomentGrid, jax.Array] | None
 
-    def dtype_of(self, v: jax.Array) -> Any:
-        """The dtype of the arithmetic."""
-        del v
-        return jnp.dtype(jnp.float32)
-
     def add_square(self, v: jax.Array, g: jax.Array, rate: jax.Array) -> Any:
         """As that of floats, but values are over the unit of ``v``."""
         del rate
@@ -234,7 +240,7 @@ class _Codes:
         assert self.m is not None
         old, new, keys = self.m
         value = jnp.where(m < 0, -1, 1) * old.decode(jnp.abs(m.astype(jnp.int32)))
-        value = jnp.where(ok, _average(value, g, rate), value)
+        value = jnp.where(ok, moving_average(value, g, rate), value)
         bits = random_bits(keys, m.shape)
         code = new.encode_from_zero(jnp.abs(value), bits, self.format.highest_m)
         decoded = new.decode(code)
@@ -261,18 +267,6 @@ def _storages(
         m = (format.m_grid(before), format.m_grid(after), keys[1])
     v = (format.v_grid(before).lowered(octaves), format.v_grid(after), share, keys[0])
     return one_a_leaf(_Codes(format, *v, m), len(vs)), MomentWindow(after, scale)
-
-
-def _average(moment: jax.Array, x: jax.Array, rate: jax.Array) -> jax.Array:
-    # In float32, decay and 1 - decay do not add up to 1; these coefficients do.
-    rate = rate.astype(moment.dtype)
-    return moment - rounded(rate * moment) + rounded(rate * x)
-
-
-def _rate(decay: Any) -> jax.Array:
-    """``1 - decay``; 0 for what is not finite, as a traced decay may be anything."""
-    rate = jnp.asarray(1 - decay, jnp.result_type(float))
-    return jnp.where(jnp.isfinite(rate), rate, 0)
 
 
 def _bias_correction(decay: Any, count: jax.Array) -> jax.Array:

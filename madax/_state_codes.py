@@ -1,4 +1,4 @@
-"""Layer 3, storage: codes of any state of an optimizer, a leaf at a time.
+"""Storage: codes of any state of an optimizer, a leaf at a time.
 
 Where the codes lie follows from the values that are to be stored, in the same step.
 """

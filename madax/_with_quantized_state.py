@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from madax._checks import check_instance, check_seed, check_state
-from madax._leaves import entries, one_a_leaf, path_names
+from madax._leaves import entries, flatten_named, one_a_leaf
 from madax._moments import MomentFormat
 from madax._quantized_array import is_quantized
 from madax._rounding import Rounding, check_rounding, leaf_keys
@@ -128,7 +128,7 @@ def with_quantized_state(
     name = f"{moment_format!r}, octaves={octaves}"
 
     def init_fn(params):
-        paths, leaves, treedef = _flatten(inner.init(params))
+        paths, leaves, treedef = flatten_named(inner.init(params))
         windows = []
         for i in _chosen(inner, params, paths, where):
             leaves[i], window = started(codec, leaves[i])
@@ -142,7 +142,7 @@ def with_quantized_state(
     def update_fn(updates, state, params=None, **extra_args):
         check_state(state, WithQuantizedStateState)
         like = jax.eval_shape(inner.init, updates if params is None else params)
-        paths, leaves, treedef = _flatten(state.inner_state)
+        paths, leaves, treedef = flatten_named(state.inner_state)
         dtypes = _stored_dtypes(name, moment_format.v_dtype, state, like)
         windows = one_a_leaf(state.window[name], len(dtypes))
         before = {}
@@ -168,12 +168,6 @@ def with_quantized_state(
 
 
 # --- which leaves ---------------------------------------------------------------------
-
-
-def _flatten(state: Any) -> tuple[list[str], list[Any], Any]:
-    with_path, treedef = jax.tree_util.tree_flatten_with_path(state)
-    paths = path_names([path for path, _ in with_path])
-    return paths, [leaf for _, leaf in with_path], treedef
 
 
 def _chosen(

@@ -71,6 +71,12 @@ MUTANTS = {
         ("2 * power <= largest", "False", "properties"),
     ],
     "_numerics": [
+        (
+            "moment - rounded(rate * moment) + rounded(rate * x)",
+            "moment - rate * moment + rate * x",
+            "same_bits meshes",
+        ),
+        ("jnp.where(jnp.isfinite(rate), rate, 0)", "rate", "faults"),
         ("jnp.clip(x, -87.0, 88.0)", "jnp.clip(x, -87.0, 89.0)", "numerics"),
         (
             "bits = jnp.minimum(bits, np.iinfo(bits_dtype).max - 1)",
@@ -114,18 +120,12 @@ MUTANTS = {
             "ok = jnp.isfinite(g)\n        v",
             "faults",
         ),
-        (
-            "moment - rounded(rate * moment) + rounded(rate * x)",
-            "moment - rate * moment + rate * x",
-            "same_bits meshes",
-        ),
         ("correction = jnp.sqrt(bias)", "correction = bias", "oracle"),
         ("correction /= _bias_correction(b1, count)", "pass", "oracle"),
         ("ok & positive", "ok", "faults fuzz"),
         ("jnp.clip(code, 1, highest), 0)", "code, 0)", "moments"),
         ("& (code <= highest)", "", "moments"),
         ("exp(-0.375 * noise)", "exp(-0.0 * noise)", "moments"),
-        ("jnp.where(jnp.isfinite(rate), rate, 0)", "rate", "faults"),
         ("if made_for != wanted:", "if False:", "moments checkpoint"),
     ],
     "_sign_log": [
@@ -289,7 +289,7 @@ MUTANTS = {
     "_orthogonal": [
         ("rows <= columns else x.mT", "True else x.mT", "orthogonal"),
         ("jnp.where(jnp.isfinite(g), g, ms[i])", "g", "orthogonal"),
-        ("ahead = _average(ms[i], g, b1)", "ahead = ms[i]", "orthogonal"),
+        ("ahead = moving_average(ms[i], g, rate)", "ahead = ms[i]", "orthogonal"),
         ("_A, _B, _C = 3.4445", "_A, _B, _C = 3.3", "orthogonal"),
     ],
     "_split_layers": [
