@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from helpers import assert_identical
+from helpers import assert_identical, mostly_nightly
 
 import madax
 from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
@@ -67,7 +67,12 @@ def abstract(tree):
 
 
 @pytest.mark.parametrize(
-    ("name", "channel_axis"), [*((name, None) for name in FORMATS), ("log", -1)]
+    ("name", "channel_axis"),
+    mostly_nightly(
+        [*((name, None) for name in FORMATS), ("log", -1)],
+        ("symlog", None),
+        ("log", -1),
+    ),
 )
 def test_codes_scales_formats_and_state_come_back(tmp_path, name, channel_axis):
     fmt = FORMATS[name]

@@ -89,6 +89,7 @@ def arbitrary(tree):
     return jax.tree.map(fill, tree)
 
 
+@pytest.mark.nightly
 @needs_set_mesh
 def test_every_state_goes_from_eight_devices_to_four_to_one(tmp_path):
     params, _ = start_all()

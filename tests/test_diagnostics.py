@@ -11,6 +11,8 @@ from helpers import mostly_nightly
 import madax
 from madax import diagnostics
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def tree(seed, scale=1.0, dtype=np.float32):
     rng = np.random.default_rng(seed)
@@ -85,7 +87,9 @@ def test_relative_update_size_by_hand(compiled, name):
     np.testing.assert_allclose(got["w"], want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
+@pytest.mark.parametrize(
+    "dtype", mostly_nightly([np.float32, jnp.bfloat16, np.float16], jnp.bfloat16)
+)
 @pytest.mark.filterwarnings("ignore:.*beyond p_scale")
 @pytest.mark.parametrize("p_scale", mostly_nightly([None, 0.5, 1.0, 3.0], 0.5))
 def test_fraction_at_bound(compiled, p_scale, dtype):
@@ -261,7 +265,9 @@ def test_scalars_that_are_no_arrays(name, scalar):
     np.testing.assert_allclose(function({"b": scalar}), want)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "dtype", mostly_nightly(["float16", "bfloat16", "float32"], "float16")
+)
 def test_count_skipped_is_what_the_optimizer_skips(dtype):
     g = jnp.array([1.0, jnp.nan, jnp.inf, -jnp.inf, 0.0, -3.0, 6e4], dtype)
     huge = {"float16": 0, "bfloat16": 1e25, "float32": -1e25}[dtype]

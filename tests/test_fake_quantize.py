@@ -12,6 +12,8 @@ from oracle import decode, encode
 import madax
 from madax import LogFormat, SymlogFormat, UniformFormat, fake_quantize
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 FORMATS = {
     "lns": LogFormat.from_gamma(8, 8),
     "coarse": LogFormat(4, 0.7),

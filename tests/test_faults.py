@@ -20,6 +20,8 @@ from helpers import step as eager_step
 import madax
 from madax import MomentFormat, QuantizedArray
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 LR = 0.05
 MADAMS = {
     "madam": madax.madam,

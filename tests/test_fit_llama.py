@@ -13,6 +13,8 @@ from helpers import mostly_nightly
 from benchmarks import compilers, decoder, fit, layerwise, llama, records
 from benchmarks.data.text import text
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def tokens(size, batch=2, length=24):
     shape = (batch, length + 1)
@@ -187,6 +189,7 @@ def test_layerwise_is_timed_against_the_ordinary_step(tmp_path, monkeypatch):
 # --- which model fits -----------------------------------------------------------------
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("way", mostly_nightly(["layerwise", "adam"], "layerwise"))
 def test_train_steps_of_fit_are_as_named(way):
     """On the devices at hand; those of ``compilers`` take its packages."""

@@ -121,7 +121,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=mostly_nightly(MODELS, "cnn", "scanned transformer"))
+@pytest.fixture(params=mostly_nightly(MODELS, "cnn"))
 def case(request):
     make, data = MODELS[request.param]
     return coded(nnx.jit(lambda: make(nnx.Rngs(0)))()), data()

@@ -158,7 +158,11 @@ def misplaced(leaves, tree, mesh):
 
 
 @pytest.mark.parametrize(
-    "axis_type", ["auto", pytest.param("explicit", marks=needs_explicit_axes)]
+    "axis_type",
+    [
+        pytest.param("auto", marks=pytest.mark.nightly),
+        pytest.param("explicit", marks=needs_explicit_axes),
+    ],
 )
 @settings(max_examples=EXAMPLES // 25, phases=PHASES)
 @given(trees, optimizers(ALIASES), seeds)

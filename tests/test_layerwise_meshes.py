@@ -160,6 +160,7 @@ def test_fsdp_gathers_codes_and_nothing_else_of_weights():
 # --- elsewhere and later --------------------------------------------------------------
 
 
+@pytest.mark.nightly
 @needs_set_mesh
 def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
     params, batches = started("auto", "fsdp")
@@ -186,6 +187,7 @@ def in_one_of_two(coordinator, process, path):
     np.savez(path, **leaves)
 
 
+@pytest.mark.nightly
 def test_two_processes_train_as_one_device(tmp_path):
     at, paths = address(), [tmp_path / f"{i}.npz" for i in range(2)]
     processes.finish(

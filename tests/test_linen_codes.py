@@ -148,6 +148,7 @@ def test_a_model_can_be_looked_at(transformer):
     assert shapes.shape == (*ids.shape, WORDS) and shapes.dtype == jnp.float32
 
 
+@pytest.mark.nightly
 def test_generation_in_a_loop(transformer):
     net, params, _ = transformer
 

@@ -4,12 +4,14 @@ On eight devices they are what they are on one, to the last bit; and 16-bit floa
 move by steps far smaller than their spacing.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import step
+from helpers import mostly_nightly, step
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,8 +28,14 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    mostly_nightly(
+        itertools.product(OPTIMIZERS, ["float32", "bfloat16"]),
+        ("madam", "bfloat16"),
+        ("bbit_madam", "float32"),
+    ),
+)
 def test_eight_devices_make_the_weights_of_one(name, dtype):
     if (name, dtype) == ("madam", "float32"):
         return  # in test_meshes, with all its layouts

@@ -78,7 +78,11 @@ on_every_mesh = pytest.mark.parametrize(("axis_type", "layout"), MESHES)
 RUNS = [("moments8", *mesh) for mesh in MESHES[:-1]]
 RUNS += [(name, "auto", "fsdp") for name in OPTIMIZERS if name != "moments8"]
 RUNS += [(name, *EXPLICIT.values) for name in OPTIMIZERS]
-NOW = [run for run in RUNS if run[0] in ("moments8", "lns_madam", "wrapped_adam")]
+NOW = [
+    *(("moments8", *mesh) for mesh in (("auto", "fsdp"), EXPLICIT.values)),
+    ("lns_madam", "auto", "fsdp"),
+    ("wrapped_adam", *EXPLICIT.values),
+]
 with_every_optimizer = pytest.mark.parametrize(
     ("name", "axis_type", "layout"),
     [
@@ -456,7 +460,9 @@ needs_flax_0_12 = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("trained", "fmt"),
     [
-        pytest.param(trained_linen, FORMATS["log8"], id="linen-native"),
+        pytest.param(
+            trained_linen, FORMATS["log8"], id="linen-native", marks=pytest.mark.nightly
+        ),
         pytest.param(
             trained_nnx, FORMATS["log8"], id="nnx-native", marks=needs_flax_0_12
         ),

@@ -316,7 +316,9 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize(
+    "name", mostly_nightly(HARD, "growth", "sudden_fall", "outlier_first", "rare")
+)
 def test_directions_are_those_of_float_moments_under_hard_conditions(name):
     """The mean of |direction|, clipped as madam does; v does not stay saturated."""
     n, steps = 2000, 2000

@@ -195,7 +195,6 @@ def test_every_case_of_upstream_is_run():
 # --- sharding -------------------------------------------------------------------------
 
 SHARDED = {
-    "madam": madax.madam(0.01),
     "floored": madax.madam(
         optax.linear_schedule(0.05, 0.0, 20), b1=0.9, floor=1.0, p_scale=1.5
     ),

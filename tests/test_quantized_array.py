@@ -11,6 +11,8 @@ from oracle import encode
 import madax
 from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 FMT = LogFormat.from_dynamic_range(bits=8, ratio=1000)
 
 

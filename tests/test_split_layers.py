@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
-from helpers import FORMATS, raises
+from helpers import FORMATS, mostly_nightly, raises
 
 import madax
 
@@ -55,7 +55,7 @@ def applied(model, x):
     return scan(x, model.blocks)
 
 
-@pytest.mark.parametrize("make", [sequential, vmapped])
+@pytest.mark.parametrize("make", mostly_nightly([sequential, vmapped], sequential))
 def test_the_gradients_are_those_of_the_model(make):
     model = Model(nnx.Rngs(0), make(nnx.Rngs(1)))
     graph, state = nnx.split(model)

@@ -221,7 +221,7 @@ needs_optax_0_2_6 = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "name",
     [
-        "schedule-free adamw",
+        pytest.param("schedule-free adamw", marks=pytest.mark.nightly),
         pytest.param("muon", marks=(needs_optax_0_2_6, pytest.mark.nightly)),
         pytest.param("cocob", marks=pytest.mark.nightly),
         pytest.param("mechanic adamw", marks=pytest.mark.nightly),

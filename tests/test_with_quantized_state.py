@@ -22,6 +22,8 @@ from test_meshes import EXACT_ADAM, different, enter, make_mesh
 import madax
 from madax import MomentFormat, with_quantized_state
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 SHAPE, SIGMAS, STEPS = (64, 64), 5.0, 200
 EIGHT = MomentFormat(8)
 
@@ -65,8 +67,8 @@ def stored(x, fmt=EIGHT, before=None):
 # --- what is stored of one leaf -------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [8, 9, 16])
-@pytest.mark.parametrize("peak", [1e-25, 1.0, 3e37])
+@pytest.mark.parametrize("bits", mostly_nightly([8, 9, 16], 8, 16))
+@pytest.mark.parametrize("peak", mostly_nightly([1e-25, 1.0, 3e37], 1e-25, 3e37))
 def test_values_are_stored_to_their_digits_whatever_their_scale(bits, peak):
     rng = np.random.default_rng(0)
     both = peak * rng.normal(size=5000) * 10.0 ** rng.uniform(-7, 0, 5000)
@@ -203,7 +205,9 @@ def errors(inner, fmt, grads):
 ADAM = optax.scale_by_adam()
 
 
-@pytest.mark.parametrize(("bits", "bound"), [(8, 0.2), (16, 1e-3)])
+@pytest.mark.parametrize(
+    ("bits", "bound"), mostly_nightly([(8, 0.2), (16, 1e-3)], (8, 0.2))
+)
 def test_the_direction_of_adam(bits, bound):
     error, length, state = errors(ADAM, MomentFormat(bits), gradients(50))
     assert error[0] < 1e-6  # unrounded as long as nothing has been stored
