@@ -157,7 +157,7 @@ TASKS: dict[Profile, dict[str, Task]] = {
             transformer,
             TEXT
             | {"context": 64, "width": 32, "layers": 2, "heads": 2, "held_out": 256},
-            _quick(8, 3000),
+            _quick(2, 3000),
         ),
     },
     "full": {

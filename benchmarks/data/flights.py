@@ -51,7 +51,7 @@ def flights(folder: Path | None, *, rows: int, held_out: int) -> Flights:
         for name in ("dep", "arr")
     )
     # Clocks of other zones shift all flights to a place alike.
-    table = table.assign(weekday=day.dt.weekday, time=left, planned=(due - left) % 24)
+    table = table.assign(weekday=day.dt.day_of_week, time=left, planned=(due - left) % 24)
     categories = [_codes(table[name], rows) for name in CATEGORIES]
     columns = table[[*NUMBERS, "arr_delay"]].to_numpy(np.float64)
     columns = (columns - columns[:rows].mean(0)) / columns[:rows].std(0)
@@ -68,7 +68,7 @@ def flights(folder: Path | None, *, rows: int, held_out: int) -> Flights:
 def _codes(column: pd.Series, rows: int) -> tuple[np.ndarray, int]:
     """Numbers a column by what its first rows hold, and returns how many there are."""
     values = np.unique(column[:rows])
-    codes = pd.Index(values).get_indexer(column)
+    codes = pd.Index(values).get_indexer(pd.Index(column))
     return np.where(codes < 0, len(values), codes).astype(np.int32), len(values) + 1
 
 

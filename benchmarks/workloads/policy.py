@@ -94,8 +94,9 @@ def policy(
       held_out: start states to score on.
     """
     del folder
-    make = functional(lambda rngs: Layers((4, *widths, 1), rngs, bend=jnp.tanh))
-    init_net, apply = make
+    init_net, apply = functional(
+        lambda rngs: Layers((4, *widths, 1), rngs, bend=jnp.tanh)
+    )
 
     def init(key: jax.Array) -> optax.Params:
         actor, critic = jax.random.split(key)
@@ -110,20 +111,23 @@ def policy(
         return train[indices], draws
 
     def loss(params: Any, batch: Any) -> jax.Array:
+        start, draws = batch
         states, actions, rewards = jax.lax.stop_gradient(
-            rollout(*batch, lambda state: jax.nn.sigmoid(net(params["actor"], state)))
+            rollout(
+                start, draws, lambda state: jax.nn.sigmoid(net(params["actor"], state))
+            )
         )
         # A state counts as long as the episode goes on.
-        alive = jnp.concatenate([jnp.ones_like(rewards[:1]), rewards[:-1] > 0])
+        alive = jnp.concatenate([jnp.ones_like(rewards[:1]), rewards[:-1]]) > 0
         returns = discounted(rewards)
         expected = net(params["critic"], states)
         gain = jax.lax.stop_gradient(returns - expected)
-        mean, std = gain.mean(where=alive > 0), gain.std(where=alive > 0)
+        mean, std = gain.mean(where=alive), gain.std(where=alive)
         gain = (gain - mean) / (std + 1e-6)
         logits = net(params["actor"], states)
         surprise = optax.sigmoid_binary_cross_entropy(logits, actions)
         each = surprise * gain + (returns - expected) ** 2
-        return jnp.mean(each, where=alive > 0)
+        return jnp.mean(each, where=alive)
 
     def metric(params: Any, test: jax.Array) -> dict[str, jax.Array]:
         def right(state: jax.Array) -> jax.Array:
