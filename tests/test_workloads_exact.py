@@ -20,6 +20,7 @@ from benchmarks.workloads.policy import (
     LIMITS,
     POLE,
     TICK,
+    actor_critic,
     discounted,
     move,
     reward,
@@ -119,6 +120,27 @@ def test_discounted_returns():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_policy_gradient_is_surprise_times_standardised_advantage():
+    rng = np.random.default_rng(0)
+    logits, expected = rng.normal(size=(2, 5, 3))
+    actions = rng.random((5, 3)) < 0.5
+    rewards = rng.uniform(0.1, 1, (5, 3))
+    rewards[2:, 1] = 0  # This one falls in its third tick, in which it still acts.
+    alive = np.ones((5, 3), bool)
+    alive[3:, 1] = False
+    args = [jnp.asarray(x, jnp.float32) for x in (logits, expected, actions, rewards)]
+    to_logits, to_expected = jax.grad(actor_critic, argnums=(0, 1))(*args)
+    gain = np.asarray(discounted(args[3]), np.float64) - expected
+    advantage = (gain - gain[alive].mean()) / gain[alive].std()
+    score = 1 / (1 + np.exp(-logits)) - actions
+    np.testing.assert_allclose(
+        to_logits, alive * score * advantage / alive.sum(), rtol=1e-3, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        to_expected, alive * -2 * gain / alive.sum(), rtol=1e-3, atol=1e-5
+    )
+
+
 def test_diffusion_mixes_by_the_cosine_and_asks_for_the_noise():
     pixels = np.random.default_rng(0).normal(size=(4000, 2, 2, 1))
     mixed, times, noises = map(np.asarray, mix(jnp.asarray(pixels), jax.random.key(0)))
@@ -161,8 +183,14 @@ def test_rare_words_are_rare(tmp_path):
     assert 0 < counts[rare].sum() < 0.15 * counts.sum()
     assert counts[rare].max() == RARE and not rare[-1]
     content = text("pydoc").train.tobytes().decode(errors="replace").lower()
-    plain = "".join(c if c.isalnum() or c == "_" else " " for c in content).split()
-    assert len(data.train) == len(plain) and counts[0] == plain.count("the")
+    plain = "".join(
+        c if c.isalnum() or c in "_ " else " " if c.isspace() else f" {c} "
+        for c in content
+    ).split()
+    assert len(data.train) == len(plain)
+    for word in ("the", "(", "assert"):
+        first = data.train[plain.index(word)]
+        assert counts[first] == plain.count(word)
     assert counts[-1] == len(plain) - counts[:-1].sum() > 0
     for split in ("train", "test"):
         (tmp_path / f"wiki.{split}.tokens").write_text("a b", encoding="utf-8")

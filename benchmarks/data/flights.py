@@ -51,7 +51,9 @@ def flights(folder: Path | None, *, rows: int, held_out: int) -> Flights:
         for name in ("dep", "arr")
     )
     # Clocks of other zones shift all flights to a place alike.
-    table = table.assign(weekday=day.dt.day_of_week, time=left, planned=(due - left) % 24)
+    table = table.assign(
+        weekday=day.dt.day_of_week, time=left, planned=(due - left) % 24
+    )
     categories = [_codes(table[name], rows) for name in CATEGORIES]
     columns = table[[*NUMBERS, "arr_delay"]].to_numpy(np.float64)
     columns = (columns - columns[:rows].mean(0)) / columns[:rows].std(0)

@@ -60,7 +60,7 @@ def text(source: str, folder: Path | None = None) -> Text:
 
 
 def words(source: str, folder: Path | None = None, *, vocabulary: int) -> Text:
-    """Returns a text of bytes by words: letters and digits in a row, without case.
+    """Returns a text of bytes by words: letters in a row, without case, or a mark.
 
     Args:
       source: as of ``text``.
@@ -72,7 +72,7 @@ def words(source: str, folder: Path | None = None, *, vocabulary: int) -> Text:
     if data.token != "byte":
         raise ValueError(f"the text must be of bytes to be split, got {source!r}")
     parts = [
-        re.findall(r"\w+", part.tobytes().decode(errors="replace").lower())
+        re.findall(r"\w+|[^\w\s]", part.tobytes().decode(errors="replace").lower())
         for part in (data.train, data.test)
     ]
     common = Counter(parts[0]).most_common(vocabulary - 1)

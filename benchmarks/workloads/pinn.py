@@ -38,6 +38,14 @@ def exact(times: np.ndarray, places: np.ndarray, viscosity: float) -> np.ndarray
     return -(np.sin(angles) * heat).sum(-1) / heat.sum(-1)
 
 
+def on_grid(size: int, viscosity: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns times, places and the solution on a square grid, each of (size²,)."""
+    line = np.linspace(0, 1, size)
+    times, places = (x.ravel() for x in np.meshgrid(line, 2 * line - 1))
+    values = times, places, exact(times, places, viscosity)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), values)
+
+
 def residual(
     solution: Callable[[jax.Array, jax.Array], jax.Array],
     times: jax.Array,
@@ -113,13 +121,10 @@ def pinn(
         wrong = solution(params, times, places) - truth
         return {RELATIVE.name: jnp.sum(wrong**2) / jnp.sum(truth**2)}
 
-    line = np.linspace(0, 1, grid)
-    times, places = (x.ravel() for x in np.meshgrid(line, 2 * line - 1))
-    test = (times, places, exact(times, places, viscosity))
     return Workload(
         "pinn",
         jnp.zeros(1),
-        jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), test),
+        on_grid(grid, viscosity),
         init,
         loss,
         metric,

@@ -84,8 +84,7 @@ def policy(
 ) -> Workload:
     """Returns the workload: the score is the share of the reward that is missed.
 
-    Advantage is the discounted return less what the critic expected, standardised. At
-    the score the policy takes the likelier action, from start states held out.
+    At the score the policy takes the likelier action, from start states held out.
 
     Args:
       folder: not used, as there is no data.
@@ -117,17 +116,8 @@ def policy(
                 start, draws, lambda state: jax.nn.sigmoid(net(params["actor"], state))
             )
         )
-        # A state counts as long as the episode goes on.
-        alive = jnp.concatenate([jnp.ones_like(rewards[:1]), rewards[:-1]]) > 0
-        returns = discounted(rewards)
-        expected = net(params["critic"], states)
-        gain = jax.lax.stop_gradient(returns - expected)
-        mean, std = gain.mean(where=alive), gain.std(where=alive)
-        gain = (gain - mean) / (std + 1e-6)
-        logits = net(params["actor"], states)
-        surprise = optax.sigmoid_binary_cross_entropy(logits, actions)
-        each = surprise * gain + (returns - expected) ** 2
-        return jnp.mean(each, where=alive)
+        logits, expected = (net(params[name], states) for name in ("actor", "critic"))
+        return actor_critic(logits, expected, actions, rewards)
 
     def metric(params: Any, test: jax.Array) -> dict[str, jax.Array]:
         def right(state: jax.Array) -> jax.Array:
@@ -137,9 +127,7 @@ def policy(
         return {FAILURE.name: 1 - rollout(test, draws, right)[2].mean()}
 
     # Up to a quarter of what is allowed.
-    states = jax.random.uniform(
-        jax.random.key(0), (STARTS + held_out, 4), minval=-LIMITS / 4, maxval=LIMITS / 4
-    )
+    states = LIMITS / 4 * _uniform(STARTS + held_out)
     return Workload(
         "policy",
         states[:STARTS],
@@ -151,6 +139,33 @@ def policy(
         batch,
         settings={"data": "cart-pole", "held_out": held_out},
     )
+
+
+def actor_critic(
+    logits: jax.Array, expected: jax.Array, actions: jax.Array, rewards: jax.Array
+) -> jax.Array:
+    """Returns the loss of both nets over the states in which episodes still went on.
+
+    The actor's is the surprise of its actions times the advantage: the discounted
+    return less what the critic expected, standardised. The critic's is its squared
+    error.
+
+    Args:
+      logits: of a push to the right, of shape (ticks, episodes).
+      expected: returns, as the critic has them.
+      actions: whether the push was to the right.
+      rewards: as of ``rollout``.
+    """
+    alive = jnp.concatenate([jnp.ones_like(rewards[:1]), rewards[:-1]]) > 0
+    returns = discounted(rewards)
+    gain = jax.lax.stop_gradient(returns - expected)
+    gain = (gain - gain.mean(where=alive)) / (gain.std(where=alive) + 1e-6)
+    surprise = optax.sigmoid_binary_cross_entropy(logits, actions)
+    return jnp.mean(surprise * gain + (returns - expected) ** 2, where=alive)
+
+
+def _uniform(states: int) -> jax.Array:
+    return jax.random.uniform(jax.random.key(0), (states, 4), minval=-1)
 
 
 def discounted(rewards: jax.Array) -> jax.Array:
