@@ -88,7 +88,7 @@ TASKS: dict[Profile, dict[str, Task]] = {
         "gan": Task(gan, DIGITS | {"width": 16}, _smoke(32)),
         "diffusion": Task(diffusion, DIGITS | {"widths": (64,)}, _smoke(32)),
         "words": Task(
-            words, {"vocabulary": 200, "width": 8, "held_out": 200}, _smoke(32)
+            words, {"vocabulary": 2000, "width": 8, "held_out": 200}, _smoke(32)
         ),
         "pinn": Task(
             pinn, BURGERS | {"points": 32, "widths": (16, 16), "grid": 16}, _smoke(1)
