@@ -1,7 +1,7 @@
 """Profiles: the sizes of workloads for a smoke test, a laptop and a GPU."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,12 +10,18 @@ from benchmarks.train import Budget
 from benchmarks.workloads import Workload
 from benchmarks.workloads.autoencoder import autoencoder
 from benchmarks.workloads.coordinates import coordinates
+from benchmarks.workloads.diffusion import diffusion
 from benchmarks.workloads.gan import gan
 from benchmarks.workloads.gru import gru
 from benchmarks.workloads.images import mlp
+from benchmarks.workloads.pinn import pinn
+from benchmarks.workloads.policy import policy
 from benchmarks.workloads.resnet import resnet
+from benchmarks.workloads.tabular import tabular
 from benchmarks.workloads.transformer import transformer
+from benchmarks.workloads.vae import vae
 from benchmarks.workloads.vit import vit
+from benchmarks.workloads.words import words
 
 Profile = Literal["smoke", "quick", "full"]
 
@@ -56,6 +62,9 @@ def _full(batch_size: int, steps: int) -> Budget:
 DIGITS = {"source": "digits", "held_out": 200}
 FASHION = {"source": "fashion-mnist", "shrink": 2, "held_out": 2000}
 PHOTO = {"picture": "china.jpg", "shrink": 4}
+BURGERS = {"viscosity": 0.01}
+LONG = "transformer, long"
+TEXT = {"source": "stdlib", "name": LONG}
 TASKS: dict[Profile, dict[str, Task]] = {
     # Only data that is embedded in packages.
     "smoke": {
@@ -77,6 +86,27 @@ TASKS: dict[Profile, dict[str, Task]] = {
         ),
         "autoencoder": Task(autoencoder, DIGITS | {"widths": (16, 4)}, _smoke(32)),
         "gan": Task(gan, DIGITS | {"width": 16}, _smoke(32)),
+        "diffusion": Task(diffusion, DIGITS | {"widths": (64,)}, _smoke(32)),
+        "words": Task(
+            words, {"vocabulary": 2000, "width": 8, "held_out": 200}, _smoke(32)
+        ),
+        "pinn": Task(
+            pinn, BURGERS | {"points": 32, "widths": (16, 16), "grid": 16}, _smoke(1)
+        ),
+        "tabular": Task(
+            tabular,
+            {"embed": 2, "widths": (16,), "rows": 2000, "held_out": 400},
+            _smoke(32),
+        ),
+        "vae": Task(vae, DIGITS | {"widths": (32,), "code": 4}, _smoke(32)),
+        "policy": Task(
+            policy, {"widths": (16,), "horizon": 40, "held_out": 32}, _smoke(16)
+        ),
+        LONG: Task(
+            transformer,
+            TEXT | {"context": 16, "width": 8, "layers": 1, "heads": 2, "held_out": 32},
+            _smoke(8, 60),
+        ),
     },
     "quick": {
         "mlp": Task(mlp, FASHION | {"width": 64}, _quick(64, 1000)),
@@ -101,6 +131,34 @@ TASKS: dict[Profile, dict[str, Task]] = {
             autoencoder, FASHION | {"widths": (64, 32, 8)}, _quick(64, 1000)
         ),
         "gan": Task(gan, FASHION | {"width": 64}, _quick(64, 600)),
+        "diffusion": Task(
+            diffusion, FASHION | {"shrink": 4, "widths": (128, 128)}, _quick(64, 1000)
+        ),
+        "words": Task(
+            words, {"vocabulary": 2000, "width": 24, "held_out": 2000}, _quick(32)
+        ),
+        "pinn": Task(
+            pinn,
+            BURGERS | {"points": 128, "widths": (24, 24, 24), "grid": 50},
+            _quick(1, 1200),
+        ),
+        "tabular": Task(
+            tabular,
+            {"embed": 4, "widths": (64, 64), "rows": 20_000, "held_out": 4000},
+            _quick(64, 1000),
+        ),
+        "vae": Task(vae, FASHION | {"widths": (64,), "code": 8}, _quick(64, 1000)),
+        "policy": Task(
+            policy,
+            {"widths": (32, 32), "horizon": 100, "held_out": 64},
+            _quick(32, 200),
+        ),
+        LONG: Task(
+            transformer,
+            TEXT
+            | {"context": 64, "width": 32, "layers": 2, "heads": 2, "held_out": 256},
+            _quick(2, 3000),
+        ),
     },
     "full": {
         "mlp": Task(mlp, {"source": "fashion-mnist", "width": 256}, _full(128, 3000)),
@@ -136,9 +194,58 @@ TASKS: dict[Profile, dict[str, Task]] = {
             _full(128, 3000),
         ),
         "gan": Task(gan, {"source": "fashion-mnist", "width": 256}, _full(128, 3000)),
+        "diffusion": Task(
+            diffusion,
+            {"source": "fashion-mnist", "widths": (1024, 1024)},
+            _full(128, 5000),
+        ),
+        "words": Task(
+            words,
+            {"source": "stdlib", "vocabulary": 8000, "width": 64, "held_out": 5000},
+            _full(128, 3000),
+            at_once=9,
+        ),
+        "pinn": Task(
+            pinn,
+            BURGERS | {"points": 512, "widths": (64, 64, 64, 64), "grid": 100},
+            _full(1, 10_000),
+        ),
+        "tabular": Task(
+            tabular,
+            {"embed": 8, "widths": (256, 256), "rows": 250_000, "held_out": 50_000},
+            _full(256, 5000),
+        ),
+        "vae": Task(
+            vae,
+            {"source": "fashion-mnist", "widths": (512, 256), "code": 32},
+            _full(128, 3000),
+        ),
+        "policy": Task(
+            policy,
+            {"widths": (64, 64), "horizon": 200, "held_out": 256},
+            _full(64, 1000),
+        ),
+        LONG: Task(
+            transformer,
+            TEXT
+            | {"context": 128, "width": 200, "layers": 4, "heads": 4, "held_out": 500},
+            _full(32, 10_000),
+            at_once=9,
+        ),
     },
 }
 SMOKE = ("mlp", "gru")  # Compiling takes time, too.
+# The first ones, on which tables of settings and rates are recorded.
+EIGHT = (
+    "mlp",
+    "resnet",
+    "vit",
+    "transformer",
+    "gru",
+    "coordinates",
+    "autoencoder",
+    "gan",
+)
 # The coordinate MLP at other depths, and the size of its picture.
 DEPTHS: dict[Profile, tuple[int, ...]] = {
     "smoke": (3, 5),
@@ -159,7 +266,8 @@ class Options:
         benchmarks/results/ and the profile.
       data: Folder of data sets, or of one: the IDX files of Fashion-MNIST, the binary
         version of CIFAR-10; by default Debian's files if installed, else Hugging Face.
-      workloads: Names of workloads; by default all, but for smoke, which takes two.
+      workloads: Names of workloads; by default those of the command's table, but for
+        smoke, which takes two.
     """
 
     profile: Profile = "quick"
@@ -179,15 +287,19 @@ class Options:
         """The file of records."""
         return self.folder / "runs.jsonl"
 
-    def tasks(self) -> list[Task]:
-        """Returns the workloads to run."""
+    def tasks(self, names: Sequence[str] = EIGHT) -> list[Task]:
+        """Returns the workloads to run.
+
+        Args:
+          names: those to run where the user names none.
+        """
         tasks = TASKS[self.profile]
         unknown = set(self.workloads) - set(tasks)
         if unknown:
             raise ValueError(f"workloads must be of {list(tasks)}, got {unknown}")
         if self.profile == "smoke" and not self.workloads:
             return [tasks[name] for name in SMOKE]
-        return [tasks[name] for name in self.workloads or tasks]
+        return [tasks[name] for name in self.workloads or names]
 
     def depths(self) -> list[Task]:
         """Returns the coordinate MLP at every depth of the profile."""

@@ -36,7 +36,8 @@ def test_every_workload_learns(name):
     assert run["curve"][score][-1] == run[score]
     assert run["error"] == workload.measure.error(run[score])
     assert run["error"] < 0.95 * still["error"]
-    if name != "gan":  # Its loss is that of two players.
+    # The loss of two players, and of a policy at other states each time, may rise.
+    if name not in ("gan", "policy"):
         assert run["curve"]["loss"][-1] < run["curve"]["loss"][0]
     sign = 1 if workload.measure.better == "higher" else -1
     assert sign * run[score] > sign * still[score]

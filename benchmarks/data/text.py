@@ -2,8 +2,10 @@
 
 import dataclasses
 import pydoc_data.topics
+import re
 import sys
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +57,31 @@ def text(source: str, folder: Path | None = None) -> Text:
     raise ValueError(
         f"the text must be 'pydoc', 'stdlib', 'wikitext-2' or a file, got {source!r}"
     )
+
+
+def words(source: str, folder: Path | None = None, *, vocabulary: int) -> Text:
+    """Returns a text of bytes by words: letters in a row, without case, or a mark.
+
+    Args:
+      source: as of ``text``.
+      folder: as of ``text``.
+      vocabulary: number of words, the most frequent first; the last one stands for all
+        that are less frequent in the text to train on.
+    """
+    data = text(source, folder)
+    if data.token != "byte":
+        raise ValueError(f"the text must be of bytes to be split, got {source!r}")
+    parts = [
+        re.findall(r"\w+|[^\w\s]", part.tobytes().decode(errors="replace").lower())
+        for part in (data.train, data.test)
+    ]
+    common = Counter(parts[0]).most_common(vocabulary - 1)
+    numbers = {word: i for i, (word, _) in enumerate(common)}
+    train, test = (
+        np.array([numbers.get(word, vocabulary - 1) for word in part], np.int32)
+        for part in parts
+    )
+    return Text(train, test, f"{data.name}, {vocabulary} words", vocabulary, "word")
 
 
 def _pydoc() -> Text:

@@ -1,6 +1,7 @@
 """What the language models share: windows of text, and the loss of the next token."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,11 @@ from flax import nnx
 
 from benchmarks.data.text import Text
 from benchmarks.workloads import Workload, functional, nats_per
+
+
+def windows(tokens: Any, starts: Any, size: int) -> Any:
+    """Returns the parts of a text that begin there, of shape (windows, size)."""
+    return tokens[starts[:, None] + np.arange(size)]
 
 
 def language(
@@ -31,18 +37,18 @@ def language(
     """
     init, apply = functional(make)
     starts = np.linspace(0, len(data.test) - context - 1, held_out).astype(int)
-    test = jnp.asarray(data.test[starts[:, None] + np.arange(context + 1)])
+    test = jnp.asarray(windows(data.test, starts, context + 1))
     measure = nats_per(data.token)
 
     def batch(train: jax.Array, indices: jax.Array, key: jax.Array) -> jax.Array:
         del key
-        return train[indices[:, None] + jnp.arange(context + 1)]
+        return windows(train, indices, context + 1)
 
-    def loss(params: optax.Params, windows: jax.Array) -> jax.Array:
-        windows = windows.astype(jnp.int32)
-        logits = apply(params, windows[:, :-1])
+    def loss(params: optax.Params, batch: jax.Array) -> jax.Array:
+        batch = batch.astype(jnp.int32)
+        logits = apply(params, batch[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(
-            logits, windows[:, 1:]
+            logits, batch[:, 1:]
         ).mean()
 
     def metric(params: optax.Params, test: jax.Array) -> dict[str, jax.Array]:

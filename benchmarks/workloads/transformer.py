@@ -48,6 +48,7 @@ def transformer(
     layers: int,
     heads: int,
     held_out: int,
+    name: str = "transformer",
 ) -> Workload:
     """Returns the workload.
 
@@ -59,6 +60,7 @@ def transformer(
       layers: number of blocks.
       heads: of the attention.
       held_out: windows of the held-out text to score on.
+      name: as written in the records.
     """
     data = text(source, folder)
 
@@ -66,4 +68,4 @@ def transformer(
         size = {"width": width, "layers": layers, "heads": heads}
         return Transformer(data.vocabulary, context, rngs, **size)
 
-    return language("transformer", make, data, context=context, held_out=held_out)
+    return language(name, make, data, context=context, held_out=held_out)
