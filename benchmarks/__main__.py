@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from tyro.extras import SubcommandApp
 
 from benchmarks.bits import bits
+from benchmarks.choose import choose
 from benchmarks.compiled import compiled
 from benchmarks.demo import demo
 from benchmarks.depth import depth
@@ -33,6 +34,7 @@ for command in (
     lns,
     stall,
     state,
+    choose,
     pretrained,
     speed,
     memory,

@@ -27,7 +27,7 @@ def depth(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
         Sweep(name, UNTUNED[name], cosine(grid(UNTUNED[name].rate, steps=1, below=2)))
         for name in NAMES
     ]
-    run_all(options, options.depths(), sweeps)
+    run_all(options.raw, options, options.depths(), sweeps)
     depth_report(options.folder)
 
 

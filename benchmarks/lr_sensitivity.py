@@ -59,7 +59,7 @@ def lr_sensitivity(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     Eleven rates each, half a decade apart, from three decades below the default rate to
     two above, at a constant rate and with a cosine to zero; the same seeds for all.
     """
-    run_all(options, options.tasks(), sweeps())
+    run_all(options.raw, options, options.tasks(), sweeps())
     lr_sensitivity_report(options.folder)
 
 

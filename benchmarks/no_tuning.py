@@ -45,7 +45,7 @@ def no_tuning(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     the records, whatever the optimizer and the rate, is the regret: so run
     lr-sensitivity before, with the same profile and folder.
     """
-    run_all(options, options.tasks(), sweeps(options))
+    run_all(options.raw, options, options.tasks(), sweeps(options))
     no_tuning_report(options.folder)
 
 

@@ -1,8 +1,7 @@
 """Optimizer state of eight bits against float32, on every workload."""
 
-import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import optax
 import pandas as pd
@@ -13,7 +12,7 @@ from benchmarks import records
 from benchmarks.analysis import markdown, medians, number, spread
 from benchmarks.optimizers import FORMATS, UNTUNED, Optimizer, cosine, grid
 from benchmarks.profiles import Options
-from benchmarks.sweep import Sweep, run_missing
+from benchmarks.sweep import Sweep, run_all
 
 EIGHT = madax.MomentFormat(8)
 CODES = "symlog 8"
@@ -80,20 +79,12 @@ def state(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     and Muon's direction with multiplicative steps, in float32 and in two bytes a
     parameter. Four rates each, with the same seeds and schedule.
     """
-    raw = options.folder / "state.jsonl"
-    for task in options.tasks():
-        workload = task.make(options.data)
-        settings: dict[str, Any] = dataclasses.asdict(task.budget)
-        del settings["seeds"]
-        fixed = {
-            "metric": workload.measure.name,
-            "settings": settings | {"model": task.model, **workload.settings},
-        }
-        for name, row in ROWS.items():
-            # From half a decade below the rate of the row to a decade above it.
-            rates = grid(row.optimizer.rate, below=1, above=1)[1:]
-            sweep = Sweep(name, row.optimizer, cosine(rates))
-            run_missing(raw, fixed, workload, sweep, task.budget, at_once=task.at_once)
+    sweeps = []
+    for name, row in ROWS.items():
+        # From half a decade below the rate of the row to a decade above it.
+        rates = grid(row.optimizer.rate, below=1, above=1)[1:]
+        sweeps.append(Sweep(name, row.optimizer, cosine(rates)))
+    run_all(options.folder / "state.jsonl", options, options.tasks(), sweeps)
     state_report(options.folder)
 
 

@@ -83,7 +83,7 @@ def study(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     other bounds on weights, and a constant rate; a rate that is a share of the descent
     bound at init; and the smooth floor of 16-bit symlog codes.
     """
-    run_all(options, options.tasks(), sweeps(options))
+    run_all(options.raw, options, options.tasks(), sweeps(options))
     study_report(options.folder)
 
 

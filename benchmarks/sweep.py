@@ -59,10 +59,13 @@ def run_missing(
     records.append(raw, *new)
 
 
-def run_all(options: Options, tasks: Iterable[Task], sweeps: Iterable[Sweep]) -> None:
+def run_all(
+    raw: Path, options: Options, tasks: Iterable[Task], sweeps: Iterable[Sweep]
+) -> None:
     """Runs sweeps on workloads.
 
     Args:
+      raw: the file of records.
       options: of the command line.
       tasks: the workloads.
       sweeps: what to run, the same for every workload.
@@ -77,6 +80,4 @@ def run_all(options: Options, tasks: Iterable[Task], sweeps: Iterable[Sweep]) ->
             "settings": settings | {"model": task.model, **workload.settings},
         }
         for sweep in sweeps:
-            run_missing(
-                options.raw, fixed, workload, sweep, task.budget, at_once=task.at_once
-            )
+            run_missing(raw, fixed, workload, sweep, task.budget, at_once=task.at_once)
