@@ -1,17 +1,24 @@
 """Which optimizer to take? Settings are judged on the workload that did not choose."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import numpy as np
 import optax
+import pandas as pd
 import tyro
+from matplotlib.figure import Figure
 from optax import contrib
 
 import madax
+from benchmarks.analysis import CAP, markdown, medians, ratios, spread
 from benchmarks.optimizers import FORMATS, OPTIMIZERS, UNTUNED, Optimizer, cosine
 from benchmarks.profiles import TASKS, Options
+from benchmarks.style import report
 from benchmarks.sweep import Sweep, run_all
 
+SETTING = ["optimizer", "rate"]
 EIGHT = madax.MomentFormat(8)
 
 
@@ -78,6 +85,13 @@ ROWS = {
         lambda rate: madax.muon_madam(rate, moment_format=EIGHT), MADAM, 2, codes=True
     ),
 }
+# What is stored in 8 bits, and the same rule in float32.
+FLOATS = {
+    "adam, 8 bits": "adam",
+    "madam, 8 bits": "madam, floor",
+    "madam, b1, 8 bits": "madam, floor, b1",
+    "muon_madam, 8 bits": "muon_madam, floor",
+}
 
 
 def choose(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
@@ -92,3 +106,188 @@ def choose(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     ]
     tasks = options.tasks(list(TASKS[options.profile]))
     run_all(options.folder / "choose.jsonl", options, tasks, sweeps)
+    choose_report(options.folder)
+
+
+def choose_report(folder: Path) -> None:
+    """Writes choose.md and choose.png from the records alone."""
+    print(report(folder, "choose", choose_table, choose_figure))
+
+
+def left_out(
+    cells: pd.DataFrame, groups: Mapping[str, Sequence[tuple]]
+) -> pd.DataFrame:
+    """Chooses a setting on all workloads but one, and says how it does on that one.
+
+    Args:
+      cells: a row for each workload and setting, with ``ratio``.
+      groups: by name, the settings to choose from; those that were not run on every
+        workload are left out.
+
+    Returns:
+      A row for each group and workload: ``group``, ``workload``, the columns of the
+      setting, and ``ratio``.
+    """
+    logs = np.log(cells.pivot(index=SETTING, columns="workload", values="ratio"))
+    logs = logs.dropna()
+    rows = []
+    for group, settings in groups.items():
+        mine = logs.loc[logs.index.isin(settings)]
+        if mine.empty:
+            continue
+        for workload in logs.columns:
+            best = mine.drop(columns=workload).sum(axis=1).idxmin()
+            setting = dict(zip(SETTING, best, strict=True))
+            ratio = np.exp(mine.loc[best, workload])
+            rows.append(
+                {"group": group, "workload": workload, **setting, "ratio": ratio}
+            )
+    return pd.DataFrame(rows)
+
+
+def judged(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Returns medians over seeds, with ``ratio``, and how what was chosen does.
+
+    Args:
+      runs: records, as read.
+    """
+    cells = medians(runs, SETTING)
+    cells = cells.assign(ratio=ratios(cells, cells.groupby("workload")["median"].min()))
+    groups = {name: [(name, rate) for rate in row.rates] for name, row in ROWS.items()}
+    every = {
+        "any of madax, float32": [
+            n for n in ROWS if "madam" in n and not ROWS[n].codes
+        ],
+        "any other, float32": [
+            n for n in ROWS if "madam" not in n and not ROWS[n].codes
+        ],
+    }
+    groups |= {
+        name: [x for row in rows for x in groups[row]] for name, rows in every.items()
+    }
+    groups["adam, not tuned"] = [("adam", 0.001)]
+    return cells, left_out(cells, groups)
+
+
+def interval(ratio: np.ndarray, *, draws: int = 10_000) -> tuple[float, float]:
+    """Returns the middle 95 % of the geometric mean over workloads drawn anew."""
+    rng = np.random.default_rng(0)
+    drawn = rng.choice(np.log(ratio), (draws, len(ratio)))
+    low, high = np.exp(np.quantile(drawn.mean(1), [0.025, 0.975]))
+    return float(low), float(high)
+
+
+def choose_table(runs: pd.DataFrame) -> str:
+    """Returns the regrets of what was chosen, and what 8 bits cost, in Markdown.
+
+    Args:
+      runs: records, as read.
+    """
+    cells, chosen = judged(runs)
+    single = chosen[chosen["group"].isin([*ROWS])]
+    rank = single.pivot(index="group", columns="workload", values="ratio").rank()
+    rows = []
+    for group, mine in chosen.groupby("group"):
+        ratio = mine["ratio"].to_numpy()
+        low, high = interval(ratio)
+        worst = mine.loc[mine["ratio"].idxmax()]
+        often = mine.value_counts(SETTING)
+        name, rate = often.index[0]
+        mean = np.exp(np.log(ratio).mean())
+        rows.append(
+            {
+                "mean": mean,
+                "optimizer": group,
+                "bytes": str(ROWS[name].bytes),
+                "chosen": f"{'' if name == group else name + ' '}{rate:g} "
+                f"({often.iloc[0]} of {len(mine)})",
+                "mean regret (95 %)": f"{_percent(mean)} ({_percent(low)} to "
+                f"{_percent(high)})",
+                "median": _percent(np.median(ratio)),
+                "worst": f"{_percent(worst['ratio'])}, {worst['workload']}",
+                "mean rank": f"{rank.loc[group].mean():.1f}"
+                if group in rank.index
+                else "",
+                "first": str((rank.loc[group] == 1).sum())
+                if group in rank.index
+                else "",
+            }
+        )
+    rows = sorted(rows, key=lambda row: row.pop("mean"))
+    regrets = single.pivot(index="workload", columns="group", values="ratio")
+    regrets = regrets.map(lambda ratio: f"{100 * (ratio - 1):.0f}")
+    order = [row["optimizer"] for row in rows if row["optimizer"] in regrets]
+    return (
+        "\n\n".join(
+            [
+                "The regret is how much larger the error is than the least of all in "
+                "the records, on the workload that had no part in the choice; at most "
+                f"{CAP:g} times. Its geometric mean over workloads, with the interval "
+                "of 95 % over workloads drawn anew; its median and the worst.",
+                markdown(rows),
+                "Regret on each workload, in percent:",
+                markdown(regrets[order].reset_index()),
+                "What 8 bits cost, each at its own best rate on the workload:",
+                markdown(costs(cells)),
+            ]
+        )
+        + "\n"
+    )
+
+
+def costs(cells: pd.DataFrame) -> pd.DataFrame:
+    """Returns errors of 8 bits against the same rule in float32, as text.
+
+    Args:
+      cells: medians over seeds.
+    """
+    best = cells.loc[cells.groupby(["workload", "optimizer"])["median"].idxmin()]
+    best = best.set_index(["workload", "optimizer"])
+    rows = []
+    for workload in cells["workload"].unique():
+        row = {"workload": workload}
+        for few, whole in FLOATS.items():
+            if {(workload, few), (workload, whole)} <= {*best.index}:
+                one, other = best.loc[(workload, few)], best.loc[(workload, whole)]
+                change = 100 * (one["median"] / other["median"] - 1)
+                row[few] = f"{change:+.1f} %: {spread(one)}"
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("")
+
+
+def choose_figure(runs: pd.DataFrame) -> Figure:
+    """Draws the regret of what was chosen, a dot for each workload.
+
+    Args:
+      runs: records, as read.
+    """
+    _, chosen = judged(runs)
+    mean = chosen.groupby("group")["ratio"].agg(lambda x: np.exp(np.log(x).mean()))
+    fig = Figure(figsize=(8, 6), layout="constrained")
+    axes = fig.subplots()
+    order = mean.sort_values(ascending=False).index
+    for height, group in enumerate(order):
+        ratio = chosen.loc[chosen["group"] == group, "ratio"].to_numpy()
+        ours = "mada" in group
+        color = "#d55e00" if ours else "#0072b2"
+        axes.plot(ratio, [height] * len(ratio), "o", c=color, alpha=0.3, ms=5)
+        axes.plot(interval(ratio), [height] * 2, c=color, lw=2)
+        marker = "D" if ours else "s"
+        axes.plot(mean[group], height, marker, c=color, ms=8, mec="k")
+    axes.set_yticks(range(len(order)), order)
+    axes.set(
+        xscale="log",
+        xlim=(0.98, 1.05 * CAP),
+        xlabel="error / least error, on the workload that had no part in the choice",
+        title="One setting for all: geometric mean, 95 % interval, and each workload",
+    )
+    axes.set_xticks(
+        [1, 1.2, 1.5, 2, 3, 5, 10], ["1", "1.2", "1.5", "2", "3", "5", "10"]
+    )
+    axes.minorticks_off()
+    axes.grid(axis="x", alpha=0.3)
+    return fig
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):.0f} %"
