@@ -22,6 +22,7 @@ from benchmarks.speed import speed
 from benchmarks.stall import stall
 from benchmarks.state import state
 from benchmarks.study import study
+from benchmarks.why import why
 
 app = SubcommandApp()
 for command in (
@@ -35,6 +36,7 @@ for command in (
     stall,
     state,
     choose,
+    why,
     pretrained,
     speed,
     memory,

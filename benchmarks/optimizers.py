@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -14,7 +15,13 @@ import madax
 
 # Hyperparameters of a run: "rate", "schedule", and numbers that the optimizer knows.
 Point = Mapping[str, Any]
-Schedule = Literal["cosine", "constant"]
+Schedule = Literal["cosine", "constant", "warm-up"]
+# How much of a cosine there is, and the share of the run in which the rate rises.
+SCHEDULES: dict[Schedule, dict[str, float]] = {
+    "cosine": {"decay": 1.0, "warmup": 0.0},
+    "constant": {"decay": 0.0, "warmup": 0.0},
+    "warm-up": {"decay": 1.0, "warmup": 0.1},
+}
 
 # A narrower range is a finer grid, of less rounding noise: two decades of weights at
 # 8 bits, and three, "wide", to see what the range costs.
@@ -70,19 +77,22 @@ class Optimizer:
           point: numbers, as of ``hyperparameters``.
           steps: length of the run, for the schedule.
         """
-        others = {k: v for k, v in point.items() if k not in ("rate", "decay")}
+        own = ("rate", *SCHEDULES["cosine"])
+        others = {k: v for k, v in point.items() if k not in own}
         decay = optax.cosine_decay_schedule(1.0, steps)
 
         def rate(count: jax.typing.ArrayLike) -> jax.Array:
-            return point["rate"] * (1 - point["decay"] * (1 - decay(count)))
+            # Of no warm-up the quotient is infinite.
+            rise = jnp.minimum(1.0, (count + 1) / (point["warmup"] * steps))
+            return rise * point["rate"] * (1 - point["decay"] * (1 - decay(count)))
 
         return self.make(rate, **others)
 
 
 def hyperparameters(point: Point) -> dict[str, float]:
-    """Returns a point as numbers: ``decay`` is 1 for a cosine to zero, 0 for none."""
+    """Returns a point as numbers, those of ``SCHEDULES`` for its schedule."""
     others = {name: value for name, value in point.items() if name != "schedule"}
-    return others | {"decay": {"constant": 0.0, "cosine": 1.0}[point["schedule"]]}
+    return others | SCHEDULES[point["schedule"]]
 
 
 def cosine(rates: Sequence[float]) -> list[Point]:

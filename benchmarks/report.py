@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from benchmarks.bits import bits_report
+from benchmarks.choose import choose_report
 from benchmarks.compiled_report import compiled_report
 from benchmarks.demo import demo_report
 from benchmarks.depth import depth_report
@@ -17,6 +18,7 @@ from benchmarks.speed import speed_report
 from benchmarks.stall import stall_report
 from benchmarks.state import state_report
 from benchmarks.study import study_report
+from benchmarks.why import why_report
 
 # By the name of a file of records, what is made of it, in its folder.
 REPORTS = {
@@ -31,6 +33,8 @@ REPORTS = {
     "demo": (demo_report,),
     "stall": (stall_report,),
     "state": (state_report,),
+    "choose": (choose_report,),
+    "why": (why_report,),
     "pretrained": (pretrained_report,),
 }
 

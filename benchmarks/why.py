@@ -1,0 +1,150 @@
+"""Why does Madam lag where it does? One factor at a time."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import optax
+import pandas as pd
+import tyro
+
+import madax
+from benchmarks import records
+from benchmarks.analysis import markdown, medians, number, spread
+from benchmarks.optimizers import FORMATS, Optimizer, Schedule
+from benchmarks.profiles import LONG, Options
+from benchmarks.sweep import Sweep, run_all
+
+# Where Madam without a first moment is furthest behind.
+LAGS = ("diffusion", "gru", LONG)
+RATES = (0.01, 0.03, 0.1)
+BASE = "madam, floor=1"
+EIGHT = madax.MomentFormat(8)
+
+
+class Factor(NamedTuple):
+    """One thing that is not as in the base.
+
+    Attributes:
+      make: schedule to the transformation.
+      schedule: of the rate.
+      format: of codes; None for float32.
+      channels: whether each column has a scale of its own.
+    """
+
+    make: Callable[[optax.Schedule], optax.GradientTransformation]
+    schedule: Schedule = "cosine"
+    format: str | None = None
+    channels: bool = False
+
+    def quantize(self, params: optax.Params) -> optax.Params:
+        """Makes codes of matrices, if it is a factor of codes."""
+        if self.format is None:
+            return params
+        axis = -1 if self.channels else None
+        return madax.quantize_params(params, FORMATS[self.format], channel_axis=axis)
+
+
+floored = partial(partial, madax.madam, floor=1.0)
+
+
+def _bounded(rate: optax.Schedule) -> optax.GradientTransformation:
+    """Directions of a leaf are of a root mean square of 1 at most, as in Adafactor."""
+    return optax.chain(
+        madax.scale_by_second_moment(),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_learning_rate(rate),
+        madax.scale_by_sign_log(floor=1.0),
+        madax.clip_log_weights(),
+    )
+
+
+FACTORS = {
+    BASE: Factor(floored()),
+    "no floor: the paper's rule": Factor(madax.madam),
+    "floor=0.3": Factor(floored(floor=0.3)),
+    "floor=3": Factor(floored(floor=3.0)),
+    "additive steps: Adam with b1=0": Factor(
+        lambda rate: optax.adam(lambda count: 0.1 * rate(count), b1=0.0)
+    ),
+    "warm-up of a tenth": Factor(floored(), "warm-up"),
+    "constant rate": Factor(floored(), "constant"),
+    "b1=0.9": Factor(floored(b1=0.9)),
+    "b1=0.9, warm-up": Factor(floored(b1=0.9), "warm-up"),
+    "b1=b2=0.95": Factor(floored(b1=0.95, b2=0.95)),
+    "b2=0.99": Factor(floored(b2=0.99)),
+    "b2=0.95": Factor(floored(b2=0.95)),
+    "g_bound=3": Factor(floored(g_bound=3.0)),
+    "g_bound=1": Factor(floored(g_bound=1.0)),
+    "directions of rms 1 at most": Factor(_bounded),
+    "p_scale=1": Factor(floored(p_scale=1.0)),
+    "p_scale=10": Factor(floored(p_scale=10.0)),
+    "weight_decay=0.1": Factor(floored(weight_decay=0.1)),
+    "direction of Muon": Factor(partial(madax.muon_madam, floor=1.0)),
+    "direction of Muon, warm-up": Factor(
+        partial(madax.muon_madam, floor=1.0), "warm-up"
+    ),
+    "symlog codes, 16 bits": Factor(madax.madam, format="symlog 16"),
+    "8 bits": Factor(madax.madam, format="symlog 8"),
+    "8 bits, nearest": Factor(
+        partial(madax.madam, rounding="nearest"), format="symlog 8"
+    ),
+    "8 bits, a scale for each column": Factor(
+        madax.madam, format="symlog 8", channels=True
+    ),
+    "8 bits, v too": Factor(
+        partial(madax.madam, moment_format=EIGHT), format="symlog 8"
+    ),
+    "8 bits, v too, direction of Muon": Factor(
+        partial(madax.muon_madam, moment_format=EIGHT), format="symlog 8"
+    ),
+}
+
+
+def why(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+    """Change one thing at a time in Madam, where it lags.
+
+    On denoising diffusion, a recurrent network and a longer language model: floor,
+    moments, bounds, decay, warm-up, direction, rounding and scales, at three rates.
+    """
+    sweeps = [
+        Sweep(
+            name,
+            Optimizer(factor.make, RATES[1], factor.quantize),
+            [{"rate": rate, "schedule": factor.schedule} for rate in RATES],
+        )
+        for name, factor in FACTORS.items()
+    ]
+    raw = options.folder / "why.jsonl"
+    run_all(raw, options, options.tasks(LAGS), sweeps)
+    why_report(options.folder)
+
+
+def why_report(folder: Path) -> None:
+    """Writes why.md from the records alone."""
+    table = why_table(records.read(folder / "why.jsonl"))
+    (folder / "why.md").write_text(f"{table}\n", encoding="utf-8")
+    print(table)
+
+
+def why_table(runs: pd.DataFrame) -> str:
+    """Returns what each factor does to the error at its best rate, in Markdown.
+
+    Args:
+      runs: records, as read.
+    """
+    cells = medians(runs, ["optimizer", "rate"])
+    best = cells.loc[cells.groupby(["workload", "optimizer"])["median"].idxmin()]
+    best = best.set_index(["optimizer", "workload"])
+    rows = []
+    for name in FACTORS:
+        row = {"what is changed": name}
+        for workload in runs["workload"].unique():
+            if (name, workload) not in best.index:
+                continue
+            cell, base = best.loc[(name, workload)], best.loc[(BASE, workload)]
+            change = 100 * (cell["median"] / base["median"] - 1)
+            row[workload] = f"{change:+.0f} %: {spread(cell)} at {number(cell['rate'])}"
+        rows.append(row)
+    return markdown(pd.DataFrame(rows).fillna(""))
