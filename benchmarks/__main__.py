@@ -15,6 +15,7 @@ from benchmarks.llama import llama
 from benchmarks.lns import lns
 from benchmarks.lr_sensitivity import lr_sensitivity
 from benchmarks.memory import memory
+from benchmarks.moments import moments
 from benchmarks.no_tuning import no_tuning
 from benchmarks.pretrained import pretrained
 from benchmarks.report import report
@@ -37,6 +38,7 @@ for command in (
     state,
     choose,
     why,
+    moments,
     pretrained,
     speed,
     memory,

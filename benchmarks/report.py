@@ -12,6 +12,7 @@ from benchmarks.layerwise import layerwise_report
 from benchmarks.llama import llama_report
 from benchmarks.lr_sensitivity import lr_sensitivity_report
 from benchmarks.memory import memory_report
+from benchmarks.moments import hard_report, moments_report
 from benchmarks.no_tuning import no_tuning_report
 from benchmarks.pretrained import pretrained_report
 from benchmarks.speed import speed_report
@@ -34,6 +35,8 @@ REPORTS = {
     "stall": (stall_report,),
     "state": (state_report,),
     "choose": (choose_report,),
+    "hard": (hard_report,),
+    "moments": (moments_report,),
     "why": (why_report,),
     "pretrained": (pretrained_report,),
 }
