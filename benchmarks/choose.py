@@ -128,8 +128,8 @@ def left_out(
       A row for each group and workload: ``group``, ``workload``, the columns of the
       setting, and ``ratio``.
     """
-    logs = np.log(cells.pivot(index=SETTING, columns="workload", values="ratio"))
-    logs = logs.dropna()
+    logs = cells.assign(log=np.log(cells["ratio"]))
+    logs = logs.pivot(index=SETTING, columns="workload", values="log").dropna()
     rows = []
     for group, settings in groups.items():
         mine = logs.loc[logs.index.isin(settings)]
@@ -184,55 +184,58 @@ def choose_table(runs: pd.DataFrame) -> str:
       runs: records, as read.
     """
     cells, chosen = judged(runs)
-    single = chosen[chosen["group"].isin([*ROWS])]
-    rank = single.pivot(index="group", columns="workload", values="ratio").rank()
-    rows = []
-    for group, mine in chosen.groupby("group"):
-        ratio = mine["ratio"].to_numpy()
-        low, high = interval(ratio)
-        worst = mine.loc[mine["ratio"].idxmax()]
-        often = mine.value_counts(SETTING)
-        name, rate = often.index[0]
-        mean = np.exp(np.log(ratio).mean())
-        rows.append(
-            {
-                "mean": mean,
-                "optimizer": group,
-                "bytes": str(ROWS[name].bytes),
-                "chosen": f"{'' if name == group else name + ' '}{rate:g} "
-                f"({often.iloc[0]} of {len(mine)})",
-                "mean regret (95 %)": f"{_percent(mean)} ({_percent(low)} to "
-                f"{_percent(high)})",
-                "median": _percent(np.median(ratio)),
-                "worst": f"{_percent(worst['ratio'])}, {worst['workload']}",
-                "mean rank": f"{rank.loc[group].mean():.1f}"
-                if group in rank.index
-                else "",
-                "first": str((rank.loc[group] == 1).sum())
-                if group in rank.index
-                else "",
-            }
-        )
-    rows = sorted(rows, key=lambda row: row.pop("mean"))
-    regrets = single.pivot(index="workload", columns="group", values="ratio")
+    regrets = chosen.pivot(index="workload", columns="group", values="ratio")
+    regrets = regrets[[name for name in means(chosen).index if name in ROWS]]
     regrets = regrets.map(lambda ratio: f"{100 * (ratio - 1):.0f}")
-    order = [row["optimizer"] for row in rows if row["optimizer"] in regrets]
-    return (
-        "\n\n".join(
-            [
-                "The regret is how much larger the error is than the least of all in "
-                "the records, on the workload that had no part in the choice; at most "
-                f"{CAP:g} times. Its geometric mean over workloads, with the interval "
-                "of 95 % over workloads drawn anew; its median and the worst.",
-                markdown(rows),
-                "Regret on each workload, in percent:",
-                markdown(regrets[order].reset_index()),
-                "What 8 bits cost, each at its own best rate on the workload:",
-                markdown(costs(cells)),
-            ]
-        )
-        + "\n"
-    )
+    parts = [
+        "The regret is how much larger the error is than the least of all in the "
+        "records, on the workload that had no part in the choice; at most "
+        f"{CAP:g} times. Its geometric mean over workloads, with the interval of "
+        "95 % over workloads drawn anew; its median and the worst.",
+        markdown(pd.DataFrame(summary(chosen)).fillna("")),
+        "Regret on each workload, in percent:",
+        markdown(regrets.reset_index()),
+        "What 8 bits cost, each at its own best rate on the workload:",
+        markdown(costs(cells)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(chosen: pd.DataFrame) -> list[dict[str, str]]:
+    """Returns a row for each group, the least mean regret first.
+
+    Args:
+      chosen: of ``left_out``.
+    """
+    single = chosen[chosen["group"].isin([*ROWS])]
+    ranks = single.groupby("workload")["ratio"].rank().groupby(single["group"])
+    mean_rank, first = ranks.mean(), ranks.apply(lambda rank: (rank == 1).sum())
+    rows = []
+    for group, mean in means(chosen).to_dict().items():
+        mine = chosen[chosen["group"] == group]
+        low, high = interval(mine["ratio"].to_numpy())
+        worst = mine.loc[mine["ratio"].idxmax()]
+        counts = mine.value_counts(SETTING)
+        name, rate = counts.index[0]
+        row = {
+            "optimizer": str(group),
+            "bytes": str(ROWS[name].bytes),
+            "chosen": f"{'' if name == group else name + ' '}{rate:g} "
+            f"({counts.iloc[0]} of {len(mine)})",
+            "mean regret": f"{_percent(mean)} ({_percent(low)} to {_percent(high)})",
+            "median": _percent(mine["ratio"].median()),
+            "worst": f"{_percent(worst['ratio'])}, {worst['workload']}",
+        }
+        if group in ROWS:
+            row |= {"mean rank": f"{mean_rank[group]:.1f}", "first": f"{first[group]}"}
+        rows.append(row)
+    return rows
+
+
+def means(chosen: pd.DataFrame) -> pd.Series:
+    """Returns geometric means over workloads, by group, the least first."""
+    logs = chosen.assign(log=np.log(chosen["ratio"])).groupby("group")["log"]
+    return logs.mean().map(np.exp).sort_values()
 
 
 def costs(cells: pd.DataFrame) -> pd.DataFrame:
@@ -262,10 +265,10 @@ def choose_figure(runs: pd.DataFrame) -> Figure:
       runs: records, as read.
     """
     _, chosen = judged(runs)
-    mean = chosen.groupby("group")["ratio"].agg(lambda x: np.exp(np.log(x).mean()))
+    mean = means(chosen)
     fig = Figure(figsize=(8, 6), layout="constrained")
     axes = fig.subplots()
-    order = mean.sort_values(ascending=False).index
+    order = mean.index[::-1]
     for height, group in enumerate(order):
         ratio = chosen.loc[chosen["group"] == group, "ratio"].to_numpy()
         ours = "mada" in group

@@ -106,7 +106,8 @@ def off(name: str, bits: int, steps: int) -> dict[str, Any]:
         g = HARD[name](i, noise, steps)
         found = [tx.update(g, s) for tx, s in zip(both, states, strict=True)]
         # As madam bounds them; those of gradients of zero are no steps to compare.
-        want, got = (jnp.where(g == 0, 0, jnp.clip(d, -10, 10)) for d, _ in found)
+        directions = (jnp.asarray(direction) for direction, _ in found)
+        want, got = (jnp.where(g == 0, 0, d.clip(-10, 10)) for d in directions)
         sums = [jnp.abs(want), jnp.abs(got), want**2, (got - want) ** 2]
         return [s for _, s in found], jnp.stack([x.sum() for x in sums])
 
