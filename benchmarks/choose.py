@@ -136,12 +136,11 @@ def left_out(
         if mine.empty:
             continue
         for workload in logs.columns:
-            best = mine.drop(columns=workload).sum(axis=1).idxmin()
-            setting = dict(zip(SETTING, best, strict=True))
-            ratio = np.exp(mine.loc[best, workload])
-            rows.append(
-                {"group": group, "workload": workload, **setting, "ratio": ratio}
-            )
+            best = mine.drop(columns=workload).sum(axis=1).argmin()
+            setting = dict(zip(SETTING, mine.index.to_list()[best], strict=True))
+            ratio = float(np.exp(mine[workload].iloc[best]))
+            row = {"group": group, "workload": workload, "ratio": ratio}
+            rows.append(row | setting)
     return pd.DataFrame(rows)
 
 

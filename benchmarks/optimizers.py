@@ -82,8 +82,8 @@ class Optimizer:
         decay = optax.cosine_decay_schedule(1.0, steps)
 
         def rate(count: jax.typing.ArrayLike) -> jax.Array:
-            # Of no warm-up the quotient is infinite.
-            rise = jnp.minimum(1.0, (count + 1) / (point["warmup"] * steps))
+            rising = jnp.maximum(point["warmup"] * steps, 1.0)
+            rise = jnp.minimum((count + 1) / rising, 1.0)
             return rise * point["rate"] * (1 - point["decay"] * (1 - decay(count)))
 
         return self.make(rate, **others)
