@@ -1,6 +1,7 @@
 """Why does Madam lag where it does? One factor at a time."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -16,9 +17,12 @@ from benchmarks.optimizers import FORMATS, Optimizer, Schedule
 from benchmarks.profiles import LONG, Options
 from benchmarks.sweep import Sweep, run_all
 
-# Where Madam without a first moment is furthest behind.
-LAGS = ("diffusion", "gru", LONG)
-RATES = (0.01, 0.03, 0.1)
+# Where Madam without a first moment is behind, and the rates to try there.
+RATES = {
+    "diffusion": (0.01, 0.03, 0.1),
+    "gru": (0.01, 0.03, 0.1),
+    LONG: (0.01, 0.03),  # Longer runs want smaller ones.
+}
 BASE = "madam, floor=1"
 EIGHT = madax.MomentFormat(8)
 
@@ -106,19 +110,26 @@ def why(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     """Change one thing at a time in Madam, where it lags.
 
     On denoising diffusion, a recurrent network and a longer language model: floor,
-    moments, bounds, decay, warm-up, direction, rounding and scales, at three rates.
+    moments, bounds, decay, warm-up, direction, rounding and scales, at two or three
+    rates.
     """
-    sweeps = [
+    raw = options.folder / "why.jsonl"
+    for name in options.workloads or RATES:
+        tasks = dataclasses.replace(options, workloads=(name,)).tasks()
+        run_all(raw, options, tasks, sweeps(RATES.get(name, RATES["gru"])))
+    why_report(options.folder)
+
+
+def sweeps(rates: Sequence[float]) -> list[Sweep]:
+    """Returns what to run on a workload."""
+    return [
         Sweep(
             name,
-            Optimizer(factor.make, RATES[1], factor.quantize),
-            [{"rate": rate, "schedule": factor.schedule} for rate in RATES],
+            Optimizer(factor.make, rates[1], factor.quantize),
+            [{"rate": rate, "schedule": factor.schedule} for rate in rates],
         )
         for name, factor in FACTORS.items()
     ]
-    raw = options.folder / "why.jsonl"
-    run_all(raw, options, options.tasks(LAGS), sweeps)
-    why_report(options.folder)
 
 
 def why_report(folder: Path) -> None:
