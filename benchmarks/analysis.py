@@ -51,6 +51,11 @@ def medians(
     )
 
 
+def at_best(cells: pd.DataFrame) -> pd.DataFrame:
+    """Returns the cell of each workload and optimizer with the least median."""
+    return cells.loc[cells.groupby(["workload", "optimizer"])["median"].idxmin()]
+
+
 def best_errors(runs: pd.DataFrame) -> pd.Series:
     """Returns the least median error on each workload, of all there is in records.
 
@@ -95,11 +100,6 @@ def regrets(cells: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows).sort_values("mean", ignore_index=True)
-
-
-def markdown(rows: Sequence[dict] | pd.DataFrame) -> str:
-    """Returns rows of text as a Markdown table."""
-    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 
 def number(value: float) -> str:

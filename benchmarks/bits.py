@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks import records
 from benchmarks.optimizers import FORMATS, Optimizer, cosine, stored
 from benchmarks.profiles import Options, Profile
-from benchmarks.style import save
+from benchmarks.style import markdown, save
 from benchmarks.sweep import Sweep, run_missing
 from benchmarks.train import Budget
 from benchmarks.workloads.fashion_mnist import fashion_mnist
@@ -145,7 +145,7 @@ def bits_table(runs: pd.DataFrame) -> str:
                 f" {100 * cell['accuracy'].max():.2f})"
             )
         rows.append(row)
-    return pd.DataFrame(rows).fillna("").to_markdown(index=False, disable_numparse=True)
+    return markdown(rows)
 
 
 def bits_figure(runs: pd.DataFrame) -> Figure:

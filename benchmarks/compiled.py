@@ -22,6 +22,7 @@ from jax.sharding import SingleDeviceSharding
 
 import madax
 from benchmarks import gpt2, memory, programs, records
+from benchmarks.choices import check_choices
 from benchmarks.compiled_report import compiled_report
 from benchmarks.compilers import CHIPS, ENVIRONMENT, compiler, footprint
 from benchmarks.rows import BASELINE, BF16, ROWS, Row
@@ -154,9 +155,8 @@ def compiled(
     raw = out / "compiled.jsonl"
     wanted = list(dict.fromkeys(jobs(profile)))
     for field, names in (("chip", chips), ("tree", trees), ("optimizer", optimizers)):
-        known = {getattr(job, field) for job in wanted}
-        if unknown := set(names) - known:
-            raise ValueError(f"{field}s must be of {sorted(known)}, got {unknown}")
+        known = sorted({getattr(job, field) for job in wanted})
+        check_choices(f"{field}s", names, known)
         wanted = [job for job in wanted if not names or getattr(job, field) in names]
     for chip in sorted({job.chip for job in wanted}):
         if compiler(chip) is None:

@@ -57,7 +57,7 @@ def _section(tree: str, group: pd.DataFrame) -> str:
         table = [_row(run, first, "train" not in tree) for run in rows]
         dashes = dict.fromkeys(table[0], "-")
         table += [dashes | {"optimizer": run["optimizer"]} for run in errors]
-        text += f".\n\n{markdown(table)}\n"
+        text += f".\n\n{markdown(table, numbers=True)}\n"
     for run in errors:
         text += f"\n{run['optimizer']} failed: {run['error'].splitlines()[0][:160]}\n"
     return text

@@ -101,7 +101,7 @@ def demo_table(runs: pd.DataFrame) -> str:
                 "bytes / weight": f"{at[1]['bytes_per_weight']:.2f}",
             }
         )
-    return markdown(rows)
+    return markdown(rows, numbers=True)
 
 
 def demo_figure(runs: pd.DataFrame) -> Figure:

@@ -253,11 +253,11 @@ def fit_table(runs: pd.DataFrame) -> str:
     job = ["parameters", "chip", "way"]
     one = runs[runs["chips"] == 1].sort_values([*job, "length"], kind="stable")
     first = one.drop_duplicates(job)
-    text += markdown([_row(run) for run in first.to_dict("records")])
+    text += markdown([_row(run) for run in first.to_dict("records")], numbers=True)
     longer = one[one.duplicated(job, keep=False)]
     if len(longer):
         text += "\n\n**Longer sequences**, of those that were compiled:\n\n" + markdown(
-            [_row(run) for run in longer.to_dict("records")]
+            [_row(run) for run in longer.to_dict("records")], numbers=True
         )
     many = runs[runs["chips"] > 1]
     if len(many):
@@ -268,7 +268,7 @@ def fit_table(runs: pd.DataFrame) -> str:
         text += (
             "\n\n**Meshes**, parameters spread over all chips; bytes that all-gathers "
             "in the program result in, those of one layer counted once:\n\n"
-            + markdown(rows)
+            + markdown(rows, numbers=True)
         )
     return text + (
         "\n\nAdamW takes 16 bytes a parameter without activations, in float32 and in "

@@ -142,5 +142,5 @@ def memory_table(runs: pd.DataFrame) -> str:
             }
             for run in here.to_dict("records")
         ]
-        text += f"\n**{title}:**\n\n{markdown(rows)}\n"
+        text += f"\n**{title}:**\n\n{markdown(rows, numbers=True)}\n"
     return text

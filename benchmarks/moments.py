@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 
 import madax
 from benchmarks import records
-from benchmarks.analysis import markdown, medians, spread
+from benchmarks.analysis import medians, spread
 from benchmarks.optimizers import Optimizer, cosine
 from benchmarks.profiles import TASKS, Options, Profile
-from benchmarks.style import STYLES, legend, report
+from benchmarks.style import STYLES, legend, markdown, report
 from benchmarks.sweep import Sweep, run_all
 
 BITS = (8, 9, 12, 16)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import madax
 from benchmarks import gpt2, records
+from benchmarks.choices import check_choices
 from benchmarks.rows import BASELINE, ROWS, Row
 from benchmarks.style import markdown, report
 
@@ -76,6 +77,7 @@ def speed(
             shape at 12 M parameters), full the same on a GPU (at 124 M).
         optimizers: Rows of the table; by default all.
     """
+    check_choices("optimizers", optimizers, ROWS)
     folder = out / device_name()
     folder.mkdir(parents=True, exist_ok=True)
     raw = folder / "speed.jsonl"
@@ -246,7 +248,7 @@ def speed_table(runs: pd.DataFrame) -> str:
         rows = [_table_row(run) for run in group.to_dict("records")]
         sections.append(
             f"**{tree}**: {n / 1e6:.1f} M parameters in {leaves} leaves; optax.adam "
-            f"takes {1e3 * baseline:.2f} ms.\n\n{markdown(rows)}\n"
+            f"takes {1e3 * baseline:.2f} ms.\n\n{markdown(rows, numbers=True)}\n"
         )
     copy = runs["copy_gb_s"].iloc[0]
     device = runs["environment"].iloc[0]["device"]

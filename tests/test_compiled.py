@@ -216,7 +216,7 @@ def test_a_compiler_that_ends_its_process_is_recorded(tmp_path, monkeypatch):
 
 
 def test_chips_without_a_compiler_are_refused(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match=r"trees must be of .* got {'4 tree'}"):
+    with pytest.raises(ValueError, match=r"trees must be of .* got \['4 tree'\]"):
         compiled.compiled(tmp_path, trees=("4 tree",))
     monkeypatch.setattr(compiled, "compiler", {"CPU": "jaxlib"}.get)
     with pytest.raises(ModuleNotFoundError, match=r"compiler for .*madax\[compilers\]"):
