@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-# A run that diverged, or is further off than that, counts as that many times the best.
+# The most that an error over the best counts; a run that diverged counts as much.
 CAP = 10.0
 REGRET = (
     "How much larger the error is than the least in all records of the workload, "

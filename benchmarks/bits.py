@@ -43,7 +43,8 @@ BUDGETS: dict[Profile, dict[str, Budget]] = {
 
 SMOKE = ("float32", "log 8")  # Compiling takes time, too.
 
-# Told apart without colour, too: the marker is the format, the line the rounding.
+# The lines differ without colour, too: by marker for the format, by line for the
+# rounding.
 LINES = {
     ("log", "stochastic", "madam"): {"c": "#d55e00", "ls": "-", "marker": "o"},
     ("log", "nearest", "madam"): {"c": "#d55e00", "ls": ":", "marker": "o"},

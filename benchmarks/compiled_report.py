@@ -130,7 +130,7 @@ def _points(
             unit = adam.iloc[-1] if len(adam) else np.nan
         lines = [names.index(name) for name in here["optimizer"]]
         if lines:
-            # Beside each other, so that equal ones are seen.
+            # The dots stand beside each other, so that equal ones are seen.
             apart = 0.6 * (i / (len(CHIPS) - 1) - 0.5)
             axes.plot(
                 values[here.index] / unit,

@@ -34,8 +34,8 @@ from benchmarks.style import markdown, report
 
 FORMAT = madax.SymlogFormat(bits=8, linear_range=1 / 3)
 MADAM = madax.madam(moment_format=madax.MomentFormat(bits=8))
-# Bytes a parameter of AdamW, whatever the chip: parameters, moments and gradients in
-# float32; or in bfloat16, with a copy of the parameters and moments in float32.
+# The bytes per parameter of AdamW, whatever the chip: parameters, moments and gradients
+# in float32; or in bfloat16, with a copy of the parameters and moments in float32.
 ADAMW = {"AdamW, float32": 16, "AdamW, mixed precision": 2 + 2 + 12}
 
 
@@ -85,7 +85,7 @@ def jobs(profile: str) -> Iterator[Job]:
         ("CodeLlama 34B", "H100", 12),
         ("Llama-2 70B", "H200", 12),
     ):
-        # As far as it fits: what is longer than one that does not is left out.
+        # Lengths are tried until one does not fit; longer ones are left out.
         for power in range(first, 18):
             yield Job(model, chip, length=2**power)
 

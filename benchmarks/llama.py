@@ -280,7 +280,7 @@ def _start(budget: Budget, row: Row, rate: float, seed: int) -> Any:
 
 def _ordinary(budget: Budget, tx: Any, params: Any, state: Any, batch: Any) -> Any:
     def loss(params):
-        # As usual with mixed precision: float32 parameters, cast for the network.
+        # Mixed precision as usual: float32 parameters, cast for the network.
         weights = madax.dequantize_params(params, jnp.dtype(budget.dtype))
         return decoder.whole_loss(budget.size, weights, batch)
 

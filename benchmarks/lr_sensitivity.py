@@ -162,7 +162,7 @@ def _single_rate(key: tuple[str, str], line: pd.DataFrame) -> dict[str, str]:
     """Returns what the best single rate costs, for a row of the table."""
     own = line.assign(ratio=ratios(line, line.groupby("workload")["median"].min()))
     first = regrets(own, ["rate"])
-    # A rate counts only where it was run on all of them.
+    # A rate counts only if it was run on all workloads.
     first = first[first["workloads"] == first["workloads"].max()].iloc[0]
     return {
         **dict(zip(("optimizer", "schedule"), key, strict=True)),
@@ -242,7 +242,7 @@ def _draw_lines(axes: Axes, cells: pd.DataFrame) -> None:
     for i, (name, line) in enumerate(cells.groupby("workload", sort=False)):
         line = line.sort_values("rate")
         height = 1 / line["ratio"]
-        # From the worst seed to the best one; the paper has one each.
+        # Bars go from the worst seed to the best; the paper has one seed each.
         ends = height * (line["median"] / line[["max", "min"]].T)
         axes.errorbar(
             line["rate"],

@@ -105,7 +105,8 @@ def off(name: str, bits: int, steps: int) -> dict[str, Any]:
         noise = jax.random.normal(key, (ROWS, COLUMNS))
         g = HARD[name](i, noise, steps)
         found = [tx.update(g, s) for tx, s in zip(both, states, strict=True)]
-        # As madam bounds them; those of gradients of zero are no steps to compare.
+        # Directions are bounded as madam bounds them. Gradients of zero give no steps
+        # to compare.
         directions = (jnp.asarray(direction) for direction, _ in found)
         want, got = (jnp.where(g == 0, 0, d.clip(-10, 10)) for d in directions)
         sums = [jnp.abs(want), jnp.abs(got), want**2, (got - want) ** 2]

@@ -55,7 +55,7 @@ def multihost(
         batch_size: Examples in a step, of all processes together.
     """
     if num_processes != 1:
-        # What CPUs talk to each other by; GPUs and TPUs do not ask.
+        # CPUs talk to each other by gloo; GPUs and TPUs do not use this setting.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(coordinator, num_processes, process_id)
     if batch_size % jax.device_count():
@@ -91,7 +91,7 @@ def programs(
     # Without out_shardings the compiler may leave each device with a part of the codes.
     @partial(jax.jit, donate_argnums=(0, 1), out_shardings=everywhere)
     def step(params, state, batch):
-        # The mean over the batch is one over all processes: gradients are theirs too.
+        # The loss is a mean over all processes, and so are its gradients.
         weights = madax.dequantize_params(params)
         loss, grads = jax.value_and_grad(workload.loss)(weights, batch)
         updates, state = tx.update(grads, state, params)
@@ -110,7 +110,7 @@ def batches(
     share = batch_size // jax.process_count()
     mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     for _ in range(steps):
-        # The same order in all processes, of which each loads its own share.
+        # All processes draw the same order, and each loads its own share of it.
         rows = rng.choice(len(images), batch_size, replace=False)[mine]
         local = images[rows], labels[rows]
         yield jax.tree.map(

@@ -50,7 +50,7 @@ PROFILES = {
     "quick": Profile(2**24, "12M", "12M", batch=2, rounds=20, train_rounds=4),
     "full": Profile(2**24, "124M", "124M", batch=8, rounds=40, train_rounds=20),
 }
-# Steps queued at a time: the device is never idle for want of work.
+# Steps queued at a time, so that the device is never idle for want of work.
 QUEUED = 4
 
 Weights = Callable[[], optax.Params]

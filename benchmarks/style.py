@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import records
 
-# By line, by marker and by lightness.
+# Lines differ in dashes, marker and lightness.
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "linestyle": ":", "marker": "s"},
     {"color": "#0072b2", "linestyle": "--", "marker": "^"},

@@ -68,7 +68,7 @@ def train(
       their number.
     """
     begin = time.perf_counter()
-    # Chunks of one size, if possible, as another one would be compiled, too.
+    # Chunks have one size, if possible, as another size would be compiled, too.
     chunk = math.ceil(len(points) / math.ceil(len(points) / at_once))
     values = {
         name: jnp.array([hyperparameters(point)[name] for point in points], float)
