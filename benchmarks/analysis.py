@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-# A run that diverged, or is further off than that, counts as that many times the best.
+# The most that an error over the best counts; a run that diverged counts as much.
 CAP = 10.0
 REGRET = (
     "How much larger the error is than the least in all records of the workload, "
@@ -49,6 +49,11 @@ def medians(
         diverged=("diverged", "sum"),
         seeds=("seed", "count"),
     )
+
+
+def at_best(cells: pd.DataFrame) -> pd.DataFrame:
+    """Returns the cell of each workload and optimizer with the least median."""
+    return cells.loc[cells.groupby(["workload", "optimizer"])["median"].idxmin()]
 
 
 def best_errors(runs: pd.DataFrame) -> pd.Series:
@@ -95,11 +100,6 @@ def regrets(cells: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows).sort_values("mean", ignore_index=True)
-
-
-def markdown(rows: Sequence[dict] | pd.DataFrame) -> str:
-    """Returns rows of text as a Markdown table."""
-    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 
 def number(value: float) -> str:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks import records
 from benchmarks.optimizers import FORMATS, Optimizer, cosine, stored
 from benchmarks.profiles import Options, Profile
-from benchmarks.style import save
+from benchmarks.style import markdown, save
 from benchmarks.sweep import Sweep, run_missing
 from benchmarks.train import Budget
 from benchmarks.workloads.fashion_mnist import fashion_mnist
@@ -43,7 +43,8 @@ BUDGETS: dict[Profile, dict[str, Budget]] = {
 
 SMOKE = ("float32", "log 8")  # Compiling takes time, too.
 
-# Told apart without colour, too: the marker is the format, the line the rounding.
+# The lines differ without colour, too: by marker for the format, by line for the
+# rounding.
 LINES = {
     ("log", "stochastic", "madam"): {"c": "#d55e00", "ls": "-", "marker": "o"},
     ("log", "nearest", "madam"): {"c": "#d55e00", "ls": ":", "marker": "o"},
@@ -145,7 +146,7 @@ def bits_table(runs: pd.DataFrame) -> str:
                 f" {100 * cell['accuracy'].max():.2f})"
             )
         rows.append(row)
-    return pd.DataFrame(rows).fillna("").to_markdown(index=False, disable_numparse=True)
+    return markdown(rows)
 
 
 def bits_figure(runs: pd.DataFrame) -> Figure:

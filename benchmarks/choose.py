@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from optax import contrib
 
 import madax
-from benchmarks.analysis import CAP, markdown, medians, ratios, spread
+from benchmarks.analysis import CAP, at_best, medians, ratios, spread
 from benchmarks.optimizers import FORMATS, OPTIMIZERS, UNTUNED, Optimizer, cosine
 from benchmarks.profiles import TASKS, Options
-from benchmarks.style import report
+from benchmarks.style import markdown, report
 from benchmarks.sweep import Sweep, run_all
 
 SETTING = ["optimizer", "rate"]
@@ -191,7 +191,7 @@ def choose_table(runs: pd.DataFrame) -> str:
         "records, on the workload that had no part in the choice; at most "
         f"{CAP:g} times. Its geometric mean over workloads, with the interval of "
         "95 % over workloads drawn anew; its median and the worst.",
-        markdown(pd.DataFrame(summary(chosen)).fillna("")),
+        markdown(summary(chosen)),
         "Regret on each workload, in percent:",
         markdown(regrets.reset_index()),
         "What 8 bits cost, each at its own best rate on the workload:",
@@ -243,8 +243,7 @@ def costs(cells: pd.DataFrame) -> pd.DataFrame:
     Args:
       cells: medians over seeds.
     """
-    best = cells.loc[cells.groupby(["workload", "optimizer"])["median"].idxmin()]
-    best = best.set_index(["workload", "optimizer"])
+    best = at_best(cells).set_index(["workload", "optimizer"])
     rows = []
     for workload in cells["workload"].unique():
         row = {"workload": workload}

@@ -22,11 +22,12 @@ from jax.sharding import SingleDeviceSharding
 
 import madax
 from benchmarks import gpt2, memory, programs, records
+from benchmarks.choices import check_choices
 from benchmarks.compiled_report import compiled_report
 from benchmarks.compilers import CHIPS, ENVIRONMENT, compiler, footprint
 from benchmarks.rows import BASELINE, BF16, ROWS, Row
 
-# What takes too long to be timed as well, or runs on some chips only.
+# Rows that take too long to be timed as well, or that run on some chips only.
 OPTIMIZERS = ROWS | {
     "madam, floor, b1": Row(madax.madam(floor=1.0, b1=0.9)),
     "lns_madam": Row(madax.lns_madam()),
@@ -154,9 +155,8 @@ def compiled(
     raw = out / "compiled.jsonl"
     wanted = list(dict.fromkeys(jobs(profile)))
     for field, names in (("chip", chips), ("tree", trees), ("optimizer", optimizers)):
-        known = {getattr(job, field) for job in wanted}
-        if unknown := set(names) - known:
-            raise ValueError(f"{field}s must be of {sorted(known)}, got {unknown}")
+        known = sorted({getattr(job, field) for job in wanted})
+        check_choices(f"{field}s", names, known)
         wanted = [job for job in wanted if not names or getattr(job, field) in names]
     for chip in sorted({job.chip for job in wanted}):
         if compiler(chip) is None:
@@ -249,7 +249,7 @@ def lower(work: Work, sharding: Any) -> Any:
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
     )
-    # Another function each time, or JAX would know what comes of it.
+    # The function is a new one each time, or JAX would know its result.
     return jax.jit(lambda *x: step(*x), donate_argnums=(0, 1)).lower(*shapes)
 
 

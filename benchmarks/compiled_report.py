@@ -57,7 +57,7 @@ def _section(tree: str, group: pd.DataFrame) -> str:
         table = [_row(run, first, "train" not in tree) for run in rows]
         dashes = dict.fromkeys(table[0], "-")
         table += [dashes | {"optimizer": run["optimizer"]} for run in errors]
-        text += f".\n\n{markdown(table)}\n"
+        text += f".\n\n{markdown(table, numbers=True)}\n"
     for run in errors:
         text += f"\n{run['optimizer']} failed: {run['error'].splitlines()[0][:160]}\n"
     return text
@@ -130,7 +130,7 @@ def _points(
             unit = adam.iloc[-1] if len(adam) else np.nan
         lines = [names.index(name) for name in here["optimizer"]]
         if lines:
-            # Beside each other, so that equal ones are seen.
+            # The dots stand beside each other, so that equal ones are seen.
             apart = 0.6 * (i / (len(CHIPS) - 1) - 0.5)
             axes.plot(
                 values[here.index] / unit,

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.programs import SIZES
 
-# A process that asks must have been started with these.
+# Compilers answer only in a process that was started with these variables.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -96,7 +96,7 @@ class Chip:
 
 
 CHIPS = {
-    # Of 16, 95 and 32 GiB, some is kept by XLA.
+    # XLA keeps some of the 16, 95 and 32 GiB.
     "TPU v5e": Chip(
         int(15.75 * 2**30),
         {
@@ -186,7 +186,8 @@ def gathered(text: str) -> dict[str, int]:
     for line in text.splitlines():
         found = re.search(r"= (.*?)\ball-gather(-start)?\(", line)
         if found is not None:
-            # An asynchronous one has a pair: what goes in, and what comes out.
+            # The type of an asynchronous one is a pair: what goes in, and what comes
+            # out.
             dtype, dims = re.findall(r"(\w+)\[([\d,]*)\]", found[1])[-1]
             size = SIZES.get(dtype, 4) * math.prod(map(int, dims.split(",")))
             total[dtype] = total.get(dtype, 0) + size

@@ -68,7 +68,7 @@ def init(size: Size, key: jax.Array) -> Params:
     if size.gated:
         shapes["gate"] = (wide, size.hidden)
     keys = iter(jax.random.split(key, len(shapes) + 2))
-    # What is added to the residual stream, many times, begins small.
+    # Matrices whose products are added to the residual stream begin small.
     layers: Params = {
         name: jax.random.normal(next(keys), (size.layers, *shape))
         * shape[0] ** -0.5

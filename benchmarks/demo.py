@@ -101,7 +101,7 @@ def demo_table(runs: pd.DataFrame) -> str:
                 "bytes / weight": f"{at[1]['bytes_per_weight']:.2f}",
             }
         )
-    return markdown(rows)
+    return markdown(rows, numbers=True)
 
 
 def demo_figure(runs: pd.DataFrame) -> Figure:
@@ -112,7 +112,7 @@ def demo_figure(runs: pd.DataFrame) -> Figure:
     names = cells["optimizer"].unique()
     for i, (name, style) in enumerate(zip(names, cycle(STYLES))):
         _draw_curves(over_steps, runs[runs["optimizer"] == name], style)
-        # Side by side, since many a median is the same.
+        # The points stand side by side, since many medians are the same.
         dodge = 1.08 ** (i - (len(names) - 1) / 2)
         _draw_rates(over_rates, cells[cells["optimizer"] == name], dodge, style)
     over_steps.set(title="At the default learning rate", xlabel="step")

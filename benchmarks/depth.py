@@ -8,10 +8,10 @@ import tyro
 from matplotlib.figure import Figure
 
 from benchmarks import records
-from benchmarks.analysis import DEPTH, edges_text, markdown, medians
+from benchmarks.analysis import DEPTH, edges_text, medians
 from benchmarks.optimizers import UNTUNED, cosine, grid
 from benchmarks.profiles import Options
-from benchmarks.style import STYLES, legend, save
+from benchmarks.style import STYLES, legend, markdown, save
 from benchmarks.sweep import Sweep, run_all
 from benchmarks.workloads import PSNR
 

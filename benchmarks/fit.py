@@ -34,8 +34,8 @@ from benchmarks.style import markdown, report
 
 FORMAT = madax.SymlogFormat(bits=8, linear_range=1 / 3)
 MADAM = madax.madam(moment_format=madax.MomentFormat(bits=8))
-# Bytes a parameter of AdamW, whatever the chip: parameters, moments and gradients in
-# float32; or in bfloat16, with a copy of the parameters and moments in float32.
+# The bytes per parameter of AdamW, whatever the chip: parameters, moments and gradients
+# in float32; or in bfloat16, with a copy of the parameters and moments in float32.
 ADAMW = {"AdamW, float32": 16, "AdamW, mixed precision": 2 + 2 + 12}
 
 
@@ -85,7 +85,7 @@ def jobs(profile: str) -> Iterator[Job]:
         ("CodeLlama 34B", "H100", 12),
         ("Llama-2 70B", "H200", 12),
     ):
-        # As far as it fits: what is longer than one that does not is left out.
+        # Lengths are tried until one does not fit; longer ones are left out.
         for power in range(first, 18):
             yield Job(model, chip, length=2**power)
 
@@ -253,11 +253,11 @@ def fit_table(runs: pd.DataFrame) -> str:
     job = ["parameters", "chip", "way"]
     one = runs[runs["chips"] == 1].sort_values([*job, "length"], kind="stable")
     first = one.drop_duplicates(job)
-    text += markdown([_row(run) for run in first.to_dict("records")])
+    text += markdown([_row(run) for run in first.to_dict("records")], numbers=True)
     longer = one[one.duplicated(job, keep=False)]
     if len(longer):
         text += "\n\n**Longer sequences**, of those that were compiled:\n\n" + markdown(
-            [_row(run) for run in longer.to_dict("records")]
+            [_row(run) for run in longer.to_dict("records")], numbers=True
         )
     many = runs[runs["chips"] > 1]
     if len(many):
@@ -268,7 +268,7 @@ def fit_table(runs: pd.DataFrame) -> str:
         text += (
             "\n\n**Meshes**, parameters spread over all chips; bytes that all-gathers "
             "in the program result in, those of one layer counted once:\n\n"
-            + markdown(rows)
+            + markdown(rows, numbers=True)
         )
     return text + (
         "\n\nAdamW takes 16 bytes a parameter without activations, in float32 and in "

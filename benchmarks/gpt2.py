@@ -1,12 +1,15 @@
 """A decoder-only Transformer in the shape of GPT-2, to measure speed and memory on."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+
+from benchmarks.workloads.attention import Block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,34 +38,14 @@ SIZES = {
 }
 
 
-class Block(nnx.Module):
-    """Causal attention and a feed-forward layer, each normalised before."""
-
-    def __init__(self, size: Size, rngs: nnx.Rngs):
-        self.heads = size.heads
-        self.norm1 = nnx.LayerNorm(size.width, rngs=rngs)
-        self.qkv = nnx.Linear(size.width, 3 * size.width, rngs=rngs)
-        self.out = nnx.Linear(size.width, size.width, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(size.width, rngs=rngs)
-        self.up = nnx.Linear(size.width, 4 * size.width, rngs=rngs)
-        self.down = nnx.Linear(4 * size.width, size.width, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns features of shape (batch, length, width), as given."""
-        qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:-1], 3, self.heads, -1)
-        q, k, v = jnp.moveaxis(qkv, -3, 0)
-        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        x += self.out(attended.reshape(x.shape))
-        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
-
-
 class GPT2(nnx.Module):
     """The language model; its embedding is also its last layer."""
 
     def __init__(self, size: Size, rngs: nnx.Rngs):
         self.tokens = nnx.Embed(size.vocabulary, size.width, rngs=rngs)
         self.positions = nnx.Embed(size.context, size.width, rngs=rngs)
-        self.blocks = nnx.Sequential(*(Block(size, rngs) for _ in range(size.layers)))
+        block = partial(Block, size.width, rngs, heads=size.heads, causal=True)
+        self.blocks = nnx.Sequential(*(block() for _ in range(size.layers)))
         self.norm = nnx.LayerNorm(size.width, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:

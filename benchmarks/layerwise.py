@@ -119,9 +119,10 @@ def layerwise_table(runs: pd.DataFrame) -> str:
                 "ordinary ms": f"{1e3 * ordinary:.0f}",
             }
         )
+    table = markdown(rows, numbers=True)
     return (
         f"Whole train steps of {first['parameters'] / 1e6:.1f} M parameters, "
         f"{first['layers']} layers of {first['width']}, {first['batch']} x "
         f"{first['length']} tokens, in float32, layers computed again on the way back "
-        f"in both; on {first['environment']['device']}.\n\n{markdown(rows)}\n"
+        f"in both; on {first['environment']['device']}.\n\n{table}\n"
     )

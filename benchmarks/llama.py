@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import madax
 from benchmarks import decoder, records
+from benchmarks.choices import check_choices
 from benchmarks.data.text import Text, text
 from benchmarks.fit import quantize
 from benchmarks.style import STYLES, legend, markdown, report
@@ -166,12 +167,10 @@ def llama(
         rows: Names of optimizers; by default all, FlashAdamW where its package is
             there (``pip install madax[rivals]``); two of the long profile.
     """
+    check_choices("rows", rows, ROWS)
     folder = out or Path("benchmarks/results/llama") / profile
     folder.mkdir(parents=True, exist_ok=True)
     raw, budget = folder / "llama.jsonl", PROFILES[profile]
-    unknown = set(rows) - set(ROWS)
-    if unknown:
-        raise ValueError(f"rows must be of {list(ROWS)}, got {unknown}")
     for source in text:
         for name in rows or (LONG if profile == "long" else ROWS):
             for settings in _tuning(raw, source, name, budget):
@@ -281,7 +280,7 @@ def _start(budget: Budget, row: Row, rate: float, seed: int) -> Any:
 
 def _ordinary(budget: Budget, tx: Any, params: Any, state: Any, batch: Any) -> Any:
     def loss(params):
-        # As usual with mixed precision: float32 parameters, cast for the network.
+        # Mixed precision as usual: float32 parameters, cast for the network.
         weights = madax.dequantize_params(params, jnp.dtype(budget.dtype))
         return decoder.whole_loss(budget.size, weights, batch)
 
@@ -365,7 +364,7 @@ def llama_table(runs: pd.DataFrame) -> str:
                     "against AdamW": f"{100 * (losses / base - 1).median():+.1f} %",
                 }
             )
-        parts.append(f"\n**{source}:**\n\n{markdown(rows)}\n")
+        parts.append(f"\n**{source}:**\n\n{markdown(rows, numbers=True)}\n")
     return "".join(parts)
 
 

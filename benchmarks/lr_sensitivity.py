@@ -6,21 +6,15 @@ from typing import Annotated
 import numpy as np
 import pandas as pd
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import records
-from benchmarks.analysis import (
-    edges_text,
-    markdown,
-    medians,
-    ratios,
-    regrets,
-    spread,
-)
+from benchmarks.analysis import edges_text, medians, ratios, regrets, spread
 from benchmarks.analysis import workloads as of_workloads
 from benchmarks.optimizers import OPTIMIZERS, grid
 from benchmarks.profiles import Options
-from benchmarks.style import STYLES, legend, save
+from benchmarks.style import STYLES, legend, markdown, save
 from benchmarks.sweep import Sweep, run_all
 
 SCHEDULES = ("constant", "cosine")
@@ -116,7 +110,29 @@ def lr_sensitivity_table(cells: pd.DataFrame) -> str:
     Args:
       cells: of ``rate_cells``.
     """
-    rows, edges, decades, single = [], [], [], []
+    rows, edges = best_rates(cells)
+    lines = list(cells.groupby(["optimizer", "schedule"]))
+    parts = [
+        "Error at the best rate, the median of the seeds, with the least and the "
+        "greatest:",
+        markdown(rows),
+        "The best decade of the rate (0.001, 0.01, 0.1, ...):",
+        markdown([_decades(*line) for line in lines]),
+        "The best single rate for all workloads, and how much larger errors are than "
+        "at each one's own best rate (geometric mean, and the worst):",
+        markdown([_single_rate(*line) for line in lines]),
+        edges_text(edges),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def best_rates(cells: pd.DataFrame) -> tuple[list[dict[str, str]], list[str]]:
+    """Returns a row for each workload, and the best rates on the edge of the grid.
+
+    Args:
+      cells: of ``rate_cells``.
+    """
+    rows, edges = [], []
     for workload, here in cells.groupby("workload", sort=False):
         row = {"workload": workload}
         for (optimizer, schedule), line in here.groupby(["optimizer", "schedule"]):
@@ -125,52 +141,36 @@ def lr_sensitivity_table(cells: pd.DataFrame) -> str:
             if best["rate"] in (line["rate"].min(), line["rate"].max()):
                 edges.append(f"{workload}, {optimizer}, {schedule}: {best['rate']:g}")
         rows.append(row)
-    for (optimizer, schedule), line in cells.groupby(["optimizer", "schedule"]):
-        where = best_decades(line)
-        common = where.mode()[0]
-        counts = ", ".join(
-            f"{rate:g} on {n}" for rate, n in where.value_counts().sort_index().items()
-        )
-        decades.append(
-            {
-                "optimizer": optimizer,
-                "schedule": schedule,
-                "most common best decade": f"{common:g}",
-                "on": f"{(where == common).sum()} of {len(where)} workloads",
-                "0.01 on": f"{np.isclose(where, 0.01).sum()} of {len(where)}",
-                "all": counts,
-            }
-        )
-        own = line.assign(ratio=ratios(line, line.groupby("workload")["median"].min()))
-        first = regrets(own, ["rate"])
-        # A rate counts only where it was run on all of them.
-        first = first[first["workloads"] == first["workloads"].max()].iloc[0]
-        single.append(
-            {
-                "optimizer": optimizer,
-                "schedule": schedule,
-                "rate": f"{first['rate']:g}",
-                "mean": f"{100 * first['mean']:.1f} %",
-                "worst": f"{100 * first['worst']:.1f} %",
-                "on": first["where"],
-            }
-        )
-    return (
-        "\n\n".join(
-            [
-                "Error at the best rate, the median of the seeds, with the least and "
-                "the greatest:",
-                markdown(rows),
-                "The best decade of the rate (0.001, 0.01, 0.1, ...):",
-                markdown(decades),
-                "The best single rate for all workloads, and how much larger errors "
-                "are than at each one's own best rate (geometric mean, and the worst):",
-                markdown(single),
-                edges_text(edges),
-            ]
-        )
-        + "\n"
-    )
+    return rows, edges
+
+
+def _decades(key: tuple[str, str], line: pd.DataFrame) -> dict[str, str]:
+    """Returns on how many workloads each decade is best, for a row of the table."""
+    where = best_decades(line)
+    common = where.mode()[0]
+    counts = where.value_counts().sort_index()
+    return {
+        **dict(zip(("optimizer", "schedule"), key, strict=True)),
+        "most common best decade": f"{common:g}",
+        "on": f"{(where == common).sum()} of {len(where)} workloads",
+        "0.01 on": f"{np.isclose(where, 0.01).sum()} of {len(where)}",
+        "all": ", ".join(f"{rate:g} on {n}" for rate, n in counts.items()),
+    }
+
+
+def _single_rate(key: tuple[str, str], line: pd.DataFrame) -> dict[str, str]:
+    """Returns what the best single rate costs, for a row of the table."""
+    own = line.assign(ratio=ratios(line, line.groupby("workload")["median"].min()))
+    first = regrets(own, ["rate"])
+    # A rate counts only if it was run on all workloads.
+    first = first[first["workloads"] == first["workloads"].max()].iloc[0]
+    return {
+        **dict(zip(("optimizer", "schedule"), key, strict=True)),
+        "rate": f"{first['rate']:g}",
+        "mean": f"{100 * first['mean']:.1f} %",
+        "worst": f"{100 * first['worst']:.1f} %",
+        "on": first["where"],
+    }
 
 
 def best_decades(line: pd.DataFrame) -> pd.Series:
@@ -206,7 +206,7 @@ def paper_cells() -> pd.DataFrame:
 def lr_sensitivity_figure(cells: pd.DataFrame) -> Figure:
     """Draws the best error over the error against the rate.
 
-    A column an optimizer; a row for each schedule, and one for the paper's numbers.
+    A column for each optimizer; a row for each schedule and one for the paper.
 
     Args:
       cells: of ``rate_cells``.
@@ -221,25 +221,9 @@ def lr_sensitivity_figure(cells: pd.DataFrame) -> Figure:
     everything = pd.concat([cells, paper_cells()])
     for across, (schedule, title) in zip(panels, rows.items(), strict=True):
         for axes, optimizer in zip(across, OPTIMIZERS, strict=True):
-            lines = everything[
-                (everything["schedule"] == schedule)
-                & (everything["optimizer"] == optimizer)
-            ]
-            for i, (name, line) in enumerate(lines.groupby("workload", sort=False)):
-                line = line.sort_values("rate")
-                height = 1 / line["ratio"]
-                # From the worst seed to the best one; the paper has one each.
-                ends = height * (line["median"] / line[["max", "min"]].T)
-                axes.errorbar(
-                    line["rate"],
-                    height,
-                    (ends - height).abs().fillna(0),
-                    label=name,
-                    markersize=5,
-                    lw=1.2,
-                    elinewidth=0.6,
-                    **STYLES[i % len(STYLES)],
-                )
+            chosen = everything["schedule"].eq(schedule)
+            chosen &= everything["optimizer"].eq(optimizer)
+            _draw_lines(axes, everything[chosen])
             axes.axvline(OPTIMIZERS[optimizer].rate, c="0.8", lw=5, zorder=0)
             axes.set(xscale="log", ylim=(0, 1.05))
             axes.grid(alpha=0.3)
@@ -251,3 +235,22 @@ def lr_sensitivity_figure(cells: pd.DataFrame) -> Figure:
     legend(fig, panels[0], columns=1, loc="outside right upper")
     legend(fig, panels[2], columns=1, loc="outside right lower")
     return fig
+
+
+def _draw_lines(axes: Axes, cells: pd.DataFrame) -> None:
+    """Draws a line for each workload, with the spread over seeds."""
+    for i, (name, line) in enumerate(cells.groupby("workload", sort=False)):
+        line = line.sort_values("rate")
+        height = 1 / line["ratio"]
+        # Bars go from the worst seed to the best; the paper has one seed each.
+        ends = height * (line["median"] / line[["max", "min"]].T)
+        axes.errorbar(
+            line["rate"],
+            height,
+            (ends - height).abs().fillna(0),
+            label=name,
+            markersize=5,
+            lw=1.2,
+            elinewidth=0.6,
+            **STYLES[i % len(STYLES)],
+        )

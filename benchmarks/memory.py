@@ -21,8 +21,8 @@ from benchmarks.style import markdown
 # Shapes of parameters and of the state, the step, and the shape of tokens.
 Work = tuple[optax.Params, Any, Step, Any]
 
-# The network, sequences in a step, tokens in a sequence: a small batch, so that weights
-# and what goes with them are most of what there is.
+# The network, sequences per step, tokens per sequence. The batch is small, so that
+# weights and what goes with them are most of the memory.
 PROFILES = {"smoke": ("tiny", 2, 32), "full": ("124M", 1, 128)}
 LAYERWISE = ("adam", "madam", "native 16, 8-bit v", "native 8, 8-bit v")
 
@@ -142,5 +142,5 @@ def memory_table(runs: pd.DataFrame) -> str:
             }
             for run in here.to_dict("records")
         ]
-        text += f"\n**{title}:**\n\n{markdown(rows)}\n"
+        text += f"\n**{title}:**\n\n{markdown(rows, numbers=True)}\n"
     return text

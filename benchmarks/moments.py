@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 
 import madax
 from benchmarks import records
-from benchmarks.analysis import markdown, medians, spread
+from benchmarks.analysis import medians, spread
 from benchmarks.optimizers import Optimizer, cosine
 from benchmarks.profiles import TASKS, Options, Profile
-from benchmarks.style import STYLES, legend, report
+from benchmarks.style import STYLES, legend, markdown, report
 from benchmarks.sweep import Sweep, run_all
 
 BITS = (8, 9, 12, 16)
@@ -105,7 +105,8 @@ def off(name: str, bits: int, steps: int) -> dict[str, Any]:
         noise = jax.random.normal(key, (ROWS, COLUMNS))
         g = HARD[name](i, noise, steps)
         found = [tx.update(g, s) for tx, s in zip(both, states, strict=True)]
-        # As madam bounds them; those of gradients of zero are no steps to compare.
+        # Directions are bounded as madam bounds them. Gradients of zero give no steps
+        # to compare.
         directions = (jnp.asarray(direction) for direction, _ in found)
         want, got = (jnp.where(g == 0, 0, d.clip(-10, 10)) for d in directions)
         sums = [jnp.abs(want), jnp.abs(got), want**2, (got - want) ** 2]

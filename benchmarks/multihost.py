@@ -17,17 +17,22 @@ depend on the seed, the step and the place of a weight, not on the device.
 
 import json
 import zlib
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 import tyro
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import madax
 from benchmarks.data import images as load_images
+from benchmarks.workloads import Workload
 from benchmarks.workloads.images import MLP, classification
+
+FORMAT = madax.LogFormat.from_dynamic_range(bits=8, ratio=100)
 
 
 def multihost(
@@ -44,66 +49,83 @@ def multihost(
 
     Args:
         coordinator: Address HOST:PORT of process 0; found on TPUs and under SLURM.
-        num_processes: How many processes there are, likewise; 1 to train alone.
-        process_id: Which one this is, likewise.
+        num_processes: Number of processes, found likewise; 1 to train alone.
+        process_id: Number of this process, found likewise.
         steps: Optimizer steps.
         batch_size: Examples in a step, of all processes together.
     """
     if num_processes != 1:
-        # What CPUs talk to each other by; GPUs and TPUs do not ask.
+        # CPUs talk to each other by gloo; GPUs and TPUs do not use this setting.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(coordinator, num_processes, process_id)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    by_example = NamedSharding(mesh, PartitionSpec("data"))
     if batch_size % jax.device_count():
         raise ValueError(
             f"batch_size must be a multiple of the {jax.device_count()} devices there "
             f"are, got {batch_size}"
         )
-
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     workload = classification("digits", partial(MLP, 8), load_images("digits"))
-    format = madax.LogFormat.from_dynamic_range(bits=8, ratio=100)
     tx = madax.madam(
         optax.cosine_decay_schedule(0.01, steps),
         moment_format=madax.MomentFormat(bits=8),
     )
+    start, step = programs(workload, tx, mesh)
+    params, state = start(jax.random.key(0))
+    loss = np.nan
+    for batch in batches(workload, mesh, steps, batch_size):
+        params, state, loss = step(params, state, batch)
+    print(json.dumps(summary(workload, params, loss)), flush=True)
+
+
+def programs(
+    workload: Workload, tx: optax.GradientTransformation, mesh: Mesh
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Returns what makes parameters and state from a key, and the train step."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
 
     @partial(jax.jit, out_shardings=everywhere)
     def start(key):
-        params = madax.quantize_params(workload.init(key), format)
+        params = madax.quantize_params(workload.init(key), FORMAT)
         return params, tx.init(params)
 
     # Without out_shardings the compiler may leave each device with a part of the codes.
     @partial(jax.jit, donate_argnums=(0, 1), out_shardings=everywhere)
     def step(params, state, batch):
-        # The mean over the batch is one over all processes: gradients are theirs too.
+        # The loss is a mean over all processes, and so are its gradients.
         weights = madax.dequantize_params(params)
         loss, grads = jax.value_and_grad(workload.loss)(weights, batch)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    params, state = start(jax.random.key(0))
+    return start, step
+
+
+def batches(
+    workload: Workload, mesh: Mesh, steps: int, batch_size: int
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Yields batches spread over the devices of all processes."""
+    by_example = NamedSharding(mesh, PartitionSpec("data"))
     images, labels = map(np.asarray, workload.train)
     rng = np.random.default_rng(0)
     share = batch_size // jax.process_count()
     mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-    loss = np.nan
     for _ in range(steps):
-        # The same order in all processes, of which each loads its own share.
+        # All processes draw the same order, and each loads its own share of it.
         rows = rng.choice(len(images), batch_size, replace=False)[mine]
         local = images[rows], labels[rows]
-        batch = jax.tree.map(
+        yield jax.tree.map(
             partial(jax.make_array_from_process_local_data, by_example), local
         )
-        params, state, loss = step(params, state, batch)
 
+
+def summary(workload: Workload, params: optax.Params, loss: Any) -> dict[str, Any]:
+    """Returns what a process prints, with a checksum of all codes."""
     score = jax.jit(
         lambda p: workload.metric(madax.dequantize_params(p), workload.test)
     )
     accuracy = score(params)["accuracy"]
-    codes = [x for x in jax.tree.leaves(params) if x.dtype == format.storage_dtype]
-    result = {
+    codes = [x for x in jax.tree.leaves(params) if x.dtype == FORMAT.storage_dtype]
+    return {
         "process": jax.process_index(),
         "processes": jax.process_count(),
         "devices": jax.device_count(),
@@ -112,7 +134,6 @@ def multihost(
         "weights": sum(x.size for x in codes),
         "codes_crc32": zlib.crc32(b"".join(np.asarray(x).tobytes() for x in codes)),
     }
-    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

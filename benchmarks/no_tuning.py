@@ -13,7 +13,6 @@ from benchmarks.analysis import (
     CAP,
     REGRET,
     best_errors,
-    markdown,
     medians,
     number,
     ratios,
@@ -22,7 +21,7 @@ from benchmarks.analysis import (
 from benchmarks.analysis import workloads as of_workloads
 from benchmarks.optimizers import UNTUNED
 from benchmarks.profiles import Options
-from benchmarks.style import STYLES, legend, save
+from benchmarks.style import STYLES, legend, markdown, save
 from benchmarks.sweep import Sweep, run_all
 
 DRAWN = (

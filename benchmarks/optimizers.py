@@ -16,7 +16,7 @@ import madax
 # Hyperparameters of a run: "rate", "schedule", and numbers that the optimizer knows.
 Point = Mapping[str, Any]
 Schedule = Literal["cosine", "constant", "warm-up"]
-# How much of a cosine there is, and the share of the run in which the rate rises.
+# The share of a cosine in the rate, and the share of the run in which it rises.
 SCHEDULES: dict[Schedule, dict[str, float]] = {
     "cosine": {"decay": 1.0, "warmup": 0.0},
     "constant": {"decay": 0.0, "warmup": 0.0},
@@ -110,7 +110,7 @@ def grid(rate: float, *, steps: int = 2, below: int = 3, above: int = 2) -> list
       above: decades above it.
     """
     powers = range(-steps * below, steps * above + 1)
-    # Rounded, so that a rate is the same number wherever it comes from.
+    # A rate is rounded, so that it is the same number wherever it comes from.
     return [float(f"{rate * 10 ** (i / steps):.3g}") for i in powers]
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 import madax
 from benchmarks import records
-from benchmarks.analysis import markdown
+from benchmarks.style import markdown
 from benchmarks.train import Budget, data_order
 from benchmarks.workloads import Workload
 from benchmarks.workloads.digits import digits

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.analysis import DEPTH
+from benchmarks.choices import check_choices
 from benchmarks.train import Budget
 from benchmarks.workloads import Workload
 from benchmarks.workloads.autoencoder import autoencoder
@@ -294,9 +295,7 @@ class Options:
           names: those to run where the user names none.
         """
         tasks = TASKS[self.profile]
-        unknown = set(self.workloads) - set(tasks)
-        if unknown:
-            raise ValueError(f"workloads must be of {list(tasks)}, got {unknown}")
+        check_choices("workloads", self.workloads, tasks)
         if self.profile == "smoke" and not self.workloads:
             return [tasks[name] for name in SMOKE]
         return [tasks[name] for name in self.workloads or names]

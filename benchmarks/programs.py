@@ -172,7 +172,8 @@ def _is_scalar(x: _Instruction) -> bool:
 
 def _copied(type: str) -> int:
     """Bytes that an asynchronous copy, or slice, moves from or to main memory."""
-    # Its type is that of both sides, and something to wait for; a slice is the smaller.
+    # Its type is a tuple of both sides and something to wait for; a slice is the
+    # smaller side.
     ends = list(_arrays(type))[:2]
     moved = min(SIZES.get(t, 4) * n for t, n, _ in ends)
     return moved * sum(is_main for *_, is_main in ends)

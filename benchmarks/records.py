@@ -93,7 +93,7 @@ def _strict(value: Any) -> Any:
 
 def find(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the runs in the file that have all these settings."""
-    # Runs from before there was another schedule do not name it.
+    # Runs from before there was a choice of schedules do not name one.
     runs = [{"schedule": "cosine"} | run for run in _load(path)]
     return [run for run in runs if has(run, settings)]
 

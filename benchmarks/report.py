@@ -21,7 +21,7 @@ from benchmarks.state import state_report
 from benchmarks.study import study_report
 from benchmarks.why import why_report
 
-# By the name of a file of records, what is made of it, in its folder.
+# For each name of a file of records, the reports that it gives, in its folder.
 REPORTS = {
     "runs": (lr_sensitivity_report, no_tuning_report, study_report, depth_report),
     "bits": (bits_report,),

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import madax
 from benchmarks import gpt2, records
+from benchmarks.choices import check_choices
 from benchmarks.rows import BASELINE, ROWS, Row
 from benchmarks.style import markdown, report
 
@@ -49,7 +50,7 @@ PROFILES = {
     "quick": Profile(2**24, "12M", "12M", batch=2, rounds=20, train_rounds=4),
     "full": Profile(2**24, "124M", "124M", batch=8, rounds=40, train_rounds=20),
 }
-# Steps queued at a time: the device is never idle for want of work.
+# Steps queued at a time, so that the device is never idle for want of work.
 QUEUED = 4
 
 Weights = Callable[[], optax.Params]
@@ -76,6 +77,7 @@ def speed(
             shape at 12 M parameters), full the same on a GPU (at 124 M).
         optimizers: Rows of the table; by default all.
     """
+    check_choices("optimizers", optimizers, ROWS)
     folder = out / device_name()
     folder.mkdir(parents=True, exist_ok=True)
     raw = folder / "speed.jsonl"
@@ -246,7 +248,7 @@ def speed_table(runs: pd.DataFrame) -> str:
         rows = [_table_row(run) for run in group.to_dict("records")]
         sections.append(
             f"**{tree}**: {n / 1e6:.1f} M parameters in {leaves} leaves; optax.adam "
-            f"takes {1e3 * baseline:.2f} ms.\n\n{markdown(rows)}\n"
+            f"takes {1e3 * baseline:.2f} ms.\n\n{markdown(rows, numbers=True)}\n"
         )
     copy = runs["copy_gb_s"].iloc[0]
     device = runs["environment"].iloc[0]["device"]

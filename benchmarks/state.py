@@ -9,9 +9,10 @@ import tyro
 
 import madax
 from benchmarks import records
-from benchmarks.analysis import markdown, medians, number, spread
+from benchmarks.analysis import at_best, medians, number, spread
 from benchmarks.optimizers import FORMATS, UNTUNED, Optimizer, cosine, grid
 from benchmarks.profiles import Options
+from benchmarks.style import markdown
 from benchmarks.sweep import Sweep, run_all
 
 EIGHT = madax.MomentFormat(8)
@@ -105,8 +106,7 @@ def state_table(runs: pd.DataFrame) -> str:
       runs: records, as read.
     """
     cells = medians(runs, ["optimizer", "rate"])
-    at_best = cells.loc[cells.groupby(["workload", "optimizer"])["median"].idxmin()]
-    best = at_best.set_index(["workload", "optimizer"])
+    best = at_best(cells).set_index(["workload", "optimizer"])
     lines = []
     for workload in runs["workload"].unique():
         for name, row in ROWS.items():
@@ -128,4 +128,4 @@ def state_table(runs: pd.DataFrame) -> str:
                         f"{change:+.1f} %"
                     )
             lines.append(line)
-    return markdown(pd.DataFrame(lines).fillna(""))
+    return markdown(lines)

@@ -13,17 +13,11 @@ import tyro
 
 import madax
 from benchmarks import records
-from benchmarks.analysis import (
-    REGRET,
-    best_errors,
-    markdown,
-    medians,
-    ratios,
-    regrets,
-)
+from benchmarks.analysis import REGRET, best_errors, medians, ratios, regrets
 from benchmarks.analysis import workloads as of_workloads
 from benchmarks.optimizers import FORMATS, Optimizer, Point, stored
 from benchmarks.profiles import Options
+from benchmarks.style import markdown
 from benchmarks.sweep import Sweep, run_all
 
 # The paper's, and what else there is to set; a b1 of 0 is no first moment.

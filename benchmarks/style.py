@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import records
 
-# By line, by marker and by lightness.
+# Lines differ in dashes, marker and lightness.
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "linestyle": ":", "marker": "s"},
     {"color": "#0072b2", "linestyle": "--", "marker": "^"},
@@ -69,9 +69,18 @@ def report(
     return text
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns a table in Markdown; its first column is text, the others numbers."""
-    align = ["left"] + ["right"] * (len(rows[0]) - 1)
-    return pd.DataFrame(rows).to_markdown(
-        index=False, colalign=align, disable_numparse=True
+def markdown(
+    rows: Sequence[dict[str, Any]] | pd.DataFrame, *, numbers: bool = False
+) -> str:
+    """Returns rows of text as a Markdown table.
+
+    Args:
+      rows: cells by the names of their columns; what a row lacks stays empty.
+      numbers: whether all columns but the first hold numbers, aligned on the right.
+    """
+    table = pd.DataFrame(rows).fillna("")
+    others = "right" if numbers else "left"
+    align = ["left"] + [others] * (table.shape[1] - 1)
+    return table.to_markdown(
+        index=False, colalign=align if numbers else None, disable_numparse=True
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -61,69 +61,27 @@ def train(
       at_once: points to train side by side; the others wait. Bounds the memory.
 
     Returns:
-      One dict a run: ``seed``; the point; the scores at the end; ``error``, that of
-      the score that counts, None if ``diverged``, which is whether the last losses or
-      weights are not finite; ``curve``, the mean training loss and the scores at each
-      evaluation; and ``wall_s``, the share in the time that all took, compilation
-      included.
+      One dict per run: ``seed``; the point; the scores at the end; ``diverged``,
+      whether the last losses or weights are not finite; ``error``, that of the score
+      that counts, None if diverged; ``curve``, the mean training loss and the scores at
+      each evaluation; and ``wall_s``, the time of all runs, compilation included, over
+      their number.
     """
     begin = time.perf_counter()
-    # Chunks of one size, if possible, as another one would be compiled, too.
+    # Chunks have one size, if possible, as another size would be compiled, too.
     chunk = math.ceil(len(points) / math.ceil(len(points) / at_once))
     values = {
         name: jnp.array([hyperparameters(point)[name] for point in points], float)
         for name in hyperparameters(points[0])
     }
-
-    def start(weights, point):
-        params = optimizer.quantize(weights)
-        return params, optimizer.transform(point, budget.steps).init(params)
-
-    def advance(carry, point, order, data):
-        tx = optimizer.transform(point, budget.steps)
-
-        def step(carry, now):
-            params, state = carry
-            indices, noise = now
-            batch = workload.batch(data[0], indices, jax.random.key(noise))
-            # Stored codes, if any, are trained; the loss is a function of their values.
-            weights = madax.dequantize_params(params)
-            loss, grads = jax.value_and_grad(workload.loss)(weights, batch)
-            updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), loss
-
-        carry, losses = jax.lax.scan(step, carry, order)
-        weights = madax.dequantize_params(optimizer.evaluated(*carry))
-        finite = [jnp.isfinite(x).all() for x in jax.tree.leaves((weights, losses))]
-        return carry, {
-            "loss": losses.mean(),
-            "diverged": ~jnp.array(finite).all(),
-            **workload.metric(weights, data[1]),
-        }
-
-    def every_point(carry, points, order, data):
-        # A seed's points share its batches, so those are gathered once.
-        def one(now):
-            carry, point = now
-            return advance(carry, point, order, data)
-
-        return jax.lax.map(one, (carry, points), batch_size=chunk)
-
-    start_all = jax.vmap(jax.vmap(start, in_axes=(None, 0)), in_axes=(0, None))
-    every_run = jax.vmap(every_point, in_axes=(0, None, 0, None))
-    advance_all = jax.jit(every_run, donate_argnums=0)
-
+    start_all, advance_all = _programs(workload, optimizer, budget.steps, chunk)
     seeds = range(budget.seeds)
     weights = [workload.init(jax.random.key(seed)) for seed in seeds]
-    weights = jax.tree.map(lambda *x: jnp.stack(x), *weights)
-    orders = [data_order(seed, len(workload), budget) for seed in seeds]
-    order = [np.stack(parts) for parts in zip(*orders, strict=True)]
-    carry = jax.jit(start_all)(weights, values)
+    carry = start_all(jax.tree.map(lambda *x: jnp.stack(x), *weights), values)
     data = (workload.train, workload.test)
     measured = []
     with tqdm(total=budget.steps, desc=label, unit="step") as bar:
-        parts = [np.split(array, budget.evaluations, axis=1) for array in order]
-        for now in zip(*parts, strict=True):
+        for now in _parts(len(workload), budget):
             carry, scores = advance_all(carry, values, now, data)
             measured.append(jax.device_get(scores))
             losses = np.sort(measured[-1]["loss"], axis=None)  # NaN comes last.
@@ -133,6 +91,70 @@ def train(
     wall = (time.perf_counter() - begin) / (len(points) * budget.seeds)
     runs = _runs(measured, points, budget, workload)
     return [run | {"wall_s": round(wall, 3)} for run in runs]
+
+
+def _programs(
+    workload: Workload, optimizer: Optimizer, steps: int, chunk: int
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Returns two compiled functions, for all seeds and points.
+
+    The first starts runs; the second trains to the next evaluation, and measures.
+    """
+
+    def start(weights, point):
+        params = optimizer.quantize(weights)
+        return params, optimizer.transform(point, steps).init(params)
+
+    def every_point(carry, points, order, data):
+        # A seed's points share its batches, so those are gathered once.
+        def one(now):
+            carry, point = now
+            tx = optimizer.transform(point, steps)
+            return _advance(workload, optimizer, tx, carry, order, data)
+
+        return jax.lax.map(one, (carry, points), batch_size=chunk)
+
+    start_all = jax.vmap(jax.vmap(start, in_axes=(None, 0)), in_axes=(0, None))
+    every_run = jax.vmap(every_point, in_axes=(0, None, 0, None))
+    return jax.jit(start_all), jax.jit(every_run, donate_argnums=0)
+
+
+def _advance(
+    workload: Workload,
+    optimizer: Optimizer,
+    tx: optax.GradientTransformation,
+    carry: Any,
+    order: tuple[jax.Array, jax.Array],
+    data: tuple[Any, Any],
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Trains one run on some batches; returns what it carries on, and its scores."""
+
+    def step(carry, now):
+        params, state = carry
+        indices, noise = now
+        batch = workload.batch(data[0], indices, jax.random.key(noise))
+        # Stored codes, if any, are trained; the loss is a function of their values.
+        weights = madax.dequantize_params(params)
+        loss, grads = jax.value_and_grad(workload.loss)(weights, batch)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    carry, losses = jax.lax.scan(step, carry, order)
+    weights = madax.dequantize_params(optimizer.evaluated(*carry))
+    finite = [jnp.isfinite(x).all() for x in jax.tree.leaves((weights, losses))]
+    return carry, {
+        "loss": losses.mean(),
+        "diverged": ~jnp.array(finite).all(),
+        **workload.metric(weights, data[1]),
+    }
+
+
+def _parts(examples: int, budget: Budget) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yields what all seeds draw between two evaluations."""
+    orders = [data_order(seed, examples, budget) for seed in range(budget.seeds)]
+    stacked = [np.stack(drawn) for drawn in zip(*orders, strict=True)]
+    parts = [np.split(array, budget.evaluations, axis=1) for array in stacked]
+    yield from zip(*parts, strict=True)
 
 
 def data_order(
@@ -153,7 +175,7 @@ def data_order(
 def _runs(
     measured, points: Sequence[Point], budget: Budget, workload: Workload
 ) -> Iterator[dict[str, Any]]:
-    """Takes the measurements, an item an evaluation, apart into runs."""
+    """Takes the measurements, one item per evaluation, apart into runs."""
     # Arrays of shape (evaluations, seeds, points).
     arrays = {name: np.stack([now[name] for now in measured]) for name in measured[0]}
     diverged = arrays.pop("diverged")

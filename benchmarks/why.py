@@ -12,9 +12,10 @@ import tyro
 
 import madax
 from benchmarks import records
-from benchmarks.analysis import markdown, medians, number, spread
+from benchmarks.analysis import at_best, medians, number, spread
 from benchmarks.optimizers import FORMATS, Optimizer, Schedule
 from benchmarks.profiles import LONG, Options
+from benchmarks.style import markdown
 from benchmarks.sweep import Sweep, run_all
 
 # Where Madam without a first moment is behind, and the rates to try there.
@@ -146,8 +147,7 @@ def why_table(runs: pd.DataFrame) -> str:
       runs: records, as read.
     """
     cells = medians(runs, ["optimizer", "rate"])
-    best = cells.loc[cells.groupby(["workload", "optimizer"])["median"].idxmin()]
-    best = best.set_index(["optimizer", "workload"])
+    best = at_best(cells).set_index(["optimizer", "workload"])
     rows = []
     for name in FACTORS:
         row = {"what is changed": name}
@@ -158,4 +158,4 @@ def why_table(runs: pd.DataFrame) -> str:
             change = 100 * (cell["median"] / base["median"] - 1)
             row[workload] = f"{change:+.0f} %: {spread(cell)} at {number(cell['rate'])}"
         rows.append(row)
-    return markdown(pd.DataFrame(rows).fillna(""))
+    return markdown(rows)

@@ -58,7 +58,7 @@ def madam(
     :math:`e^{\pm g_\text{bound}\eta}`, whatever the scale of weights or gradients.
     So one learning rate suits very different networks: start at 0.01, and decay it.
     The bound :math:`w_\text{max}` of a leaf is :math:`p_\text{scale} \mathrm{rms}_0`,
-    or by default what no weight is beyond at init, pretrained ones neither:
+    or by default a bound beyond which there is no weight at init, pretrained or not:
     :math:`\max(3\, \mathrm{rms}_0, \max|w_0|)`.
 
     The chain is ``scale_by_second_moment``, ``optax.clip``, with a weight decay
@@ -66,7 +66,7 @@ def madam(
     ``scale_by_sign_log``, ``clip_log_weights``, ``lns_quantize``.
 
     Leaves that are codes, from :func:`quantize_params`, are trained natively, by
-    additions of integers; float leaves beside them as ever.
+    additions of integers. Float leaves beside them are trained as usual.
 
     .. warning::
       Transforms of the gradient, such as clipping, go before ``madam`` in a chain. But
@@ -74,7 +74,7 @@ def madam(
       normalised with it. Nothing that rescales the updates may come after ``madam``.
 
     Args:
-      learning_rate: :math:`\eta`, in nats a step, or a schedule of it.
+      learning_rate: :math:`\eta`, in nats per step, or a schedule of it.
       b2: decay rate of the second moment, in [0, 1).
       p_scale: bound on a weight, relative to the root mean square of its leaf at
         init, frozen there; None for three times that, or the largest weight at init.
@@ -140,7 +140,8 @@ def madam(
 
     def update_fn(updates, state, params=None, **extra_args):
         check_state(state[0], ScaleBySecondMomentState)
-        # One count, so that XLA sees that both roundings hash the same numbers.
+        # Both roundings share one count, so that XLA sees that they hash the same
+        # numbers.
         count = {"count": state[0].count}
         return chain.update(updates, state, params, **(count | extra_args))
 
@@ -210,7 +211,7 @@ def bbit_madam(
     is put on the grid by its first step.
 
     Args:
-      learning_rate: :math:`\eta`, in nats a step, or a schedule of it.
+      learning_rate: :math:`\eta`, in nats per step, or a schedule of it.
       bits: :math:`B`, bits of a magnitude; the sign is one more. 1 to 15.
       base_precision: :math:`\beta`, spacing of the grid, in nats.
       b2: decay rate of the second moment, in [0, 1).
@@ -251,8 +252,8 @@ def bbit_madam(
     format = LogFormat(bits + 1, base_precision)
 
     def whole_codes(rate):
-        # Constants in NumPy: jnp would start the backend, too early for users who
-        # then call jax.distributed.initialize.
+        # These constants are NumPy's: jnp would start the backend, too early for users
+        # who call jax.distributed.initialize afterwards.
         xp = jnp if isinstance(rate, jax.Array) else np
         codes = xp.maximum(xp.round(xp.abs(rate) / base_precision), 1)
         rate = xp.sign(rate) * base_precision * codes
@@ -300,7 +301,7 @@ def lns_madam(
     with ``LogFormat.from_gamma(bits=8, gamma=8)`` into the network.
 
     Args:
-      learning_rate: :math:`\eta`, in octaves (factors of 2) a step, or a schedule.
+      learning_rate: :math:`\eta`, in octaves (factors of 2) per step, or a schedule.
       format: the grid of the weight update :math:`Q_U`; by default
         ``LogFormat.from_gamma(bits=16, gamma=2048)``.
       b2: decay rate of the second moment, in [0, 1).
@@ -333,7 +334,8 @@ def lns_madam(
     check_learning_rate(learning_rate, 2**-7)
     check_positive("g_bound", g_bound, 10.0)
     check_instance("format", format, Format, or_none=False)
-    # One factor: XLA would merge two, or not, by how an array is sharded.
+    # The two factors are one, as XLA may or may not merge two: that depends on how an
+    # array is sharded.
     in_nats = (
         (lambda count: learning_rate(count) * math.log(2))
         if callable(learning_rate)

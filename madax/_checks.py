@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# What is said of leaves with outliers, beside their share.
+# The warning about leaves with outliers, without their names and shares.
 CLIPPED = (
     "this share of the weights is beyond p_scale times the root mean square, and is "
     "clipped; leave p_scale at None for a bound that clips nothing, or make it larger."
@@ -26,7 +26,7 @@ def check_number(
     """
     remedy = f"pass a number with {condition} (default: {default})"
     is_array = isinstance(value, (np.ndarray, np.generic, jax.Array))
-    # A rate may be negated, which unsigned numbers cannot. JAX has no long double.
+    # Unsigned numbers are refused, as a rate may be negated. JAX has no long double.
     if isinstance(value, bool) or not (
         jnp.issubdtype(value.dtype, np.number)
         and not jnp.issubdtype(value.dtype, np.unsignedinteger)
@@ -105,7 +105,7 @@ def leaf_name(tree_name: str, path: str) -> str:
 
 
 def warn_of_leaves(leaves: Sequence[str], amiss: str, *, stacklevel: int) -> None:
-    """Warns, once, of leaves that something is amiss with, if there are any.
+    """Warns, once, of leaves with something amiss, if there are any.
 
     Args:
       leaves: what they are called.
@@ -118,7 +118,7 @@ def warn_of_leaves(leaves: Sequence[str], amiss: str, *, stacklevel: int) -> Non
 
 
 def shares(leaves: Iterable[tuple[str, Any]], least: float = 0.0) -> list[str]:
-    """Names of leaves, with their shares of something in per cent, above the least."""
+    """Names of leaves with their shares in per cent, if above the least."""
     known = [(name, float(share)) for name, share in leaves]
     return [f"{name} ({100 * x:.3g} %)" for name, x in known if x > least]
 
@@ -167,7 +167,7 @@ def check_format_field(
             f"{type(value).__name__}; pass a float ({unit}), and name it in the "
             "static_args of optax.inject_hyperparams."
         )
-    # The bounds are printed with six digits: what is printed is accepted.
+    # Messages print bounds with six digits, and a bound as printed is accepted.
     if not lowest * (1 - 1e-5) <= value <= highest * (1 + 1e-5):
         raise ValueError(
             f"{name} must be in [{lowest:g}, {highest:g}] ({unit}), got {value}."

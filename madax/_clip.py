@@ -30,7 +30,7 @@ from madax._scales import initial_scales, share_beyond
 
 
 class ClipLogWeightsState(NamedTuple):
-    """State of :func:`clip_log_weights`: an entry a float leaf, in flatten order.
+    """State of :func:`clip_log_weights`: one entry per float leaf, in flatten order.
 
     Attributes:
       rms0: root mean square of each leaf at init, or ``zero_init_scale`` where the
@@ -52,18 +52,19 @@ def clip_log_weights(
 
     .. math:: |w + u| \le \max(3\, \mathrm{rms}_0, \max |w_0|)
 
-    where :math:`\mathrm{rms}_0` is the root mean square of the weight's leaf at
-    init, and :math:`\max |w_0|` the largest magnitude in it. Exponential growth needs
-    such a bound. With a number for ``p_scale`` it is that of the paper,
-    :math:`p_\text{scale}\, \mathrm{rms}_0`; where weights are beyond that at init, as
-    outliers of pretrained ones, the first step would clip them: a warning says so.
+    where :math:`\mathrm{rms}_0` is the root mean square of the weight's leaf at init,
+    and :math:`\max |w_0|` the largest magnitude in it. Exponential growth needs such a
+    bound. With a number for ``p_scale`` it is that of the paper,
+    :math:`p_\text{scale}\, \mathrm{rms}_0`. Weights that are beyond it at init, such as
+    outliers of pretrained weights, are clipped by the first step, and a warning says
+    so.
 
-    An update that stays within the bound passes through bit for bit; one that does not
-    lands on it, to within a rounding of the parameters' dtype. Updates of quantised
+    An update that stays within the bound passes through bit for bit. Any other lands on
+    the bound, to within a rounding of the parameters' dtype. Updates of quantised
     leaves pass through: the range of their codes is the bound.
 
     .. warning::
-      Comes after :func:`scale_by_sign_log`, and before nothing but storage.
+      It comes after :func:`scale_by_sign_log`; only storage may follow.
 
     Args:
       p_scale: the bound, relative to the root mean square of the leaf at init; None
@@ -122,7 +123,7 @@ def clip_log_weights(
 def weight_bounds(
     p_scale: jax.typing.ArrayLike | None, rms0: jax.Array, peak0: jax.Array
 ) -> jax.Array:
-    """The bounds on the weights of the float leaves, of their scales at init."""
+    """The bounds on the weights of float leaves, from their scales at init."""
     if p_scale is None:
         return jnp.maximum(3 * rms0, peak0)
     bounds = jnp.where(rms0 > 0, p_scale * rms0, 0)  # not inf * 0
@@ -135,7 +136,7 @@ def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
     x, u = widen(w), widen(u)
     largest = largest_weight(jnp.result_type(w))
     bound = jnp.minimum(bound, largest)
-    # From one end of the dtype to the other is two steps.
+    # A weight crosses its whole dtype in two steps: one update cannot be that large.
     lowest = jnp.maximum(-bound - x, -largest)
     return jnp.clip(u, lowest, jnp.minimum(bound - x, largest))
 

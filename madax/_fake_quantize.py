@@ -67,7 +67,7 @@ def _with_gradient_on_grid(format, x):
     return x
 
 
-# Through the function itself, so that the backward pass has a derivative, too.
+# The backward pass calls the function itself, so that it has a derivative, too.
 _with_gradient_on_grid.defvjp(
     lambda format, x: (x, None),
     lambda format, residuals, g: (fake_quantize(g, format),),

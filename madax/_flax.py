@@ -8,14 +8,14 @@ from flax import nnx
 from madax._grad import differentiable, position, probed, without_probes
 from madax._quantized_array import is_quantized
 
-# The base of what nnx keeps track of was renamed in Flax 0.12.
+# Flax 0.12 renamed the base class of what nnx keeps track of.
 _BASE = getattr(nnx, "Pytree", None) or nnx.Object
 
 
 def holds_modules(tree: Any) -> bool:
     """Whether nnx keeps track of what a function does to something in a tree.
 
-    Of an nnx.State it does not: that is a tree of arrays.
+    It does not for an nnx.State, which is a tree of arrays.
     """
     kinds = (_BASE, nnx.Variable)
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, (*kinds, nnx.State)))
@@ -33,7 +33,8 @@ def differentiate(fun, argnums, has_aux, dtype, args, kwargs):
     arrays = _with_states(chosen, [a.filter for a in wrt])
     weights, treedef = jax.tree.flatten(arrays, is_leaf=is_quantized)
 
-    # nnx hands over copies of all modules, and writes back what is changed in them.
+    # nnx passes copies of all modules, and writes back what the function changed in
+    # them.
     def loss(floats, args, kwargs):
         given = list(args)
         arrays = treedef.unflatten(probed(weights, floats))
@@ -60,7 +61,7 @@ def _modules(tree: Any) -> list[Any]:
 def _with_states(args: tuple[Any, ...], filters: list[Any]) -> tuple[Any, ...]:
     """The arguments, with the variables of each module that a filter takes for it.
 
-    Variables that modules share are with the first of them.
+    A variable that modules share goes with the first of them.
     """
     predicates: list[Any] = [
         nnx.filterlib.to_predicate(f)

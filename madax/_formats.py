@@ -28,13 +28,14 @@ from madax._numerics import (
     sinh_and_decay,
 )
 
-# What float32, which codes are decoded to, can hold of log|w|, in nats: it tells
-# apart values this close, and spans this much below 1.
+# Codes are decoded to float32. It tells apart values of log|w| that are _FINEST nats
+# apart, and spans _WIDEST nats below 1.
 _FINEST = 1e-6
 _WIDEST = 80.0
 
-# The default ratios of the largest to the smallest magnitude of log codes, of a byte
-# and of more: a wider range is a coarser grid, which only many codes can afford.
+# The default ratios of the largest to the smallest magnitude of log codes, for codes of
+# one byte and of two. A wider range makes a coarser grid, which only many codes can
+# afford.
 _RANGE, _WIDE_RANGE = 100, 10_000
 
 
@@ -103,8 +104,8 @@ class Format(ABC):
     def decode(self, code: jax.Array) -> jax.Array:
         """The value of a code, relative to the scale, float32.
 
-        Not as a product with a constant: XLA would multiply that by the scale first,
-        and flush it where it is subnormal.
+        It is no product with a constant: XLA would multiply that by the scale first,
+        and flush a subnormal result.
         """
 
     @abstractmethod
@@ -113,9 +114,9 @@ class Format(ABC):
 
     @abstractmethod
     def relative_step(self, code: jax.Array) -> jax.Array:
-        """The log-step that adds a small share of a value to it, over that share.
+        """The log-step that grows a value by a small share, over that share.
 
-        The value over its derivative by the log-step, in [-1, 1]; float32.
+        It is the value over its derivative by the log-step, in [-1, 1]; float32.
         """
 
     @abstractmethod
@@ -127,11 +128,11 @@ class Format(ABC):
         """
 
     def nearest(self, x: jax.Array) -> jax.Array:
-        """The codes nearest to values relative to the scale, float32; of NaN, NaN."""
+        """The codes nearest to values relative to the scale, float32; NaN for NaN."""
         return self.saturate(jnp.round(self.encode(x)), jnp.sign(x))
 
     def saturate(self, code: jax.Array, sign: jax.Array) -> jax.Array:
-        """The nearest code there is to an integer, for a value of that sign."""
+        """The code in range that is nearest to an integer, for a value of that sign."""
         del sign
         return jnp.clip(code, -self.levels, self.levels)
 
@@ -153,8 +154,8 @@ class LogFormat(Format):
     Attributes:
       bits: width of a code, sign included, 2 to 16.
       base_step: spacing of the codes, in nats, 1e-6 or more. By default that of a
-        dynamic range of 100 in codes of 3 to 8 bits, which need what there is of
-        them near the scale, and of 10 000 in wider ones.
+        dynamic range of 100 in codes of 3 to 8 bits, which are few and are needed near
+        the scale, and of 10 000 in wider ones.
 
     Raises:
       ValueError: if ``bits`` or ``base_step`` is out of range.
@@ -188,11 +189,11 @@ class LogFormat(Format):
 
     @classmethod
     def from_gamma(cls, bits: int, gamma: float) -> "LogFormat":
-        """The base-2 format with ``gamma`` codes an octave, :math:`2^{1/γ}` apart.
+        """The base-2 format with ``gamma`` codes per octave, :math:`2^{1/γ}` apart.
 
         Args:
           bits: width of a code, sign included.
-          gamma: codes an octave, the base factor of the multi-base LNS.
+          gamma: codes per octave, the base factor of the multi-base LNS.
 
         Returns:
           The format, with ``base_step = ln(2) / gamma``.
@@ -273,7 +274,8 @@ class LogFormat(Format):
 
     def saturate(self, code: jax.Array, sign: jax.Array) -> jax.Array:
         """The nearest code of that sign; 0 only for sign 0."""
-        # Not as products with the sign: TPUs have no multiplication of 32-bit integers.
+        # These are not products with the sign: TPUs have no multiplication of 32-bit
+        # integers.
         magnitude = jnp.clip(jnp.where(sign < 0, -code, code), 1, self.levels)
         signed = jnp.where(sign < 0, -magnitude, magnitude)
         return jnp.where(sign == 0, 0, signed)
@@ -288,7 +290,7 @@ class SymlogFormat(Format):
       w &= \text{scale} \cdot \mathrm{linear\_range} \cdot \sinh(c \cdot \text{step})
       \\ \text{step} &= \mathrm{asinh}(1 / \mathrm{linear\_range}) / \text{levels}
 
-    Multiplicative where that matters, and able to cross zero: the native
+    Steps are multiplicative where that matters, and can cross zero: this is the native
     counterpart of ``floor``. A log-step is again an addition of codes,
     :math:`c' = c + d / \text{step}`: far out it multiplies by :math:`e^{\pm d}`,
     near zero it adds ``scale * linear_range * d``.
@@ -363,7 +365,7 @@ class SymlogFormat(Format):
         slope = 1 + (x + y) / (_root(x) + _root(y))
         ratio = u * slope * decay
         small = jnp.abs(ratio) < 0.5
-        # One logarithm for both.
+        # Both cases share one logarithm.
         moved = log1p(jnp.where(small, ratio, expm1_arcsinh(jnp.abs(y))))
         whole = jnp.where(y < 0, -moved, moved) - theta
         return sign * jnp.where(small, moved, whole) * (1 / self.step)

@@ -172,7 +172,8 @@ class _Run:
         x, kept = self.up(layers, x, key)
         (value, g_ends, aux), g = self.finish(weights, x, batches)
         layers, stack, g, norms = self.down(layers, state[LAYERS], kept, g, key)
-        # So that XLA decodes the ends anew, rather than keep them for all that time.
+        # The barrier makes XLA decode the ends again, rather than keep them for all
+        # that time.
         ends, g = jax.lax.optimization_barrier((ends, g))
         g_ends = jax.tree.map(jnp.add, g_ends, self.begin(ends, g, batches))
         ends, ends_state = self.update({ENDS: ends}, g_ends, state[ENDS])
@@ -237,8 +238,9 @@ class _Run:
         def one(t, carry):
             layers, own, above, _, g, norms = carry
             i = depth - 1 - t
-            # Of the layer above, in place: XLA would copy a stack that is written while
-            # it may still be read, as a state is for the state and for the step.
+            # The state of the layer above is written only now, in place. XLA would copy
+            # a stack that is written while it may still be read, and a state is read
+            # twice: for the new state and for the step.
             own = write(own, above, jnp.minimum(i + 1, depth - 1))
             stored, mine = read(layers, i), read(own, i)
             weights = self.decode(stored)
@@ -419,7 +421,8 @@ def _cut(batch: Any, parts: int) -> Any:
                 f"{leaf_name('batch', name)} has shape {shape}, whose leading axis "
                 f"must be a multiple of microbatches={parts}."
             )
-        # Not neighbours: where the axis is sharded, each device has some of every part.
+        # The examples of a part are not neighbours: where the axis is sharded, each
+        # device has some of every part.
         x = jnp.reshape(x, (shape[0] // parts, parts, *shape[1:]))
         split.append(jnp.moveaxis(x, 1, 0))
     return treedef.unflatten(split)

@@ -25,7 +25,7 @@ def compute_dtype(leaf: Any) -> Any:
     """The dtype that arithmetic on a leaf is done in: float32 or wider."""
     if is_quantized(leaf):
         return jnp.dtype(jnp.float32)
-    # Not promote_types, which refuses float8.
+    # promote_types would refuse float8.
     wide = jnp.result_type(leaf) == jnp.float64
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
@@ -38,7 +38,7 @@ def widen(x: jax.typing.ArrayLike) -> jax.Array:
 def largest_weight(dtype: Any) -> float:
     """The bound on any weight of a dtype: the number next to the largest.
 
-    So that ``w + u`` is finite when ``u`` has been rounded to the dtype, too.
+    With it, ``w + u`` is finite even when ``u`` has been rounded to the dtype.
     """
     info = jnp.finfo(dtype)
     largest = float(info.max)
@@ -53,10 +53,10 @@ def zeros_like(leaf: Any, dtype: Any = None) -> jax.Array:
 
 
 def path_names(paths: Sequence[jax.tree_util.KeyPath]) -> list[str]:
-    """The paths of all leaves of a tree as people write them: ``Dense_0/kernel``.
+    """The paths of all leaves of a tree, with slashes: ``Dense_0/kernel``.
 
-    The boxes that Flax puts arrays in, variables of nnx and partitioned ones of linen,
-    are no part of a path: each is a node of its own with a single child, ``value``.
+    Flax puts arrays in boxes: variables of nnx, and partitioned ones of linen. Each is
+    a node with a single child, ``value``, which is left out of the path.
     """
     below = Counter(path[:i] for path in paths for i in range(len(path)))
     value = jax.tree_util.GetAttrKey("value")
@@ -141,15 +141,15 @@ def flatten_both(
 
 
 def entries(leaves: int) -> tuple[int, ...]:
-    """The shape of a vector with an entry a leaf, or of a scalar where there is none.
+    """The shape of a vector with one entry per leaf, or of a scalar for no leaves.
 
-    Not of an empty vector: Orbax refuses to save one.
+    The scalar stands in for an empty vector, which Orbax refuses to save.
     """
     return (leaves,) if leaves else ()
 
 
 def per_leaf(vector: jax.Array, leaves: Sequence[Any]) -> list[Any]:
-    """Spreads one scalar a float leaf over all leaves; None for quantised ones.
+    """Spreads one scalar per float leaf over all leaves; None for quantised ones.
 
     Raises:
       ValueError: if ``vector`` was made for other leaves.
@@ -167,19 +167,20 @@ def per_leaf(vector: jax.Array, leaves: Sequence[Any]) -> list[Any]:
 
 
 def one_a_leaf(tree: Any, leaves: int) -> list[Any]:
-    """A tree of arrays whose first axis is that of the leaves, as one tree a leaf."""
+    """Splits a tree of arrays along their first axis into one tree per leaf."""
     arrays, treedef = jax.tree.flatten(tree)
-    # All parts of an array by one operation: it is what is traced most often.
+    # One operation splits an array into all its parts, as this code is traced most
+    # often.
     parts = [jax.lax.split(x, (1,) * leaves) if leaves else () for x in arrays]
     parts = [[jax.lax.squeeze(x, (0,)) for x in part] for part in parts]
     return [treedef.unflatten(leaf) for leaf in zip(*parts, strict=True)]
 
 
 def awaited(tree: Any) -> Any:
-    """A tree of arrays, once they are there if they lie on several CPU devices.
+    """Returns a tree of arrays, once those on several CPU devices are computed.
 
-    Those share threads, in which programs that are under way at once would wait for
-    each other's collectives.
+    CPU devices share threads, in which two programs at once would wait for each other's
+    collectives.
     """
     for x in jax.tree.leaves(tree):
         if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):

@@ -204,7 +204,8 @@ def step_codes(
 
 def as_steps(w: Any, step: Any) -> Any:
     """The update of a quantised leaf by a step of its codes; that of a float itself."""
-    # Not within a compiled function: what marks an update there is a Python value.
+    # This cannot be in a compiled function: what marks an update there is a Python
+    # value.
     return QuantizedArray.steps(step, w.format) if is_quantized(w) else step
 
 
@@ -235,8 +236,8 @@ def _step_in_dtype(
     if dtype.itemsize > 2:
         return u
     info, x, u = jnp.finfo(dtype), widen(w), widen(u)
-    # The power of two below |w + u|, or that of the finest spacing of the dtype, which
-    # must be a normal float32 itself.
+    # This is the power of two below |w + u|, or below the finest spacing of the dtype,
+    # which must be a normal float32 itself.
     finest = max(float(info.tiny), float(jnp.finfo(x.dtype).tiny) * 2.0**info.nmant)
     pattern = jax.lax.bitcast_convert_type(
         jnp.maximum(jnp.abs(x + u), finest), jnp.int32
@@ -265,9 +266,9 @@ def _step_on_grid(
     code = format.nearest(x).astype(jnp.int32)
     value = format.decode(code)
     point = jnp.clip(scale * value, -largest, largest).astype(dtype)
-    # A weight that is on the grid to within float rounding is on the grid: its step
-    # is counted from there, as for a quantised leaf. That of another is longer by its
-    # way to there.
+    # A weight counts as on the grid if it is there to within float rounding. Its step
+    # is counted from the grid point, as for a quantised leaf. Any other weight first
+    # has to get to its grid point, which makes its step longer by that way.
     on_grid = jnp.abs(w - point) <= 8 * float(jnp.finfo(dtype).eps) * jnp.abs(point)
     steps = format.add_step(code, jnp.where(on_grid, step, moved - value))
     new = moved_codes(code, format, steps, jnp.sign(moved), rounding, bits)

@@ -21,12 +21,12 @@ _BIAS = 127
 _OCTAVES_V = 64
 _OCTAVES_M = 32  # m goes as g, v as g squared: half the octaves for the same range
 _LOWEST_M = _BIAS - 62  # with bits to spare for what squares to a normal float32
-# How many of v's octaves lie below that of the largest v of a leaf. So a gradient of
-# 1e-8 of the largest is stored as it is, and so is one of 700 times that: a step adds a
-# thousandth of its square.
+# So many of v's octaves lie below that of the largest v of a leaf. A gradient of 1e-8
+# of the largest is then stored as it is. So is one of 700 times the largest, as a step
+# adds only a thousandth of its square.
 _BELOW = 54
-# Windows follow in each of the first steps, then now and then: it takes a pass over
-# the codes of v.
+# Windows follow in each of the first steps, and in every eighth afterwards, since that
+# takes a pass over the codes of v.
 _FIRST_STEPS, _INTERVAL = 8, 8
 
 
@@ -36,8 +36,8 @@ class MomentWindow(NamedTuple):
     Attributes:
       octave: biased exponent of the lowest octave of each leaf's ``v``, int32, shape
         (number of leaves,), or () if there are none; 0 before it is placed.
-      scale: unit of every ``v``, float32 scalar in [1, 2). It decays in the place of
-        the codes, which would be rounded each time.
+      scale: unit of every ``v``, float32 scalar in [1, 2). It decays instead of the
+        codes, which would be rounded each time.
     """
 
     octave: jax.Array
@@ -59,15 +59,16 @@ class MomentFormat:
       that is not finite.
     - The decay of ``v`` is exact. It goes into a scale that all leaves share, so ``v``
       is rounded only where a gradient adds to it.
-    - Once positive, ``v`` stays so: there is no zero to be trapped in. What is below
-      the octaves, as of gradients of 1e-8 of the largest, counts as the least there is.
+    - Once positive, ``v`` stays positive, so no element is trapped at zero. A value
+      below the octaves, from gradients of 1e-8 of the largest, counts as the least
+      code.
     - In the long run ``v`` has a relative variance of about :math:`0.36 / 2^{b}` from
       its rounding, with :math:`b = \text{bits} - 6` mantissa bits, for any decay rate.
       It would make :math:`1/\sqrt v` too large on average, by 3.4 % for 8 bits; that
       is divided out.
 
     Attributes:
-      bits: width of a code, 8 to 16; 8 is one byte a moment, more takes two.
+      bits: width of a code, 8 to 16; 8 takes one byte per moment, more takes two.
 
     Raises:
       ValueError: if ``bits`` is out of range.
@@ -122,19 +123,19 @@ class MomentFormat:
 
     def m_grid(self, octave: jax.Array) -> "MomentGrid":
         """The grid of ``|m|``, given the ``octave`` of ``v``, likewise."""
-        # The lowest octave of m: its highest squares to the highest of v.
+        # The highest octave of m squares to the highest of v; that gives the lowest.
         highest = (octave + _OCTAVES_V - _BIAS + 1) >> 1
         return self._grid(octave, highest - _OCTAVES_M + _BIAS, _LOWEST_M)
 
     def _grid(
         self, window: jax.Array, lowest: jax.Array, unplaced: int
     ) -> "MomentGrid":
-        # Before it is placed, a grid has more octaves, and two mantissa bits less.
+        # Before it is placed, a grid has more octaves and two mantissa bits fewer.
         placed = window > 0
         octave = jnp.where(placed, lowest, unplaced)
         mantissa = jnp.where(placed, self.bits - 6, self.bits - 8)
         shift = _MANTISSA - mantissa
-        # So that 1 is the first code of the lowest octave.
+        # With this origin, code 1 is the first of the lowest octave.
         return MomentGrid(shift, (octave << _MANTISSA) - (1 << shift))
 
     def start(self, leaves: int) -> MomentWindow:
@@ -163,8 +164,8 @@ class MomentFormat:
             lowest = jnp.clip(top - _BELOW, 1, 254 - _OCTAVES_V)
             return jnp.where(largest > 0, lowest, 0)
 
-        # Codes, not gradients: those would all have to be there before the first of
-        # them could be used up.
+        # The window follows the codes, not the gradients: all of those would have to be
+        # there before the first could be used up.
         return jax.lax.cond(
             (count < _FIRST_STEPS) | (count % _INTERVAL == 0),
             lambda: jnp.stack(list(map(suitable, octave, vs))),
@@ -220,7 +221,7 @@ class MomentGrid(NamedTuple):
         Returns:
           The codes, int32; below 1 if the values are below the grid.
         """
-        # In the place of the bits that are cut.
+        # The noise takes the place of the bits that are cut.
         noise = (bits << 16) >> (32 - self.shift).astype(jnp.uint32)
         pattern = jax.lax.bitcast_convert_type(x, jnp.int32)
         return (pattern - self.origin + noise.astype(jnp.int32)) >> self.shift

@@ -53,7 +53,7 @@ def muon_madam(
     layer at a time, too, as by :func:`layerwise`.
 
     Args:
-      learning_rate: :math:`\eta`, in nats a step, or a schedule of it.
+      learning_rate: :math:`\eta`, in nats per step, or a schedule of it.
       b1: decay rate of the momentum of matrices, in [0, 1).
       b2: decay rate of the second moment of other leaves, in [0, 1).
       p_scale: bound on a weight, as of :func:`madam`.

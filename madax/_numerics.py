@@ -1,12 +1,12 @@
 """Elementary functions in few vector operations, the same bits in every program.
 
-A compiler may fuse a product and the sum that it goes into, and round once, not twice.
-XLA does so or not by the shape of an array, so that a shard would get other bits than
-the whole. Here no sum is of a product, but one that is exact or :func:`rounded`, and
-what calls these functions keeps to that.
+A compiler may fuse a product with the sum that it goes into, and round once, not twice.
+Whether XLA does so depends on the shape of an array, so a shard would get other bits
+than the whole. A product enters a sum here only if it is exact or :func:`rounded`, and
+callers of these functions keep to that rule.
 
-The library functions that XLA calls for these are, besides, several times the cost of
-the rest of an optimizer step on CPU.
+XLA's own library functions for these cost several times as much as the rest of an
+optimizer step on CPU.
 """
 
 import math
@@ -21,7 +21,7 @@ _EXPM1_A, _EXPM1_B = 60.239117276130735, 0.0013833723359935775
 # log1p(f) = f - s (f - z c ((z + a)**2 + b)), s = f / (2 + f), z = s**2, to 1e-9 for
 # 1 + f in [sqrt(1/2), sqrt(2)]. Both are minimax, by iterated least squares.
 _LOG_A, _LOG_B, _LOG_C = 0.6691226031125902, 1.783942858941192, 0.29873072158667374
-# ln 2 in two parts of 16 bits: times an exponent, which has 8, they are exact.
+# ln 2 in two parts of 16 bits. An exponent has 8, so its products with them are exact.
 _LN2_HIGH, _LN2_LOW = 0.693145751953125, 1.4286197256296873e-06
 _MANTISSA, _BIAS = 23, 127
 _SQRT_HALF = 0x3F3504F3  # its float32 pattern
@@ -29,10 +29,10 @@ _SQRT_HALF = 0x3F3504F3  # its float32 pattern
 
 @jax.custom_jvp
 def rounded(x: jax.Array) -> jax.Array:
-    """``x``, with a barrier to fusing the product that it is with a sum.
+    """Returns ``x``; a product that passes through is not fused with a sum.
 
-    The least of its pattern and the largest integer but one is the pattern, for all but
-    one NaN, which becomes another; no compiler knows that.
+    The minimum of a pattern and the second largest integer is the pattern itself, but
+    for one NaN, which becomes another. No compiler knows that.
 
     Args:
       x: float32 or float64.
@@ -62,9 +62,9 @@ straight_through.defjvps(lambda t, ans, value, stored: t, None)
 def _differentiated(
     derivative: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> Callable[[Callable[[jax.Array], jax.Array]], Callable[[jax.Array], jax.Array]]:
-    """Gives a function of one array its derivative, of its value and its argument.
+    """Gives a function its derivative, a function of its value and its argument.
 
-    That of the code would be wrong: integer operations on patterns have none.
+    JAX would get it wrong, as integer operations on patterns have no derivative.
     """
 
     def decorate(function):
@@ -77,7 +77,7 @@ def _differentiated(
 
 @jax.custom_jvp
 def over_root(x: jax.Array, v: jax.Array) -> jax.Array:
-    """``x / sqrt(v)``; what ``v`` is below the least normal number counts as that.
+    """``x / sqrt(v)``; a ``v`` below the least normal number counts as that number.
 
     Args:
       x: any values, float32 or wider.
@@ -90,8 +90,8 @@ def over_root(x: jax.Array, v: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(
         x,
         v,
-        # CPUs have no reciprocal root: XLA would divide, and multiply then. It does not
-        # see one in this.
+        # CPUs have no reciprocal root: XLA would divide and then multiply. It does not
+        # recognise a reciprocal root in this form.
         cpu=lambda x, v: x / jnp.maximum(jnp.sqrt(v), math.sqrt(tiny)),
         default=lambda x, v: x * jax.lax.rsqrt(jnp.maximum(v, tiny)),
     )
@@ -106,7 +106,7 @@ def _over_root_jvp(primals, tangents):
 
 @_differentiated(lambda ans, x: ans + 1)
 def expm1(x: jax.Array) -> jax.Array:
-    """``exp(x) - 1``, float32 to a relative error of 3e-7; saturates, not overflows.
+    """``exp(x) - 1``, float32 to a relative error of 3e-7; it saturates.
 
     Wider arrays go to ``jnp.expm1``.
 
@@ -185,7 +185,7 @@ def log_change(x: jax.Array, u: jax.Array) -> jax.Array:
         size = jnp.maximum(jnp.abs(moved), jnp.finfo(moved.dtype).tiny)
         return jnp.where(small, jnp.log1p(ratio), jnp.log(size))
     exponent, mantissa = _exponent_and_mantissa(jnp.abs(moved))
-    # The digits of a small ratio, which the sum has lost.
+    # A small ratio keeps the digits that the sum has lost.
     small = (exponent == 0) & (moved > 0) & (x != 0)
     return _log(exponent, jnp.where(small, ratio, mantissa - 1))
 
@@ -208,7 +208,7 @@ def sinh_and_decay(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @_differentiated(lambda ans, x: 1 / jnp.sqrt(1 + x * x))
 def arcsinh(x: jax.Array) -> jax.Array:
-    """Its inverse, to a relative error of 3e-7; beyond 1e18 in size that of 1e18."""
+    """The inverse of sinh, to a relative error of 3e-7; beyond 1e18, that of 1e18."""
     if x.dtype != jnp.float32:
         return jnp.arcsinh(x)
     magnitude = log1p(expm1_arcsinh(jnp.abs(x)))
@@ -238,8 +238,9 @@ def moving_average(moment: jax.Array, x: jax.Array, rate: jax.Array) -> jax.Arra
 def round_to_int(x: jax.Array) -> jax.Array:
     """The nearest integer of a float32 under 2**22 in size, halves to even, int32.
 
-    Added to 1.5 * 2**23, a float32 has no room for a fraction, and its lowest bits are
-    the integer. A conversion would check every element for NaN and overflow, too.
+    A float32 near 1.5 * 2**23 has no room for a fraction, so adding that rounds, and
+    the lowest bits are the integer. A conversion would also check every element for NaN
+    and overflow.
     """
     rounder = jnp.float32(1.5 * 2**23)
     bits = jax.lax.bitcast_convert_type(x + rounder, jnp.int32)
@@ -249,8 +250,9 @@ def round_to_int(x: jax.Array) -> jax.Array:
 def relative_to(scale: jax.Array, x: jax.Array) -> jax.Array:
     """``x / scale``, as the product with a reciprocal that does not underflow.
 
-    XLA makes such a product of a quotient by one number, or does not, by how the array
-    is sharded. What is subnormal it flushes: the reciprocal of all above 8.5e37.
+    XLA may turn a quotient by one number into such a product, or not: that depends on
+    how the array is sharded. It flushes subnormal numbers, such as the reciprocal of
+    anything above 8.5e37.
     """
     down = jnp.where(scale > 1, 0.125, 1.0).astype(scale.dtype)
     return rounded((x * down) * rounded(1 / (scale * down)))
@@ -279,7 +281,7 @@ def _exponent_and_mantissa(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _log(exponent: jax.Array, f: jax.Array) -> jax.Array:
     """``exponent * log(2) + log1p(f)``, for 1 + f in [sqrt(1/2), sqrt(2)]."""
     s = f / (2 + f)
-    # Not s * s: XLA on CPU ends a kernel at a quotient that is used twice.
+    # This is not s * s, as XLA on CPU ends a kernel at a quotient that is used twice.
     z = rounded(f * f / ((2 + f) * (2 + f)))
     square = rounded((z + _LOG_A) * (z + _LOG_A))
     log1p_f = f - rounded(s * (f - rounded(z * _LOG_C * (square + _LOG_B))))

@@ -24,17 +24,17 @@ from madax._quantize_params import NO_WEIGHT
 from madax._quantized_array import is_quantized
 from madax._scales import root_mean_square
 
-# The quintic's coefficients, from the reference: of steep slope at 0.
+# The coefficients of the quintic, from the reference. Its slope at 0 is steep.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
-# Tables, of which a step sees some rows, and last layers: Madam's direction is theirs.
+# Tables, of which a step sees some rows, and last layers take Madam's direction.
 _TABLE = re.compile(
     r"embed|(^|[/_])(emb|wte|wpe)([/_]|$)"  # token_embedding/embedding, wte/weight
     r"|(^|/)((lm|mlm|cls|output)_)?(head|logits|classifier)(_?\d+)?(/|$)",
     re.IGNORECASE,
 )
 _CONVOLUTION = re.compile(r"conv", re.IGNORECASE)
-# Of attention, as Flax has it: features to (heads, features) and back.
+# Flax's kernels of attention map features to (heads, features) and back.
 _TO_HEADS = re.compile(r"(^|/)(query|key|value)(/|$)")
 _FROM_HEADS = re.compile(r"(^|/)out(/|$)")
 
@@ -51,7 +51,7 @@ class MatrixAxes(NamedTuple):
     rows: int = 1
 
 
-# Given the path of a leaf, and its shape; None if it is no matrix.
+# The axes of a leaf, given its path and shape; None if it is no matrix.
 Matrices = Callable[[str, tuple[int, ...]], "MatrixAxes | tuple[int, int] | None"]
 
 
@@ -200,7 +200,7 @@ def default_matrix_axes(path: str, shape: tuple[int, ...]) -> MatrixAxes | None:
         axes = MatrixAxes(max(rank - 4, 0), min(rank - 1, 3))
     else:
         axes = MatrixAxes(rank - 2, 1)
-    # Of a single row or column, nothing is left but its length.
+    # A single row or column would lose all but its length.
     return axes if min(_sizes(shape, axes)) > 1 else None
 
 

@@ -28,8 +28,8 @@ from madax._numerics import relative_to
 from madax._quantized_array import QuantizedArray, is_quantized
 from madax._scales import root_mean_square, share_beyond
 
-# Paths of what is no weight matrix, whatever its rank: biases of attention have two
-# axes, and every leaf of a stack of layers has one more.
+# Paths of leaves that are no weight matrices, whatever their rank: biases of attention
+# have two axes, and every leaf of a stack of layers has one more.
 NO_WEIGHT = re.compile(
     r"norm"  # anywhere in the path: LayerNorm_0/scale, final_norm/weight
     r"|(^|/)(ln|bn)(_\w+|\d*)/"  # ln_f/weight, bn2/w
@@ -37,7 +37,7 @@ NO_WEIGHT = re.compile(
     r"|(^|/)b\d*$",  # linear/b, b1
     re.IGNORECASE,
 )
-# What is said of leaves.
+# The warnings about leaves.
 _ALL_ZEROS = (
     "all zeros, which have no scale, so these leaves stay floats; initialise them with "
     "values that are not all zero, or leave them out with where."
@@ -94,8 +94,8 @@ def quantize_params(
       p_scale: the scale, relative to the root mean square of the leaf; None for one
         that clips no weight.
       channel_axis: for one scale a channel, the axis of the channels, or several; -1
-        is the output of a Flax kernel, 0 gives one scale a layer in a stack of
-        layers. None, the default, for one scale a leaf.
+        is the output of a Flax kernel, 0 gives one scale per layer in a stack
+        of layers. None, the default, for one scale per leaf.
 
     Returns:
       The tree, with a :class:`QuantizedArray` in the place of every chosen leaf; its
@@ -218,7 +218,7 @@ def _quantize_tree(
 
 
 def _is_weight(path: str, leaf: Any) -> bool:
-    # Below 16 elements, codes save hardly more bytes than the scale takes.
+    # Below 16 elements, codes hardly save more bytes than the scale takes.
     return is_quantized(leaf) or (
         jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
         and np.ndim(leaf) >= 2
@@ -262,7 +262,7 @@ def _values(leaf: Any) -> jax.Array:
     return leaf.dequantize() if is_quantized(leaf) else leaf
 
 
-# Leaves of one shape share a program, and nothing is read on the host between leaves.
+# Leaves of one shape share a program, and the host reads nothing between leaves.
 @partial(jax.jit, static_argnames=("format", "axes"))
 def _encode(
     w: jax.Array,
@@ -278,7 +278,7 @@ def _encode(
     peak = jnp.max(jnp.abs(w), axis=axes, keepdims=True, initial=0)
     if scale is None:
         bound = jnp.maximum(3 * rms, peak) if p_scale is None else p_scale * rms
-        # A channel of zeros has the scale of the others.
+        # A channel of zeros takes the scale of the other channels.
         scale = jnp.where(rms == 0, jnp.max(bound, initial=0), bound)
     scale = jnp.reshape(scale, jnp.shape(scale) or (1,) * w.ndim).astype(jnp.float32)
     x = relative_to(jnp.where(scale > 0, scale, 1), w)
@@ -305,10 +305,11 @@ def _judge(coded: Sequence[_Coded]) -> list[bool]:
     for i, facts in jax.device_get(known).items():  # all at once
         name, leaf, q, _ = coded[i]
         if facts.lowest > 0 and facts.highest < np.inf:
-            # A rounding beyond the scale is no outlier.
+            # A weight that is beyond the scale by a rounding is no outlier.
             if facts.beyond > 1 + 1e-5:
                 clipped.append((name, share_beyond(_values(leaf), q.scale)))
-            # To find out what is lost takes as long as all before: only in doubt.
+            # Measuring the loss takes as long as all that came before, so it is done
+            # only in doubt.
             elif facts.coarse > 0.25 * q.format.dynamic_range:
                 lossy.append((name, _share_lost(_values(leaf), q)))
         elif facts.peak == 0:

@@ -74,11 +74,12 @@ class QuantizedArray:
     scale: Any
     format: Format
 
-    # NumPy's arrays leave operators to this class.
+    # NumPy's arrays leave their operators to this class.
     __array_priority__ = 100
 
     def __post_init__(self) -> None:
-        # Not on import of this module: Flax may be imported later, or never.
+        # This is not done on import of this module: Flax may be imported later, or
+        # never.
         serialization = sys.modules.get("flax.serialization")
         if serialization is not None:
             _register_in(serialization)
@@ -245,7 +246,7 @@ class QuantizedArray:
     @classmethod
     def tree_unflatten(cls, aux: Format, children: Any) -> "QuantizedArray":
         codes, scale, *others = children
-        # Where an average or a rescaling of codes would slip in as one of weights.
+        # Here an average or a rescaling of codes would pass for one of weights.
         dtypes = [getattr(x, "dtype", type(x)) for x in (codes, scale)]
         if isinstance(dtypes[0], np.dtype) and dtypes[0] == jax.dtypes.float0:
             raise TypeError(
@@ -260,7 +261,8 @@ class QuantizedArray:
         return cls(codes, scale, aux, *others)
 
     def _value(self) -> jax.Array:
-        # Rounded: fused with a sum, the product would be another in each program.
+        # The product is rounded: fused with a sum, it would be another one in each
+        # program.
         return rounded(self.scale * self.format.decode(self.codes))
 
     def _at(self, index: Any) -> "QuantizedArray":

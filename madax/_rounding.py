@@ -1,8 +1,8 @@
 """Rounding of real-valued code steps: nearest, or stochastic from a counter hash.
 
-The random bits of an element are a hash of (seed, step, path of the leaf, its index
-in the whole array). So they are the same numbers on one device or a mesh, under jit or
-eager; they take no key, no state and no memory traffic, only a few integer
+The random bits of an element are a hash of (seed, step, path of the leaf, its index in
+the whole array). So they are the same numbers on one device and on a mesh, under jit
+and eagerly. They take no key, no state and no memory traffic, only a few integer
 operations inside the kernel that rounds.
 """
 
@@ -33,7 +33,7 @@ def check_rounding(rounding: Any) -> None:
 def leaf_keys(
     seed: Any, count: jax.Array, paths: Sequence[str], layer: Any = None
 ) -> jax.Array:
-    """Two 32-bit keys a leaf, from (seed, step, path): uint32, shape (leaves, 2).
+    """Two 32-bit keys per leaf, from (seed, step, path): uint32, shape (leaves, 2).
 
     A leaf has the same keys in whatever part of the tree it is trained with. Indices
     in a path are numbers: layer 3 of a stack, ``layers/w`` with ``layer=3``, has the
@@ -55,7 +55,7 @@ def leaf_keys(
     keys = np.array([np.frombuffer(d, "<u4") for d in digests]).reshape(-1, 2)
     keys = keys.astype(np.uint32)
     keys = keys if layer is None else _mix(keys + jnp.asarray(layer).astype(jnp.uint32))
-    # The first indices of all leaves, then the second ones, ...
+    # The loop takes the first indices of all leaves, then the second ones, and so on.
     indices = [[int(p) % 2**32 for p in path if p.isdecimal()] for path in parts]
     for level in zip_longest(*indices):
         there = np.array([[i is not None] for i in level])
@@ -75,8 +75,8 @@ def random_bits(key: jax.Array, shape: Sequence[int]) -> jax.Array:
       shape: the leaf's whole (global) shape.
 
     Returns:
-      The bits. The low half and the high 23 bits may be used as two numbers: that they
-      share bits matters to what has a probability of 2**-16 only.
+      The bits. The low half and the high 23 bits may be used as two numbers: the bits
+      that they share matter only to events of a probability of 2**-16.
     """
     index = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
@@ -103,9 +103,9 @@ def round_steps(
     steps = steps.astype(jnp.float32)
     if bits is None or rounding == "nearest":
         return round_to_int(steps)
-    # Fractions apart: a large whole step has no room for all of their digits.
+    # The fraction is kept apart: a large whole step has no room for all of its digits.
     below = jnp.floor(steps)
-    # Random bits as a mantissa: a float in [1, 2).
+    # The random bits become the mantissa of a float in [1, 2).
     pattern = (bits >> 9) | jnp.uint32(0x3F800000)
     up = jax.lax.bitcast_convert_type(pattern, jnp.float32) < 1 + (steps - below)
     return round_to_int(jnp.where(up, below + 1, below))

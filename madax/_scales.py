@@ -54,7 +54,7 @@ def float_leaf_sizes(params: Any) -> tuple[list[str], jax.Array, jax.Array]:
 
 
 class InitialScales(NamedTuple):
-    """What is kept of the float leaves at init, in vectors with an entry a leaf.
+    """What is kept of the float leaves at init, in vectors with one entry per leaf.
 
     Attributes:
       paths: the leaves' paths.
@@ -125,8 +125,8 @@ def root_mean_square(
 ) -> jax.Array:
     """The root mean square over ``axes``, float32 or wider, at any scale of ``w``.
 
-    That of nothing is 1: there is nothing to scale, but it is not "all zeros". That of
-    anything not finite is NaN.
+    An empty array has 1: there is nothing to scale, but it is not "all zeros". An array
+    with a value that is not finite has NaN.
     """
     axes = tuple(range(w.ndim)) if axes is None else tuple(axes)
     rms = _root_mean_square(axes, widen(w))
@@ -144,7 +144,7 @@ def _root_mean_square(axes: tuple[int, ...], w: jax.Array) -> jax.Array:
 
 @_root_mean_square.defjvp
 def _root_mean_square_jvp(axes, primals, tangents):
-    # Sums of integers have no derivative.
+    # The sums of integers have no derivative, so it is written out.
     (w,), (t,) = primals, tangents
     rms = _root_mean_square(axes, w)
     relative = w / jnp.where(rms > 0, rms, 1)
@@ -152,7 +152,7 @@ def _root_mean_square_jvp(axes, primals, tangents):
 
 
 def _orderless_mean(x: jax.Array, axis: int) -> jax.Array:
-    """The mean of numbers in [0, 1], the same bits in whatever order they are added.
+    """The mean of numbers in [0, 1]; the bits do not depend on the order of adding.
 
     So a leaf has the same scale on one device and on a mesh, where partial sums of
     floats would round differently. Each number is cut into digits, and the digits are
@@ -176,14 +176,14 @@ def split_peak(
 ) -> tuple[jax.Array, jax.Array]:
     """A magnitude and ``x`` relative to it, so that squares of ``x`` do not overflow.
 
-    The magnitude is that of the largest over ``axes``, kept as axes of size 1, or 1 if
-    that is zero; a power of two, so that the quotient is exact, however it is computed.
-    The relative values are in [-2, 2].
+    The magnitude is a power of two about the largest over ``axes``, kept as axes of
+    size 1, or 1 if that is zero. So the quotient is exact, however it is computed. The
+    relative values are in [-2, 2].
     """
     largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
     info = jnp.finfo(x.dtype)
     power = jax.lax.reduce_precision(0.75 * largest, info.nexp, 0)
-    # Of a power of two, that was a tie: to either side, by its exponent.
+    # A power of two was a tie, which goes to either side, depending on its exponent.
     power = jnp.where(2 * power <= largest, 2 * power, power)
     peak = jnp.where(largest == 0, 1, jnp.maximum(power, info.tiny))
     # The reciprocal of the largest floats would underflow.

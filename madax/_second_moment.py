@@ -128,7 +128,8 @@ def scale_by_second_moment(
         window = _check_window(moment_format, state.window)
         count = jnp.asarray(optax.safe_increment(state.count))
         rate, bias = decay_rate(b2), _bias_correction(b2, count)
-        # The root of v is to be divided by its own correction, and that of its unit.
+        # The root of v is still to be divided by its own correction and by that of its
+        # unit.
         correction = jnp.sqrt(bias)
         if b1 is not None:
             correction /= _bias_correction(b1, count)
@@ -143,7 +144,7 @@ def scale_by_second_moment(
             storages, window = _storages(
                 moment_format, window, vs, rate, state.count, keys
             )
-            # E[1 / root of v] is (1 + 3/8 of the variance) / root of E[v].
+            # E[1 / sqrt(v)] is (1 + 3/8 of the relative variance of v) / sqrt(E[v]).
             noise = moment_format.rounding_variance * (1 - (rate / bias) ** 2)
             correction *= exp(-0.375 * noise) / jnp.sqrt(window.scale)
 
@@ -161,7 +162,7 @@ def scale_by_second_moment(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-# One program a shape: leaves that are alike are traced and lowered once.
+# Leaves of the same shape share a program, which is traced and lowered once.
 @jax.jit
 def _step(
     storage: _Floats | _Codes,
@@ -177,7 +178,7 @@ def _step(
     v, value, ok, positive = storage.add_square(v, g, rate)
     if m is not None:
         m, g = storage.add(m, g, ok, b1_rate)
-    # Not g / sqrt(v / correction**2): that quotient can overflow.
+    # This is not g / sqrt(v / correction**2), a quotient that can overflow.
     direction = over_root(g * correction.astype(g.dtype), value)
     return jnp.where(ok & positive, direction, 0), v, m
 
@@ -231,7 +232,8 @@ class _Codes:
         ok = (g * g < jnp.inf) & (code <= highest)
         code = jnp.where(value > 0, jnp.clip(code, 1, highest), 0)
         stored = code.astype(v.dtype)
-        # Decoded anew from what is stored, lest XLA on CPU compute that twice.
+        # The value is decoded from what is stored, or XLA on CPU would compute it
+        # twice.
         decoded = straight_through(value, self.new_v.value(stored))
         return stored, decoded, ok, value > 0
 

@@ -81,7 +81,7 @@ def split_layers(model: Any, name: str) -> SplitLayers:
             f"{type(model).__name__}; pass parameters of other models to layerwise as "
             "they are, those of layers stacked."
         )
-    # The same arrays in a module of its own.
+    # The module is a copy that has the same arrays.
     shell = nnx.merge(*nnx.split(model))
     *path, last = name.split(".")
     try:
@@ -115,7 +115,7 @@ def _state(nnx: Any, like: Any, values: Any) -> Any:
 
 
 def _stacked(nnx: Any, layers: Any, name: str) -> tuple[Any, Any, Any]:
-    """The graph of a layer, the state of all of them, and a layer's random streams."""
+    """The graph of a layer, the state of all layers, and the random streams of one."""
     if isinstance(layers, nnx.Sequential):
         layers = layers.layers
     if isinstance(layers, nnx.Module) and callable(layers):

@@ -1,7 +1,7 @@
 """Stacks of layers, and the optimizer states of them.
 
-A stack is a tree whose leaves have a leading axis of layers. So has its state, but for
-scalars that belong to the step and not to a layer, such as counts.
+A stack is a tree whose leaves have a leading axis of layers. Its state has this axis,
+too, but for scalars that belong to the step and not to a layer, such as counts.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ def read(stack: Any, i: Any) -> Any:
 
 
 def write(stack: Any, one: Any, i: Any) -> Any:
-    """The stack with another layer ``i``; in place, if XLA is let."""
+    """The stack with another layer ``i``, written in place if XLA may do so."""
     at = jax.lax.dynamic_update_index_in_dim
     return jax.tree.map(lambda x, new: at(x, new, i, 0), stack, one)
 
@@ -39,9 +39,9 @@ def _one(layers: Any) -> Any:
 
 
 def splitter(tx: Any, layers: Any, stack: Any) -> tuple[Callable, Callable]:
-    """What splits a state into what each layer has and what they share, and joins it.
+    """Two functions that split a state into per-layer and shared parts, and join it.
 
-    Both for the state of a layer and for a stack of them.
+    Both take the state of a layer or of a stack of layers.
     """
     one = jax.eval_shape(tx.init, {LAYERS: _one(layers)})
     treedef = jax.tree.structure(one)
@@ -73,8 +73,9 @@ def init_stack(tx: Any, layers: Any) -> Any:
     from_values = depends_on(lambda layers, _: tx.init({LAYERS: layers}), one, ())
     shared = _shared(tx, one, from_values)
 
-    # Zeros of the shape of the stack are sharded like it: these are kept as they are.
-    # By path: what is done by size or rank may be another thing with a stack.
+    # Zeros of the shape of the stack are sharded like it, so those are kept. They are
+    # found by path, as an optimizer may treat a stack, by its size or rank, in another
+    # way.
     stack = dict(jax.tree_util.tree_leaves_with_path(tx.init({LAYERS: layers})))
     states, others = [], []
     for i, (path, shape) in enumerate(with_path):

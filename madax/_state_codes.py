@@ -16,15 +16,16 @@ from madax._moments import MomentFormat, MomentGrid
 from madax._numerics import relative_to, rounded
 from madax._rounding import Rounding, random_bits
 
-# Of decay: less is the fall of one element, whose noise it would bring to all.
+# The least factor of decay. Below it, the fall of one element would bring its noise to
+# all others.
 _LEAST_FACTOR = 0.1
 _UNSIGNED_OCTAVES = 64
-# Of float32: bits of the fraction, their mask, and the pattern of 1.0.
+# float32: the bits of the fraction, their mask, and the pattern of 1.0.
 _MANTISSA, _FRACTION, _ONE = 23, 0x007FFFFF, 0x3F800000
 
 
 class StateWindow(NamedTuple):
-    """Where the codes of a state lie: an entry a stored leaf, in flatten order.
+    """Where the codes of a state lie: one entry per stored leaf, in flatten order.
 
     Attributes:
       octave: biased exponent of the lowest octave, int32, shape (number of stored
@@ -41,7 +42,7 @@ class StateWindow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """How values become codes, and codes values.
+    """How values become codes, and codes become values.
 
     Magnitudes without a sign are the bits of a float32 from some octave up. Those with
     a sign are the bits of the magnitude and ``2**octave`` together: zero is a code like
@@ -61,7 +62,7 @@ class Codec:
         negative = window.signed & (code >= sign)
         code = jnp.where(negative, code - sign, code)
         grid, _, offset = self._grid(window)
-        # Rounded: the inner optimizer may add to it.
+        # The product is rounded, as the inner optimizer may add to it.
         value = rounded(
             window.scale * jnp.where(code > 0, grid.decode(code) - offset, 0)
         )
@@ -81,7 +82,7 @@ class Codec:
         x = jnp.asarray(new).astype(jnp.float32)
         x = jnp.where(jnp.isfinite(x), x, before)
         signed = jnp.min(x, initial=0) < 0
-        # A common factor is not rounded: an average decays exactly.
+        # A common factor goes into the scale, unrounded, so an average decays exactly.
         factor = jnp.where(before == 0, 1, x / jnp.where(before == 0, 1, before))
         scale = _decayed(window.scale, jnp.min(factor, initial=1))
         size = relative_to(scale, jnp.abs(x))
@@ -100,7 +101,8 @@ class Codec:
         """The grid of magnitudes, its greatest code, and what is added to them."""
         signed, bits = window.signed, self.format.bits
         lowest = window.octave << _MANTISSA
-        # The bits of a pattern but for those of an exponent of so many octaves.
+        # These bits of a pattern are cut: all but those of a code, whose exponent
+        # counts so many octaves.
         shift = jnp.where(
             signed,
             _MANTISSA + self.octaves.bit_length() - bits,

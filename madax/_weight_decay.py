@@ -49,10 +49,10 @@ def add_decayed_log_weights(
     same share, whatever their format: no weight is decoded.
 
     .. warning::
-      Comes after :func:`scale_by_second_moment` and what clips its direction, and
+      It comes after :func:`scale_by_second_moment` and any clip of its direction, and
       before the learning rate. Decay of the gradient, as of
-      ``optax.add_decayed_weights`` before :func:`madam`, is normalised away: where it
-      is all the gradient there is, a decay of 1e-6 and one of 0.1 do the same.
+      ``optax.add_decayed_weights`` before :func:`madam`, is normalised away: without
+      any other gradient, a decay of 1e-6 and one of 0.1 do the same.
 
     Args:
       weight_decay: :math:`\lambda`, the share of a weight that a step of rate 1 takes.

@@ -41,7 +41,7 @@ def with_quantized_params(
 
     For every quantised leaf, the value is decoded, the inner optimizer proposes an
     additive update :math:`u`, and :math:`w + u` is encoded and rounded. There is no
-    float copy of the weights between steps. Float leaves are the inner optimizer's.
+    float copy of the weights between steps. The inner optimizer trains float leaves.
 
     :func:`madam` needs no such wrapper: it trains quantised leaves natively.
 
@@ -113,9 +113,10 @@ def with_dequantized_params(
 ) -> optax.GradientTransformationExtraArgs:
     """Shows a transform the values of parameters in the place of codes.
 
-    What comes out is the inner transform's, floats. So any direction may stand before
-    :func:`scale_by_sign_log` and :func:`lns_quantize`, and train codes natively: those
-    of optax, whose states would be made of codes otherwise, and partitions of them.
+    Its updates are those of the inner transform, floats. So any direction of optax, or
+    a partition of them, may stand before :func:`scale_by_sign_log` and
+    :func:`lns_quantize`, and train codes natively. Otherwise its state would be made of
+    codes.
 
     Args:
       inner: a gradient transformation of gradients to gradients.

@@ -25,7 +25,7 @@ from madax._state_codes import (
 )
 from madax._with_quantized_params import check_inner
 
-# Below that there is little to gain, and the noise of a few codes to lose by.
+# Smaller leaves save little, and the noise of a few codes would hurt them.
 _LEAST_SIZE = 4096
 
 
@@ -57,21 +57,21 @@ def with_quantized_state(
     r"""Stores the moments of any optimizer as codes of 8 to 16 bits.
 
     In every step the codes are decoded, the inner optimizer makes its update from the
-    values and makes new values, and these are encoded. Adam has two bytes of state a
-    parameter in the place of eight; with :func:`with_quantized_params` around it, three
-    bytes a parameter are all there is.
+    values and makes new values, and these are encoded. Adam then has two bytes of state
+    per parameter instead of eight. With :func:`with_quantized_params` around it, a
+    parameter takes three bytes in all.
 
     - A leaf of the state that has a negative value is stored with a sign and 32
-      octaves, any other without and with 64. So :math:`\nu` is not in need of a name.
-      The rest are binary digits: two, of 8 bits.
-    - The octaves lie below the largest value of the leaf, in every step anew: moments
-      may grow or fall by any factor.
+      octaves, any other without a sign and with 64. So nothing depends on the name of
+      :math:`\nu`. The other bits are binary digits: two of them in 8 bits.
+    - The octaves are placed below the largest value of the leaf in every step, so
+      moments may grow or fall by any factor.
     - Adam divides each element by its own size, so small ones need their digits, too.
       Momentum that is used as a whole, as of SGD and Muon, has two digits more with
       ``octaves=8``: values are spaced evenly below a 64th of the largest.
-    - What is positive in a leaf without negative values stays so: below the octaves,
-      as of gradients of 1e-9 of the largest, it counts as the least there is. So Adam
-      divides by no zero that was none.
+    - In a leaf without negative values, a positive value stays positive: below the
+      octaves, as from gradients of 1e-9 of the largest, it counts as the least code. So
+      Adam never divides by a zero that was positive before.
     - The decay of such a leaf is exact: the factor that all its elements have in common
       goes into a scale. Then :math:`\nu` has a relative variance of about
       :math:`0.36 / 2^{\text{bits} - 6}`, as in :class:`MomentFormat`, which makes
@@ -81,8 +81,8 @@ def with_quantized_state(
     Without ``where``, those leaves are stored that are floating, have 4096 elements or
     more and the shape of a parameter, and do not start as a copy of parameters: a slow
     or an averaged weight wants more digits. Counts and factored moments stay what they
-    are. A step has the floats of a leaf there when it is their turn; ``init`` has those
-    of all, unless it is compiled.
+    are. A step makes the floats of a leaf when that leaf is updated; ``init`` makes
+    those of all leaves at once, unless it is compiled.
 
     :func:`madam` needs no such wrapper: it has a ``moment_format`` of its own. An
     accumulator of gradients is a moment, too: ``optax.MultiSteps`` goes around this.

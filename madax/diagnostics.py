@@ -56,7 +56,7 @@ def relative_update_size(params: Any, updates: Any) -> dict[str, jax.Array]:
       0.010
     """
 
-    # An update of codes is a number of codes: its size is how far the values move.
+    # An update of codes is a number of codes; its size is how far the values move.
     def in_values(w, u):
         if not (is_quantized(w) and is_quantized(u)):
             return u
@@ -236,7 +236,8 @@ def log_weight_histogram(
 
     def histogram(w, _):
         log_w = jnp.clip(jnp.log(jnp.abs(w)), lowest, highest).ravel()
-        # ln 0 = -inf was clipped into the first bin: weights of 0 take it out again.
+        # ln 0 = -inf is clipped into the first bin. Zeros get a weight of 0, so that
+        # they do not count.
         nonzero = (w != 0).astype(jnp.int32).ravel()
         return jnp.histogram(log_w, edges, weights=nonzero)[0].astype(jnp.int32)
 
@@ -246,8 +247,8 @@ def log_weight_histogram(
 def code_occupancy(params: Any) -> dict[str, jax.Array]:
     """How many weights each code has, for every quantised leaf.
 
-    How many of the counts are not zero is how many levels a leaf uses; the entropy of
-    the counts is how many bits a weight it needs.
+    The number of counts that are not zero is the number of levels that a leaf uses. The
+    entropy of the counts is the number of bits per weight that it needs.
 
     Args:
       params: tree of floating-point or quantised arrays.
@@ -294,7 +295,7 @@ def descent_bound(params: Any, grads: Any) -> jax.Array:
       grads: gradients; same structure and shapes.
 
     Returns:
-      The bound, in nats a step, a float32 scalar. Leaves whose weights or
+      The bound, in nats per step, a float32 scalar. Leaves whose weights or
       gradients are all zero do not count; 0 if none counts.
 
     Raises:

@@ -88,7 +88,7 @@ def moment_values(state):
     return decode(state.v, fmt.v_grid, np.float32(window.scale)), m
 
 
-# Compiled once for an optimizer and the shapes of a tree.
+# It is compiled once for each optimizer and tree of shapes.
 jitted_step = jax.jit(step, static_argnums=0)
 
 
@@ -96,7 +96,8 @@ def enable_x64(on: bool = True):
     """A context in which JAX has float64, or one that changes nothing."""
     if not on:
         return contextlib.nullcontext()
-    # The name moved; either warns or is missing in the other half of jax 0.6 to 0.10.
+    # The name moved; in each half of jax 0.6 to 0.10, one of the two warns or is
+    # missing.
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(True)
     from jax.experimental import enable_x64

@@ -12,7 +12,7 @@ from helpers import raises
 
 import madax
 
-# Every kind of mistake in a number, of which one argument sees them all.
+# Every kind of mistake in a number. One argument is given all of them.
 NO_NUMBERS = {
     "text": "0.1",
     "none": None,
@@ -76,7 +76,7 @@ def test_unbounded_and_schedules_are_fine():
     madax.madam(optax.constant_schedule(0.1), p_scale=np.inf, g_bound=np.inf)
 
 
-# Of the others, the values next to the ends of their range.
+# The other arguments are given the values next to the ends of their range.
 NOT_NEGATIVE, POSITIVE, DECAY = [-1e-9, np.inf], [0, -1], [1, -1e-9]
 FINITE = [0, np.inf]
 BAD = {

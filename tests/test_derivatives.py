@@ -126,7 +126,7 @@ def test_float_parts_of_native_trees_have_derivatives(codes, bits):
     with enable_x64():
         exact = lambda h: trained(madax.madam, h, jax.tree.map(jnp.float64, W))
         want = jax.grad(exact)(jax.tree.map(jnp.float64, HYPER))
-    # Of the moments' own history only the last step is differentiated.
+    # Only the last step of the moments' history is differentiated.
     rtol = 1e-4 if bits is None else 0.02
     np.testing.assert_allclose(grad["learning_rate"], want["learning_rate"], rtol=rtol)
     if bits is None:

@@ -94,3 +94,19 @@ def test_every_module_is_on_the_map():
 def test_every_table_of_results_is_on_a_page():
     tables = (ROOT / "benchmarks" / "results").rglob("*.md")
     assert {path for path in tables if "smoke" not in path.parts} <= INCLUDED
+
+
+def test_the_version_is_the_same_wherever_it_is_written():
+    read = {
+        "pyproject.toml": r'^version = "(.*)"$',
+        "CITATION.cff": r"^version: (.*)$",
+        "CHANGELOG.md": r"^## \[([\d.]+)\] - (.*)$",
+    }
+    found = {
+        name: re.findall(pattern, (ROOT / name).read_text(encoding="utf-8"), re.M)[0]
+        for name, pattern in read.items()
+    }
+    version, date = found["CHANGELOG.md"]
+    assert found["pyproject.toml"] == found["CITATION.cff"] == version
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"date-released: {date}\n" in citation

@@ -182,7 +182,7 @@ def gradients(params, seed, t=0, bad=True):
         dtype = jnp.float32 if is_quantized(w) or dtype_rng.random() < 0.3 else w
         dtype = jnp.result_type(dtype)
         orders = 4 if dtype == np.float16 else 6
-        # Now and then each element has a size of its own.
+        # Sometimes each element has a size of its own.
         sizes = shape if rng.random() < 0.25 else ()
         g = rng.standard_normal(shape) * 10.0 ** rng.uniform(-orders, orders, sizes)
         g = np.where(rng.random(shape) < 0.1, 0.0, g)
@@ -482,7 +482,7 @@ def float_interval(rule, rms0, peak0, zero_init, w, d_low, d_high, info):
     largest = float(info.max)
     bound = min(weight_bound(rule, rms0, peak0), largest)
     low, high = np.clip(low, -bound, bound), np.clip(high, -bound, bound)
-    # From one end of the dtype to the other is two steps.
+    # A weight crosses its whole dtype in two steps.
     low, high = (w + np.clip(end - w, -largest, largest) for end in (low, high))
     eps = float(info.eps)
     slack = 0.0
@@ -718,7 +718,7 @@ def test_every_step_is_the_oracles(tree, optimizer, seed, mode, steps):
     take_steps(tree, optimizer, seed, mode, steps)
 
 
-# One test an optimizer: a draw leaves the others next to nothing of so few examples.
+# Each optimizer has a test of its own: a draw would leave some next to no examples.
 @pytest.mark.parametrize("name", ["madam", "bbit_madam", "lns_madam"])
 @settings(max_examples=EXAMPLES // 8)
 @given(trees(DTYPES, ends=True), st.data(), seeds, st.integers(2, 3))

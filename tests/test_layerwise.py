@@ -130,7 +130,7 @@ def test_it_is_the_ordinary_step(name):
     if name == "codes":
         assert_same_moments(found_state, state)
     if name == "injected":
-        # What belongs to the step is there once.
+        # What belongs to the step is there once, not once per layer.
         rate = found_state["layers"][1].hyperparams["learning_rate"]
         assert rate == state[1].hyperparams["learning_rate"]
         assert rate.shape == found_state["layers"][1].count.shape == ()
@@ -155,7 +155,7 @@ def norm_of(tree):
 
 def test_microbatches_are_means():
     start, batch = weights(), batches()[0]
-    # What a step of this takes off parameters is the gradient.
+    # A step takes the gradient off the parameters.
     tx, key = optax.sgd(1.0), jax.random.key(0)
 
     def with_norms(ends, x, batch):

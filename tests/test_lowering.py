@@ -167,7 +167,7 @@ def test_a_step_runs_the_same_after_a_round_trip_through_bytes(optimizer):
     moved = [
         np.any(np.asarray(new != old)) for new, old in zip(ours, flat, strict=False)
     ]
-    # All kinds of leaves moved, scales aside: there was something to compare.
+    # All kinds of leaves have moved, scales aside, so there was something to compare.
     names = jax.tree.leaves(
         jax.tree.map(
             lambda w: (

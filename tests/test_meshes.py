@@ -67,7 +67,7 @@ LAYOUTS = {
     "fsdp": (("data", "model"), None, ("data", "model")),
     "tensor_parallel": (None, "model", "model"),
 }
-# Axes of explicit types have each leaf in another of the layouts, at once.
+# On axes of explicit types each leaf lies in another of the layouts.
 needs_explicit_axes = pytest.mark.skipif(
     jax.__version_info__ < (0, 7, 2), reason="sharding in types was not whole yet"
 )
@@ -191,7 +191,7 @@ def run(name, axis_type=None, layout=None):
     if axis_type is None:
         return Run(name, params, grads)
     with enter(make_mesh(axis_type)):
-        # Eager, as people call it, but for Adam, whose wrapper decodes all codes first.
+        # The calls are eager, but for Adam, whose wrapper decodes all codes first.
         init = None
         if name == "wrapped_adam":
             init = compiled_init(OPTIMIZERS[name], params, axis_type, layout)

@@ -32,7 +32,7 @@ FLOORED = {"learning_rate": 1e-3, "floor": 1.0, "p_scale": 5.0, "zero_init_scale
 FIRST_MOMENT = {**FLOORED, "b1": 0.9}
 LOW_BIT_MOMENTS = {**FIRST_MOMENT, "moment_format": madax.MomentFormat(bits=8)}
 
-# Cases an optimizer, by upstream's test, in optax 0.2.7 and 0.2.8.
+# The number of upstream's cases for each optimizer, by test, in optax 0.2.7 and 0.2.8.
 CASES = {
     "test_optimizers_accept_extra_args": 2,
     "test_optimizers": 4,

@@ -199,7 +199,8 @@ def test_codes_take_the_rounded_steps_of_their_values():
         d = oracle(np.reshape(g, (-1, g.shape[-1]))).reshape(g.shape)
         target = np.log(np.abs(np.float64(x))) - rate * d * np.sign(x)
         codes = np.asarray(w.codes, int)
-        # A code is a nat's base_step; those at either end stay in the range.
+        # A step of d nats is d / base_step codes; codes at either end stay in the
+        # range.
         inside = (np.abs(codes) > 10) & (np.abs(codes) < 117)
         found = np.log(np.abs(np.float64(moved.dequantize())))
         assert inside.mean() > 0.5

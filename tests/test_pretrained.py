@@ -49,7 +49,7 @@ def test_a_step_moves_an_outlier_as_any_weight(make):
         after = step(make(0.01), params, sign)["dense"]["kernel"]
         ratio = np.abs(after / params["dense"]["kernel"])
         assert np.all((ratio > 0.98) & (ratio < 1.02))
-    # The bound is there for good.
+    # The bound stays.
     tx = madax.madam(0.01)
     state = tx.init(params)
     far = step(optax.chain(madax.clip_log_weights()), params, 9.0)

@@ -66,7 +66,7 @@ def trained_in_one_of_two(coordinator, process, path):
         assert not all(values(w).is_fully_addressable for w in trained.params.values())
         record(name, (trained.params, trained.state), axis_type)
 
-    # Eager, as ever: no process has all channels of these, or may ask for their values.
+    # These calls are eager. No process has all channels, or may ask for their values.
     w = place(random_weights()["log8"], "log8", "auto", "tensor_parallel")
     with enter(make_mesh("auto")):
         codes = madax.quantize_params(w, FORMATS["log8"], channel_axis=-1)

@@ -43,6 +43,16 @@ def test_the_network_is_causal_and_starts_at_chance():
     assert loss == pytest.approx(np.log(size.vocabulary), abs=1)
 
 
+def test_an_unknown_optimizer_is_refused_and_records_are_kept(tmp_path):
+    raw = tmp_path / speed.device_name() / "speed.jsonl"
+    raw.parent.mkdir()
+    raw.write_text("kept")
+    message = r"optimizers must be of \['adam', .*\], got \['unknown'\]"
+    with pytest.raises(ValueError, match=message):
+        speed.speed(tmp_path, optimizers=("adamw", "unknown"))
+    assert raw.read_text() == "kept"
+
+
 @pytest.mark.nightly
 def test_speed(few, tmp_path, capsys):
     speed.speed(tmp_path, profile="smoke")

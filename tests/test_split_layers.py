@@ -67,7 +67,7 @@ def test_the_gradients_are_those_of_the_model(make):
     expected, grads = jax.value_and_grad(whole)(state)
     split = madax.split_layers(model, "blocks")
     init, step = madax.layerwise(
-        # A step of this takes the gradient off.
+        # A step takes the gradient off the parameters.
         optax.sgd(1.0),
         lambda ends, tokens: split.ends(ends).embedding(tokens[:, :-1]),
         split.layer,

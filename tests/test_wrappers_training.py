@@ -78,7 +78,7 @@ def random_grads(steps):
     return [optax.tree.random_like(key, shape) for key in keys]
 
 
-# What works inside with_quantized_params, and what it does there.
+# What works inside with_quantized_params, and what to check of it.
 
 
 def test_on_codes_madam_inside_is_madam_native():
@@ -152,8 +152,8 @@ def test_reduce_on_plateau():
     )
     start = native_params()
     trained, state = train(tx, start, 80, value=loss)
-    # What it scales is u, after the law, by 1 or less: part of the way to where Madam
-    # would go, so signs and bounds are kept.
+    # It scales u, after the rule, by 1 or less: the weight goes part of the way to
+    # where Madam would take it, so signs and bounds are kept.
     assert loss(trained) < 0.9 * loss(start)
     assert_signs_kept(start, trained)
     assert optax.tree.get(state, "scale", filtering=is_plateau) < 1
@@ -165,8 +165,8 @@ def is_plateau(path, value):
 
 
 def test_schedule_free_trains_with_a_floor():
-    # It moves one sequence of weights by the steps of another: signs may change, which
-    # is what a floor is for.
+    # It moves one sequence of weights by the steps of another, so signs may change. The
+    # floor is for that.
     tx = on_codes(contrib.schedule_free(madam(floor=1.0), RATE, b1=0.9))
     start = native_params()
     trained, state = train(tx, start, 100)
@@ -265,7 +265,7 @@ AFTER = {
     "scale": optax.scale(0.5),
     "ema": optax.ema(0.9),
     "clip_by_global_norm": optax.clip_by_global_norm(0.5),
-    # All of whole numbers, of which codes would stay whole.
+    # All numbers are whole, and would stay whole on codes.
     "scale by 2": optax.scale(2),
     "scale by -1": optax.scale(-1),
     "scale_by_learning_rate": optax.scale_by_learning_rate(1),

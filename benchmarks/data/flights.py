@@ -50,7 +50,7 @@ def flights(folder: Path | None, *, rows: int, held_out: int) -> Flights:
         table[f"sched_{name}_time"] // 100 + table[f"sched_{name}_time"] % 100 / 60
         for name in ("dep", "arr")
     )
-    # Clocks of other zones shift all flights to a place alike.
+    # The clocks of another time zone shift all flights to a place by the same amount.
     table = table.assign(
         weekday=day.dt.day_of_week, time=left, planned=(due - left) % 24
     )
