@@ -1,4 +1,4 @@
-"""The command line: one subcommand a benchmark."""
+"""The command line: one subcommand per benchmark."""
 
 from collections.abc import Sequence
 

@@ -57,7 +57,7 @@ def at_best(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_errors(runs: pd.DataFrame) -> pd.Series:
-    """Returns the least median error on each workload, of all there is in records.
+    """Returns the least median error on each workload, over all records.
 
     Args:
       runs: records, as read.

@@ -1,4 +1,4 @@
-"""Accuracy against bits a weight: formats and roundings, Madam and Adam alike."""
+"""Accuracy against bits per weight: formats and roundings, Madam and Adam alike."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -150,7 +150,7 @@ def bits_table(runs: pd.DataFrame) -> str:
 
 
 def bits_figure(runs: pd.DataFrame) -> Figure:
-    """Draws accuracy against bits a weight, one panel a network.
+    """Draws accuracy against bits per weight, one panel per network.
 
     Args:
       runs: records, as read.

@@ -50,7 +50,7 @@ def _quantize(params: optax.Params) -> optax.Params:
 
 
 def _adam8(rate: optax.Schedule) -> optax.GradientTransformation:
-    """Adam with its state in 8 bits, of small leaves too: they are all there is."""
+    """Adam with its state in 8 bits; small leaves too, as there are no others."""
     state = madax.with_quantized_state(
         optax.adam(rate), EIGHT, where=lambda path, leaf: leaf.ndim > 0
     )
@@ -145,7 +145,7 @@ def left_out(
 
 
 def judged(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Returns medians over seeds, with ``ratio``, and how what was chosen does.
+    """Returns medians over seeds with ``ratio``, and the regrets of what was chosen.
 
     Args:
       runs: records, as read.

@@ -1,4 +1,4 @@
-"""What XLA's compilers make of every optimizer's step, for chips that are not there."""
+"""Every optimizer's step by XLA's compilers, for chips that need not be there."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ if find_spec("flashoptim_jax") is not None:
         """An optimizer that is no transform of optax."""
 
         def step(self, params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-            """Returns parameters and state after its own kind of step."""
+            """Returns parameters and state after a step of its own kind."""
             return self.tx.step(params, state, grads)  # pyrefly: ignore
 
     OPTIMIZERS |= {
@@ -170,7 +170,7 @@ def compiled(
 
 
 def in_a_process(raw: Path, jobs: Sequence[Job]) -> None:
-    """Compiles in another process, until a compiler ends it; records that, too."""
+    """Compiles in another process; if a compiler ends that, records it, too."""
     text = json.dumps([dataclasses.asdict(job) for job in jobs])
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.compiled", str(raw), text],
@@ -244,7 +244,7 @@ def measure(work: Work, sharding: Any) -> dict[str, Any]:
 
 
 def lower(work: Work, sharding: Any) -> Any:
-    """Returns the step as it goes to the compiler; nothing is kept of it for later."""
+    """Returns the step as it goes to the compiler; JAX caches nothing of it."""
     *args, step = work
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args

@@ -24,7 +24,7 @@ def compiled_report(folder: Path) -> str:
 
 
 def compiled_table(runs: pd.DataFrame) -> str:
-    """Returns the numbers in Markdown, a table a chip and tree, from records alone."""
+    """Returns a Markdown table per chip and tree, from the records alone."""
     sections = [
         "All of this is what XLA's compilers say of programs compiled for chips that "
         f"were not there: {CAPTION}. Kernels: of one step, loops unrolled. Bytes: what "
@@ -85,7 +85,7 @@ def _row(run: Any, adam: Any, is_step: bool) -> dict[str, str]:
 
 
 def compiled_figure(runs: pd.DataFrame) -> Figure:
-    """Draws bytes, operations, cycles and compile time, a panel each."""
+    """Draws bytes, operations, cycles and compile time, one panel each."""
     alone = runs[runs["parameters"].notna() & ~runs["tree"].str.contains("train")]
     names = list(dict.fromkeys(alone["optimizer"]))
     fig = Figure(figsize=(14, 2 + 0.28 * len(names)), layout="constrained")

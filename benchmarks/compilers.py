@@ -1,4 +1,4 @@
-"""Compilers for accelerators that are not there: what they say a program will take.
+"""Compilers for accelerators that need not be there, and what a program takes there.
 
 Nothing is run. XLA compiles for a TPU if the package libtpu is there, and for a GPU if
 those of ``jax[cuda12]`` are (``pip install madax[compilers]``).
@@ -70,7 +70,7 @@ class Chip:
     gpu: dict[str, Any] | None = None
 
     def devices(self, count: int = 1) -> list[Any]:
-        """Returns so many of it, on which to put shapes that are to be compiled for."""
+        """Returns devices of this chip, on which to put the shapes to compile for."""
         missing = {
             k: v for k, v in ENVIRONMENT.items() if v not in os.environ.get(k, "")
         }
@@ -181,7 +181,7 @@ def footprint(compiled: Any) -> dict[str, int]:
 
 
 def gathered(text: str) -> dict[str, int]:
-    """Returns the bytes that all-gathers of a program result in, by dtype."""
+    """Returns the bytes of the results of all-gathers in a program, by dtype."""
     total: dict[str, int] = {}
     for line in text.splitlines():
         found = re.search(r"= (.*?)\ball-gather(-start)?\(", line)
@@ -195,7 +195,7 @@ def gathered(text: str) -> dict[str, int]:
 
 
 def needed(error: Exception) -> int | None:
-    """Returns the bytes that a TPU program was refused for, as its compiler says."""
+    """Returns the bytes that a refused TPU program needs, from its error."""
     found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
     if found is None:
         return None

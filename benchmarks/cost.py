@@ -22,7 +22,7 @@ def cost(
       repeats: steps timed, each on its own, after warm-up.
 
     Returns:
-      ``step_us``, median microseconds a step, compiled and with donated buffers, as
+      ``step_us``, median microseconds per step, compiled and with donated buffers, as
       seen from Python; ``bytes_per_weight``, parameters and optimizer state.
     """
     tx = optimizer.make(optimizer.rate)

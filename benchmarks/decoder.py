@@ -111,7 +111,7 @@ def layer(size: Size, w: Params, x: jax.Array) -> jax.Array:
 
 
 def loss(ends: Params, x: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Returns the mean nats a token, in float32."""
+    """Returns the mean nats per token, in float32."""
     x, head = _last(ends, x)
     x, targets = x.reshape(-1, x.shape[-1]), tokens[:, 1:].reshape(-1)
     return cross_entropy(x, head, targets) / len(x)

@@ -118,14 +118,14 @@ def fit(
 
 
 def _is_too_long(raw: Path, job: Job) -> bool:
-    """Whether less is known not to fit."""
+    """Whether a smaller step is known not to fit."""
     same = {k: v for k, v in dataclasses.asdict(job).items() if k != "length"}
     runs = records.find(raw, same)
     return any(not run["fits"] and run["length"] < job.length for run in runs)
 
 
 def _in_its_own_process(job: Job, raw: Path) -> None:
-    """Compiles, and appends the record; compilers that give up end their process."""
+    """Compiles in another process, which a compiler that fails may end; records it."""
     args = itertools.chain.from_iterable(
         (f"--{k}", str(v)) for k, v in dataclasses.asdict(job).items()
     )
@@ -212,7 +212,7 @@ def _shapes(size: decoder.Size) -> Any:
 
 
 def quantize(params: decoder.Params, format: madax.Format = FORMAT) -> decoder.Params:
-    """Returns the matrices as codes, a scale for that of each layer."""
+    """Returns the matrices as codes, with one scale per layer."""
     layers = madax.quantize_params(
         params["layers"],
         format,
@@ -223,7 +223,7 @@ def quantize(params: decoder.Params, format: madax.Format = FORMAT) -> decoder.P
 
 
 def _ordinary(size: decoder.Size, tx: Any, params: Any, state: Any, batch: Any) -> Any:
-    """The step as most write it: all decoded, all gradients, then the update."""
+    """The usual step: decode all weights, take all gradients, then update."""
     dtype = None if isinstance(params["ends"]["tokens"], jax.Array) else jnp.bfloat16
     values = madax.dequantize_params(params, dtype)
     loss, grads = jax.value_and_grad(partial(decoder.whole_loss, size))(values, batch)

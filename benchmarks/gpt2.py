@@ -67,12 +67,12 @@ def init(size: Size, key: jax.Array) -> dict[str, Any]:
 
 
 def loss(size: Size, params: optax.Params, tokens: jax.Array) -> jax.Array:
-    """Returns the mean nats a token, of sequences of shape (batch, length + 1)."""
+    """Returns the mean nats per token, of sequences of shape (batch, length + 1)."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: GPT2(size, nnx.Rngs(0))))
     return cross_entropy(nnx.merge(graph, params)(tokens[:, :-1]), tokens[:, 1:])
 
 
 def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Returns the mean nats a token, computed in float32."""
+    """Returns the mean nats per token, computed in float32."""
     logits = logits.astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()

@@ -1,4 +1,4 @@
-"""What a step by layers costs in time, against the ordinary one with as much work."""
+"""The time of a step by layers, against the ordinary step with the same work."""
 
 import statistics
 from functools import partial

@@ -100,7 +100,7 @@ LONG = (BASELINE, "madam 8 bits", "muon_madam 8 bits")
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How long to train what.
+    """What to train, and for how long.
 
     Attributes:
       layers: of the network.
@@ -181,7 +181,7 @@ def llama(
 
 
 def _tuning(raw: Path, source: str, name: str, budget: Budget) -> Iterator[dict]:
-    """Yields the runs that are missing: of rates, then of the best, other seeds."""
+    """Yields the missing runs: first of all rates, then other seeds of the best."""
     fixed = {"source": source, "name": name, "budget": dataclasses.asdict(budget)}
     rates = ROWS[name].rates
     count = min(budget.rates, len(rates))
@@ -212,7 +212,7 @@ def _tuning(raw: Path, source: str, name: str, budget: Budget) -> Iterator[dict]
 def train(
     source: str, name: str, budget: dict[str, Any], rate: float, seed: int
 ) -> dict[str, Any]:
-    """Trains once; returns the held-out loss in nats a byte, its curve and a sample."""
+    """Trains once; returns the held-out nats per byte, their curve and a sample."""
     begin = time.perf_counter()
     chosen, row, data = Budget(**budget), ROWS[name], text(source)
     params, init, step = _start(chosen, row, rate, seed)
@@ -318,19 +318,19 @@ def llama_report(folder: Path) -> str:
 
 
 def _best(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns the runs of seed 0 at the best rate, one a row and text."""
+    """Returns the runs of seed 0 at the best rate, one per row and text."""
     first = runs[runs["seed"] == 0].sort_values("loss", kind="stable")
     return first.drop_duplicates(["source", "name"]).sort_index()
 
 
 def _at_best(runs: pd.DataFrame, best: Any) -> pd.DataFrame:
-    """Returns all seeds of one of those."""
+    """Returns the runs of all seeds of one of the best runs."""
     same = (runs["source"] == best["source"]) & (runs["name"] == best["name"])
     return runs[same & (runs["rate"] == best["rate"])]
 
 
 def _losses(runs: pd.DataFrame, best: Any) -> pd.Series:
-    """Returns the losses of one of those, by seed."""
+    """Returns the losses of one of the best runs, by seed."""
     return _at_best(runs, best).set_index("seed")["loss"]
 
 

@@ -1,4 +1,4 @@
-"""LNS-Madam whole: weights, activations and gradients on logarithmic grids."""
+"""LNS-Madam in full: weights, activations and gradients on logarithmic grids."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a training run takes of memory, without running it."""
+"""The memory of a training run, measured without running it."""
 
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ def memory(
 
     Bytes of the parameters and the optimizer state, from their arrays; and XLA's own
     count for the compiled train step, of one sequence of 128 tokens: nothing is run.
-    Some optimizers twice: with all weights decoded for the step, and a layer at a time.
+    Some optimizers are counted twice: with all weights decoded at once, and by layer.
 
     Args:
         out: Folder of a folder for this device: memory.jsonl and .md.
@@ -60,7 +60,7 @@ def memory(
 
 
 def whole_work(row: Row, size: gpt2.Size, batch: int, length: int) -> Work:
-    """Returns a train step as most people write it: all weights are decoded first."""
+    """Returns the usual train step, which decodes all weights first."""
     weights = jax.eval_shape(partial(gpt2.init, size, jax.random.key(0)))
     step, tokens = train_step(size, batch, length, row, weights)
     params = jax.eval_shape(row.quantize, weights)
@@ -90,7 +90,7 @@ def layerwise_work(row: Row, size: gpt2.Size, batch: int, length: int) -> Work:
 def footprint(
     params: optax.Params, state: Any, step: Step, tokens: Any
 ) -> dict[str, int]:
-    """Compiles a train step for arrays that are not there, and reads off its memory.
+    """Compiles a train step for shapes alone, and reads off its memory.
 
     Args:
       params: shapes of the parameters.

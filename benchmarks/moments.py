@@ -1,4 +1,4 @@
-"""Moments of few bits: under hard conditions, and what they do to losses."""
+"""Moments of few bits: directions under hard conditions, and losses."""
 
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +34,7 @@ def _rare(step: jax.Array, g: jax.Array, steps: int) -> jax.Array:
 
 
 def _constant(step: jax.Array, g: jax.Array, steps: int) -> jax.Array:
-    """Of many sizes, and none of it random."""
+    """Gradients of many sizes, none of them random."""
     del step, steps
     return jnp.broadcast_to(jnp.logspace(-2, 2, ROWS)[:, None], g.shape)
 

@@ -1,4 +1,4 @@
-"""Every optimizer at one setting on all workloads: what not tuning costs."""
+"""The cost of not tuning: every optimizer at one setting on all workloads."""
 
 from pathlib import Path
 from typing import Annotated

@@ -163,7 +163,7 @@ class Running:
     compile_s: float
 
     def time(self) -> float:
-        """Takes some steps; returns seconds a step."""
+        """Takes some steps; returns the seconds per step."""
         start = time.perf_counter()
         for _ in range(QUEUED):
             self.params, self.state = self.step(self.params, self.state, self.data)
@@ -195,7 +195,7 @@ def compare(
       rounds: times each is timed.
 
     Returns:
-      One record: seconds a step of both, round by round; seconds to compile; and, of
+      One record: seconds per step of both, round by round; seconds to compile; and, of
       an optimizer step, the bytes a parameter that it cannot help but move: gradients,
       parameters and state read, parameters and state written.
     """
@@ -240,7 +240,7 @@ def device_name() -> str:
 
 
 def speed_table(runs: pd.DataFrame) -> str:
-    """Returns the times in Markdown, a table a tree, from the records alone."""
+    """Returns the times in Markdown, a table per tree, from the records alone."""
     sections = []
     for tree, group in runs.groupby("tree", sort=False):
         baseline = np.median(np.concatenate(group["baseline_seconds"].to_list()))
@@ -275,7 +275,7 @@ def _table_row(run: Any) -> dict[str, str]:
 
 
 def speed_figure(runs: pd.DataFrame) -> Figure:
-    """Draws time over that of optax.adam, a panel a tree."""
+    """Draws time over that of optax.adam, one panel per tree."""
     groups = list(runs.groupby("tree", sort=False))
     fig = Figure(figsize=(3.2 * len(groups) + 1.5, 4.2), layout="constrained")
     panels = fig.subplots(1, len(groups), sharey=True, squeeze=False)[0]

@@ -43,19 +43,19 @@ OUT_OF_RANGE = [
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS.values(), ids=NO_NUMBERS)
-def test_what_is_no_number(value):
+def test_values_that_are_no_numbers_are_refused(value):
     with raises(TypeError, "learning_rate must be", repr(value), "default: 0.01"):
         madax.madam(value)
 
 
 @pytest.mark.parametrize("value", OUT_OF_RANGE, ids=lambda value: f"{value}"[:9])
-def test_numbers_out_of_range(value):
+def test_numbers_out_of_range_are_refused(value):
     with raises(ValueError, "learning_rate", f"{value}", "default: 0.01"):
         madax.madam(value)
 
 
 @pytest.mark.parametrize("wrap", [np.float32, jnp.asarray])
-def test_arrays_out_of_range(wrap):
+def test_arrays_out_of_range_are_refused(wrap):
     for value in (-1, np.nan, np.inf):
         with raises(ValueError, "learning_rate must satisfy", f"{wrap(value)}"):
             madax.madam(wrap(value))
@@ -68,11 +68,11 @@ def test_arrays_of_rates_point_to_vmap(value):
 
 
 @pytest.mark.parametrize("value", [0.5, 0, np.float32(0.5), np.array(0.5), np.int64(1)])
-def test_numbers_of_every_kind_are_fine(value):
+def test_numbers_of_every_kind_are_accepted(value):
     madax.madam(value, floor=value, zero_init_scale=jnp.asarray(value))
 
 
-def test_unbounded_and_schedules_are_fine():
+def test_no_bound_and_schedules_are_accepted():
     madax.madam(optax.constant_schedule(0.1), p_scale=np.inf, g_bound=np.inf)
 
 
@@ -161,7 +161,7 @@ BAD_LEAVES = {
 
 
 @EVERY
-def test_leaves_and_gradients_that_are_not_real_floats(tx):
+def test_leaves_and_gradients_that_are_not_real_floats_are_refused(tx):
     params = {"a": {"kernel": W}, "b": W}
     state = tx.init(params)
     for bad, shown in BAD_LEAVES.values():
@@ -175,7 +175,7 @@ def test_leaves_and_gradients_that_are_not_real_floats(tx):
 
 @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
 @NEEDS_PARAMS
-def test_floats_in_which_updates_are_lost(tx, dtype):
+def test_floats_too_narrow_for_updates_are_refused(tx, dtype):
     params = {"a": W, "b": W.astype(dtype)}
     with raises(TypeError, "params['b']", dtype.__name__, "quantize_params"):
         tx.init(params)
@@ -184,13 +184,13 @@ def test_floats_in_which_updates_are_lost(tx, dtype):
 
 
 @NEEDS_PARAMS
-def test_missing_params(tx):
+def test_missing_params_are_refused(tx):
     with raises(ValueError, "params is None", "update(grads, state, params)"):
         tx.update(TREE, tx.init(TREE))
 
 
 @NEEDS_PARAMS
-def test_a_state_of_another_layout(tx):
+def test_a_state_of_another_layout_is_refused(tx):
     """As a checkpoint that is restored into nothing is dictionaries."""
     state = tx.init(TREE)
     parts = state if type(state) is tuple else (state,)
@@ -217,7 +217,7 @@ MISMATCHES = {
 
 
 @EVERY
-def test_updates_of_another_structure_or_shape(tx):
+def test_updates_of_another_structure_or_shape_are_refused(tx):
     state = tx.init(TREE)
     for updates in MISMATCHES.values():
         with raises(ValueError, "updates", "same tree structure", "gradients"):
@@ -229,20 +229,20 @@ def test_updates_of_another_structure_or_shape(tx):
 
 
 @EVERY
-def test_state_made_for_other_params(tx):
+def test_a_state_for_other_params_is_refused(tx):
     state = tx.init({"a": {"kernel": W}})
     with raises(ValueError, "state"):
         tx.update(TREE, state, TREE)
 
 
-def test_moments_made_for_other_shapes():
+def test_moments_for_other_shapes_are_refused():
     state = TRANSFORMS["madam"].init({**TREE, "b": jnp.ones((3, 2))})
     with raises(ValueError, "state.v['b']", "(3, 2)"):
         TRANSFORMS["madam"].update(TREE, state, TREE)
 
 
 @NEEDS_PARAMS
-def test_shapes_instead_of_values_at_init(tx):
+def test_shapes_instead_of_values_at_init_are_refused(tx):
     shapes = jax.eval_shape(lambda: TREE)
     with raises(TypeError, "jax.ShapeDtypeStruct", "jax.eval_shape(tx.init, params)"):
         tx.init(shapes)
@@ -251,7 +251,7 @@ def test_shapes_instead_of_values_at_init(tx):
 
 
 @NEEDS_PARAMS
-def test_params_that_are_not_finite_at_init(tx):
+def test_params_that_are_not_finite_at_init_are_refused(tx):
     for bad in (np.nan, np.inf, -np.inf):
         with raises(ValueError, "params['a/kernel']", "NaN or an infinity"):
             tx.init({"a": {"kernel": W.at[1].set(bad)}, "b": W})

@@ -217,7 +217,7 @@ BAD_UPDATES = [
 
 
 @every_transform
-def test_gradients_for_another_tree(tx):
+def test_gradients_for_another_tree_are_refused(tx):
     params = mixed()
     state = tx.init(params)
     before = jax.tree.map(np.array, (params, state))
@@ -231,7 +231,7 @@ def test_gradients_for_another_tree(tx):
 
 
 @every_transform
-def test_leaves_that_cannot_be_trained(tx):
+def test_leaves_that_cannot_be_trained_are_refused(tx):
     for bad in (jnp.int32(1), jnp.complex64(1)):
         params = mixed() | {"n": bad}
         grads = madax.dequantize_params(mixed()) | {"n": jnp.float32(1)}
@@ -240,7 +240,7 @@ def test_leaves_that_cannot_be_trained(tx):
 
 
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_state_of_other_params(jit):
+def test_a_state_of_other_params_is_refused(jit):
     """Of floats, for codes: the vectors of scalars tell."""
     floats = {"w": ones(4, 4), "b": jnp.ones(4)}
     for tx in (GRID(), madax.scale_by_sign_log(), madax.clip_log_weights()):

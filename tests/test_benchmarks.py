@@ -55,7 +55,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_files_are_named_with_what_is_wrong(tmp_path, name):
+def test_damaged_files_are_named_with_their_fault(tmp_path, name):
     data, message = DAMAGED[name]
     path = tmp_path / "train-images-idx3-ubyte"
     path.write_bytes(data)
@@ -82,7 +82,7 @@ def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch):
 @pytest.mark.skipif(
     not idx_files.DEBIAN.is_dir(), reason="dataset-fashion-mnist is not installed"
 )
-def test_debians_files():
+def test_files_of_debian_are_found():
     workload = fashion_mnist("cnn")
     assert workload.train[0].shape == (60_000, 28, 28, 1)
     assert np.bincount(workload.train[1]).tolist() == [6000] * 10
@@ -119,7 +119,7 @@ def test_bits_resumes_and_its_table_is_that_of_the_records(
     assert (out / "bits.png").stat().st_size > 10_000
 
 
-def test_a_row_cut_short_is_known_by_its_seeds(tmp_path):
+def test_a_row_cut_short_is_completed_by_seed(tmp_path):
     raw, settings = tmp_path / "runs.jsonl", {"optimizer": "madam", "grid": None}
     assert records.find(raw, settings) == []
     for seed in (0, 2):

@@ -117,7 +117,7 @@ def test_states_of_no_float_leaf_come_back(tmp_path, name):
     assert_identical(restore(tmp_path, abstract(state)), state)
 
 
-def test_a_target_of_arrays_does_too(tmp_path):
+def test_codes_come_back_into_a_target_of_arrays(tmp_path):
     tree = trained(FORMATS["log"])
     save(tmp_path, tree)
     fresh = make(FORMATS["log"])
@@ -136,7 +136,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 @pytest.mark.parametrize("kind", ["abstract", "arrays"])
-def test_a_target_of_another_format_is_an_error(tmp_path, other, kind):
+def test_a_target_of_another_format_is_refused(tmp_path, other, kind):
     """The format is in the key of the codes, so Orbax finds no such key."""
     tree = {"params": make(FORMATS["log"])}
     save(tmp_path, tree)
@@ -149,7 +149,7 @@ def test_a_target_of_another_format_is_an_error(tmp_path, other, kind):
     assert_identical(restore(tmp_path, abstract(tree)), tree)
 
 
-def test_a_target_of_floats_is_an_error(tmp_path):
+def test_a_target_of_floats_is_refused(tmp_path):
     save(tmp_path, {"params": make(FORMATS["log"])})
     floats = madax.dequantize_params(make(FORMATS["log"]))
     with pytest.raises((ValueError, KeyError)):

@@ -91,7 +91,7 @@ def arbitrary(tree):
 
 @pytest.mark.nightly
 @needs_set_mesh
-def test_every_state_goes_from_eight_devices_to_four_to_one(tmp_path):
+def test_every_state_moves_from_eight_devices_to_four_to_one(tmp_path):
     params, _ = start_all()
     states = {k: jax.eval_shape(tx.init, params) for k, tx in EVERY_STATE.items()}
     abstract = {"params": params, "states": states}
@@ -222,7 +222,7 @@ def killed_and_not(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_is_killed_ends_as_one_that_is_not(killed_and_not, kind):
+def test_a_killed_run_ends_like_one_that_was_not_killed(killed_and_not, kind):
     killed, whole = (tree[kind] for tree in killed_and_not)
     assert different(killed, whole) == []
     before = fresh()[kind]["params"]

@@ -34,7 +34,7 @@ def test_a_setting_is_chosen_without_the_workload_that_judges_it():
     )
 
 
-def test_settings_that_miss_a_workload_are_not_chosen():
+def test_settings_without_some_workload_are_not_chosen():
     table = cells({("a", "x", 1): 1.0, ("a", "x", 2): 5.0, ("b", "x", 2): 5.0})
     assert choose.left_out(table, {"x": [("x", 1), ("x", 2)]})["rate"].tolist() == [
         2,

@@ -73,7 +73,7 @@ def test_the_gradient_goes_straight_through_onto_the_other_grid(fmt):
             assert_on_grid(gx, g, backward)
 
 
-def test_none_leaves_alone():
+def test_none_leaves_values_or_gradients_alone():
     x, g = example(), example(seed=1)
     y, vjp = jax.vjp(lambda x: fake_quantize(x, None), x)
     np.testing.assert_array_equal(y, x)
@@ -138,7 +138,7 @@ def test_python_numbers_and_numpy_arrays():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_has_no_scale(bad):
+def test_one_value_that_is_not_finite_makes_the_array_nan(bad):
     fmt = LogFormat.from_gamma(bits=8, gamma=8)
     x, g = jnp.ones(3), jnp.array([1.0, bad, 2.0])
     assert np.all(np.isnan(madax.fake_quantize(g, fmt)))

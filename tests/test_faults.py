@@ -390,7 +390,7 @@ def normal(shape=(4, 4)):
 
 
 @pytest.mark.parametrize("name", ["madam", *WRAPPED])
-def test_codes_do_not_feel_the_scale(name):
+def test_codes_do_not_depend_on_the_scale(name):
     """Native codes take the same steps; wrapped optimizers valid ones."""
     step = step_of(name)
     start = {

@@ -94,7 +94,7 @@ def test_labels_of_parts_of_codes_are_an_error(inner):
 
 
 def test_averages_of_values():
-    """An average of codes is an error; that of what they decode to is written so."""
+    """An average of codes is an error; the average of their values is written so."""
     average = madax.dequantize_params(make())
     params, values = make(), [average]
     for _ in range(3):
@@ -141,7 +141,7 @@ def test_adapters_in_floats_over_frozen_codes():
 
 
 class Adapted(nnx.Module):
-    """A layer that was quantised, and an adapter that was not."""
+    """The layer is quantised, and its adapter is not."""
 
     def __init__(self, linear, rngs):
         self.layer = nnx.LoRA(8, 2, 8, base_module=linear, rngs=rngs)

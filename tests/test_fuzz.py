@@ -77,7 +77,7 @@ few_codes_lose_much = pytest.mark.filterwarnings("ignore:.*lost in rounding")
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """How to make a leaf; a token in the tree until then."""
+    """A recipe for a leaf, which stands in the tree until the leaf is made."""
 
     kind: str  # "float", "codes" or "python"
     shape: tuple[int, ...]
@@ -200,7 +200,7 @@ def gradients(params, seed, t=0, bad=True):
 
 
 def code_error(fmt, x):
-    """What float32 may be wrong by in the real-valued code of ``x``, in codes."""
+    """The error of float32 in the real-valued code of ``x``, in codes, at most."""
     error = 4 * F32 * levels(fmt)
     if isinstance(fmt, LogFormat):
         with np.errstate(divide="ignore"):
@@ -221,7 +221,7 @@ def saturate(fmt, code, sign):
 
 
 def rounded(low, high, rounding):
-    """The whole numbers that a number in the interval may be rounded to."""
+    """The integers to which a number in the interval may be rounded."""
     if rounding == "nearest":
         return np.rint(low), np.rint(high)
     return np.floor(low), np.ceil(high)
@@ -272,7 +272,7 @@ def check_quantized(leaf, w):
 
 
 class MomentGrid(NamedTuple):
-    """Codes 1, 2, ... from 2**octave up, ``2**mantissa`` of them an octave."""
+    """Codes 1, 2, ... from 2**octave up, ``2**mantissa`` of them per octave."""
 
     octave: int
     mantissa: int
@@ -557,7 +557,7 @@ def check_kind(w, new):
 
 
 class Oracle:
-    """Follows an optimizer: what it knows of the first weights, and the count."""
+    """Follows an optimizer: it keeps the facts of the first weights, and the count."""
 
     def __init__(self, rule, params):
         self.rule, self.count, self.first = rule, 0, []

@@ -76,7 +76,7 @@ def loss(params, ids, kind="scan"):
 
 
 def of_decoded(fun, dtype=None, transform=jax.value_and_grad, **options):
-    """The same derivatives, of weights decoded beforehand."""
+    """The same derivatives, taken of weights that are decoded beforehand."""
 
     def run(params, *args):
         decode = lambda x: x.dequantize(dtype) if is_quantized(x) else x
@@ -107,7 +107,7 @@ def test_gradients_are_those_of_the_decoded_weights(params, kind, dtype):
         same(jax.jit(madax.grad(fun))(params, IDS), grads)
 
 
-def test_outside_of_jit_too(params):
+def test_gradients_are_right_outside_of_jit(params):
     fun = lambda p: jnp.sum(jnp.sin(p["table"][:5] * p["place"] + p["table"][2]))
     same(madax.value_and_grad(fun)(params), of_decoded(fun)(params))
 
@@ -187,7 +187,7 @@ def temporaries(fun, *args):
 
 
 def test_blocks_under_checkpoint_have_their_own_weights_in_floats_and_no_others():
-    """By XLA's count, beside arguments and results: a layer or two, not all of them."""
+    """Temporaries, by XLA's count, hold a layer or two, not all of them."""
     depth, width = 16, 128
     w = codes(0, (depth, width, width), scale_shape=(depth, 1, 1))
     block = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
@@ -223,8 +223,8 @@ def test_a_look_up_and_its_gradient_decode_the_rows_it_takes():
     assert not [e for e in decoded if e.invars[0].aval.shape == table.shape]
 
 
-def test_on_a_mesh():
-    """Gradients are where those of decoded weights would be, and the same."""
+def test_gradients_are_right_on_a_mesh():
+    """Gradients are those of decoded weights, and lie on the same devices."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
     weights = {"in": codes(0, (64, 128)), "out": codes(1, (128, 64))}
 

@@ -16,7 +16,7 @@ def pictures(shape, examples=20):
 
 
 def hub(monkeypatch, expected, **columns):
-    """Has the library hand out these columns, as (values, type), under that name."""
+    """Makes the library load these columns, as (values, type), under that name."""
     data = {name: values for name, (values, _) in columns.items()}
     types = Features({name: kind for name, (_, kind) in columns.items()})
     split = Dataset.from_dict(data, types)
@@ -77,7 +77,7 @@ def test_wikitext(monkeypatch):
     assert data.vocabulary == 6 and data.token == "word"
 
 
-def test_out_of_reach(monkeypatch, tmp_path):
+def test_a_data_set_out_of_reach_is_named(monkeypatch, tmp_path):
     def load_dataset(*asked):
         raise ConnectionError("no route to host")
 

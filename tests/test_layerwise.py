@@ -1,4 +1,4 @@
-"""A layer at a time, training is that of the ordinary step, to the last bit."""
+"""Training a layer at a time equals the ordinary step, to the last bit."""
 
 import functools
 import operator
@@ -77,7 +77,7 @@ def whole_loss(params, batch, key=None):
 
 
 def ordinary(tx):
-    """All decoded, all gradients there, then the update."""
+    """The usual step: decode all weights, take all gradients, then update."""
 
     def step(params, state, batch, key=None):
         values = madax.dequantize_params(params)
@@ -114,7 +114,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", mostly_nightly(OPTIMIZERS, "codes", "injected"))
-def test_it_is_the_ordinary_step(name):
+def test_layerwise_equals_the_ordinary_step(name):
     if name == "injected" and jax.__version_info__ < (0, 7):
         pytest.skip("the oldest optax makes hyperparameters integers, like codes")
     tx, format = OPTIMIZERS[name]
@@ -229,7 +229,7 @@ def test_layers_pass_integers_on_and_any_tree_of_floats():
     jax.__version_info__ < (0, 8), reason="the oldest XLA copies a stack on CPU"
 )
 def test_no_second_stack_is_made():
-    """What is there beside parameters and state is less than all layers' codes."""
+    """All memory beside parameters and state is less than all layers' codes."""
     depth, wide = 48, 128
     shapes = {"ends": {"w": (8, wide)}, "layers": {"w": (depth, wide, 4 * wide)}}
     floats = jax.tree.map(
@@ -343,7 +343,7 @@ def test_bad_input(case):
         call(**new)
 
 
-def test_a_state_of_another_optimizer():
+def test_a_state_of_another_optimizer_is_refused():
     init, _ = madax.layerwise(FLOATS, embed, layer, loss)
     _, step = madax.layerwise(CODES, embed, layer, loss)
     with raises(ValueError, "the state of the layers does not match that of tx"):

@@ -1,4 +1,4 @@
-"""A layer at a time on eight devices: the codes of one, and it is codes that are sent.
+"""Layer by layer, eight devices get the codes of one, and send codes alone.
 
 This file is also the script that two processes run: ``address process path``.
 """
@@ -162,7 +162,7 @@ def test_fsdp_gathers_codes_and_nothing_else_of_weights():
 
 @pytest.mark.nightly
 @needs_set_mesh
-def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
+def test_a_checkpoint_is_resumed_on_another_mesh(tmp_path):
     params, batches = started("auto", "fsdp")
     half = trained(params, INIT(params), batches[: STEPS // 2])
     save(tmp_path / "half", half)

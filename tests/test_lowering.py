@@ -201,7 +201,7 @@ def test_codes_are_arguments_and_results_of_an_export(tree):
 # --- that the checks above would see it -----------------------------------------------
 
 
-def test_a_call_of_the_host_would_be_seen():
+def test_the_check_sees_a_call_of_the_host():
     def step(x):
         return jax.pure_callback(np.sin, jax.ShapeDtypeStruct((), jnp.float32), x)
 
@@ -211,7 +211,7 @@ def test_a_call_of_the_host_would_be_seen():
 
 
 @pytest.mark.parametrize("dtype", ["float64", "int64", "uint64"])
-def test_wide_arrays_would_be_seen(dtype):
+def test_the_check_sees_wide_arrays(dtype):
     with enable_x64():
         x = jnp.ones(3, dtype)
         assert x.dtype == dtype

@@ -60,7 +60,7 @@ def test_eight_devices_make_the_weights_of_one(name, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
 def test_16_bit_floats_move_by_small_steps_if_rounded_stochastically(dtype, rounding):
-    """On average as far as float32, at a tenth and less of their spacing."""
+    """On average they move as far as float32, by a tenth of their spacing and less."""
     tx, steps = madax.madam(1e-4, rounding=rounding), 20
     w = jnp.abs(jnp.asarray(W, dtype)) + 1
     scan = lambda w, state: jax.lax.scan(
@@ -106,7 +106,7 @@ def test_16_bit_floats_are_rounded_to_a_neighbour(dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_steps_in_one_program_are_those_of_one_program_each(dtype):
-    """XLA may keep float32 in between: what is rounded already stays as it is."""
+    """XLA may keep float32 in between, which leaves rounded weights as they are."""
     tx = madax.madam(0.02, b1=0.9)
     w = jnp.asarray(W[: N // 8], dtype)
     grads = [jnp.asarray(g[: N // 8], dtype) for g in GRADS]

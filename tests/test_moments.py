@@ -183,7 +183,7 @@ def test_stochastic_rounding_is_unbiased(bits, kind):
 
 
 def runner(**options):
-    """Gradients to final state and directions, compiled once a shape."""
+    """Returns final state and directions for gradients, compiled once per shape."""
     tx = madax.scale_by_second_moment(**options)
 
     def step(state, g):
@@ -346,7 +346,7 @@ def test_directions_are_those_of_float_moments_under_hard_conditions(name):
 
 
 def test_a_warm_up_after_a_last_layer_of_zeros():
-    """Hidden gradients begin near nothing, and grow by orders of magnitude."""
+    """Gradients of hidden layers begin near zero and grow by orders of magnitude."""
     rng = np.random.default_rng(4)
     x = jnp.asarray(rng.standard_normal((64, 32)), jnp.float32)
     y = jnp.sin(3 * x[:, :4])

@@ -125,7 +125,7 @@ def test_mixed_trees_treat_each_leaf_as_if_alone():
 
 
 def test_many_small_steps_add_up():
-    """16 bits at a rate of 1e-5, a thirtieth of a code: on average to the full."""
+    """At 16 bits, steps of a thirtieth of a code move weights in full on average."""
     fmt = LogFormat.from_dynamic_range(16, 10_000)
     rng = np.random.default_rng(0)
     w = rng.choice([-1, 1], (200, 200)) * np.exp(rng.uniform(-3, 0, (200, 200)))

@@ -32,7 +32,7 @@ def test_functions_are_exact_to_float32(name):
 
 
 @pytest.mark.parametrize("name", POINTS)
-def test_float64_is_the_library_s(name):
+def test_float64_uses_the_functions_of_jax(name):
     with enable_x64():
         x = jnp.linspace(0.1, 2, 101, dtype=jnp.float64)
         y = getattr(_numerics, name)(x)

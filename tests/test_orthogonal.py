@@ -210,7 +210,7 @@ def test_codes_take_the_rounded_steps_of_their_values():
     assert np.sqrt(np.mean(ratio**2)) == pytest.approx(rate, rel=0.05)
 
 
-def test_two_bytes_a_parameter():
+def test_a_parameter_takes_two_bytes():
     shapes = {"w": (256, 64), "embed": (64, 256)}
     params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
     quantize = functools.partial(madax.quantize_params, format=FORMATS["symlog8"])

@@ -1,4 +1,4 @@
-"""Pretrained weights: outliers and heavy tails are not changed without a word."""
+"""Pretrained weights: outliers and heavy tails never change without a warning."""
 
 import jax
 import jax.numpy as jnp

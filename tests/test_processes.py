@@ -38,7 +38,7 @@ CHANNELS = "scales of channels"
 
 
 def address():
-    """One that nobody listens at."""
+    """A port at which nobody listens."""
     with socket.socket() as server:
         server.bind(("localhost", 0))
         return f"localhost:{server.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""What holds for every weight and gradient, searched for counter-examples."""
+"""Properties of every weight and gradient, searched for counter-examples."""
 
 import functools
 

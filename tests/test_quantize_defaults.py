@@ -96,7 +96,7 @@ FLOATS = [
 ]
 
 
-def test_names_of_weights_and_of_what_is_none():
+def test_names_tell_weights_from_other_leaves():
     tree = dict.fromkeys(WEIGHTS + FLOATS, jnp.ones((4, 8)))
     assert chosen(quantized_shapes(tree)) == set(WEIGHTS)
 
@@ -181,7 +181,7 @@ def test_paths_are_the_same_in_every_tree():
 
 
 def test_a_leaf_that_is_called_value_keeps_its_name():
-    """Only what is alone in a box has no name of its own."""
+    """Only an array that is alone in a box has no name of its own."""
     attention = {name: normal(4, 4) for name in ("query", "key", "value")}
     where = lambda path, leaf: path == "attention/value"
     quantized = madax.quantize_params({"attention": attention}, FMT, where=where)
@@ -196,7 +196,7 @@ class Triple:
         self.query, self.key, self.value = query, key, value
 
 
-def test_where_that_chooses_nothing_is_told_what_there_is():
+def test_where_that_chooses_nothing_is_refused_with_the_paths():
     params = {
         f"Dense_{i}": {"kernel": normal(4, 4), "bias": normal(4)} for i in "abcde"
     }
@@ -294,8 +294,8 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
-def test_what_jit_cannot_know_init_says(bad):
-    """No value is known under jit: the scale is NaN, and so are the weights."""
+def test_init_reports_what_jit_cannot_know(bad):
+    """Under jit no value is known: the scale is NaN, and so are the weights."""
     params = {"w": normal(4, 4), "bad": normal(4, 4).at[:, 1].set(bad)}
     if not bad:
         params["bad"] = jnp.zeros((4, 4))
@@ -350,7 +350,7 @@ def test_an_axis_of_several_that_is_not_there():
 
 
 @pytest.mark.parametrize("channel_axis", [None, 0, -1, (0, 1)])
-def test_what_is_empty_is_neither_zero_nor_infinite(channel_axis):
+def test_empty_leaves_are_neither_zero_nor_infinite(channel_axis):
     everything = lambda path, leaf: True
     q = madax.quantize_params(
         jnp.ones((0, 3)), FMT, where=everything, channel_axis=channel_axis
@@ -380,7 +380,7 @@ def test_scalar_scales_of_older_checkpoints_still_train():
 
 @pytest.mark.parametrize("channel_axis", [None, -1])
 @pytest.mark.parametrize("to", FORMATS[:2], ids=repr)
-def test_codes_are_converted(to, channel_axis):
+def test_codes_of_another_format_are_converted(to, channel_axis):
     q = madax.quantize_params(normal(8, 8), LogFormat(16), channel_axis=channel_axis)
     params = {"w": q, "zero": QuantizedArray(0 * q.codes, q.scale, q.format)}
     new = madax.quantize_params(params, to)
@@ -409,7 +409,7 @@ def test_codes_of_the_format_are_left_alone():
 
 
 def test_leaves_of_one_shape_share_a_program_and_are_read_at_once(monkeypatch):
-    """No compilation a leaf, and no round trip to the host: one for all facts."""
+    """No leaf costs a compilation or a round trip to the host: all share one."""
     params = {f"layer_{i}": normal(12, 20, seed=i) for i in range(9)}
     reads = []
     device_get = jax.device_get

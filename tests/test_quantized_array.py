@@ -153,7 +153,7 @@ def test_quantizing_under_jit_and_vmap_is_quantizing():
     np.testing.assert_allclose(values[1], one_by_one[1].dequantize(), rtol=1e-6)
 
 
-def test_it_is_a_pytree():
+def test_a_quantized_array_is_a_pytree():
     q = madax.quantize_params(normal((4, 5)), FMT)
     leaves, treedef = jax.tree.flatten(q)
     assert [x.shape for x in leaves] == [(4, 5), (1, 1)]

@@ -1,4 +1,4 @@
-"""The README's examples run, and name what there is."""
+"""The README's examples run, and the names in it exist."""
 
 import inspect
 import re
@@ -24,7 +24,7 @@ def test_examples_run_and_train():
     assert np.isfinite(names["value"])
 
 
-def test_it_is_short():
+def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
 
 

@@ -37,7 +37,7 @@ FRACTIONS = [1e-3, -1e-3, 0.02, 0.25, 0.5, -0.3, 0.999, -1.7, 5.0, 2e-5, -7e-6, 
 
 
 def test_stochastic_rounding_is_unbiased():
-    """Over all random numbers that there are: 23 bits, so to within 2**-22."""
+    """The average over all 2**23 random numbers is right to within 2**-22."""
     bits = jnp.arange(2**23, dtype=jnp.uint32) << 9
     rounding = jax.jit(lambda step: round_steps(step, "stochastic", bits))
     for step in np.float32(FRACTIONS):
@@ -136,7 +136,7 @@ def test_neighbours_are_independent(bits, axis):
             assert abs(both - p) * np.sqrt(a.size / p) < SIGMAS, lag
 
 
-def test_no_pattern_in_the_plane(bits):
+def test_random_bits_have_no_pattern_in_the_plane(bits):
     """The spectrum of white noise: its largest peak is ln(n), give or take a few."""
     for half in (bits, bits << 16):
         power = np.abs(np.fft.rfft2(uniform(half))) ** 2 / half.size

@@ -209,7 +209,7 @@ LOADERS = {
 
 
 def infer(folder):
-    """What a process does that has only the files, and the code of the model."""
+    """The script of a process that has only the files and the code of the model."""
     for name, load in LOADERS.items():
         params = load(folder / name)
         kernel = params["params"]["Dense_0"]["kernel"]

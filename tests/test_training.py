@@ -66,7 +66,7 @@ def accuracy(tx, seed, prepare=lambda params: params):
 RATE = optax.cosine_decay_schedule(0.01, STEPS)
 
 
-def test_digits_with_weights_and_moments_of_eight_bits():
+def test_madam_learns_digits_on_weights_and_moments_of_eight_bits():
     fmt = madax.LogFormat.from_dynamic_range(bits=8, ratio=1000)
     tx = madax.madam(RATE, moment_format=madax.MomentFormat(bits=8))
     assert accuracy(tx, 0, lambda p: madax.quantize_params(p, fmt)) > 0.93

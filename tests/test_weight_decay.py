@@ -64,8 +64,8 @@ def test_floats_follow_the_oracle(options, weight_decay):
 
 
 @pytest.mark.parametrize("floor", [0.0, 1e9])
-def test_it_is_that_of_adamw(floor):
-    """Exactly where steps are additive; where they multiply, as of many small steps."""
+def test_the_decay_is_that_of_adamw(floor):
+    """Decay is exact where steps add; elsewhere it is that of many small steps."""
     w, rate, weight_decay = normal(100), 0.01, 0.2
     tx = madax.madam(rate, floor=floor, weight_decay=weight_decay)
     got = run(tx, w, zeros(w))[-1] / w
@@ -127,7 +127,7 @@ def test_a_step_of_codes_follows_the_formula(fmt):
 @pytest.mark.parametrize("channel_axis", [None, -1])
 @pytest.mark.parametrize("fmt", FORMATS[:2], ids=repr)
 def test_codes_decay_by_the_same_share(fmt, channel_axis):
-    """On average, by stochastic rounding, though a step is a fraction of a code."""
+    """They decay on average, though a step is a fraction of a code."""
     w = normal(64, 64)
     w = jnp.sign(w) * jnp.clip(jnp.abs(w), 0.5, 2)  # no code near the smallest
     q = madax.quantize_params(w, fmt, channel_axis=channel_axis)
@@ -157,8 +157,8 @@ def mixed():
     return params, grads
 
 
-def test_none_costs_nothing():
-    """The same state, and the same program, as of a chain that has no such thing."""
+def test_no_decay_costs_nothing():
+    """Without decay, state and program are those of a chain without the transform."""
     params, grads = mixed()
     g = jax.tree.map(lambda g: g[0], grads)
     chain = optax.chain(
@@ -187,7 +187,7 @@ MASKS = {
 }
 
 
-def test_masks():
+def test_a_mask_says_which_leaves_decay():
     params, grads = mixed()
     last = lambda tx: jax.tree.map(lambda x: x[-1], run(tx, params, grads))
     none, all_ = (last(madax.madam(0.1, weight_decay=x)) for x in (0, 0.5))
@@ -199,7 +199,7 @@ def test_masks():
         same(some, all_ | {"b": none["b"]})
 
 
-def test_injected_and_changed_by_hand():
+def test_decay_can_be_injected_and_changed_by_hand():
     params, grads = mixed()
     g = jax.tree.map(lambda g: g[0], grads)
     tx = optax.inject_hyperparams(madax.madam, static_args="mask")(
@@ -236,6 +236,6 @@ def test_decay_of_the_gradient_is_normalised_away():
 @pytest.mark.parametrize(
     ("value", "kind"), [(-0.1, ValueError), (np.nan, ValueError), ("0.1", TypeError)]
 )
-def test_wrong_weight_decay(make, value, kind):
+def test_a_wrong_weight_decay_is_refused(make, value, kind):
     with pytest.raises(kind, match=f"weight_decay .*got {value!r}.*pass a number"):
         make(weight_decay=value)

@@ -154,7 +154,7 @@ def test_jit_masked_and_recompilation():
     assert is_quantized(params["w"])
 
 
-def test_float_trees_are_the_inner_optimizers_affair():
+def test_float_trees_are_left_to_the_inner_optimizer():
     params = {"w": jnp.ones((4, 4)), "b": jnp.zeros(4)}
     grads = jax.tree.map(lambda w: w + 0.3, params)
     tx, inner = madax.with_quantized_params(optax.adam(0.1)), optax.adam(0.1)

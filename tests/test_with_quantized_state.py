@@ -106,7 +106,7 @@ def test_rounding_is_unbiased(sign):
     assert bool(window.signed[0]) == (sign < 0)
 
 
-def test_what_all_have_in_common_is_exact():
+def test_a_common_factor_is_exact():
     """An average that nothing is added to decays without rounding."""
     rng = np.random.default_rng(0)
     g = jnp.asarray(rng.lognormal(0, 2, 5000), jnp.float32)
@@ -132,7 +132,7 @@ def test_what_all_have_in_common_is_exact():
     assert np.mean(np.abs(last / expected - 1) < 1e-3) > 0.95
 
 
-def test_what_is_not_finite_is_not_stored():
+def test_values_that_are_not_finite_are_not_stored():
     before = jnp.asarray(np.linspace(-2, 2, 5000), jnp.float32)
     kept, _ = stored(before)
     bad = before.at[:3].set(jnp.array([jnp.nan, jnp.inf, -jnp.inf]))
@@ -256,7 +256,7 @@ def test_lion_and_its_signs():
     assert np.mean(np.asarray(found) == np.asarray(exact)) > 0.9
 
 
-def test_what_is_stored_by_default_and_its_bytes():
+def test_large_moments_are_stored_by_default():
     """Not small leaves, factors, counts, nor what starts as a copy of weights."""
     params = {"w": jnp.ones((256, 128)), "b": jnp.ones(128), "e": jnp.ones((4096,))}
     count = 256 * 128 + 4096
@@ -311,7 +311,7 @@ EXACT = with_quantized_state(EXACT_ADAM, seed=3)
 THREE_BYTES = madax.with_quantized_params(EXACT)
 
 
-def test_three_bytes_a_parameter():
+def test_adam_takes_three_bytes_per_parameter():
     params = madax.quantize_params({"w": small_params()["w"]}, FORMATS["symlog8"])
     state = jax.eval_shape(THREE_BYTES.init, params)
     count = params["w"].size
@@ -394,8 +394,8 @@ def test_layers_one_at_a_time_are_the_ordinary_step():
     assert different(list(m), [x["mlp"]["w"] for x in expected]) == []
 
 
-def test_a_layer_below_the_size_is_so_in_a_stack():
-    """16 * 16 weights are few, in whatever stack."""
+def test_a_small_layer_is_small_in_a_stack():
+    """A layer of 16 * 16 weights is small, however large its stack."""
     deep = {"ends": {}, "layers": {"w": jnp.ones((64, 16, 16))}}
     tx = with_quantized_state(optax.adam(0.1))
     init, _ = madax.layerwise(tx, lambda e, b: b, lambda w, x: x, lambda e, x, b: x)
@@ -407,7 +407,7 @@ def test_a_layer_below_the_size_is_so_in_a_stack():
     assert nu.dtype == jnp.uint8 and nu.shape == (2, *SHAPE)
 
 
-def test_a_checkpoint_goes_on(tmp_path):
+def test_a_checkpoint_is_resumed(tmp_path):
     params, grads = small_params(), small_grads()
     half = [{k: x[part] for k, x in grads.items()} for part in (slice(6), slice(6, 12))]
     tree = carried_on(EXACT, params, EXACT.init(params), half[0])

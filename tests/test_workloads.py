@@ -62,7 +62,7 @@ def test_frechet_distance_of_known_gaussians():
     assert _frechet(mean1, 4 * cov, mean2, cov) == pytest.approx(23, rel=1e-4)
 
 
-def test_digits_shrunk_and_standardised():
+def test_digits_are_shrunk_and_standardised():
     data = images("digits", shrink=2, held_out=100)
     assert data.shape == (4, 4, 1) and data.classes == 10
     assert data.name == "digits 4x4" and len(data.test[0]) == 100
@@ -88,7 +88,7 @@ def test_wikitext_from_files(tmp_path):
     assert data.vocabulary == 4
 
 
-def test_photo_is_the_middle():
+def test_the_photo_is_the_middle_of_the_picture():
     places, colours = photo("china.jpg", 16, shrink=4)
     assert places.shape == (16, 16, 2) and colours.shape == (16, 16, 3)
     assert places.min() == -1 and places.max() == 1
@@ -134,7 +134,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_cifar_files_are_named_with_what_is_wrong(tmp_path, name):
+def test_damaged_cifar_files_are_named_with_their_fault(tmp_path, name):
     content, message = DAMAGED[name]
     path = tmp_path / "data_batch_1.bin"
     path.write_bytes(content)

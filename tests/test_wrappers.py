@@ -48,7 +48,7 @@ def make_grads(params, steps=STEPS, seed=1):
 
 
 def run(tx, params, grads, state=None):
-    """Takes one step a gradient; the parameters and the state after the last."""
+    """Takes one step per gradient; returns the last parameters and state."""
     state = tx.init(params) if state is None else state
     for g in grads:
         params, state = jitted_step(tx, g, state, params)

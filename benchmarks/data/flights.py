@@ -32,7 +32,7 @@ class Flights:
 
 
 def flights(folder: Path | None, *, rows: int, held_out: int) -> Flights:
-    """Returns flights drawn from the year, the same ones for the same numbers.
+    """Returns flights drawn from the year; the same arguments give the same flights.
 
     Args:
       folder: where flights.csv.zip is; None for the package.
@@ -68,7 +68,7 @@ def flights(folder: Path | None, *, rows: int, held_out: int) -> Flights:
 
 
 def _codes(column: pd.Series, rows: int) -> tuple[np.ndarray, int]:
-    """Numbers a column by what its first rows hold, and returns how many there are."""
+    """Numbers the values of a column by its first rows; returns how many there are."""
     values = np.unique(column[:rows])
     codes = pd.Index(values).get_indexer(pd.Index(column))
     return np.where(codes < 0, len(values), codes).astype(np.int32), len(values) + 1

@@ -1,4 +1,4 @@
-"""Hugging Face's copies of data sets, for where no local files are."""
+"""Hugging Face's copies of data sets, used where there are no local files."""
 
 from typing import Any
 
