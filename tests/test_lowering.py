@@ -1,6 +1,6 @@
-"""Train steps as compilers of other machines get them: exported for CPU, GPU and TPU.
+"""Train steps, exported for the compilers of CPU, GPU and TPU.
 
-Nothing here runs on a GPU or a TPU. It is the program that is looked at: one that
+Nothing here runs on a GPU or a TPU. The tests look at the program: one that
 lowers for all of them, asks the host for nothing, needs no 64-bit arithmetic, and,
 sent through bytes and back, is on a CPU the same to the last bit.
 """

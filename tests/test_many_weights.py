@@ -1,4 +1,4 @@
-"""A million weights, so that one rounding in a million done otherwise is seen.
+"""Training on a million weights, which shows one wrong rounding in a million.
 
 On eight devices they are what they are on one, to the last bit; and 16-bit floats, too,
 move by steps far smaller than their spacing.

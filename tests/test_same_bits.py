@@ -1,4 +1,4 @@
-"""However a step is compiled, its bits are the same.
+"""A step has the same bits however it is compiled.
 
 XLA fuses a product and a sum into one operation that rounds once, or does not, by the
 shape of an array; that is how a shard could come to train otherwise than the whole. So

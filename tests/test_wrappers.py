@@ -1,4 +1,4 @@
-"""Madam inside what optax and JAX wrap around optimizers.
+"""Madam inside the wrappers of optax and JAX.
 
 Each case is compared with a reference: madam itself without the wrapper, or what the
 wrapper does written out by hand.
