@@ -23,10 +23,10 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, Any]]:
     """``jax.value_and_grad`` for parameters of which some, or all, are codes.
 
-    The place of a :class:`QuantizedArray` in the gradients is taken by an array of its
-    shape, equal to the gradient with respect to the decoded weights. But nothing is
-    decoded beforehand: ``fun`` gets the codes, and each weight is decoded where it is
-    used. So a block under ``jax.checkpoint``, or the body of a scan over stacked
+    In the gradients, an array of its shape takes the place of a
+    :class:`QuantizedArray`: the gradient with respect to the decoded weights. Nothing
+    is decoded beforehand: ``fun`` gets the codes, and each weight is decoded where it
+    is used. So a block under ``jax.checkpoint``, or the body of a scan over stacked
     layers, has its own weights in floats, and no others.
 
     An argument may be a ``flax.nnx.Module``, or a tree of them; then this is
@@ -170,7 +170,7 @@ def probed(weights: Sequence[Any], floats: Sequence[Any]) -> list[Any]:
 def without_probes(
     tree: Any, weights: Sequence[Any], is_leaf: Callable[[Any], bool] | None = None
 ) -> Any:
-    """What leaves a loss of ``weights``: codes, with no probe that did not come in."""
+    """The results of a loss of ``weights``: codes, without the probes made here."""
     if any(isinstance(w, ProbedArray) for w in weights):
         return tree  # a loss within a loss
     return jax.tree.map(

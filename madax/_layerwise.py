@@ -65,17 +65,17 @@ def layerwise(
     A train step takes the memory of the parameters and the optimizer state, of one
     layer's values and gradients, of the layers' inputs :math:`x_i`, and of one layer's
     activations, as with ``jax.checkpoint`` around it. On codes of 8 bits, with moments
-    of 8 bits, that is little more than two bytes a parameter.
+    of 8 bits, that is little more than two bytes per parameter.
 
     Parameters are ``{"ends": tree, "layers": tree}``. The leaves of the layers have a
-    leading axis, of the layers; :func:`split_layers` makes them of a Flax model. The
-    ends are what comes before and after, and may be used by both (tied embeddings).
+    leading axis that counts layers; :func:`split_layers` makes them from a Flax model.
+    The ends are what comes before and after, and both may use them (tied embeddings).
     All may be floats or codes. The result is that of the same parameters with a list
-    of layers, ``{"ends": ..., "layers": [...]}``, trained by ``tx`` as ever, random
-    bits of the rounding included.
+    of layers, ``{"ends": ..., "layers": [...]}``, trained by ``tx`` as usual,
+    random bits of the rounding included.
 
-    The update of a layer must not need the gradient of another one: no global norm,
-    which is not there yet when the first layer takes its step. Madam needs none.
+    The update of a layer must not need the gradient of another one. A global norm, for
+    example, is not known yet when the first layer takes its step. Madam needs none.
 
     Args:
       tx: the optimizer, ``madam`` or ``with_quantized_params(optax.adam(1e-3))``;
@@ -184,7 +184,7 @@ class _Run:
         return params, {ENDS: ends_state, LAYERS: stack}, value
 
     def decode(self, stored: Any) -> Any:
-        """The values of parameters, as the functions are given them."""
+        """The values of parameters, which the functions are given."""
         return dequantize_params(self.gather(stored), self.dtype)
 
     def apply(self, weights: Any, x: Any, key: Any, i: Any, part: Any) -> Any:
@@ -229,7 +229,7 @@ class _Run:
     def down(self, layers: Any, stack: Any, kept: Any, g: Any, key: Any) -> Any:
         """Layers and their states after the step, the gradients for the first input.
 
-        And the norms of the layers' gradients, if they are asked for.
+        The norms of the layers' gradients come along if they are asked for.
         """
         depth = depth_of(layers)
         split, join = splitter(self.tx, layers, stack)
@@ -321,7 +321,7 @@ def _norm(tree: Any) -> jax.Array:
 
 
 def _floats(x: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The floating leaves of a tree, and what puts others in their place."""
+    """The floating leaves of a tree, and a function that replaces them."""
     leaves, treedef = jax.tree.flatten(x)
     where = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
 

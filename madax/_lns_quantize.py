@@ -65,24 +65,23 @@ def lns_quantize(
       \text{scale} = \max(3\, \mathrm{rms}_0, \max |w_0|) \text{ or }
       p_\text{scale} \cdot \mathrm{rms}_0
 
-    It lands on a grid point exactly where the step is by less than a factor of two,
-    and to within a rounding otherwise. Without ``format``, leaves of bfloat16 and
+    It lands on a grid point exactly if the step is less than a factor of two, and to
+    within a rounding otherwise. Without ``format``, leaves of bfloat16 and
     float16 are moved to a number of their dtype, and wider ones pass through.
 
     Stochastic rounding is unbiased in code space: a step of 0.2 codes is one code,
     one time in five. Steps below 1e-7 of a code, or of the spacing of a dtype, are
-    lost; with nearest rounding those below a half are.
+    lost. Nearest rounding loses those below a half.
 
     The random numbers are a hash of the seed, the step, the path of a leaf and the
-    place of the weight in it. Under ``jax.vmap`` over models all have the same ones,
-    unless the seed is mapped over, too.
+    place of the weight in it. Under ``jax.vmap`` over models, all models share
+    them, unless the seed is mapped over, too.
 
-    JAX's derivative of a step, as for a learning rate that is learned, is that of the
-    step before it was rounded, but for codes: these are integers, of which JAX has no
-    derivative.
+    JAX's derivative of a step, as for a learned learning rate, is that of the step
+    before it was rounded. Codes are integers and have no derivative.
 
     .. warning::
-      Comes last in a chain, after :func:`clip_log_weights`.
+      It comes last in a chain, after :func:`clip_log_weights`.
 
     Args:
       format: the number format of float leaves; None to leave them alone.
@@ -170,7 +169,7 @@ def _step_leaf(
     format: Format | None,
     rounding: Rounding,
 ) -> Any:
-    """The update of a leaf that ends on the grid; of codes, as integers."""
+    """The update of a leaf that ends on the grid; an integer for codes."""
     bits = random_bits(key, w.shape) if rounding == "stochastic" else None
     if is_quantized(w):
         return step_codes(w, u, w.codes.astype(jnp.int32), rounding, bits)
@@ -203,7 +202,7 @@ def step_codes(
 
 
 def as_steps(w: Any, step: Any) -> Any:
-    """The update of a quantised leaf by a step of its codes; that of a float itself."""
+    """The step as an update; that of a quantised leaf becomes a QuantizedArray."""
     # This cannot be in a compiled function: what marks an update there is a Python
     # value.
     return QuantizedArray.steps(step, w.format) if is_quantized(w) else step
@@ -229,7 +228,7 @@ def _step_in_dtype(
 ) -> jax.Array:
     """The update that takes ``w`` to a number of its dtype next to ``w + u``.
 
-    Exact where that is less than a factor of two away: then ``w + u`` needs no
+    It is exact if that is less than a factor of two away. Then ``w + u`` needs no
     rounding, and no step is lost, however small.
     """
     dtype = jnp.result_type(w)

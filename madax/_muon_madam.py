@@ -42,15 +42,15 @@ def muon_madam(
 
     where :math:`\hat g` is that of :func:`scale_by_orthogonal_momentum` for matrices
     and that of :func:`scale_by_second_moment` for all other leaves. Both have a root
-    mean square of about 1, so a rate that suits :func:`madam` is one to start from.
+    mean square of about 1, so start from a rate that suits :func:`madam`.
 
     Matrices are those leaves of rank 2 or more that are not called an embedding (or
-    "wte", "wpe"), a last layer ("head", "logits"), a norm, a scale or a bias. Of a
-    table a step sees few rows, and an orthogonal matrix has them all move.
+    "wte", "wpe"), a last layer ("head", "logits"), a norm, a scale or a bias. A step
+    uses few rows of a table, and an orthogonal direction would move all of them.
 
     Each leaf has one moment. With ``moment_format=MomentFormat(8)``, on leaves that are
-    8-bit codes, training keeps two bytes a parameter. Those are trained natively, one
-    layer at a time, too, as by :func:`layerwise`.
+    8-bit codes, training keeps two bytes per parameter. Codes are trained natively, and
+    :func:`layerwise` trains them one layer at a time.
 
     Args:
       learning_rate: :math:`\eta`, in nats per step, or a schedule of it.

@@ -81,18 +81,18 @@ def scale_by_orthogonal_momentum(
         k = 0, \dots, 4 \\
       \hat g_t &= X_5 / \mathrm{rms}(X_5), \qquad 0/0 := 0
 
-    Five Newton-Schulz steps take the singular values of a matrix, those above a
-    hundredth of its norm, to between 0.7 and 1.2, and keep its singular vectors. Like
+    Five Newton-Schulz steps bring those singular values of a matrix that are above a
+    hundredth of its norm to between 0.7 and 1.2, and keep its singular vectors. Like
     that of :func:`scale_by_second_moment`, this direction has a root mean square of 1
     and does not depend on the gradient's scale, so that rates carry over.
 
     It may stand before :func:`scale_by_sign_log`, or before the learning rate of an
     additive optimizer; on leaves that are floats or codes.
 
-    By default a leaf of rank 2 is a matrix; of rank 3 a stack of them, but for kernels
-    of what is called a convolution and of the attention of Flax; of rank 4 and more a
-    kernel of a convolution, its last axis the columns, with stacked ones before. A
-    gradient element that is not finite does not enter the momentum.
+    By default a leaf of rank 2 is a matrix. One of rank 3 is a stack of matrices, but
+    for kernels of a convolution, by name, and of Flax's attention. One of rank 4 or
+    more is the kernel of a convolution, whose last axis is the columns, with stacks
+    before. A gradient element that is not finite does not enter the momentum.
 
     Args:
       b1: decay rate of the momentum, in [0, 1).
@@ -205,7 +205,7 @@ def default_matrix_axes(path: str, shape: tuple[int, ...]) -> MatrixAxes | None:
 
 
 def matrix_labels(matrices: Matrices | None) -> Callable[[Any], Any]:
-    """What tells leaves, of floats or codes, as "matrix" or "other", for partition."""
+    """A function that labels leaves "matrix" or "other", for ``optax.partition``."""
     axes_of = matrices or default_matrix_axes
 
     def labels(tree: Any) -> Any:

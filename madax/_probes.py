@@ -1,8 +1,8 @@
 """Codes whose values have derivatives.
 
-Integers have none. So a loss is differentiated with respect to probes instead: zeros
-of a weight's shape, which its decoded value is said to follow one to one. Nothing
-reads a probe, so XLA makes no array of it.
+Integers have no derivatives. So a loss is differentiated with respect to probes: zeros
+of a weight's shape. The decoded value is declared to have the derivative of its probe.
+Nothing reads a probe, so XLA makes no array of it.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from madax._quantized_array import QuantizedArray
 class ProbedArray(QuantizedArray):
     """Codes whose value, in the dtype of ``probe``, has the derivative of ``probe``.
 
-    Slices, scans and maps take the probe along.
+    Slices, scans and maps carry the probe along.
     """
 
     probe: Any

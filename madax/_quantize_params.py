@@ -61,28 +61,28 @@ def quantize_params(
     .. math:: \text{scale} = \max(3\, \mathrm{rms}(w), \max |w|), \qquad
       c = \mathrm{round}(\mathrm{encode}(w / \text{scale}))
 
-    with nearest rounding. The scale is the bound on the weights for good, as that of
-    :func:`madam` is to floats: no weight there is now is clipped, and small ones have
-    room to grow. With a number for ``p_scale`` it is :math:`p_\text{scale}\,
+    with nearest rounding. The scale stays the bound on the weights, like the bound of
+    :func:`madam` on floats: it clips no present weight, and small ones have room to
+    grow. With a number for ``p_scale`` it is :math:`p_\text{scale}\,
     \mathrm{rms}(w)`, the bound of the paper, and a warning tells what is clipped.
 
-    Of a module of ``flax.nnx`` each ``nnx.Param`` is looked at, but no other variable,
-    and the result is a new module; the given one is left alone.
+    In a module of ``flax.nnx`` only ``nnx.Param`` variables become codes. The result is
+    a new module; the given one is left alone.
 
-    Whole leaves have one scale. Where magnitudes differ much from channel to channel,
-    or weights have heavy tails, ``channel_axis`` gives codes that are closer; another
-    warning names leaves that lose a quarter of their norm or more.
+    A whole leaf has one scale. Where magnitudes differ much from channel to channel, or
+    weights have heavy tails, ``channel_axis`` gives closer codes. Another warning names
+    leaves that lose a quarter of their norm or more.
 
     Leaves that are codes already are converted: codes of this format are left alone,
-    those of another are decoded and encoded anew, with the scale they have unless
-    ``p_scale`` or ``channel_axis`` ask for another. To keep two formats in one tree,
-    say by ``where`` which leaves are whose.
+    those of another are decoded and encoded again. They keep their scale unless
+    ``p_scale`` or ``channel_axis`` asks for another. To keep two formats in one tree,
+    choose the leaves of each by ``where``.
 
     A leaf that is all zeros has no scale, and stays a float array; a warning lists
     them. A channel of zeros in another leaf has the largest of the scales of that leaf.
-    Under ``jit`` and ``vmap`` values are unknown, so that nothing can be said of them:
-    there the codes of a leaf that is all zeros or not finite have the scale NaN, which
-    ``init`` of an optimizer will name.
+    Under ``jit`` and ``vmap`` values are unknown, so there are no warnings. There the
+    codes of a leaf that is all zeros or not finite have the scale NaN, and ``init`` of
+    an optimizer raises an error that names it.
 
     Args:
       params: tree of floating-point arrays, any shapes, or a module of ``flax.nnx``.
@@ -166,7 +166,7 @@ def dequantize_params(params: Any, dtype: Any = None) -> Any:
 
 
 class _Facts(NamedTuple):
-    """What the codes of a leaf are judged by: scalars, found on the way.
+    """The scalars by which the codes of a leaf are judged.
 
     Attributes:
       peak: the largest magnitude of the weights.
@@ -354,7 +354,7 @@ def _channel_axes(channel_axis: Any) -> tuple[int, ...]:
 def _split_module(params: Any) -> tuple[Any, Callable[[Any], Any]]:
     """The weights of a module of Flax's nnx, and what makes a module of them again.
 
-    Anything else is a tree as it is. Whoever has a module has imported Flax.
+    Anything else is returned as it is. A module can only exist if Flax is imported.
     """
     nnx: Any = sys.modules.get("flax.nnx")
     if nnx is None or not isinstance(params, nnx.Module):

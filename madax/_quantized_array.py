@@ -37,22 +37,21 @@ def _by_value_from_the_right(operation: Callable[..., Any]) -> Callable[..., Any
 class QuantizedArray:
     """An array stored as integer codes of a number format.
 
-    It stands where a weight stands: operators, ``jnp`` functions, and layers of Flax
-    take it as the float32 array that its codes decode to, and decode it where they use
-    it. Indexing decodes what it takes, so a look-up in a table of codes costs a few
-    rows; ``w[...]`` is the array, for functions that want one (those of ``jax.lax``,
-    and with JAX 0.6 sums and the like). Derivatives are :func:`madax.value_and_grad`'s:
-    ``jax.grad`` knows none of integers.
+    It takes the place of a weight. Operators, ``jnp`` functions and layers of Flax take
+    it as the float32 array that its codes decode to, and decode it where they use it.
+    Indexing decodes only what it takes, so a look-up in a table of codes costs a few
+    rows. ``w[...]`` is the array itself, for functions that need one (those of
+    ``jax.lax``, and with JAX 0.6 sums and the like). Use :func:`madax.value_and_grad`
+    for derivatives: ``jax.grad`` has none for integers.
 
-    A pytree node with two children, ``codes`` and ``scale``; the format is static.
-    Functions of trees see those two, so a norm or a penalty over a tree of weights
-    wants ``madax.dequantize_params(params)``.
+    It is a pytree node with two children, ``codes`` and ``scale``; the format is
+    static. Functions of trees see those two, so take a norm or a penalty over the
+    weights of ``madax.dequantize_params(params)``.
 
-    What an optimizer returns for one is another, with steps of codes in the place of
-    codes and False in that of the scale, which have no value. Under
-    ``optax.apply_updates`` both are added as they are. Steps have a wider dtype than
-    codes, so that whatever comes between and makes something else of one or the other
-    does not fit together: an error.
+    The update that an optimizer returns for it is another QuantizedArray, which has
+    steps in the place of codes, False in that of the scale, and no value.
+    ``optax.apply_updates`` adds both as they are. Steps have a wider dtype than codes,
+    so a transform in between that changes one or the other causes an error.
 
     Attributes:
       codes: signed codes, int8 or int16, any shape; steps of them are int16 or int32.
@@ -114,7 +113,7 @@ class QuantizedArray:
 
     @property
     def dtype(self) -> Any:
-        """What codes decode to: float32. That of steps is an integer's."""
+        """The dtype of the values, float32; for steps, an integer dtype."""
         steps = self.codes.dtype == self.format.step_dtype
         return self.format.step_dtype if steps else jnp.dtype(jnp.float32)
 
@@ -177,7 +176,7 @@ class QuantizedArray:
         return self.dequantize().mT
 
     def __getitem__(self, index: Any) -> jax.Array:
-        """The values at an index, of which alone the codes are decoded."""
+        """The values at an index; no other codes are decoded."""
         self.check_has_value()
         return self._at(index).dequantize()
 

@@ -18,8 +18,8 @@ _CODES = re.compile(r"(?P<path>(?:.*/)?)codes:(?P<format>\w+\(.*\))")
 def to_flat_dict(tree: Any) -> dict[str, Any]:
     """The arrays of a tree by name, with the codes and scales of quantised leaves.
 
-    For ``numpy.savez``, safetensors, or whatever else keeps arrays under names. The
-    format of codes is in their name, so that the file says all there is to know.
+    They are for ``numpy.savez``, safetensors, or any other file that keeps arrays under
+    names. The names contain the format of codes, so the file is complete.
 
     Args:
       tree: parameters, statistics, or any other tree of arrays, an ``nnx.State``, too.
@@ -59,8 +59,8 @@ def to_flat_dict(tree: Any) -> dict[str, Any]:
 def from_flat_dict(arrays: Mapping[str, Any], target: Any = None) -> Any:
     """The tree that :func:`to_flat_dict` made a dictionary of.
 
-    A tree of dictionaries that has lost its :class:`QuantizedArray` nodes is taken,
-    too: what Orbax restores without a target, or flax's ``msgpack_restore``.
+    It also takes a tree of dictionaries that has lost its :class:`QuantizedArray`
+    nodes, as Orbax restores without a target, or flax's ``msgpack_restore``.
 
     Args:
       arrays: the arrays by name, or trees of dictionaries of them.

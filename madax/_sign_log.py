@@ -17,7 +17,7 @@ from madax._scales import check_code_scales, initial_scales
 
 
 class ScaleBySignLogState(NamedTuple):
-    """State of :func:`scale_by_sign_log`: an entry a float leaf, in flatten order.
+    """State of :func:`scale_by_sign_log`: one entry per float leaf, in flatten order.
 
     Attributes:
       rms0: root mean square of each leaf at init, or ``zero_init_scale`` where the
@@ -46,8 +46,8 @@ def scale_by_sign_log(
     A positive log-step ``d`` (nats) moves the weight upwards: it grows a positive
     weight and shrinks a negative one. A weight keeps its sign and never leaves 0.
 
-    Real networks have leaves that must: biases, gates and last layers that start
-    at zero. So up to a magnitude :math:`f` the step is additive,
+    But networks have leaves that must leave 0: biases, gates and last layers that
+    start there. So up to a magnitude :math:`f` the step is additive,
 
     .. math:: u = f d \quad\text{where}\quad |w| \le f = \text{floor} \cdot
         \mathrm{rms}_0
@@ -59,7 +59,7 @@ def scale_by_sign_log(
 
     A quantised leaf needs no exponential: there the step becomes a number of codes,
     still real-valued, ``d / base_step`` for a ``LogFormat``, to be rounded by
-    :func:`lns_quantize`. How it behaves near zero is its format's affair.
+    :func:`lns_quantize`. Its format decides how it behaves near zero.
 
     A log-step that is not finite leaves its weight unchanged.
 
@@ -117,7 +117,7 @@ def scale_by_sign_log(
 def additive_floors(
     floor: jax.typing.ArrayLike, rms0: jax.Array, zero_init: jax.Array
 ) -> jax.Array:
-    """The magnitudes up to which steps are additive, a float leaf each."""
+    """The magnitudes up to which steps are additive, one per float leaf."""
     floors = jnp.where(zero_init, 1.0, floor) * rms0
     floors = jnp.minimum(floors, jnp.finfo(floors.dtype).max)
     return jnp.where(jnp.isnan(floors), 0, floors)

@@ -1,4 +1,4 @@
-"""From a Flax model to the parameters and functions that training by layers takes."""
+"""From a Flax model to the parameters and functions for training by layers."""
 
 import operator
 from collections.abc import Callable
