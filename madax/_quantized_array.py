@@ -56,7 +56,7 @@ class QuantizedArray:
     Attributes:
       codes: signed codes, int8 or int16, any shape; steps of them are int16 or int32.
       scale: value of the largest code, float32, of the rank of ``codes``: of size 1,
-        or one a channel.
+        or one per channel.
       format: the number format.
 
     Example:
