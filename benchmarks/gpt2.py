@@ -21,7 +21,7 @@ class Size:
       context: greatest length of a sequence.
       layers: number of blocks, of 12 parameters each.
       width: features of a token.
-      heads: attention heads a block.
+      heads: attention heads per block.
     """
 
     vocabulary: int = 50257

@@ -108,7 +108,7 @@ def stall_figure(runs: pd.DataFrame) -> Figure:
         axes.plot(line["rate"], line["share"], label=name, markersize=5, **style)
     axes.set(
         xscale="log",
-        xlabel="learning rate, nats a step",
+        xlabel="learning rate, nats per step",
         ylabel="movement / what it should be",
         title="Ten steps of Madam down a constant gradient",
     )

@@ -1,7 +1,7 @@
 """Madam and number formats in plain NumPy float64, written from the formulas.
 
 Imports neither jax nor madax, so that a mistake cannot be made twice in the same way.
-Each class is one transform: built from a leaf's first weights, called once a step.
+Each class is one transform: built from a leaf's first weights, called once per step.
 
     v = b2 v + (1-b2) g^2                  g_hat = g / sqrt(v / (1 - b2^t)),   0/0 = 0
     d = -lr (clip(g_hat, -g_bound, g_bound) + weight_decay w / max(|w|, floor rms0))
