@@ -1,7 +1,7 @@
 """Why does Madam lag where it does? One factor at a time."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -18,13 +18,28 @@ from benchmarks.profiles import LONG, Options
 from benchmarks.style import markdown
 from benchmarks.sweep import Sweep, run_all
 
+BASE = "madam, floor=1"
 # Where Madam without a first moment is behind, and the rates to try there.
 RATES = {
     "diffusion": (0.01, 0.03, 0.1),
     "gru": (0.01, 0.03, 0.1),
+    "autoencoder": (0.01, 0.03, 0.1),
     LONG: (0.01, 0.03),  # Longer runs want smaller ones.
 }
-BASE = "madam, floor=1"
+# What is worth its time in a longer run.
+FEW = (
+    BASE,
+    "warm-up of a tenth",
+    "b1=0.9",
+    "b1=0.9, warm-up",
+    "b2=0.99",
+    "p_scale=10",
+    "weight_decay=0.1",
+    "direction of Muon",
+    "direction of Muon, warm-up",
+    "8 bits, v too",
+    "8 bits, v too, direction of Muon",
+)
 EIGHT = madax.MomentFormat(8)
 
 
@@ -110,19 +125,20 @@ FACTORS = {
 def why(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     """Change one thing at a time in Madam, where it lags.
 
-    On denoising diffusion, a recurrent network and a longer language model: floor,
-    moments, bounds, decay, warm-up, direction, rounding and scales, at two or three
-    rates.
+    On denoising diffusion, a recurrent network, an autoencoder and, some of it, on a
+    longer language model: floor, moments, bounds, decay, warm-up, direction, rounding
+    and scales, at two or three rates.
     """
     raw = options.folder / "why.jsonl"
     for name in options.workloads or RATES:
         tasks = dataclasses.replace(options, workloads=(name,)).tasks()
-        run_all(raw, options, tasks, sweeps(RATES.get(name, RATES["gru"])))
+        run_all(raw, options, tasks, sweeps(name))
     why_report(options.folder)
 
 
-def sweeps(rates: Sequence[float]) -> list[Sweep]:
+def sweeps(workload: str) -> list[Sweep]:
     """Returns what to run on a workload."""
+    rates = RATES.get(workload, RATES["gru"])
     return [
         Sweep(
             name,
@@ -130,6 +146,7 @@ def sweeps(rates: Sequence[float]) -> list[Sweep]:
             [{"rate": rate, "schedule": factor.schedule} for rate in rates],
         )
         for name, factor in FACTORS.items()
+        if workload != LONG or name in FEW
     ]
 
 
