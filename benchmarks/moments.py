@@ -156,9 +156,9 @@ def hard_figure(runs: pd.DataFrame) -> Figure:
       runs: records, as read.
     """
     fig = Figure(figsize=(9, 6), layout="constrained")
-    panels = fig.subplots(2, 2, sharex=True, sharey=True).flat
+    panels = fig.subplots(2, 2, sharex=True, sharey=True)
     for axes, (name, mine) in zip(
-        panels, runs.groupby("condition", sort=False), strict=False
+        panels.flat, runs.groupby("condition", sort=False), strict=False
     ):
         for run, style in zip(mine.to_dict("records"), STYLES, strict=False):
             ends = np.linspace(0, run["steps"], WINDOWS + 1)[1:]
@@ -168,7 +168,8 @@ def hard_figure(runs: pd.DataFrame) -> Figure:
         axes.axhline(1, c="0.7", lw=1, zorder=0)
         axes.set_title(name, fontsize="medium")
         axes.grid(alpha=0.3)
-    fig.supxlabel("step")
+    for axes in panels[-1]:
+        axes.set_xlabel("step")
     fig.supylabel("mean |direction| / that of float32 moments")
     legend(fig)
     return fig
