@@ -14,7 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import enable_x64, formats, is_quantized, jitted_step, moment_values, same
+from helpers import (
+    enable_x64,
+    formats,
+    is_quantized,
+    jitted_step,
+    moment_values,
+    mostly_nightly,
+    same,
+)
 from helpers import step as eager_step
 
 import madax
@@ -153,7 +161,7 @@ def counted(state, steps):
 # --- gradients ------------------------------------------------------------------------
 
 
-@every_madam
+@pytest.mark.parametrize("name", mostly_nightly(MADAMS, "moments8", "lns_madam"))
 def test_an_element_misses_its_faulty_steps_and_no_other_notices(name):
     """Bit for bit, during the faults and in the clean steps after them."""
     step, params = step_of(name), mixed()

@@ -113,7 +113,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_nightly(OPTIMIZERS, "codes", "injected"))
+@pytest.mark.parametrize("name", mostly_nightly(OPTIMIZERS, "codes"))
 def test_layerwise_equals_the_ordinary_step(name):
     if name == "injected" and jax.__version_info__ < (0, 7):
         pytest.skip("the oldest optax makes hyperparameters integers, like codes")

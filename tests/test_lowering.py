@@ -142,6 +142,7 @@ def test_steps_of_a_model_lower_with_buffers_donated(optimizer, tree):
     assert len(reused) == donate
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("optimizer", mostly_nightly(OPTIMIZERS, "moments8"))
 def test_a_step_runs_the_same_after_a_round_trip_through_bytes(optimizer):
     pytest.importorskip("flatbuffers")  # what jax.export serialises with

@@ -101,7 +101,7 @@ def test_octaves_and_saturation(bits):
     np.testing.assert_array_equal(encode("m", fmt, m, window, noise(5)), expected)
 
 
-@pytest.mark.parametrize("bits", [8, 11, 16])
+@pytest.mark.parametrize("bits", mostly_nightly([8, 11, 16], 8))
 @pytest.mark.parametrize(
     ("v", "window"),
     [

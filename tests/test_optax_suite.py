@@ -163,6 +163,7 @@ class TestMadamWithFirstMoment(upstream_class(FIRST_MOMENT)):
     """Everything, unchanged."""
 
 
+@pytest.mark.nightly
 class TestMadamWithLowBitMoments(upstream_class(LOW_BIT_MOMENTS)):
     """Everything, unchanged."""
 

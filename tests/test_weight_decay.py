@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from helpers import is_quantized, normal, same
+from helpers import is_quantized, mostly_nightly, normal, same
 
 import madax
 from madax import LogFormat, SymlogFormat, UniformFormat
@@ -41,7 +41,7 @@ def zeros(params, steps=STEPS):
 OPTIONS = [{}, {"floor": 0.5}, {"floor": 1.0, "b1": 0.9, "p_scale": 2.0}]
 
 
-@pytest.mark.parametrize("weight_decay", [0.01, 4.0])
+@pytest.mark.parametrize("weight_decay", mostly_nightly([0.01, 4.0], 4.0))
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_floats_follow_the_oracle(options, weight_decay):
     params = {
