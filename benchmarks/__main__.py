@@ -22,7 +22,6 @@ from benchmarks.report import report
 from benchmarks.speed import speed
 from benchmarks.stall import stall
 from benchmarks.state import state
-from benchmarks.study import study
 from benchmarks.why import why
 
 app = SubcommandApp()
@@ -30,7 +29,6 @@ for command in (
     demo,
     lr_sensitivity,
     no_tuning,
-    study,
     depth,
     bits,
     lns,

@@ -62,10 +62,8 @@ def best_errors(runs: pd.DataFrame) -> pd.Series:
     Args:
       runs: records, as read.
     """
-    keys = ["optimizer", "schedule", "rate", "floor", "b1", "p_scale"]
-    filled = runs.reindex(columns=[*runs.columns.union(keys)])
-    filled[keys] = filled[keys].astype(object).where(filled[keys].notna(), "-")
-    return medians(filled, keys).groupby("workload", sort=False)["median"].min()
+    cells = medians(runs, ["optimizer", "schedule", "rate"])
+    return cells.groupby("workload", sort=False)["median"].min()
 
 
 def ratios(cells: pd.DataFrame, best: pd.Series) -> pd.Series:

@@ -18,12 +18,11 @@ from benchmarks.pretrained import pretrained_report
 from benchmarks.speed import speed_report
 from benchmarks.stall import stall_report
 from benchmarks.state import state_report
-from benchmarks.study import study_report
 from benchmarks.why import why_report
 
 # For each name of a file of records, the reports that it gives, in its folder.
 REPORTS = {
-    "runs": (lr_sensitivity_report, no_tuning_report, study_report, depth_report),
+    "runs": (lr_sensitivity_report, no_tuning_report, depth_report),
     "bits": (bits_report,),
     "speed": (speed_report,),
     "memory": (memory_report,),

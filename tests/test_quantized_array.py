@@ -68,6 +68,7 @@ def test_default_predicate():
         "half": normal((8, 8)).astype(jnp.bfloat16),
         "small": normal((3, 5)),
         "bias": normal(100),
+        "vector": normal(100),
         "gain": jnp.float32(1),
         "steps": jnp.zeros((8, 8), jnp.int32),
         "mask": jnp.ones((8, 8), bool),

@@ -9,14 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
 import pytest
 
-import madax
-from benchmarks import analysis, lr_sensitivity, records, study
+from benchmarks import analysis, lr_sensitivity, records
 from benchmarks.__main__ import main
 from benchmarks.optimizers import OPTIMIZERS, UNTUNED, grid
 from benchmarks.profiles import TASKS
@@ -236,41 +234,3 @@ def test_untuned_optimizers_take_steps(name):
     for run in train(task.make(None), row, points, task.budget, label=name):
         assert not run["diverged"]
         assert run["curve"]["loss"][-1] < run["curve"]["loss"][0]
-
-
-def test_madam_at_its_bound_steps_by_a_share_of_it():
-    params = {"w": jnp.array([[0.5, -2.0], [1.0, 3.0]]), "b": jnp.array([0.1, 0.2])}
-    grads = {"w": jnp.array([[1.0, 1.0], [-2.0, 0.5]]), "b": jnp.ones(2)}
-    tx = study.madam_at_bound(lambda count: 0.1 / (1 + count))
-    state = tx.init(params)
-    updates, state = tx.update(grads, state, params)
-    # One matrix: the bias does not count.
-    w, g = np.abs(params["w"]), np.abs(grads["w"])
-    bound = (g * w).sum() / np.linalg.norm(g) / np.linalg.norm(w)
-    assert state.bound == pytest.approx(bound, rel=1e-6)
-    expected = madax.madam(0.1 * bound)
-    first, _ = expected.update(grads, expected.init(params), params)
-    for name in params:
-        np.testing.assert_allclose(updates[name], first[name], rtol=1e-5)
-    # Later gradients do not change it.
-    _, state = tx.update({"w": grads["w"].T, "b": grads["b"]}, state, params)
-    assert state.bound == pytest.approx(bound, rel=1e-6)
-
-
-def test_the_effect_of_a_change_is_of_pairs_that_differ_in_it_alone():
-    settings = [
-        {**study.BASE, "ratio": 2.0},
-        {**study.BASE, "floor": 1.0, "ratio": 1.0},
-        {**study.BASE, "rate": 0.03, "ratio": 4.0},
-        {**study.BASE, "rate": 0.03, "floor": 1.0, "ratio": 4.0},
-        {**study.BASE, "rate": 0.1, "floor": 1.0, "ratio": 9.0},
-    ]
-    cells = pd.DataFrame(settings).assign(workload="a")
-    rows = {row["change"]: row for row in study.effects(cells)}
-    # Halved in one pair, the same in the other; the rate of 0.1 has no partner.
-    assert rows["floor 0 to 1"] == {
-        "change": "floor 0 to 1",
-        "error": "-29 %",
-        "pairs": "2",
-    }
-    assert rows["rate 0.01 to 0.1"]["error"] == "+800 %"
