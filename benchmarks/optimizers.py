@@ -212,9 +212,4 @@ UNTUNED = {
         )
         for bits, precision in ((12, 0.001), (10, 0.005), (8, 0.01))
     },
-    **{
-        f"{name}, log {bits}": stored(name, FORMATS[f"log {bits}"])
-        for name in ("madam", "adam")
-        for bits in (16, 8, 6, 4)
-    },
 }

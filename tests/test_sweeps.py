@@ -223,7 +223,6 @@ needs_optax_0_2_6 = pytest.mark.skipif(
         pytest.param("muon", marks=(needs_optax_0_2_6, pytest.mark.nightly)),
         pytest.param("cocob", marks=pytest.mark.nightly),
         pytest.param("mechanic adamw", marks=pytest.mark.nightly),
-        pytest.param("madam, log 4", marks=pytest.mark.nightly),
     ],
 )
 def test_untuned_optimizers_take_steps(name):
