@@ -185,8 +185,7 @@ MUTANTS = {
     ],
     "_lns_quantize": [
         ("jnp.isnan(steps), 0, jnp.clip", "False, 0, jnp.clip", "faults"),
-        ("jnp.clip(steps, -beyond, beyond)", "steps", "faults with"),
-        ("<= 8 * float(", "<= 0 * float(", "bbit"),
+        ("jnp.where(on_grid, step, moved - value)", "step", "bbit"),
         ("jnp.where(scale > 0, jnp.clip", "jnp.where(True, jnp.clip", "bbit faults"),
         ("scale = jnp.minimum(scale, jnp.finfo(scale.dtype).max)", "", "faults"),
         ("if dtype.itemsize > 2:", "if True:", "rounding many_weights"),
