@@ -75,7 +75,7 @@ plt.show()
 stall_figure(records.read(RESULTS / "stall" / "stall.jsonl"))
 
 # %% [markdown]
-# The same in small: a weight that should move by 0.3 codes a step, for 100 steps.
+# The same in small: a weight that should move by 0.3 codes per step, for 100 steps.
 
 # %%
 fmt = madax.LogFormat.from_dynamic_range(bits=8, ratio=100)
