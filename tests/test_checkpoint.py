@@ -70,7 +70,6 @@ def abstract(tree):
     ("name", "channel_axis"),
     mostly_nightly(
         [*((name, None) for name in FORMATS), ("log", -1)],
-        ("symlog", None),
         ("log", -1),
     ),
 )

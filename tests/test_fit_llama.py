@@ -35,6 +35,7 @@ def test_models_have_the_parameters_of_those_published(name, count):
     assert decoder.count(decoder.SIZES[name]) == count
 
 
+@pytest.mark.nightly
 def test_pieces_of_attention_and_of_the_vocabulary_are_the_whole(monkeypatch):
     size = decoder.SIZES["tiny"]
     params = decoder.init(size, jax.random.key(0))

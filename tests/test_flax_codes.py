@@ -333,6 +333,7 @@ class Generator(nnx.Module):
         return self.embed.attend(x + self.attention(x))
 
 
+@pytest.mark.nightly
 def test_generation_in_a_loop():
     model = coded(Generator(nnx.Rngs(0)))
     model.attention.init_cache((1, LENGTH, WIDTH))

@@ -728,6 +728,7 @@ def test_every_compiled_step_is_the_oracles(name, tree, data, seed, steps):
 
 
 # Every operation compiles anew: few examples.
+@pytest.mark.nightly
 @pytest.mark.parametrize("mode", mostly_nightly(["eager", "jit"], "jit"))
 @settings(max_examples=EXAMPLES // 8)
 @given(trees(["float64", "float64", "float32"]), optimizers(), seeds)

@@ -107,6 +107,7 @@ def test_gradients_are_those_of_the_decoded_weights(params, kind, dtype):
         same(jax.jit(madax.grad(fun))(params, IDS), grads)
 
 
+@pytest.mark.nightly
 def test_gradients_are_right_outside_of_jit(params):
     fun = lambda p: jnp.sum(jnp.sin(p["table"][:5] * p["place"] + p["table"][2]))
     same(madax.value_and_grad(fun)(params), of_decoded(fun)(params))

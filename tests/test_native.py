@@ -82,6 +82,7 @@ def test_nothing_changes_its_type():
     assert updates["kernel"].scale == 0
 
 
+@pytest.mark.nightly
 def test_vmap_over_seeds_is_one_seed_at_a_time():
     params, grads = small()
     run = lambda seed: steps(NATIVE(seed=seed), params, grads)["kernel"].codes

@@ -196,9 +196,6 @@ def test_every_case_of_upstream_is_run():
 # --- sharding -------------------------------------------------------------------------
 
 SHARDED = {
-    "floored": madax.madam(
-        optax.linear_schedule(0.05, 0.0, 20), b1=0.9, floor=1.0, p_scale=1.5
-    ),
     "low_bit_moments": madax.madam(
         0.01, b1=0.9, moment_format=madax.MomentFormat(bits=8)
     ),

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks import analysis, lr_sensitivity, records
 from benchmarks.__main__ import main
@@ -123,7 +124,10 @@ def test_reports_are_those_of_the_records_to_the_digit(resumed, tmp_path, capsys
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
-def test_committed_tables_are_those_of_the_committed_records(tmp_path, capsys):
+def test_committed_tables_are_those_of_the_committed_records(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(Figure, "savefig", lambda *args, **options: None)  # Is slow.
     for raw in RESULTS.rglob("*.jsonl"):
         folder = tmp_path / raw.parent.relative_to(RESULTS)
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from sklearn.datasets import load_digits
 
 import madax
@@ -66,6 +67,7 @@ def accuracy(tx, seed, prepare=lambda params: params):
 RATE = optax.cosine_decay_schedule(0.01, STEPS)
 
 
+@pytest.mark.nightly
 def test_madam_learns_digits_on_weights_and_moments_of_eight_bits():
     fmt = madax.LogFormat.from_dynamic_range(bits=8, ratio=1000)
     tx = madax.madam(RATE, moment_format=madax.MomentFormat(bits=8))

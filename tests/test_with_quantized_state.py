@@ -374,6 +374,7 @@ def test_a_mesh_has_the_bits_of_one_device():
     assert different(found, expected) == []
 
 
+@pytest.mark.nightly
 def test_layers_one_at_a_time_are_the_ordinary_step():
     inner = optax.sgd(2**-5, momentum=0.5)
     inner = with_quantized_state(inner, where=lambda path, x: x.size > 16, seed=1)

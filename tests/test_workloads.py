@@ -177,6 +177,7 @@ def test_truncated_idx_in_a_folder(tmp_path):
         images("fashion-mnist", tmp_path)
 
 
+@pytest.mark.nightly
 def test_batches_are_noise_of_the_step_and_seed():
     workload = smoke("gan")
     draws = [

@@ -265,6 +265,7 @@ def scan_train(tx, params, grads):
     return jax.lax.scan(step, (params, tx.init(params)), grads)[0]
 
 
+@pytest.mark.nightly
 def test_scan_is_a_python_loop():
     tx = madam(optax.cosine_decay_schedule(0.1, STEPS), **FLOORED)
     params = make_params()
