@@ -67,6 +67,7 @@ def test_pieces_of_attention_and_of_the_vocabulary_are_the_whole(monkeypatch):
     )
 
 
+@pytest.mark.nightly
 def test_the_network_is_causal():
     size = decoder.SIZES["tiny"]
     w = jax.tree.map(lambda w: w[0], decoder.init(size, jax.random.key(0))["layers"])

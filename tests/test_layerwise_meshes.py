@@ -33,7 +33,11 @@ LAYOUTS = {
 MESHES = [
     ("auto", "fsdp"),
     ("auto", "tensor_parallel"),
-    pytest.param("explicit", "tensor_parallel", marks=needs_explicit_axes),
+    pytest.param(
+        "explicit",
+        "tensor_parallel",
+        marks=(needs_explicit_axes, pytest.mark.nightly),
+    ),
 ]
 
 
