@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import mostly_nightly
 
 import madax
 from madax import LogFormat
@@ -119,7 +118,7 @@ BBIT = {
 }
 
 
-@pytest.mark.parametrize("storage", mostly_nightly(["floats", "codes"], "codes"))
+@pytest.mark.parametrize("storage", ["floats", "codes"])
 @pytest.mark.parametrize(("bits", "spacing", "rate"), BBIT.values(), ids=BBIT)
 def test_bbit_madam_is_the_integer_model(bits, spacing, rate, storage):
     if isinstance(rate, tuple):

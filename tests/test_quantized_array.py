@@ -61,6 +61,15 @@ def test_codes_and_scales_follow_the_formula(fmt, channel_axis, p_scale):
     assert again.codes.shape == q.codes.shape
 
 
+def test_codes_beside_the_mark_of_steps_are_no_array():
+    q = madax.quantize_params(normal((4, 4)), FMT)
+    treedef = jax.tree.structure(q)
+    steps = jnp.zeros((4, 4), FMT.step_dtype)
+    assert isinstance(treedef.unflatten([steps, False]), madax.QuantizedArray)
+    with pytest.raises(TypeError, match="the codes of a QuantizedArray became int8"):
+        treedef.unflatten([q.codes, False])
+
+
 def test_default_predicate():
     params = {
         "kernel": normal((4, 4)),

@@ -72,6 +72,22 @@ def test_weights_move_at_the_right_average_rate(learning_rate):
     assert abs(error) <= 2**-23 + SIGMAS * np.sqrt(p * (1 - p) / MILLION)
 
 
+def test_a_chain_of_its_own_draws_new_bits_each_step():
+    """A weight takes a fifth of its steps; of one draw it would take all or none."""
+    tx = madax.lns_quantize()
+    params = madax.quantize_params(jnp.ones((64, 64)), madax.UniformFormat(16))
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jnp.full((64, 64), -0.2), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (after, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=50)
+    moved = np.asarray(params.codes - after.codes)
+    assert abs(moved.mean() - 10) < SIGMAS * np.sqrt(8 / moved.size)
+    assert moved.var() == pytest.approx(50 * 0.2 * 0.8, rel=0.2)
+
+
 def table(axis, rows=256, columns=4096):
     """Bits with steps, leaves or seeds as rows, elements as columns."""
     one = {

@@ -125,6 +125,14 @@ def test_formats(name, how):
     assert bits_of(got) == bits_of(expected)
 
 
+def test_a_decoded_weight_is_not_fused_with_what_is_added_to_it():
+    rng = np.random.default_rng(2)
+    w = madax.quantize_params(jnp.float32(rng.normal(size=(100, 100))), FORMATS["log8"])
+    b = jnp.float32(rng.normal(size=(100, 100)))
+    fused = jax.jit(lambda w, b: w + b)(w, b)
+    assert bits_of(fused) == bits_of(madax.dequantize_params(w) + b)
+
+
 FLOATS = ("float32", "bias")
 LEAVES = dict.fromkeys(OPTIMIZERS, (*FLOATS, "log16", "symlog8", "uniform8")) | {
     "madam": (*FLOATS, "log8", "uniform16", "bfloat16", "float16"),
