@@ -55,7 +55,7 @@ def test_an_unknown_optimizer_is_refused_and_records_are_kept(tmp_path):
 
 @pytest.mark.nightly
 def test_speed(few, tmp_path, capsys):
-    speed.speed(tmp_path, profile="smoke")
+    speed.speed(tmp_path, profile="smoke", optimizers=(FEW[1],))
     (raw,) = tmp_path.rglob("speed.jsonl")
     runs = [json.loads(line) for line in raw.read_text().splitlines()]
     assert [run["leaves"] for run in runs] == [1, 4, 28, 28]
