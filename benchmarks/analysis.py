@@ -110,6 +110,12 @@ def spread(cell: pd.Series) -> str:
     return f"{number(cell['median'])} ({number(cell['min'])} to {number(cell['max'])})"
 
 
+def change(cell: pd.Series, base: pd.Series, *, digits: int = 1) -> str:
+    """Writes how much larger a median is than that of a base, and the median."""
+    percent = 100 * (cell["median"] / base["median"] - 1)
+    return f"{percent:+.{digits}f} %: {spread(cell)}"
+
+
 def edges_text(edges: Sequence[str]) -> str:
     """Says which best rates are on the edge of the grid, or that none is."""
     if not edges:

@@ -12,14 +12,14 @@ from matplotlib.figure import Figure
 from optax import contrib
 
 import madax
-from benchmarks.analysis import CAP, at_best, medians, ratios, spread
-from benchmarks.optimizers import FORMATS, OPTIMIZERS, UNTUNED, Optimizer, cosine
+from benchmarks.analysis import CAP, at_best, change, medians, ratios
+from benchmarks.optimizers import OPTIMIZERS, UNTUNED, Optimizer, cosine
 from benchmarks.profiles import TASKS, Options
+from benchmarks.state import EIGHT, eight_bit, quantize
 from benchmarks.style import markdown, report
 from benchmarks.sweep import Sweep, run_all
 
 SETTING = ["optimizer", "rate"]
-EIGHT = madax.MomentFormat(8)
 
 
 class Row(NamedTuple):
@@ -42,19 +42,11 @@ class Row(NamedTuple):
         """The row as the training loop takes it."""
         if not self.codes:
             return Optimizer(self.make, self.rates[2])
-        return Optimizer(self.make, self.rates[2], _quantize)
-
-
-def _quantize(params: optax.Params) -> optax.Params:
-    return madax.quantize_params(params, FORMATS["symlog 8"])
+        return Optimizer(self.make, self.rates[2], quantize)
 
 
 def _adam8(rate: optax.Schedule) -> optax.GradientTransformation:
-    """Adam with its state in 8 bits; small leaves too, as there are no others."""
-    state = madax.with_quantized_state(
-        optax.adam(rate), EIGHT, where=lambda path, leaf: leaf.ndim > 0
-    )
-    return madax.with_quantized_params(state)
+    return madax.with_quantized_params(eight_bit(optax.adam(rate)))
 
 
 ADAM = (0.0003, 0.001, 0.003, 0.01, 0.03)
@@ -153,17 +145,10 @@ def judged(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     cells = medians(runs, SETTING)
     cells = cells.assign(ratio=ratios(cells, cells.groupby("workload")["median"].min()))
     groups = {name: [(name, rate) for rate in row.rates] for name, row in ROWS.items()}
-    every = {
-        "any of madax, float32": [
-            n for n in ROWS if "madam" in n and not ROWS[n].codes
-        ],
-        "any other, float32": [
-            n for n in ROWS if "madam" not in n and not ROWS[n].codes
-        ],
-    }
-    groups |= {
-        name: [x for row in rows for x in groups[row]] for name, rows in every.items()
-    }
+    floats = [name for name, row in ROWS.items() if not row.codes]
+    for group, ours in (("any of madax, float32", True), ("any other, float32", False)):
+        rows = [name for name in floats if ("madam" in name) == ours]
+        groups[group] = [setting for name in rows for setting in groups[name]]
     groups["adam, not tuned"] = [("adam", 0.001)]
     return cells, left_out(cells, groups)
 
@@ -252,9 +237,9 @@ def costs(cells: pd.DataFrame) -> pd.DataFrame:
         row = {"workload": workload}
         for few, whole in FLOATS.items():
             if {(workload, few), (workload, whole)} <= {*best.index}:
-                one, other = best.loc[(workload, few)], best.loc[(workload, whole)]
-                change = 100 * (one["median"] / other["median"] - 1)
-                row[few] = f"{change:+.1f} %: {spread(one)}"
+                row[few] = change(
+                    best.loc[(workload, few)], best.loc[(workload, whole)]
+                )
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
 

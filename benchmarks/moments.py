@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 import madax
 from benchmarks import records
-from benchmarks.analysis import medians, spread
+from benchmarks.analysis import change, medians, spread
 from benchmarks.optimizers import Optimizer, cosine
 from benchmarks.profiles import TASKS, Options, Profile
 from benchmarks.style import STYLES, legend, markdown, report
@@ -177,9 +177,7 @@ def hard_figure(runs: pd.DataFrame) -> Figure:
 
 def moments_report(folder: Path) -> None:
     """Writes moments.md from the records alone."""
-    table = moments_table(records.read(folder / "moments.jsonl"))
-    (folder / "moments.md").write_text(f"{table}\n", encoding="utf-8")
-    print(table)
+    print(report(folder, "moments", moments_table))
 
 
 def moments_table(runs: pd.DataFrame) -> str:
@@ -195,8 +193,6 @@ def moments_table(runs: pd.DataFrame) -> str:
         exact = by_bits["float32"]
         row = {"workload": workload, "float32": spread(exact)}
         for bits in BITS:
-            cell = by_bits[f"{bits} bits"]
-            change = 100 * (cell["median"] / exact["median"] - 1)
-            row[f"{bits} bits"] = f"{change:+.1f} %: {spread(cell)}"
+            row[f"{bits} bits"] = change(by_bits[f"{bits} bits"], exact)
         rows.append(row)
     return markdown(rows)

@@ -13,7 +13,7 @@ import pandas as pd
 
 import madax
 from benchmarks import records
-from benchmarks.style import markdown
+from benchmarks.style import markdown, report
 from benchmarks.train import Budget, data_order
 from benchmarks.workloads import Workload
 from benchmarks.workloads.digits import digits
@@ -186,9 +186,7 @@ def tails(weights: optax.Params, codes: optax.Params, seed: int) -> dict[str, fl
 
 def pretrained_report(folder: Path) -> None:
     """Writes pretrained.md from the records alone."""
-    table = pretrained_table(records.read(folder / "pretrained.jsonl"))
-    (folder / "pretrained.md").write_text(f"{table}\n", encoding="utf-8")
-    print(table)
+    print(report(folder, "pretrained", pretrained_table))
 
 
 def pretrained_table(runs: pd.DataFrame) -> str:

@@ -8,11 +8,10 @@ import pandas as pd
 import tyro
 
 import madax
-from benchmarks import records
 from benchmarks.analysis import at_best, medians, number, spread
 from benchmarks.optimizers import FORMATS, UNTUNED, Optimizer, cosine, grid
 from benchmarks.profiles import Options
-from benchmarks.style import markdown
+from benchmarks.style import markdown, report
 from benchmarks.sweep import Sweep, run_all
 
 EIGHT = madax.MomentFormat(8)
@@ -91,12 +90,7 @@ def state(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
 
 def state_report(folder: Path) -> None:
     """Writes state.md from the records alone."""
-    path = folder / "state.jsonl"
-    if not path.exists():
-        return
-    table = state_table(records.read(path))
-    (folder / "state.md").write_text(f"{table}\n", encoding="utf-8")
-    print(table)
+    print(report(folder, "state", state_table))
 
 
 def state_table(runs: pd.DataFrame) -> str:

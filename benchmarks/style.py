@@ -59,13 +59,14 @@ def report(
     folder: Path,
     name: str,
     table: Callable[[pd.DataFrame], str],
-    figure: Callable[[pd.DataFrame], Figure],
+    figure: Callable[[pd.DataFrame], Figure] | None = None,
 ) -> str:
     """Writes the table and the figure of a folder's records; returns the table."""
     runs = records.read(folder / f"{name}.jsonl")
-    text = table(runs)
+    text = f"{table(runs).rstrip()}\n"
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    save(figure(runs), folder / f"{name}.png")
+    if figure is not None:
+        save(figure(runs), folder / f"{name}.png")
     return text
 
 

@@ -11,11 +11,11 @@ import pandas as pd
 import tyro
 
 import madax
-from benchmarks import records
-from benchmarks.analysis import at_best, medians, number, spread
+from benchmarks.analysis import at_best, change, medians, number
 from benchmarks.optimizers import FORMATS, Optimizer, Schedule
 from benchmarks.profiles import LONG, Options
-from benchmarks.style import markdown
+from benchmarks.state import EIGHT
+from benchmarks.style import markdown, report
 from benchmarks.sweep import Sweep, run_all
 
 BASE = "madam, floor=1"
@@ -40,7 +40,6 @@ FEW = (
     "8 bits, v too",
     "8 bits, v too, direction of Muon",
 )
-EIGHT = madax.MomentFormat(8)
 
 
 class Factor(NamedTuple):
@@ -152,9 +151,7 @@ def sweeps(workload: str) -> list[Sweep]:
 
 def why_report(folder: Path) -> None:
     """Writes why.md from the records alone."""
-    table = why_table(records.read(folder / "why.jsonl"))
-    (folder / "why.md").write_text(f"{table}\n", encoding="utf-8")
-    print(table)
+    print(report(folder, "why", why_table))
 
 
 def why_table(runs: pd.DataFrame) -> str:
@@ -171,8 +168,8 @@ def why_table(runs: pd.DataFrame) -> str:
         for workload in runs["workload"].unique():
             if (name, workload) not in best.index:
                 continue
-            cell, base = best.loc[(name, workload)], best.loc[(BASE, workload)]
-            change = 100 * (cell["median"] / base["median"] - 1)
-            row[workload] = f"{change:+.0f} %: {spread(cell)} at {number(cell['rate'])}"
+            cell = best.loc[(name, workload)]
+            text = change(cell, best.loc[(BASE, workload)], digits=0)
+            row[workload] = f"{text} at {number(cell['rate'])}"
         rows.append(row)
     return markdown(rows)
