@@ -25,6 +25,7 @@ from madax._leaves import (
     per_leaf,
     widen,
 )
+from madax._numerics import within
 from madax._quantized_array import is_quantized
 from madax._scales import initial_scales, share_beyond
 
@@ -137,8 +138,8 @@ def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
     largest = largest_weight(jnp.result_type(w))
     bound = jnp.minimum(bound, largest)
     # A weight crosses its whole dtype in two steps: one update cannot be that large.
-    lowest = jnp.maximum(-bound - x, -largest)
-    return jnp.clip(u, lowest, jnp.minimum(bound - x, largest))
+    ends = (within(end - x, -largest, largest) for end in (-bound, bound))
+    return within(u, *ends)
 
 
 def _warn_of_clipped_leaves(params: Any, bounds: jax.Array, peaks: jax.Array) -> None:

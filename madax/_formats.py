@@ -88,8 +88,8 @@ class Format(ABC):
 
     @property
     def step_dtype(self) -> Any:
-        """The integer dtype of a step between two codes: int16 or int32."""
-        return jnp.dtype(jnp.int16 if self.bits <= 8 else jnp.int32)
+        """The integer dtype of a step between two codes: int32."""
+        return jnp.dtype(jnp.int32)
 
     @property
     @abstractmethod
@@ -110,7 +110,10 @@ class Format(ABC):
 
     @abstractmethod
     def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
-        """How many codes a log-step of ``d`` nats moves, real-valued."""
+        """How many codes a log-step of ``d`` nats moves, real-valued.
+
+        None that is finite, if ``d`` is not.
+        """
 
     @abstractmethod
     def relative_step(self, code: jax.Array) -> jax.Array:
@@ -274,11 +277,9 @@ class LogFormat(Format):
 
     def saturate(self, code: jax.Array, sign: jax.Array) -> jax.Array:
         """The nearest code of that sign; 0 only for sign 0."""
-        # These are not products with the sign: TPUs have no multiplication of 32-bit
-        # integers.
-        magnitude = jnp.clip(jnp.where(sign < 0, -code, code), 1, self.levels)
-        signed = jnp.where(sign < 0, -magnitude, magnitude)
-        return jnp.where(sign == 0, 0, signed)
+        beyond = sign.astype(jnp.int32) << 16  # of all codes, or 0
+        least = jnp.clip(beyond, -self.levels, 1)
+        return jnp.clip(code, least, jnp.clip(beyond, -1, self.levels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,7 +410,9 @@ class UniformFormat(Format):
     def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
         """``code * expm1(sign(code) * d)``; ``d`` at zero."""
         c = code.astype(jnp.float32)
-        return jnp.where(c == 0, d, c * expm1(jnp.where(c < 0, -d, d)))
+        # The exponential saturates, but what is not finite is to stay so.
+        moved = c * expm1(jnp.where(c < 0, -d, d))
+        return jnp.where((c != 0) & jnp.isfinite(d), moved, d)
 
     def relative_step(self, code: jax.Array) -> jax.Array:
         """``sign(code)``: a log-step multiplies the code."""

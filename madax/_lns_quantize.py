@@ -19,7 +19,7 @@ from madax._checks import (
 from madax._clip import weight_bounds
 from madax._formats import Format
 from madax._leaves import flatten_both, largest_weight, one_a_leaf, per_leaf, widen
-from madax._numerics import relative_to, straight_through
+from madax._numerics import relative_to, straight_through, within
 from madax._quantized_array import QuantizedArray, is_quantized
 from madax._rounding import (
     Rounding,
@@ -218,7 +218,7 @@ def moved_codes(
 ) -> jax.Array:
     """The codes, int32, after real-valued ``steps`` are rounded and saturated."""
     beyond = 2 * format.levels + 1  # further than any two codes are apart
-    steps = jnp.where(jnp.isnan(steps), 0, jnp.clip(steps, -beyond, beyond))
+    steps = jnp.where(jnp.isfinite(steps), within(steps, -beyond, beyond), 0)
     whole = round_steps(steps, rounding, bits)
     return format.saturate(codes.astype(jnp.int32) + whole, sign)
 
@@ -243,9 +243,13 @@ def _step_in_dtype(
     )
     power = jax.lax.bitcast_convert_type(pattern & 0x7F800000, x.dtype)
     spacing = power * 2.0**-info.nmant
-    steps = round_steps((x + u) * (2.0**info.nmant / power), rounding, bits)
+    # The whole part is kept apart: beside it there is no room for all digits of the
+    # rest, and a weight without an update is all whole.
+    steps = (x + u) * (2.0**info.nmant / power)
+    whole = jnp.floor(steps)
+    steps = whole + round_steps(steps - whole, rounding, bits).astype(x.dtype)
     largest = largest_weight(dtype)
-    target = jnp.clip(steps.astype(x.dtype) * spacing, -largest, largest)
+    target = jnp.clip(steps * spacing, -largest, largest)
     to_target = jnp.clip(target - x, -largest, largest)
     return straight_through(u, to_target).astype(dtype)
 

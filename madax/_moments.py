@@ -59,13 +59,13 @@ class MomentFormat:
       that is not finite.
     - The decay of ``v`` is exact. It goes into a scale that all leaves share, so ``v``
       is rounded only where a gradient adds to it.
-    - Once positive, ``v`` stays positive, so no element is trapped at zero. A value
-      below the octaves, from gradients of 1e-8 of the largest, counts as the least
-      code.
+    - There is no zero to be trapped at. The least code of ``v`` is a number below the
+      octaves, which stands for what gradients of up to 1e-8 of the largest leave; an
+      element that has had none has it, too, and does not move.
     - In the long run ``v`` has a relative variance of about :math:`0.36 / 2^{b}` from
-      its rounding, with :math:`b = \text{bits} - 6` mantissa bits, for any decay rate.
-      It would make :math:`1/\sqrt v` too large on average, by 3.4 % for 8 bits; that
-      is divided out.
+      its rounding, with :math:`b = \text{bits} - 6` mantissa bits, for any decay rate
+      near 1. It would make :math:`1/\sqrt v` too large on average, by 3.4 % for 8
+      bits; that is divided out.
 
     Attributes:
       bits: width of a code, 8 to 16; 8 takes one byte per moment, more takes two.
@@ -188,7 +188,7 @@ class MomentGrid(NamedTuple):
 
     Attributes:
       shift: how many bits of the pattern are cut, int32.
-      origin: the pattern that code 0 would have, int32; 0 decodes to 0 all the same.
+      origin: the pattern of code 0, int32.
     """
 
     shift: jax.Array
@@ -198,39 +198,41 @@ class MomentGrid(NamedTuple):
         """The grid so many octaves further down."""
         return self._replace(origin=self.origin - (octaves << _MANTISSA))
 
-    def pattern(self, code: jax.Array) -> jax.Array:
-        """The patterns of codes that are not 0, int32."""
-        return (code.astype(jnp.int32) << self.shift) + self.origin
+    def pattern(self, code: jax.typing.ArrayLike) -> jax.Array:
+        """The patterns of codes, int32; negative below all normal numbers."""
+        return (jnp.asarray(code, jnp.int32) << self.shift) + self.origin
 
-    def value(self, code: jax.Array) -> jax.Array:
-        """The values of codes that are not 0, in a grid that is not lowered."""
-        return jax.lax.bitcast_convert_type(self.pattern(code), jnp.float32)
-
-    def decode(self, code: jax.Array) -> jax.Array:
+    def value(self, code: jax.typing.ArrayLike) -> jax.Array:
         """The values of codes, float32; 0 if they are below all normal numbers."""
-        pattern = jnp.where(code > 0, jnp.maximum(self.pattern(code), 0), 0)
+        return jax.lax.bitcast_convert_type(
+            jnp.maximum(self.pattern(code), 0), jnp.float32
+        )
+
+    def value_from_zero(self, code: jax.Array) -> jax.Array:
+        """As :meth:`value`, but code 0 is zero."""
+        pattern = jnp.where(code > 0, self.pattern(code), 0)
         return jax.lax.bitcast_convert_type(pattern, jnp.float32)
 
     def encode(self, x: jax.Array, bits: jax.Array) -> jax.Array:
-        """The codes of values, stochastically rounded, beyond the highest perhaps.
+        """The codes of values, stochastically rounded, outside of the grid perhaps.
 
         Args:
           x: values, float32, not negative, not NaN.
-          bits: random bits, uint32, of which the low half is used.
+          bits: random bits, uint32, of which as many are used, the lowest, as are cut.
 
         Returns:
-          The codes, int32; below 1 if the values are below the grid.
+          The codes, int32; negative if the values are below the grid.
         """
         # The noise takes the place of the bits that are cut.
-        noise = (bits << 16) >> (32 - self.shift).astype(jnp.uint32)
+        noise = bits.astype(jnp.int32) & ((1 << self.shift) - 1)
         pattern = jax.lax.bitcast_convert_type(x, jnp.int32)
-        return (pattern - self.origin + noise.astype(jnp.int32)) >> self.shift
+        return (pattern - self.origin + noise) >> self.shift
 
     def encode_from_zero(
         self, x: jax.Array, bits: jax.Array, highest: int
     ) -> jax.Array:
         """As :meth:`encode`, saturated, with nothing between 0 and the first code."""
-        smallest = self.value(jnp.int32(1))
+        smallest = self.value(1)
         chance = (bits & 0xFFFF).astype(jnp.float32) * 2.0**-16
         return jnp.where(
             x < smallest,

@@ -19,7 +19,7 @@ from madax._leaves import (
     one_a_leaf,
     zeros_like,
 )
-from madax._moments import MomentFormat, MomentGrid, MomentWindow, decayed
+from madax._moments import MomentFormat, MomentWindow, decayed
 from madax._numerics import (
     decay_rate,
     exp,
@@ -27,8 +27,6 @@ from madax._numerics import (
     log1p,
     moving_average,
     over_root,
-    rounded,
-    straight_through,
 )
 from madax._rounding import leaf_keys, random_bits
 
@@ -145,7 +143,8 @@ def scale_by_second_moment(
                 moment_format, window, vs, rate, state.count, keys
             )
             # E[1 / sqrt(v)] is (1 + 3/8 of the relative variance of v) / sqrt(E[v]).
-            noise = moment_format.rounding_variance * (1 - (rate / bias) ** 2)
+            # The newest share of v has not been rounded yet.
+            noise = moment_format.rounding_variance * (1 - rate / bias) ** 2
             correction *= exp(-0.375 * noise) / jnp.sqrt(window.scale)
 
         b1_rate = None if b1 is None else decay_rate(b1)
@@ -174,13 +173,13 @@ def _step(
     correction: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The direction of a leaf, and its moments as they are stored from then on."""
-    g = g.astype(compute_dtype(v))
-    v, value, ok, positive = storage.add_square(v, g, rate)
+    g = jnp.asarray(g, compute_dtype(v))
+    v, value, ok = storage.add_square(v, g, rate)
     if m is not None:
         m, g = storage.add(m, g, ok, b1_rate)
     # This is not g / sqrt(v / correction**2), a quotient that can overflow.
     direction = over_root(g * correction.astype(g.dtype), value)
-    return jnp.where(ok & positive, direction, 0), v, m
+    return jnp.where(ok, direction, 0), v, m
 
 
 @jax.tree_util.register_dataclass
@@ -189,13 +188,14 @@ class _Floats:
     """A leaf's moments, stored as they are."""
 
     def add_square(self, v: jax.Array, g: jax.Array, rate: jax.Array) -> Any:
-        """``v`` after a gradient: stored, its value, where it fits, and is not 0."""
+        """``v`` after a gradient: as stored, before rounding, and where it fits."""
         ok = g * g < jnp.inf
         v = jnp.where(ok, moving_average(v, g * g, rate), v)
-        return v, v, ok, v > 0
+        # Nothing over the root of infinity is the direction 0/0.
+        return v, jnp.where(v > 0, v, jnp.inf), ok
 
     def add(self, m: jax.Array, g: jax.Array, ok: jax.Array, rate: jax.Array) -> Any:
-        """``m`` after a gradient, where ``ok``: stored, and its value."""
+        """``m`` after a gradient, where ``ok``: as stored, before rounding."""
         m = jnp.where(ok, moving_average(m, g, rate), m)
         return m, m
 
@@ -207,47 +207,46 @@ class _Codes:
 
     Attributes:
       format: the format.
-      old_v: the grid of ``v`` before the step, lowered by the decay of the scale since.
-      new_v: the grid of ``v`` after the step.
+      before: the lowest octave of ``v`` before the step.
+      after: that after the step.
+      octaves: what the decay of the unit of ``v`` has lowered its values by since.
       share: of a squared gradient in ``v``, in the unit of ``v`` after the step.
-      keys_v: the keys of the leaf for ``v``.
-      m: the grids of ``|m|`` before and after the step, and the keys for ``m``; None
-        without a first moment.
+      key_v: the keys of the leaf for ``v``.
+      key_m: those for ``m``; None without a first moment.
     """
 
     format: MomentFormat = dataclasses.field(metadata={"static": True})
-    old_v: MomentGrid
-    new_v: MomentGrid
+    before: jax.Array
+    after: jax.Array
+    octaves: jax.Array
     share: jax.Array
-    keys_v: jax.Array
-    m: tuple[MomentGrid, MomentGrid, jax.Array] | None
+    key_v: jax.Array
+    key_m: jax.Array | None
 
     def add_square(self, v: jax.Array, g: jax.Array, rate: jax.Array) -> Any:
         """As that of floats, but values are over the unit of ``v``."""
         del rate
-        highest = self.format.highest_v
-        square = jnp.where(g * g < jnp.inf, g * g, 0)
-        value = self.old_v.decode(v) + rounded(self.share * square)
-        code = self.new_v.encode(value, random_bits(self.keys_v, v.shape))
-        ok = (g * g < jnp.inf) & (code <= highest)
-        code = jnp.where(value > 0, jnp.clip(code, 1, highest), 0)
-        stored = code.astype(v.dtype)
-        # The value is decoded from what is stored, or XLA on CPU would compute it
-        # twice.
-        decoded = straight_through(value, self.new_v.value(stored))
-        return stored, decoded, ok, value > 0
+        old = self.format.v_grid(self.before).lowered(self.octaves)
+        new = self.format.v_grid(self.after)
+        added = self.share * (g * g)
+        fits = added < jnp.inf
+        # A choice between product and sum keeps them from being fused, as `rounded`
+        # would.
+        value = old.value(v) + jnp.where(fits, added, 0)
+        code = new.encode(value, random_bits(self.key_v, v.shape))
+        stored = jnp.clip(code, 0, self.format.highest_v).astype(v.dtype)
+        return stored, value, fits & (value <= new.value(self.format.highest_v))
 
     def add(self, m: jax.Array, g: jax.Array, ok: jax.Array, rate: jax.Array) -> Any:
-        """``m`` after a gradient, where ``ok``: stored, and its value."""
-        assert self.m is not None
-        old, new, keys = self.m
-        value = jnp.where(m < 0, -1, 1) * old.decode(jnp.abs(m.astype(jnp.int32)))
+        """As that of floats."""
+        assert self.key_m is not None
+        old, new = map(self.format.m_grid, (self.before, self.after))
+        size = old.value_from_zero(jnp.abs(m.astype(jnp.int32)))
+        value = jnp.where(m < 0, -size, size)
         value = jnp.where(ok, moving_average(value, g, rate), value)
-        bits = random_bits(keys, m.shape)
+        bits = random_bits(self.key_m, m.shape)
         code = new.encode_from_zero(jnp.abs(value), bits, self.format.highest_m)
-        decoded = new.decode(code)
-        decoded = straight_through(value, jnp.where(value < 0, -decoded, decoded))
-        return jnp.where(value < 0, -code, code).astype(m.dtype), decoded
+        return jnp.where(value < 0, -code, code).astype(m.dtype), value
 
 
 def _storages(
@@ -263,12 +262,12 @@ def _storages(
     before = window.octave
     after = format.follow(before, count, vs)
     after = jnp.where(after > 0, jnp.maximum(after - octaves, 1), 0)
-    share = jnp.broadcast_to((rate / scale).astype(jnp.float32), after.shape)
-    m = None
-    if len(keys) > 1:
-        m = (format.m_grid(before), format.m_grid(after), keys[1])
-    v = (format.v_grid(before).lowered(octaves), format.v_grid(after), share, keys[0])
-    return one_a_leaf(_Codes(format, *v, m), len(vs)), MomentWindow(after, scale)
+    share = (rate / scale).astype(jnp.float32)
+    storages = [
+        _Codes(format, *octave, octaves, share, key_v, *(key_m or [None]))
+        for octave, key_v, *key_m in one_a_leaf(((before, after), *keys), len(vs))
+    ]
+    return storages, MomentWindow(after, scale)
 
 
 def _bias_correction(decay: Any, count: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import optax
 
 from madax._checks import check_non_negative, check_state
 from madax._leaves import flatten_both, known_values, per_leaf, widen
-from madax._numerics import expm1
+from madax._numerics import fast_expm1, within
 from madax._quantized_array import is_quantized
 from madax._scales import check_code_scales, initial_scales
 
@@ -127,10 +127,9 @@ def additive_floors(
 def _update(w: Any, d: jax.Array, floor: Any) -> jax.Array:
     """The update that takes log-step ``d`` from ``w``; additive up to the floor."""
     d = widen(d)
-    d = jnp.where(jnp.isfinite(d), d, 0)
     if is_quantized(w):
         return w.format.log_step(w.codes, d)
-    x = widen(w)
+    d, x = jnp.where(jnp.isfinite(d), d, 0), widen(w)
     return jnp.where(
         jnp.abs(x) > floor,
         x * _expm1(jnp.where(x < 0, -d, d)),
@@ -139,10 +138,11 @@ def _update(w: Any, d: jax.Array, floor: Any) -> jax.Array:
 
 
 def _expm1(d: jax.Array) -> jax.Array:
-    # GPUs and TPUs have an instruction for most of it. Floats, unlike codes, need not
-    # be the same bits everywhere.
+    # Floats, unlike codes, need not be the same bits everywhere. So GPUs and TPUs take
+    # their instruction, and CPUs a polynomial without a division.
+    cpu = fast_expm1 if d.dtype == jnp.float32 else jnp.expm1
     return jax.lax.platform_dependent(
-        jnp.clip(d, -87.0, 88.0), cpu=expm1, default=jnp.expm1
+        within(d, -87.0, 88.0), cpu=cpu, default=jnp.expm1
     )
 
 

@@ -64,7 +64,7 @@ class Codec:
         grid, _, offset = self._grid(window)
         # The product is rounded, as the inner optimizer may add to it.
         value = rounded(
-            window.scale * jnp.where(code > 0, grid.decode(code) - offset, 0)
+            window.scale * jnp.where(code > 0, grid.value(code) - offset, 0)
         )
         return jnp.where(negative, -value, value)
 
@@ -90,7 +90,7 @@ class Codec:
             self._octave(jnp.max(size, initial=0), signed), scale, signed
         )
         grid, highest, offset = self._grid(window)
-        bits = jnp.full(x.shape, 0x8000, jnp.uint32) if bits is None else bits
+        bits = (1 << (grid.shift - 1)).astype(jnp.uint32) if bits is None else bits
         least = jnp.where(signed, 0, 1)
         code = jnp.clip(grid.encode(size + offset, bits), least, highest)
         code = jnp.where(size > 0, code, 0)

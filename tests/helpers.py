@@ -79,7 +79,7 @@ def moment_values(state):
         leaves, treedef = jax.tree.flatten(tree)
         codes = [np.asarray(x, np.int32) for x in leaves]
         values = [
-            unit * np.sign(c) * np.asarray(grid(octave).decode(jnp.abs(c)))
+            unit * np.sign(c) * np.asarray(grid(octave).value(jnp.abs(c)))
             for c, octave in zip(codes, octaves, strict=True)
         ]
         return treedef.unflatten(values)

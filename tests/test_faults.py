@@ -391,16 +391,19 @@ def test_updates_that_are_not_finite_move_no_code(fmt):
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_huge_steps_of_codes_end_where_they_lead(fmt):
-    """Also those beyond all integers: signs of logarithmic codes stay."""
+    """Also those beyond all integers, signs of logarithmic codes kept; not infinity."""
     tx = madax.lns_quantize()
     params = madax.quantize_params(jnp.linspace(-1, 1, 16).reshape(4, 4), fmt)
     state, keeps_sign = tx.init(params), isinstance(fmt, madax.LogFormat)
-    for step in (3e9, 1e30, -1e30, -np.inf):
+    for step in (3e9, 1e30, -1e30, -3e38):
         updates, _ = tx.update(jnp.full((4, 4), step), state, params)
         codes = np.asarray(optax.apply_updates(params, updates).codes)
         end = fmt.levels * np.sign(step)
         stays = keeps_sign & (np.sign(params.codes) != np.sign(step))
         np.testing.assert_array_equal(codes, np.where(stays, -np.sign(step), end))
+    for step in (np.inf, -np.inf, np.nan):
+        updates, _ = tx.update(jnp.full((4, 4), step), state, params)
+        assert not np.any(updates.codes)
 
 
 def test_a_leaf_of_zeros_with_no_scale_passes_its_updates_on():
