@@ -25,8 +25,8 @@ from madax._rounding import (
     Rounding,
     check_rounding,
     leaf_keys,
-    random_bits,
     round_steps,
+    rounding_bits,
 )
 from madax._scales import initial_scales
 
@@ -170,19 +170,18 @@ def _step_leaf(
     rounding: Rounding,
 ) -> Any:
     """The update of a leaf that ends on the grid; an integer for codes."""
-    bits = random_bits(key, w.shape) if rounding == "stochastic" else None
+    bits = rounding_bits(rounding, key, w.shape)
     if is_quantized(w):
-        return step_codes(w, u, w.codes.astype(jnp.int32), rounding, bits)
+        return step_codes(w, u, w.codes.astype(jnp.int32), bits)
     if format is not None:
-        return _step_on_grid(w, u, scale, format, rounding, bits)
-    return _step_in_dtype(w, u, rounding, bits)
+        return _step_on_grid(w, u, scale, format, bits)
+    return _step_in_dtype(w, u, bits)
 
 
 def step_codes(
     w: QuantizedArray,
     steps: jax.Array,
     sign: jax.Array,
-    rounding: Rounding,
     bits: jax.Array | None,
 ) -> jax.Array:
     """Rounds a real-valued number of codes to the step that ``w`` will take.
@@ -191,13 +190,12 @@ def step_codes(
       w: the quantised leaf.
       steps: real-valued steps, in codes.
       sign: numbers of the sign that the weights will have.
-      rounding: the rounding mode.
-      bits: random bits of the leaf's shape, or None.
+      bits: random bits of the leaf's shape; None to round to nearest.
 
     Returns:
       The step, int32, which :func:`as_steps` makes an update of.
     """
-    new = moved_codes(w.codes, w.format, steps, sign, rounding, bits)
+    new = moved_codes(w.codes, w.format, steps, sign, bits)
     return new - w.codes.astype(jnp.int32)
 
 
@@ -213,19 +211,16 @@ def moved_codes(
     format: Format,
     steps: jax.Array,
     sign: jax.Array,
-    rounding: Rounding,
     bits: jax.Array | None,
 ) -> jax.Array:
     """The codes, int32, after real-valued ``steps`` are rounded and saturated."""
     beyond = 2 * format.levels + 1  # further than any two codes are apart
     steps = jnp.where(jnp.isfinite(steps), within(steps, -beyond, beyond), 0)
-    whole = round_steps(steps, rounding, bits)
+    whole = round_steps(steps, bits)
     return format.saturate(codes.astype(jnp.int32) + whole, sign)
 
 
-def _step_in_dtype(
-    w: jax.Array, u: jax.Array, rounding: Rounding, bits: jax.Array | None
-) -> jax.Array:
+def _step_in_dtype(w: jax.Array, u: jax.Array, bits: jax.Array | None) -> jax.Array:
     """The update that takes ``w`` to a number of its dtype next to ``w + u``.
 
     It is exact if that is less than a factor of two away. Then ``w + u`` needs no
@@ -247,7 +242,7 @@ def _step_in_dtype(
     # rest, and a weight without an update is all whole.
     steps = (x + u) * (2.0**info.nmant / power)
     whole = jnp.floor(steps)
-    steps = whole + round_steps(steps - whole, rounding, bits).astype(x.dtype)
+    steps = whole + round_steps(steps - whole, bits).astype(x.dtype)
     largest = largest_weight(dtype)
     target = jnp.clip(steps * spacing, -largest, largest)
     to_target = jnp.clip(target - x, -largest, largest)
@@ -259,7 +254,6 @@ def _step_on_grid(
     u: jax.Array,
     scale: jax.Array,
     format: Format,
-    rounding: Rounding,
     bits: jax.Array | None,
 ) -> jax.Array:
     """The update that takes ``w`` to a grid point near ``w + u``."""
@@ -274,7 +268,7 @@ def _step_on_grid(
     # has to get to its grid point, which makes its step longer by that way.
     on_grid = jnp.abs(w - point) <= 8 * float(jnp.finfo(dtype).eps) * jnp.abs(point)
     steps = format.add_step(code, jnp.where(on_grid, step, moved - value))
-    new = moved_codes(code, format, steps, jnp.sign(moved), rounding, bits)
+    new = moved_codes(code, format, steps, jnp.sign(moved), bits)
     target = jnp.clip(scale * format.decode(new), -largest, largest).astype(dtype)
     to_target = jnp.where(scale > 0, jnp.clip(target - w, -largest, largest), u)
     return straight_through(u.astype(dtype), to_target.astype(dtype))

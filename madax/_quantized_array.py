@@ -54,7 +54,7 @@ class QuantizedArray:
     so a transform in between that changes one or the other causes an error.
 
     Attributes:
-      codes: signed codes, int8 or int16, any shape; steps of them are int16 or int32.
+      codes: signed codes, int8 or int16, any shape; steps of them are int32.
       scale: value of the largest code, float32, of the rank of ``codes``: of size 1,
         or one per channel.
       format: the number format.

@@ -95,6 +95,13 @@ def random_bits(key: jax.Array, shape: Sequence[int]) -> jax.Array:
     return x ^ (x >> 16)
 
 
+def rounding_bits(
+    rounding: Rounding, key: jax.Array, shape: Sequence[int]
+) -> jax.Array | None:
+    """The :func:`random_bits` to round a leaf by; None to round to nearest."""
+    return random_bits(key, shape) if rounding == "stochastic" else None
+
+
 def round_steps(steps: jax.Array, bits: jax.Array | None) -> jax.Array:
     """Rounds real-valued code steps to integers.
 

@@ -221,7 +221,7 @@ class _Codes:
     octaves: jax.Array
     share: jax.Array
     key_v: jax.Array
-    key_m: jax.Array | None
+    key_m: jax.Array | None = None
 
     def add_square(self, v: jax.Array, g: jax.Array, rate: jax.Array) -> Any:
         """As that of floats, but values are over the unit of ``v``."""
@@ -264,8 +264,8 @@ def _storages(
     after = jnp.where(after > 0, jnp.maximum(after - octaves, 1), 0)
     share = (rate / scale).astype(jnp.float32)
     storages = [
-        _Codes(format, *octave, octaves, share, key_v, *(key_m or [None]))
-        for octave, key_v, *key_m in one_a_leaf(((before, after), *keys), len(vs))
+        _Codes(format, old, new, octaves, share, *key)
+        for old, new, *key in one_a_leaf((before, after, *keys), len(vs))
     ]
     return storages, MomentWindow(after, scale)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from madax._leaves import entries
 from madax._moments import MomentFormat, MomentGrid
 from madax._numerics import relative_to, rounded
-from madax._rounding import Rounding, random_bits
+from madax._rounding import Rounding, rounding_bits
 
 # The least factor of decay. Below it, the fall of one element would bring its noise to
 # all others.
@@ -137,7 +137,7 @@ def encoded(
     rounding: Rounding,
 ) -> tuple[jax.Array, StateWindow]:
     """The codes of the new values of a leaf, rounded, and where they lie."""
-    bits = random_bits(key, new.shape) if rounding == "stochastic" else None
+    bits = rounding_bits(rounding, key, new.shape)
     return codec.encode(new, before, window, bits)
 
 

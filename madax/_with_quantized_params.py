@@ -15,7 +15,7 @@ from madax._lns_quantize import as_steps, step_codes
 from madax._numerics import relative_to
 from madax._quantize_params import dequantize_params
 from madax._quantized_array import QuantizedArray, is_quantized
-from madax._rounding import Rounding, check_rounding, leaf_keys, random_bits
+from madax._rounding import Rounding, check_rounding, leaf_keys, rounding_bits
 from madax._scales import check_code_scales
 
 
@@ -105,7 +105,7 @@ def _rounded_sum(
     u = relative_to(w.scale, jnp.where(jnp.isfinite(u), widen(u), 0))
     steps = w.format.add_step(w.codes, u)
     sign = jnp.sign(w.format.decode(w.codes) + u)
-    return step_codes(w, steps, sign, rounding, random_bits(key, w.shape))
+    return step_codes(w, steps, sign, rounding_bits(rounding, key, w.shape))
 
 
 def with_dequantized_params(

@@ -39,7 +39,7 @@ FRACTIONS = [1e-3, -1e-3, 0.02, 0.25, 0.5, -0.3, 0.999, -1.7, 0.0, 2e-5, -7e-6, 
 def test_stochastic_rounding_is_unbiased():
     """The average over 2**24 even random numbers is right to within 2**-23."""
     bits = jnp.arange(2**24, dtype=jnp.uint32) << 8
-    rounding = jax.jit(lambda step: round_steps(step, "stochastic", bits))
+    rounding = jax.jit(lambda step: round_steps(step, bits))
     for step in np.float32(FRACTIONS):
         rounded = np.asarray(rounding(jnp.full(bits.shape, step)))
         assert rounded.dtype == np.int32
@@ -52,16 +52,16 @@ def test_whole_steps_are_whole_and_nearest_rounds_halves_to_even():
     whole = jnp.array([-32767, -4096, -128, -1, 0, 1, 127, 4096, 65535], jnp.float32)
     for bits in (0, 2**32 - 1, 2**30, 2**31 - 2**24, 2**31 + 2**24):
         every = jnp.full(whole.shape, bits, jnp.uint32)
-        rounded = round_steps(whole, "stochastic", every)
+        rounded = round_steps(whole, every)
         np.testing.assert_array_equal(rounded, whole)
     for bits in (2**31 - 1, 2**31):  # once in 2**25 times
         every = jnp.full(whole.shape, bits, jnp.uint32)
-        rounded = round_steps(whole, "stochastic", every)
+        rounded = round_steps(whole, every)
         np.testing.assert_allclose(rounded, whole, rtol=0, atol=1)
         assert rounded[4] == 0
     halves = jnp.array([-2.5, -1.5, -0.6, -0.5, 0.5, 0.6, 1.5, 2.5], jnp.float32)
     nearest = [-2, -2, -1, 0, 0, 1, 2, 2]
-    np.testing.assert_array_equal(round_steps(halves, "nearest", None), nearest)
+    np.testing.assert_array_equal(round_steps(halves, None), nearest)
 
 
 @pytest.mark.parametrize("learning_rate", [1e-5, 0.003, 0.02])
