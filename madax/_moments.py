@@ -109,7 +109,7 @@ class MomentFormat:
 
     @property
     def highest_v(self) -> int:
-        """The greatest code of ``v``: of 254 octaves, before the window is placed."""
+        """The greatest code of ``v``, that of all beyond; 254 octaves if not placed."""
         return min(2**self.bits - 1, 254 << (self.bits - 8))
 
     @property

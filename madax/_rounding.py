@@ -33,11 +33,11 @@ def check_rounding(rounding: Any) -> None:
 def leaf_keys(
     seed: Any, count: jax.Array, paths: Sequence[str], layer: Any = None
 ) -> jax.Array:
-    """Two 32-bit keys per leaf, from (seed, step, path): uint32, shape (leaves, 2).
+    """A key for each leaf, from (seed, step, path): uint32, shape (leaves,).
 
-    A leaf has the same keys in whatever part of the tree it is trained with. Indices
-    in a path are numbers: layer 3 of a stack, ``layers/w`` with ``layer=3``, has the
-    keys of ``layers/3/w``.
+    A leaf has the same key in whatever part of the tree it is trained with. Indices in
+    a path are numbers: layer 3 of a stack, ``layers/w`` with ``layer=3``, has the key
+    of ``layers/3/w``.
 
     Args:
       seed: integer scalar.
@@ -64,14 +64,16 @@ def leaf_keys(
         keys = where.where(there, _mix(keys + index), keys)
     for counter in (count, seed):
         keys = _mix(keys) + jnp.asarray(counter).astype(jnp.uint32)
-    return _mix(keys)
+    # With one half of them, two leaves could be alike in every step.
+    keys = _mix(keys)
+    return keys[:, 0] ^ keys[:, 1]
 
 
 def random_bits(key: jax.Array, shape: Sequence[int]) -> jax.Array:
     """32 random bits for each element of a leaf: uint32 of ``shape``.
 
     Args:
-      key: the leaf's two keys, uint32 of shape (2,).
+      key: the leaf's key, uint32.
       shape: the leaf's whole (global) shape.
 
     Returns:
@@ -83,14 +85,13 @@ def random_bits(key: jax.Array, shape: Sequence[int]) -> jax.Array:
         if size > 1:
             stride = math.prod(shape[axis + 1 : -1]) % 2**32
             row += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-    # What is done to rows alone, a compiler does once a row. The golden ratio keeps
-    # them apart.
-    index = (row * np.uint32(0x9E3779B9) + key[0]) ^ key[1]
+    column = jnp.zeros(shape, jnp.uint32)
     if shape:
-        index ^= jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
-    # Keys are mixed already, so it is the low bits that have to reach all others. These
-    # constants leave neighbours the least dependent of some hundreds.
-    x = index * np.uint32(0x85EBCA6B)
+        column = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    # Sum and difference depend on both. What depended on one of them XLA would compute
+    # first, and a TPU would be slow to spread it over the other.
+    x = (row + column) * np.uint32(0x9E3779B9) ^ (row - column) * np.uint32(0x85EBCA6B)
+    x += key
     x = (x ^ (x >> 14)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
 

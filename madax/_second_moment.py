@@ -211,8 +211,8 @@ class _Codes:
       after: that after the step.
       octaves: what the decay of the unit of ``v`` has lowered its values by since.
       share: of a squared gradient in ``v``, in the unit of ``v`` after the step.
-      key_v: the keys of the leaf for ``v``.
-      key_m: those for ``m``; None without a first moment.
+      key_v: the key of the leaf for ``v``.
+      key_m: that for ``m``; None without a first moment.
     """
 
     format: MomentFormat = dataclasses.field(metadata={"static": True})
@@ -235,7 +235,9 @@ class _Codes:
         value = old.value(v) + jnp.where(fits, added, 0)
         code = new.encode(value, random_bits(self.key_v, v.shape))
         stored = jnp.clip(code, 0, self.format.highest_v).astype(v.dtype)
-        return stored, value, fits & (value <= new.value(self.format.highest_v))
+        # The greatest code is that of all beyond. That the direction depends on what is
+        # stored lets XLA make one kernel of both.
+        return stored, value, fits & (stored < self.format.highest_v)
 
     def add(self, m: jax.Array, g: jax.Array, ok: jax.Array, rate: jax.Array) -> Any:
         """As that of floats."""

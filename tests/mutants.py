@@ -97,7 +97,7 @@ MUTANTS = {
     ],
     "_rounding": [
         ("* 2.0**-32", "* 2.0**-32 + 1e-4", "rounding"),
-        ("row * np.uint32(0x9E3779B9)", "row", "rounding"),
+        ("+ column) * np.uint32(0x9E3779B9)", "+ column)", "rounding"),
         (", axis) * stride", ", axis)", "rounding"),
         ("for counter in (count, seed):", "for counter in (count, count):", "rounding"),
         ("blake2s(name.encode()", "blake2s(b''", "rounding"),
@@ -124,7 +124,7 @@ MUTANTS = {
         ("correction /= _bias_correction(b1, count)", "pass", "oracle"),
         ("jnp.where(v > 0, v, jnp.inf)", "v", "faults fuzz"),
         ("jnp.clip(code, 0, self.format.highest_v)", "code", "moments"),
-        ("fits & (value <= new.value(self.format.highest_v))", "fits", "moments"),
+        ("fits & (stored < self.format.highest_v)", "fits", "moments"),
         ("exp(-0.375 * noise)", "exp(-0.0 * noise)", "moments"),
         ("if made_for != wanted:", "if False:", "moments checkpoint"),
     ],

@@ -401,7 +401,8 @@ class Moments:
         if not self.codes:
             return np.full(np.shape(value), True), np.full(np.shape(value), True)
         grid = self.grids["v"]
-        top, next_up = self.unit["v"] * grid.decode([grid.highest, grid.highest + 1])
+        # The greatest code is of all that is beyond.
+        top, next_up = self.unit["v"] * grid.decode([grid.highest - 1, grid.highest])
         return value < top * (1 - 1e-5), value < next_up * (1 + 1e-5)
 
 
