@@ -110,12 +110,12 @@ def _over_root_jvp(primals, tangents):
 def within(
     x: jax.Array, low: jax.typing.ArrayLike, high: jax.typing.ArrayLike
 ) -> jax.Array:
-    """``jnp.clip(x, low, high)``, but of NaN, ``high``."""
+    """``jnp.clip(x, low, high)``, but that of NaN is a number."""
 
     # A minimum takes XLA on CPU three instructions, since NaN is to stay NaN.
     def by_choice(x, low, high):
-        x = jnp.where(x < high, x, high)
-        return jnp.where(x > low, x, low)
+        x = jnp.where(x > low, x, low)
+        return jnp.where(x < high, x, high)
 
     low, high = (jnp.asarray(bound, x.dtype) for bound in (low, high))
     return jax.lax.platform_dependent(
@@ -143,11 +143,13 @@ def expm1(x: jax.Array) -> jax.Array:
 
 @_differentiated(lambda ans, x: ans + 1)
 def fast_expm1(x: jax.Array) -> jax.Array:
-    """As :func:`expm1` for x in [-87, 88], float32, but the last bits may vary.
+    """As :func:`expm1` for x in [-87, 88], but float32 may vary in the last bits.
 
     That is for leaves that are floats. It takes CPUs half the time, as no product has
     to be kept from a sum, and nothing is divided.
     """
+    if x.dtype != jnp.float32:
+        return jnp.expm1(x)
     exponent = round_to_int(x * (1 / math.log(2)))
     n = exponent.astype(jnp.float32)
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW

@@ -140,9 +140,8 @@ def _update(w: Any, d: jax.Array, floor: Any) -> jax.Array:
 def _expm1(d: jax.Array) -> jax.Array:
     # Floats, unlike codes, need not be the same bits everywhere. So GPUs and TPUs take
     # their instruction, and CPUs a polynomial without a division.
-    cpu = fast_expm1 if d.dtype == jnp.float32 else jnp.expm1
     return jax.lax.platform_dependent(
-        within(d, -87.0, 88.0), cpu=cpu, default=jnp.expm1
+        within(d, -87.0, 88.0), cpu=fast_expm1, default=jnp.expm1
     )
 
 

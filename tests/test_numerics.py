@@ -7,7 +7,7 @@ import pytest
 from helpers import enable_x64
 
 from madax import _numerics
-from madax._numerics import arcsinh, exp, expm1, log, log1p, round_to_int, sinh
+from madax._numerics import arcsinh, exp, expm1, log, log1p, round_to_int, sinh, within
 
 POSITIVE = np.concatenate([np.logspace(-37, 38, 1_000_001), np.linspace(0.5, 2, 10**6)])
 SMALL = np.concatenate([np.linspace(-1, 1, 1_000_001), np.logspace(-37, 0, 100_001)])
@@ -15,6 +15,7 @@ WIDE = np.concatenate([np.linspace(-86, 86, 1_000_001), SMALL, -np.logspace(-37,
 POINTS = {
     "exp": WIDE,
     "expm1": np.concatenate([WIDE, [-87, 88]]),
+    "fast_expm1": np.concatenate([WIDE, [-87, 88]]),
     "sinh": WIDE,
     "log": POSITIVE,
     "log1p": np.concatenate([POSITIVE, SMALL[SMALL > -1]]),
@@ -25,7 +26,7 @@ POINTS = {
 @pytest.mark.parametrize("name", POINTS)
 def test_functions_are_exact_to_float32(name):
     x = POINTS[name].astype(np.float32)
-    expected = getattr(np, name)(x.astype(np.float64))
+    expected = getattr(np, name.removeprefix("fast_"))(x.astype(np.float64))
     np.testing.assert_allclose(
         jax.jit(getattr(_numerics, name))(x), expected, rtol=3e-7
     )
@@ -37,7 +38,16 @@ def test_float64_uses_the_functions_of_jax(name):
         x = jnp.linspace(0.1, 2, 101, dtype=jnp.float64)
         y = getattr(_numerics, name)(x)
     assert y.dtype == np.float64
-    np.testing.assert_allclose(y, getattr(np, name)(np.asarray(x)), rtol=1e-14)
+    expected = getattr(np, name.removeprefix("fast_"))(np.asarray(x))
+    np.testing.assert_allclose(y, expected, rtol=1e-14)
+
+
+def test_within_is_a_clip():
+    x = jnp.array([-np.inf, -3.0, -1.0, 0.5, 2.0, 7.0, np.inf])
+    for low, high in ((-1, 2), (x - 1, x + 1), (3.0, 2.0)):
+        np.testing.assert_array_equal(
+            jax.jit(within)(x, low, high), jnp.clip(x, low, high)
+        )
 
 
 def test_functions_saturate_where_others_overflow():
