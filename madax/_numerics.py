@@ -1,9 +1,10 @@
-"""Elementary functions in few vector operations, the same bits in every program.
+"""Elementary functions in few vector operations, of the same bits in every program.
 
 A compiler may fuse a product with the sum that it goes into, and round once, not twice.
 Whether XLA does so depends on the shape of an array, so a shard would get other bits
 than the whole. A product enters a sum here only if it is exact or :func:`rounded`, and
-callers of these functions keep to that rule.
+callers of these functions keep to that rule. :func:`fast_expm1`, for float weights, does
+not.
 
 XLA's own library functions for these cost several times as much as the rest of an
 optimizer step on CPU.
