@@ -170,7 +170,7 @@ def _step_leaf(
     rounding: Rounding,
 ) -> Any:
     """The update of a leaf that ends on the grid; an integer for codes."""
-    bits = rounding_bits(rounding, key, w.shape)
+    bits = rounding_bits(rounding, key, jnp.shape(u))
     if is_quantized(w):
         return step_codes(w, u, w.codes.astype(jnp.int32), bits)
     if format is not None:

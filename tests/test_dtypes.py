@@ -115,3 +115,18 @@ def test_float64_weights_keep_float64_range(scale):
 def test_rms_of_float16_weights_is_not_computed_in_float16():
     w = jnp.full(1000, 300, jnp.float16)  # the sum of squares is 1400 times too large
     np.testing.assert_allclose(madax.clip_log_weights().init(w).rms0, [300], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [madax.madam(0.1), madax.madam(0.1, rounding="nearest"), madax.bbit_madam(0.1)],
+    ids=["stochastic", "nearest", "grid"],
+)
+def test_numbers_of_python_are_leaves_without_jit_too(tx):
+    params, grads = {"w": 0.5, "b": 0.0}, {"w": 3.0, "b": -1e30}
+    state = tx.init(params)
+    expected, _ = jax.jit(tx.update)(grads, state, params)
+    with jax.disable_jit():
+        updates, _ = tx.update(grads, state, params)
+    for key in params:
+        np.testing.assert_allclose(updates[key], expected[key], rtol=1e-6)
