@@ -3,8 +3,8 @@
 A compiler may fuse a product with the sum that it goes into, and round once, not twice.
 Whether XLA does so depends on the shape of an array, so a shard would get other bits
 than the whole. A product enters a sum here only if it is exact or :func:`rounded`, and
-callers of these functions keep to that rule. :func:`fast_expm1`, for float weights, does
-not.
+callers of these functions keep to that rule. :func:`fast_expm1`, for weights that are
+floats, does not.
 
 XLA's own library functions for these cost several times as much as the rest of an
 optimizer step on CPU.
