@@ -158,6 +158,20 @@ def test_neighbours_are_independent(bits, axis):
             assert abs(both - p) * np.sqrt(a.size / p) < SIGMAS, lag
 
 
+@pytest.mark.parametrize("shape", [(1024, 1024), (2**16, 16), (8, 2**17)])
+def test_neighbours_in_a_matrix_are_independent(shape):
+    """Along both axes and diagonals, as the hash is one of sum and difference."""
+    whole = bits_of(3, 5, 0, shape)
+    rows, columns = shape
+    for down, right in [(1, 0), (0, 1), (1, 1), (1, -1), (2, -2), (3, 1), (4, -8)]:
+        a = whole[: rows - down, max(0, -right) : columns - max(0, right)]
+        b = whole[down:, max(0, right) : columns - max(0, -right)]
+        for x, y in ((a, b), (a << 16, b << 16)):
+            r = np.mean(uniform(x) * uniform(y)) * np.sqrt(x.size)
+            assert abs(r) < SIGMAS, (down, right)
+            assert chi_square(x >> 25 << 7 | y >> 25, 2**14) > P_VALUE, (down, right)
+
+
 def test_random_bits_have_no_pattern_in_the_plane(bits):
     """The spectrum of white noise: its largest peak is ln(n), give or take a few."""
     for half in (bits, bits << 16):
