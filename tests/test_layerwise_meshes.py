@@ -119,6 +119,9 @@ def test_a_mesh_trains_as_one_device(axis_type, layout):
 # --- a network, its batch spread over the devices -------------------------------------
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 7), reason="XLA gathered float gradients, too"
+)
 def test_fsdp_gathers_codes_and_nothing_else_of_weights():
     mesh, tx = make_mesh("auto"), madax.madam(0.02)
     on = lambda *axes: NamedSharding(mesh, P(*axes))
