@@ -103,7 +103,7 @@ MUTANTS = {
         ("blake2s(name.encode()", "blake2s(b''", "rounding"),
         ("keys if layer is None else", "keys if True else", "rounding"),
         ("where.where(there, _mix", "where.where(~there, _mix", "rounding"),
-        ("x = (x ^ (x >> 15))", "x = (x ^ (x >> 31))", "rounding"),
+        ("x = (x ^ (x >> 14))", "x = (x ^ (x >> 31))", "rounding"),
     ],
     "_moments": [
         ("- _BIAS + 1) >> 1", "- _BIAS) >> 1", "moments"),

@@ -304,6 +304,16 @@ def test_codes_track_float_moments_in_distribution(bits, spread):
     )
 
 
+def test_a_jump_out_of_the_octaves_is_skipped_until_they_follow():
+    grads = np.ones((120, 3), np.float32)
+    grads[20:, 0] = 1e8
+    _, directions = runner(moment_format=MomentFormat(8))(jnp.asarray(grads))
+    jumped, others = np.asarray(directions)[20:, 0], np.asarray(directions)[:, 1:]
+    assert jumped[0] == 0 and 0.5 < jumped[-1] < 5
+    assert np.all(np.diff(jumped != 0) >= 0)
+    assert np.all(others > 0.1)
+
+
 def jump(i, before, after, at):
     return jnp.where(i < at, before, after)
 
