@@ -376,6 +376,7 @@ def test_one_bad_value_of_an_injected_hyperparameter():
                 state.hyperparams[name] = value
                 check_valid(params)
                 assert all_finite(state)
+                assert np.max(np.abs(params["float32"])) < 100, name
             for k, w in arrays(params).items():
                 assert np.any(w != arrays(before)[k]), (name, k)
 

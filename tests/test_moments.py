@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import mostly_nightly
+from helpers import mostly_nightly, raises
 
 import madax
 from madax import MomentFormat
@@ -312,6 +312,14 @@ def test_a_jump_out_of_the_octaves_is_skipped_until_they_follow():
     assert jumped[0] == 0 and 0.5 < jumped[-1] < 5
     assert np.all(np.diff(jumped != 0) >= 0)
     assert np.all(others > 0.1)
+
+
+def test_a_state_of_another_format_is_refused():
+    state = madax.madam(moment_format=MomentFormat(9)).init(jnp.ones(3))
+    for bits in (8, None):
+        tx = madax.madam(moment_format=bits and MomentFormat(bits))
+        with raises(ValueError, "moment_format is", "made for MomentFormat(bits=9)"):
+            tx.update(jnp.ones(3), state, jnp.ones(3))
 
 
 def jump(i, before, after, at):
