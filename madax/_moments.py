@@ -118,11 +118,11 @@ class MomentFormat:
         return 2 ** (self.bits - 1) - 1
 
     def v_grid(self, octave: jax.Array) -> "MomentGrid":
-        """The grid of ``v`` from an octave up, of one leaf or of each."""
+        """The grid of ``v`` from an octave up."""
         return self._grid(octave, octave, 1)
 
     def m_grid(self, octave: jax.Array) -> "MomentGrid":
-        """The grid of ``|m|``, given the ``octave`` of ``v``, likewise."""
+        """The grid of ``|m|``, given the ``octave`` of ``v``."""
         # The highest octave of m squares to the highest of v; that gives the lowest.
         highest = (octave + _OCTAVES_V - _BIAS + 1) >> 1
         return self._grid(octave, highest - _OCTAVES_M + _BIAS, _LOWEST_M)

@@ -171,13 +171,15 @@ def test_optimizers(name, how):
         train(compiled(partial(step, tx), grads[0], *start[::-1], how=h), start, grads)
         for h in (how, None)
     )
-    for x, y in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            rtol = 4 * float(jnp.finfo(x.dtype).eps)
-            x, y = (np.asarray(z, np.float64) for z in (x, y))
-            np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-7)
+    (got, got_state), (expected, expected_state) = got, expected
+    assert bits_of(got_state) == bits_of(expected_state)
+    for key, w in expected.items():
+        if isinstance(w, madax.QuantizedArray):
+            assert bits_of(got[key]) == bits_of(w)
         else:
-            np.testing.assert_array_equal(x, y)
+            rtol = 4 * float(jnp.finfo(w.dtype).eps)
+            x, y = (np.asarray(z, np.float64) for z in (got[key], w))
+            np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-7)
 
 
 # An axis of an array, and into how many pieces it is cut.
