@@ -43,7 +43,8 @@ def _same(params: optax.Params) -> optax.Params:
     return params
 
 
-def _trained(params: optax.Params, state: optax.OptState) -> optax.Params:
+def as_trained(params: optax.Params, state: optax.OptState) -> optax.Params:
+    """The parameters themselves are scored."""
     del state
     return params
 
@@ -65,7 +66,7 @@ class Optimizer:
     make: Callable[..., optax.GradientTransformation]
     rate: float
     quantize: Callable[[optax.Params], optax.Params] = _same
-    evaluated: Callable[[optax.Params, Any], optax.Params] = _trained
+    evaluated: Callable[[optax.Params, Any], optax.Params] = as_trained
     schedules: tuple[Schedule, ...] = ("cosine",)
 
     def transform(

@@ -4,15 +4,16 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import optax
 import pandas as pd
 import tyro
 
 import madax
+from benchmarks import candidates
 from benchmarks.analysis import at_best, change, medians, number
-from benchmarks.optimizers import FORMATS, Optimizer, Schedule
+from benchmarks.optimizers import FORMATS, Optimizer, Schedule, as_trained
 from benchmarks.profiles import LONG, Options
 from benchmarks.state import EIGHT
 from benchmarks.style import markdown, report
@@ -50,12 +51,14 @@ class Factor(NamedTuple):
       schedule: of the rate.
       format: of codes; None for float32.
       channels: whether each column has a scale of its own.
+      evaluated: parameters and optimizer state to the parameters to be scored.
     """
 
     make: Callable[[optax.Schedule], optax.GradientTransformation]
     schedule: Schedule = "cosine"
     format: str | None = None
     channels: bool = False
+    evaluated: Callable[[optax.Params, Any], optax.Params] = as_trained
 
     def quantize(self, params: optax.Params) -> optax.Params:
         """Makes codes of matrices, if it is a factor of codes."""
@@ -66,6 +69,7 @@ class Factor(NamedTuple):
 
 
 floored = partial(partial, madax.madam, floor=1.0)
+BASE_TX = floored()
 
 
 def _bounded(rate: optax.Schedule) -> optax.GradientTransformation:
@@ -100,7 +104,27 @@ FACTORS = {
     "p_scale=1": Factor(floored(p_scale=1.0)),
     "p_scale=10": Factor(floored(p_scale=10.0)),
     "weight_decay=0.1": Factor(floored(weight_decay=0.1)),
+    "a trained scale for each matrix": Factor(
+        lambda rate: candidates.trained_scales(BASE_TX(rate), rate)
+    ),
+    "a trained scale for each column": Factor(
+        lambda rate: candidates.trained_scales(BASE_TX(rate), rate, columns=True)
+    ),
+    "matrices keep their norm": Factor(
+        lambda rate: candidates.kept_norms(BASE_TX(rate))
+    ),
+    "an additive step before the multiplicative one": Factor(
+        candidates.additive_then_multiplicative
+    ),
+    **{
+        f"gradients at weights with {noise:.0%} of noise": Factor(
+            lambda rate, noise=noise: candidates.with_noise(BASE_TX(rate), noise),
+            evaluated=candidates.without_noise,
+        )
+        for noise in (0.01, 0.1)
+    },
     "direction of Muon": Factor(partial(madax.muon_madam, floor=1.0)),
+    "direction of Muon, b1=0.9 for the rest": Factor(candidates.muon_and_momentum),
     "direction of Muon, warm-up": Factor(
         partial(madax.muon_madam, floor=1.0), "warm-up"
     ),
@@ -108,6 +132,9 @@ FACTORS = {
     "8 bits": Factor(madax.madam, format="symlog 8"),
     "8 bits, nearest": Factor(
         partial(madax.madam, rounding="nearest"), format="symlog 8"
+    ),
+    "8 bits, nearest at the end": Factor(
+        partial(candidates.nearest_at_the_end, madax.madam), format="symlog 8"
     ),
     "8 bits, a scale for each column": Factor(
         madax.madam, format="symlog 8", channels=True
@@ -141,7 +168,7 @@ def sweeps(workload: str) -> list[Sweep]:
     return [
         Sweep(
             name,
-            Optimizer(factor.make, rates[1], factor.quantize),
+            Optimizer(factor.make, rates[1], factor.quantize, factor.evaluated),
             [{"rate": rate, "schedule": factor.schedule} for rate in rates],
         )
         for name, factor in FACTORS.items()
