@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,28 +24,13 @@ from benchmarks import gpt2, memory, programs, records
 from benchmarks.choices import check_choices
 from benchmarks.compiled_report import compiled_report
 from benchmarks.compilers import CHIPS, ENVIRONMENT, compiler, footprint
-from benchmarks.rows import BASELINE, BF16, ROWS, Row
+from benchmarks.rows import BASELINE, ROWS, Row
 
-# Rows that take too long to be timed as well, or that run on some chips only.
+# With rows that take too long to be timed as well.
 OPTIMIZERS = ROWS | {
     "madam, floor, b1": Row(madax.madam(floor=1.0, b1=0.9)),
     "lns_madam": Row(madax.lns_madam()),
 }
-if find_spec("flashoptim_jax") is not None:
-    from flashoptim_jax import flash_adamw  # pyrefly: ignore[missing-import]
-
-    @dataclasses.dataclass(frozen=True)
-    class _Flash(Row):
-        """An optimizer that is no transform of optax."""
-
-        def step(self, params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-            """Returns parameters and state after a step of its own kind."""
-            return self.tx.step(params, state, grads)  # pyrefly: ignore
-
-    OPTIMIZERS |= {
-        "flash_adamw": _Flash(flash_adamw(), **BF16),
-        "flash_adamw, no Pallas": _Flash(flash_adamw(fused=False), **BF16),
-    }
 MAIN = (BASELINE, "madam", "native 16", "native 8, 8-bit v", "native 8 adam")
 
 # Shapes of parameters, of the state, of gradients or tokens; and the step.

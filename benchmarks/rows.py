@@ -1,6 +1,7 @@
 """The optimizers and formats whose steps are timed, weighed and compiled."""
 
 import dataclasses
+from importlib.util import find_spec
 from typing import Any
 
 import jax.numpy as jnp
@@ -62,6 +63,10 @@ ROWS = {
     "adafactor": Row(optax.adafactor(1e-3)),
     "muon": Row(optax.contrib.muon(0.02)),
     "adam bfloat16": Row(optax.adam(1e-3), **BF16),
+    "adamw, 8-bit state": Row(madax.with_quantized_state(optax.adamw(1e-3))),
+    "adamw bfloat16, 8-bit state": Row(
+        madax.with_quantized_state(optax.adamw(1e-3)), **BF16
+    ),
     "madam": Row(madax.madam()),
     "madam bfloat16": Row(madax.madam(), **BF16),
     "bbit_madam": Row(madax.bbit_madam()),
@@ -74,5 +79,25 @@ ROWS = {
     "native 8 adam": Row(
         madax.with_quantized_params(optax.adam(1e-3)), LOG_8, grads=jnp.bfloat16
     ),
+    "native 8 adam, 8-bit state": Row(
+        madax.with_quantized_params(madax.with_quantized_state(optax.adam(1e-3))),
+        LOG_8,
+        grads=jnp.bfloat16,
+    ),
 }
+if find_spec("flashoptim_jax") is not None:
+    from flashoptim_jax import flash_adamw  # pyrefly: ignore[missing-import]
+
+    @dataclasses.dataclass(frozen=True)
+    class _Flash(Row):
+        """An optimizer that is no transform of optax."""
+
+        def step(self, params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+            """Returns parameters and state after a step of its own kind."""
+            return self.tx.step(params, state, grads)  # pyrefly: ignore
+
+    ROWS |= {
+        "flash_adamw": _Flash(flash_adamw(), **BF16),
+        "flash_adamw, no Pallas": _Flash(flash_adamw(fused=False), **BF16),
+    }
 BASELINE = "adam"

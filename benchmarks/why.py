@@ -38,6 +38,7 @@ FEW = (
     "weight_decay=0.1",
     "direction of Muon",
     "direction of Muon, warm-up",
+    "direction of Muon, b1=0.9 for the rest",
     "8 bits, v too",
     "8 bits, v too, direction of Muon",
 )
