@@ -81,14 +81,15 @@ class Codec:
         """
         x = jnp.asarray(new).astype(jnp.float32)
         x = jnp.where(jnp.isfinite(x), x, before)
+        # One pass finds all three, as none of them depends on another.
         signed = jnp.min(x, initial=0) < 0
+        peak = jnp.max(jnp.abs(x), initial=0)
         # A common factor goes into the scale, unrounded, so an average decays exactly.
         factor = jnp.where(before == 0, 1, x / jnp.where(before == 0, 1, before))
         scale = _decayed(window.scale, jnp.min(factor, initial=1))
+        octave = self._octave(relative_to(scale, peak), signed)
+        window = StateWindow(octave, scale, signed)
         size = relative_to(scale, jnp.abs(x))
-        window = StateWindow(
-            self._octave(jnp.max(size, initial=0), signed), scale, signed
-        )
         grid, highest, offset = self._grid(window)
         bits = (1 << (grid.shift - 1)).astype(jnp.uint32) if bits is None else bits
         least = jnp.where(signed, 0, 1)
