@@ -68,19 +68,15 @@ class Codec:
         )
         return jnp.where(negative, -value, value)
 
-    def encode(
-        self, new: Any, before: Any, window: StateWindow, bits: jax.Array | None
-    ) -> tuple[jax.Array, StateWindow]:
-        """The codes of new values, and where they lie.
+    def follow(self, new: Any, before: Any, window: StateWindow) -> StateWindow:
+        """Where the codes of new values lie.
 
         Args:
           new: the values, floating.
           before: the values before, float32, which stay where new ones are not finite.
           window: where their codes lay.
-          bits: random bits of the shape of the leaf; None to round to nearest.
         """
-        x = jnp.asarray(new).astype(jnp.float32)
-        x = jnp.where(jnp.isfinite(x), x, before)
+        x = _finite(new, before)
         # One pass finds all three, as none of them depends on another.
         signed = jnp.min(x, initial=0) < 0
         peak = jnp.max(jnp.abs(x), initial=0)
@@ -88,15 +84,28 @@ class Codec:
         factor = jnp.where(before == 0, 1, x / jnp.where(before == 0, 1, before))
         scale = _decayed(window.scale, jnp.min(factor, initial=1))
         octave = self._octave(relative_to(scale, peak), signed)
-        window = StateWindow(octave, scale, signed)
-        size = relative_to(scale, jnp.abs(x))
+        return StateWindow(octave, scale, signed)
+
+    def encode(
+        self, new: Any, before: Any, window: StateWindow, bits: jax.Array | None
+    ) -> jax.Array:
+        """The codes of new values.
+
+        Args:
+          new: the values, floating.
+          before: the values before, as of :meth:`follow`.
+          window: where the codes lie.
+          bits: random bits of the shape of the leaf; None to round to nearest.
+        """
+        x, signed = _finite(new, before), window.signed
+        size = relative_to(window.scale, jnp.abs(x))
         grid, highest, offset = self._grid(window)
         bits = (1 << (grid.shift - 1)).astype(jnp.uint32) if bits is None else bits
         least = jnp.where(signed, 0, 1)
         code = jnp.clip(grid.encode(size + offset, bits), least, highest)
         code = jnp.where(size > 0, code, 0)
         code += jnp.where(signed & (x < 0), 1 << (self.format.bits - 1), 0)
-        return code.astype(self.format.v_dtype), window
+        return code.astype(self.format.v_dtype)
 
     def _grid(self, window: StateWindow) -> tuple[MomentGrid, jax.Array, jax.Array]:
         """The grid of magnitudes, its greatest code, and what is added to them."""
@@ -128,6 +137,14 @@ def decoded(codec: Codec, codes: jax.Array, window: StateWindow) -> jax.Array:
     return codec.decode(codes, window)
 
 
+@partial(jax.jit, static_argnums=0)
+def followed(
+    codec: Codec, new: jax.Array, before: jax.Array, window: StateWindow
+) -> StateWindow:
+    """Where the codes of the new values of a leaf lie."""
+    return codec.follow(new, before, window)
+
+
 @partial(jax.jit, static_argnums=(0, 5))
 def encoded(
     codec: Codec,
@@ -136,17 +153,32 @@ def encoded(
     window: StateWindow,
     key: jax.Array,
     rounding: Rounding,
-) -> tuple[jax.Array, StateWindow]:
-    """The codes of the new values of a leaf, rounded, and where they lie."""
-    bits = rounding_bits(rounding, key, new.shape)
-    return codec.encode(new, before, window, bits)
+) -> jax.Array:
+    """The codes of the new values of a leaf, rounded."""
+    return codec.encode(new, before, window, rounding_bits(rounding, key, new.shape))
 
 
 @partial(jax.jit, static_argnums=0)
 def started(codec: Codec, new: Any) -> tuple[jax.Array, StateWindow]:
     """The codes of the values that a state starts with, and where they lie."""
     window = StateWindow(jnp.int32(1), jnp.float32(1), jnp.bool(False))
-    return codec.encode(new, 0.0, window, None)
+    window = codec.follow(new, 0.0, window)
+    return codec.encode(new, 0.0, window, None), window
+
+
+def computed_again(x: Any) -> Any:
+    """A tree of arrays, of which what follows is computed anew, for less memory.
+
+    TPUs keep what is there: arithmetic is their bound.
+    """
+    return jax.lax.platform_dependent(
+        x, tpu=lambda x: x, default=jax.lax.optimization_barrier
+    )
+
+
+def _finite(new: Any, before: Any) -> jax.Array:
+    x = jnp.asarray(new).astype(jnp.float32)
+    return jnp.where(jnp.isfinite(x), x, before)
 
 
 def _decayed(scale: jax.Array, factor: jax.Array) -> jax.Array:

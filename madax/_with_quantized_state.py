@@ -18,8 +18,10 @@ from madax._rounding import Rounding, check_rounding, leaf_keys
 from madax._stacks import ENDS, LAYERS, depends_on
 from madax._state_codes import (
     Codec,
+    computed_again,
     decoded,
     encoded,
+    followed,
     stack_windows,
     started,
 )
@@ -84,6 +86,10 @@ def with_quantized_state(
     are. A step makes the floats of a leaf when that leaf is updated; ``init`` makes
     those of all leaves at once, unless it is compiled.
 
+    A step calls the inner optimizer twice: where codes lie depends on all new values of
+    a leaf, and to keep those for the second time would take the memory that codes save.
+    Compilers drop what the first call computes in vain, but not a callback.
+
     :func:`madam` needs no such wrapper: it has a ``moment_format`` of its own. An
     accumulator of gradients is a moment, too: ``optax.MultiSteps`` goes around this.
 
@@ -145,24 +151,37 @@ def with_quantized_state(
         paths, leaves, treedef = flatten_named(state.inner_state)
         dtypes = _stored_dtypes(name, moment_format.v_dtype, state, like)
         windows = one_a_leaf(state.window[name], len(dtypes))
-        before = {}
-        for (i, dtype), window in zip(dtypes.items(), windows, strict=True):
-            before[i] = decoded(codec, leaves[i], window)
-            leaves[i] = before[i].astype(dtype)
-        updates, inner_state = inner.update(
-            updates, treedef.unflatten(leaves), params, **extra_args
-        )
-        leaves, treedef = jax.tree.flatten(inner_state)
+        codes = [leaves[i] for i in dtypes]
+
+        def inner_step(codes):
+            """The inner step; the stored leaves before it, and all leaves after."""
+            stored = zip(codes, windows, strict=True)
+            before = [decoded(codec, *one) for one in stored]
+            now = list(leaves)
+            for (i, dtype), value in zip(dtypes.items(), before, strict=True):
+                now[i] = value.astype(dtype)
+            inner_updates, inner_state = inner.update(
+                updates, treedef.unflatten(now), params, **extra_args
+            )
+            return inner_updates, before, *jax.tree.flatten(inner_state)
+
+        # New codes need the new windows, and those need all of the new values. To keep
+        # the values until then would take more memory than codes save.
+        _, before, after, _ = inner_step(codes)
+        new = [after[i] for i in dtypes]
+        following = [
+            followed(codec, *one) for one in zip(new, before, windows, strict=True)
+        ]
+        codes, following = computed_again((codes, following))
+        inner_updates, before, leaves, treedef = inner_step(codes)
         names, layer = [_name(path) for path in paths], extra_args.get("layer")
         keys = one_a_leaf(leaf_keys(seed, state.count, names, layer), len(names))
-        for n, (i, value) in enumerate(before.items()):
-            leaves[i], windows[n] = encoded(
-                codec, leaves[i], value, windows[n], keys[i], rounding
-            )
+        for i, value, window in zip(dtypes, before, following, strict=True):
+            leaves[i] = encoded(codec, leaves[i], value, window, keys[i], rounding)
         count = jnp.asarray(optax.safe_increment(state.count))
         inner_state = treedef.unflatten(leaves)
-        window = {name: stack_windows(windows)}
-        return updates, WithQuantizedStateState(count, inner_state, window)
+        window = {name: stack_windows(following)}
+        return inner_updates, WithQuantizedStateState(count, inner_state, window)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
