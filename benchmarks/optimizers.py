@@ -33,6 +33,7 @@ FORMATS: dict[str, madax.Format] = {
     "log 4": madax.LogFormat.from_dynamic_range(bits=4, ratio=30),
     "symlog 16": madax.SymlogFormat(bits=16, linear_range=1 / 3),
     "symlog 8": madax.SymlogFormat(bits=8, linear_range=1 / 3),
+    "finer symlog 8": madax.SymlogFormat(bits=8, linear_range=0.15),
     "uniform 8": madax.UniformFormat(bits=8),
     "uniform 6": madax.UniformFormat(bits=6),
     "uniform 4": madax.UniformFormat(bits=4),

@@ -1,11 +1,11 @@
-"""Records of runs: JSON lines, appended and never changed, read back as a table."""
+"""Records of runs: JSON lines, appended or removed, read back as a table."""
 
 import functools
 import json
 import math
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,15 @@ def append(path: Path, *records: dict[str, Any]) -> None:
 def read(path: Path) -> pd.DataFrame:
     """Reads a file of runs, one row each; nested values stay dicts and lists."""
     return pd.DataFrame(_load(path))
+
+
+def remove(path: Path, name: str, values: Container[Any]) -> None:
+    """Removes the runs whose ``name`` has one of these values, to be made anew."""
+    _drop_torn_line(path)
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line).get(name) not in values]
+        path.write_text("".join(kept), encoding="utf-8")
 
 
 def _load(path: Path) -> list[dict[str, Any]]:

@@ -69,7 +69,7 @@ def speed(
 
     Steps are compiled, warm and on donated buffers, and each optimizer takes turns with
     optax.adam, so that what else the machine does slows both. Prints a table; writes a
-    figure and the records, in place of those of the same device.
+    figure and the records, in place of those of the same device and optimizers.
 
     Args:
         out: Folder of a folder for this device: speed.jsonl, .md and .png.
@@ -81,7 +81,7 @@ def speed(
     folder = out / device_name()
     folder.mkdir(parents=True, exist_ok=True)
     raw = folder / "speed.jsonl"
-    raw.unlink(missing_ok=True)
+    records.remove(raw, "optimizer", optimizers)
     chosen = PROFILES[profile]
     copy = copy_bandwidth(chosen.leaf)
     for tree, weights, make in work(chosen):

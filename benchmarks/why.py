@@ -41,6 +41,7 @@ FEW = (
     "direction of Muon, b1=0.9 for the rest",
     "8 bits, v too",
     "8 bits, v too, direction of Muon",
+    "8 bits, v too, direction of Muon, linear_range=0.15",
 )
 
 
@@ -145,6 +146,9 @@ FACTORS = {
     ),
     "8 bits, v too, direction of Muon": Factor(
         partial(madax.muon_madam, moment_format=EIGHT), format="symlog 8"
+    ),
+    "8 bits, v too, direction of Muon, linear_range=0.15": Factor(
+        partial(madax.muon_madam, moment_format=EIGHT), format="finer symlog 8"
     ),
 }
 

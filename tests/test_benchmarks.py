@@ -126,6 +126,10 @@ def test_a_row_cut_short_is_completed_by_seed(tmp_path):
         records.append(raw, settings | {"seed": seed})
     records.append(raw, settings | {"seed": 1, "optimizer": "adam"})
     assert [run["seed"] for run in records.find(raw, settings)] == [0, 2]
+    raw.write_text(raw.read_text() + '{"torn":')
+    records.remove(raw, "seed", (0, 1))
+    assert records.read(raw)["seed"].to_list() == [2]
+    records.remove(tmp_path / "missing.jsonl", "seed", (0,))
 
 
 @pytest.mark.nightly
