@@ -97,15 +97,15 @@ def test_moments_of_sixteen_bits_are_hardly_off(name):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    ("command", "files"),
+    ("command", "workloads", "files"),
     [
-        ("choose", ("choose.jsonl", "choose.md", "choose.png")),
-        ("why", ("why.jsonl", "why.md")),
-        ("moments", ("hard.md", "hard.png", "moments.md")),
+        ("choose", ("mlp", "gru"), ("choose.jsonl", "choose.md", "choose.png")),
+        ("why", ("mlp",), ("why.jsonl", "why.md")),
+        ("moments", ("mlp", "gru"), ("hard.md", "hard.png", "moments.md")),
     ],
 )
-def test_from_the_command_line(tmp_path, command, files):
-    options = ["--profile", "smoke", "--workloads", "mlp", "gru"]
+def test_from_the_command_line(tmp_path, command, workloads, files):
+    options = ["--profile", "smoke", "--workloads", *workloads]
     main([command, *options, "--out", str(tmp_path)])
     for name in files:
         assert (tmp_path / name).stat().st_size > 100
