@@ -44,7 +44,7 @@ def trained_scales(
     def init_fn(params):
         return inner.init(params), steps.init(totals(params, params))
 
-    def update_fn(updates, state, params=None):
+    def update_fn(updates, state, params: Any = None):
         logs, scales = steps.update(totals(updates, params), state[1])
         updates, state = inner.update(updates, state[0], params)
         after = optax.apply_updates(params, updates)
@@ -63,7 +63,7 @@ def kept_norms(inner: optax.GradientTransformation) -> optax.GradientTransformat
     def init_fn(params):
         return inner.init(params), norms(params)
 
-    def update_fn(updates, state, params=None):
+    def update_fn(updates, state, params: Any = None):
         updates, inner_state = inner.update(updates, state[0], params)
         after = optax.apply_updates(params, updates)
         after = _matrices(lambda w, a, b: w * (a / b), after, state[1], norms(after))
@@ -81,11 +81,11 @@ def nearest_at_the_end(
     def init_fn(params):
         return stochastic.init(params), jnp.zeros([], jnp.int32)
 
-    def update_fn(updates, state, params=None):
+    def update_fn(updates, state, params: Any = None):
         state, count = state
         early, after = stochastic.update(updates, state, params)
         late, _ = nearest.update(updates, state, params)
-        is_late = rate(count) < 0.1 * rate(0)
+        is_late = jnp.less(rate(count), 0.1 * jnp.asarray(rate(0)))
         updates = jax.tree.map(lambda a, b: jnp.where(is_late, b, a), early, late)
         return updates, (after, count + 1)
 
@@ -103,7 +103,7 @@ def with_noise(
     def init_fn(params):
         return params, inner.init(params), jnp.zeros([], jnp.int32)
 
-    def update_fn(updates, state, params=None):
+    def update_fn(updates, state, params: Any = None):
         mean, inner_state, count = state
         updates, inner_state = inner.update(updates, inner_state, mean)
         mean = optax.apply_updates(mean, updates)
@@ -123,7 +123,7 @@ def without_noise(params: optax.Params, state: Any) -> optax.Params:
 def additive_then_multiplicative(rate: optax.Schedule) -> optax.GradientTransformation:
     """A step that adds, and one that multiplies, by the same direction, as in HAM."""
 
-    def update_fn(updates, state, params=None):
+    def update_fn(updates, state, params: Any = None):
         def step(w, d):
             moved = w + 0.1 * d  # A typical weight is of that size.
             return moved * jnp.exp(jnp.sign(w) * d) - w
@@ -150,12 +150,14 @@ def muon_and_momentum(rate: optax.Schedule) -> optax.GradientTransformation:
 
         return jax.tree_util.tree_map_with_path(label, params)
 
-    direction = {
-        "matrix": madax.scale_by_orthogonal_momentum(),
-        "other": madax.scale_by_second_moment(b1=0.9),
-    }
     return optax.chain(
-        optax.partition(direction, labels),
+        optax.partition(
+            {
+                "matrix": madax.scale_by_orthogonal_momentum(),
+                "other": madax.scale_by_second_moment(b1=0.9),
+            },
+            labels,
+        ),
         optax.clip(10.0),
         optax.scale_by_learning_rate(rate),
         madax.scale_by_sign_log(floor=1.0),
