@@ -24,12 +24,13 @@ from benchmarks import gpt2, memory, programs, records
 from benchmarks.choices import check_choices
 from benchmarks.compiled_report import compiled_report
 from benchmarks.compilers import CHIPS, ENVIRONMENT, compiler, footprint
-from benchmarks.rows import BASELINE, ROWS, Row
+from benchmarks.rows import BASELINE, RIVALS, ROWS, Row
 
 # With rows that take too long to be timed as well.
 OPTIMIZERS = ROWS | {
     "madam, floor, b1": Row(madax.madam(floor=1.0, b1=0.9)),
     "lns_madam": Row(madax.lns_madam()),
+    **RIVALS,
 }
 MAIN = (BASELINE, "madam", "native 16", "native 8, 8-bit v", "native 8 adam")
 

@@ -85,6 +85,8 @@ ROWS = {
         grads=jnp.bfloat16,
     ),
 }
+# These need a package, and with Pallas a GPU.
+RIVALS: dict[str, Row] = {}
 if find_spec("flashoptim_jax") is not None:
     from flashoptim_jax import flash_adamw  # pyrefly: ignore[missing-import]
 
@@ -96,7 +98,7 @@ if find_spec("flashoptim_jax") is not None:
             """Returns parameters and state after a step of its own kind."""
             return self.tx.step(params, state, grads)  # pyrefly: ignore
 
-    ROWS |= {
+    RIVALS = {
         "flash_adamw": _Flash(flash_adamw(), **BF16),
         "flash_adamw, no Pallas": _Flash(flash_adamw(fused=False), **BF16),
     }

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import madax
 from benchmarks import gpt2, records
 from benchmarks.choices import check_choices
-from benchmarks.rows import BASELINE, ROWS, Row
+from benchmarks.rows import BASELINE, RIVALS, ROWS, Row
 from benchmarks.style import markdown, report
 
 
@@ -75,9 +75,9 @@ def speed(
         out: Folder of a folder for this device: speed.jsonl, .md and .png.
         profile: smoke takes a minute, quick ten minutes on two CPU cores (GPT-2's
             shape at 12 M parameters), full the same on a GPU (at 124 M).
-        optimizers: Rows of the table; by default all.
+        optimizers: Rows of the table; by default all but FlashAdamW.
     """
-    check_choices("optimizers", optimizers, ROWS)
+    check_choices("optimizers", optimizers, ROWS | RIVALS)
     folder = out / device_name()
     folder.mkdir(parents=True, exist_ok=True)
     raw = folder / "speed.jsonl"
@@ -188,7 +188,7 @@ def compare(
     """Times an optimizer and the baseline by turns.
 
     Args:
-      name: key of ``ROWS``.
+      name: key of ``ROWS`` or ``RIVALS``.
       weights: makes the parameters, float32.
       make: from a row and parameters to a step and its data.
       baseline: the same step of the baseline.
@@ -199,7 +199,8 @@ def compare(
       an optimizer step, the bytes a parameter that it cannot help but move: gradients,
       parameters and state read, parameters and state written.
     """
-    pair = (baseline, running(ROWS[name], weights, make))
+    row = (ROWS | RIVALS)[name]
+    pair = (baseline, running(row, weights, make))
     times = np.array([[r.time() for r in pair] for _ in range(rounds + 2)])[2:]
     leaves = jax.tree.leaves(jax.eval_shape(weights))
     count = sum(w.size for w in leaves)
