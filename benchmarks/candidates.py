@@ -139,6 +139,18 @@ def additive_then_multiplicative(rate: optax.Schedule) -> optax.GradientTransfor
     )
 
 
+def floored_steps(
+    direction: optax.GradientTransformation, rate: optax.Schedule
+) -> optax.GradientTransformation:
+    """Madam's steps with a floor of 1, in any direction."""
+    return optax.chain(
+        direction,
+        optax.scale_by_learning_rate(rate),
+        madax.scale_by_sign_log(floor=1.0),
+        madax.clip_log_weights(),
+    )
+
+
 def muon_and_momentum(rate: optax.Schedule) -> optax.GradientTransformation:
     """The direction of Muon for matrices, and a first moment for all other leaves."""
 
@@ -150,16 +162,11 @@ def muon_and_momentum(rate: optax.Schedule) -> optax.GradientTransformation:
 
         return jax.tree_util.tree_map_with_path(label, params)
 
-    return optax.chain(
-        optax.partition(
-            {
-                "matrix": madax.scale_by_orthogonal_momentum(),
-                "other": madax.scale_by_second_moment(b1=0.9),
-            },
-            labels,
-        ),
-        optax.clip(10.0),
-        optax.scale_by_learning_rate(rate),
-        madax.scale_by_sign_log(floor=1.0),
-        madax.clip_log_weights(),
+    direction = optax.partition(
+        {
+            "matrix": madax.scale_by_orthogonal_momentum(),
+            "other": madax.scale_by_second_moment(b1=0.9),
+        },
+        labels,
     )
+    return floored_steps(optax.chain(direction, optax.clip(10.0)), rate)

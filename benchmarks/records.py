@@ -37,11 +37,8 @@ def read(path: Path) -> pd.DataFrame:
 
 def remove(path: Path, name: str, values: Container[Any]) -> None:
     """Removes the runs whose ``name`` has one of these values, to be made anew."""
-    _drop_torn_line(path)
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line).get(name) not in values]
-        path.write_text("".join(kept), encoding="utf-8")
+    kept = [run for run in _load(path) if run.get(name) not in values]
+    path.write_text("".join(f"{json.dumps(run)}\n" for run in kept), encoding="utf-8")
 
 
 def _load(path: Path) -> list[dict[str, Any]]:

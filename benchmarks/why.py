@@ -76,17 +76,14 @@ BASE_TX = floored()
 
 def _bounded(rate: optax.Schedule) -> optax.GradientTransformation:
     """Directions of a leaf are of a root mean square of 1 at most, as in Adafactor."""
-    return optax.chain(
-        madax.scale_by_second_moment(),
-        optax.clip_by_block_rms(1.0),
-        optax.scale_by_learning_rate(rate),
-        madax.scale_by_sign_log(floor=1.0),
-        madax.clip_log_weights(),
+    direction = optax.chain(
+        madax.scale_by_second_moment(), optax.clip_by_block_rms(1.0)
     )
+    return candidates.floored_steps(direction, rate)
 
 
 FACTORS = {
-    BASE: Factor(floored()),
+    BASE: Factor(BASE_TX),
     "no floor: the paper's rule": Factor(madax.madam),
     "floor=0.3": Factor(floored(floor=0.3)),
     "floor=3": Factor(floored(floor=3.0)),
