@@ -54,8 +54,15 @@ SIZES = {
 }
 
 
-def init(size: Size, key: jax.Array) -> Params:
-    """Returns parameters, float32: the ends, and layers with a leading axis."""
+def init(size: Size, key: jax.Array, layers: int | None = None) -> Params:
+    """Returns parameters, float32: the ends, and layers with a leading axis.
+
+    Args:
+      size: of the network.
+      key: of the random numbers.
+      layers: how many to make; None for all.
+    """
+    depth = size.layers if layers is None else layers
     wide, head = size.width, size.width // size.heads
     shapes = {
         "q": (wide, size.heads * head),
@@ -69,18 +76,18 @@ def init(size: Size, key: jax.Array) -> Params:
         shapes["gate"] = (wide, size.hidden)
     keys = iter(jax.random.split(key, len(shapes) + 2))
     # Matrices whose products are added to the residual stream begin small.
-    layers: Params = {
-        name: jax.random.normal(next(keys), (size.layers, *shape))
+    stack: Params = {
+        name: jax.random.normal(next(keys), (depth, *shape))
         * shape[0] ** -0.5
         / ((2 * size.layers) ** 0.5 if name in ("o", "down") else 1)
         for name, shape in shapes.items()
     }
-    layers |= {f"norm{i}": jnp.ones((size.layers, wide)) for i in (1, 2)}
+    stack |= {f"norm{i}": jnp.ones((depth, wide)) for i in (1, 2)}
     table = (size.vocabulary, wide)
     ends = {"norm": jnp.ones(wide)}
     for name in ("tokens",) if size.tied else ("tokens", "head"):
         ends[name] = jax.random.normal(next(keys), table) * wide**-0.5
-    return {"ends": ends, "layers": layers}
+    return {"ends": ends, "layers": stack}
 
 
 def embed(ends: Params, tokens: jax.Array) -> jax.Array:

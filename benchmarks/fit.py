@@ -37,6 +37,14 @@ MADAM = madax.madam(moment_format=madax.MomentFormat(bits=8))
 # The bytes per parameter of AdamW, whatever the chip: parameters, moments and gradients
 # in float32; or in bfloat16, with a copy of the parameters and moments in float32.
 ADAMW = {"AdamW, float32": 16, "AdamW, mixed precision": 2 + 2 + 12}
+Way = Literal["layerwise", "checkpoint", "adam", "mixed"]
+WAYS: dict[Way, str] = {
+    "layerwise": "madax, a layer at a time",
+    "checkpoint": "madax, jax.checkpoint",
+    "adam": "optax.adam float32, jax.checkpoint",
+    "mixed": "optax.adamw mixed precision, jax.checkpoint",
+}
+FLOATS = ("adam", "mixed")  # The others train on codes.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +54,14 @@ class Job:
     Attributes:
       model: key of ``decoder.SIZES``.
       chip: key of ``compilers.CHIPS``.
-      way: "layerwise", "checkpoint" (all decoded before the loss, layers computed
-        again) or "adam" (the same in float32).
+      way: key of ``WAYS``.
       length: tokens in a sequence.
       chips: how many; parameters are spread over them all, and each has a sequence.
     """
 
     model: str
     chip: str
-    way: Literal["layerwise", "checkpoint", "adam"] = "layerwise"
+    way: Way = "layerwise"
     length: int = 1024
     chips: int = 1
 
@@ -174,20 +181,14 @@ def train_step(job: Job, devices: list[Any]) -> tuple[Any, Any]:
     size = decoder.SIZES[job.model]
     mesh = Mesh(devices[: job.chips], ("chips",), axis_types=(AxisType.Auto,))
     everywhere = NamedSharding(mesh, P())
-    if job.way == "adam":
-        tx, params = optax.adam(1e-3), _shapes(size)
-    else:
-        tx, params = MADAM, jax.eval_shape(quantize, _shapes(size))
-    if job.way == "layerwise":
-        gather = None
-        if job.chips > 1:
-            gather = partial(jax.lax.with_sharding_constraint, shardings=everywhere)
-        one = partial(decoder.layer, size)
-        init, step = madax.layerwise(
-            tx, decoder.embed, one, decoder.loss, gather=gather
-        )
-    else:
-        init, step = tx.init, partial(_ordinary, size, tx)
+    gather = None
+    if job.chips > 1:
+        gather = partial(jax.lax.with_sharding_constraint, shardings=everywhere)
+    tx = optax.adam(1e-3) if job.way in FLOATS else MADAM
+    params = jax.eval_shape(partial(decoder.init, size), jax.random.key(0))
+    if job.way not in FLOATS:
+        params = jax.eval_shape(quantize, params)
+    init, step = functions(size, job.way, tx, gather)
     state = jax.eval_shape(init, params)
 
     def spread(x: Any) -> Any:
@@ -207,8 +208,20 @@ def train_step(job: Job, devices: list[Any]) -> tuple[Any, Any]:
     return step, (*jax.tree.map(spread, (params, state)), batch)
 
 
-def _shapes(size: decoder.Size) -> Any:
-    return jax.eval_shape(partial(decoder.init, size), jax.random.key(0))
+def functions(size: decoder.Size, way: Way, tx: Any, gather: Any = None) -> Any:
+    """Returns the functions that make the state, and that take a step.
+
+    Args:
+      size: of the network.
+      way: key of ``WAYS``; float parameters for those in ``FLOATS``, others codes.
+      tx: the optimizer.
+      gather: as of ``madax.layerwise``.
+    """
+    if way == "layerwise":
+        one = partial(decoder.layer, size)
+        return madax.layerwise(tx, decoder.embed, one, decoder.loss, gather=gather)
+    dtype = None if way == "adam" else jnp.bfloat16
+    return tx.init, partial(_ordinary, size, tx, dtype)
 
 
 def quantize(params: decoder.Params, format: madax.Format = FORMAT) -> decoder.Params:
@@ -222,9 +235,10 @@ def quantize(params: decoder.Params, format: madax.Format = FORMAT) -> decoder.P
     return {"ends": madax.quantize_params(params["ends"], format), "layers": layers}
 
 
-def _ordinary(size: decoder.Size, tx: Any, params: Any, state: Any, batch: Any) -> Any:
+def _ordinary(
+    size: decoder.Size, tx: Any, dtype: Any, params: Any, state: Any, batch: Any
+) -> Any:
     """The usual step: decode all weights, take all gradients, then update."""
-    dtype = None if isinstance(params["ends"]["tokens"], jax.Array) else jnp.bfloat16
     values = madax.dequantize_params(params, dtype)
     loss, grads = jax.value_and_grad(partial(decoder.whole_loss, size))(values, batch)
     updates, state = tx.update(grads, state, params)
@@ -234,13 +248,6 @@ def _ordinary(size: decoder.Size, tx: Any, params: Any, state: Any, batch: Any) 
 def fit_report(folder: Path) -> str:
     """Writes the table and the figure from a folder's records; returns the table."""
     return report(folder, "fit", fit_table, fit_figure)
-
-
-WAYS = {
-    "layerwise": "madax, a layer at a time",
-    "checkpoint": "madax, jax.checkpoint",
-    "adam": "optax.adam float32, jax.checkpoint",
-}
 
 
 def fit_table(runs: pd.DataFrame) -> str:

@@ -5,7 +5,7 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ def read(path: Path) -> pd.DataFrame:
     return pd.DataFrame(_load(path))
 
 
-def remove(path: Path, name: str, values: Container[Any]) -> None:
-    """Removes the runs whose ``name`` has one of these values, to be made anew."""
-    kept = [run for run in _load(path) if run.get(name) not in values]
+def remove(path: Path, is_stale: Callable[[dict[str, Any]], bool]) -> None:
+    """Removes the runs of which ``is_stale`` is true, to be made anew."""
+    kept = [run for run in _load(path) if not is_stale(run)]
     path.write_text("".join(f"{json.dumps(run)}\n" for run in kept), encoding="utf-8")
 
 

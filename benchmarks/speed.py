@@ -35,6 +35,7 @@ class Profile:
       batch: sequences in a train step.
       rounds: times each optimizer step is timed, after two that are not.
       train_rounds: times each whole train step is.
+      queued: steps queued at a time, so that the device is never idle for want of work.
     """
 
     leaf: int
@@ -43,15 +44,15 @@ class Profile:
     batch: int
     rounds: int
     train_rounds: int
+    queued: int = 4
 
 
 PROFILES = {
     "smoke": Profile(2**16, "tiny", "tiny", batch=2, rounds=3, train_rounds=3),
     "quick": Profile(2**24, "12M", "12M", batch=2, rounds=20, train_rounds=4),
-    "full": Profile(2**24, "124M", "124M", batch=8, rounds=40, train_rounds=20),
+    # A GPU takes less time for a step than Python takes to start the first of them.
+    "full": Profile(2**28, "124M", "124M", 8, rounds=20, train_rounds=5, queued=16),
 }
-# Steps queued at a time, so that the device is never idle for want of work.
-QUEUED = 4
 
 Weights = Callable[[], optax.Params]
 Step = Callable[..., Any]
@@ -64,6 +65,7 @@ def speed(
     *,
     profile: Literal["smoke", "quick", "full"] = "quick",
     optimizers: tuple[str, ...] = tuple(name for name in ROWS if name != BASELINE),
+    only: str = "",
 ) -> None:
     """Time the optimizer step of every optimizer and format, against optax.adam.
 
@@ -76,19 +78,21 @@ def speed(
         profile: smoke takes a minute, quick ten minutes on two CPU cores (GPT-2's
             shape at 12 M parameters), full the same on a GPU (at 124 M).
         optimizers: Rows of the table; by default all but FlashAdamW.
+        only: Time only steps of trees whose name has this in it.
     """
     check_choices("optimizers", optimizers, ROWS | RIVALS)
     folder = out / device_name()
     folder.mkdir(parents=True, exist_ok=True)
     raw = folder / "speed.jsonl"
-    records.remove(raw, "optimizer", optimizers)
+    records.remove(raw, lambda r: r["optimizer"] in optimizers and only in r["tree"])
     chosen = PROFILES[profile]
-    copy = copy_bandwidth(chosen.leaf)
+    copy = copy_bandwidth(chosen)
     for tree, weights, make in work(chosen):
+        if only not in tree:
+            continue
         baseline = running(ROWS[BASELINE], weights, make)
         for name in tqdm(optimizers, desc=tree):
-            rounds = chosen.rounds if make is optimizer_step else chosen.train_rounds
-            run = compare(name, weights, make, baseline, rounds)
+            run = compare(name, weights, make, baseline, chosen)
             records.append(raw, {"tree": tree, "copy_gb_s": copy} | run)
     print(speed_report(folder))
 
@@ -162,13 +166,13 @@ class Running:
     data: Any
     compile_s: float
 
-    def time(self) -> float:
+    def time(self, steps: int = 4) -> float:
         """Takes some steps; returns the seconds per step."""
         start = time.perf_counter()
-        for _ in range(QUEUED):
+        for _ in range(steps):
             self.params, self.state = self.step(self.params, self.state, self.data)
         jax.block_until_ready((self.params, self.state))
-        return (time.perf_counter() - start) / QUEUED
+        return (time.perf_counter() - start) / steps
 
 
 def running(row: Row, weights: Weights, make: Make) -> Running:
@@ -183,7 +187,7 @@ def running(row: Row, weights: Weights, make: Make) -> Running:
 
 
 def compare(
-    name: str, weights: Weights, make: Make, baseline: Running, rounds: int
+    name: str, weights: Weights, make: Make, baseline: Running, profile: Profile
 ) -> dict[str, Any]:
     """Times an optimizer and the baseline by turns.
 
@@ -192,7 +196,7 @@ def compare(
       weights: makes the parameters, float32.
       make: from a row and parameters to a step and its data.
       baseline: the same step of the baseline.
-      rounds: times each is timed.
+      profile: how often, and how many steps at a time.
 
     Returns:
       One record: seconds per step of both, round by round; seconds to compile; and, of
@@ -200,38 +204,41 @@ def compare(
       parameters and state read, parameters and state written.
     """
     row = (ROWS | RIVALS)[name]
+    is_step_alone = make is optimizer_step
+    rounds = profile.rounds if is_step_alone else profile.train_rounds
     pair = (baseline, running(row, weights, make))
-    times = np.array([[r.time() for r in pair] for _ in range(rounds + 2)])[2:]
+    times = [[r.time(profile.queued) for r in pair] for _ in range(rounds + 2)]
+    baseline_seconds, seconds = np.array(times[2:]).T.tolist()
     leaves = jax.tree.leaves(jax.eval_shape(weights))
     count = sum(w.size for w in leaves)
     kept, grads = (
         sum(x.nbytes for x in jax.tree.leaves(tree))
         for tree in ((pair[1].params, pair[1].state), pair[1].data)
     )
-    moved = (2 * kept + grads) / count if make is optimizer_step else None
+    moved = (2 * kept + grads) / count if is_step_alone else None
     return {
         "optimizer": name,
         "parameters": count,
         "leaves": len(leaves),
         "bytes_per_parameter": moved,
-        "seconds": times[:, 1].tolist(),
-        "baseline_seconds": times[:, 0].tolist(),
+        "seconds": seconds,
+        "baseline_seconds": baseline_seconds,
         "compile_s": pair[1].compile_s,
         "baseline_compile_s": pair[0].compile_s,
     }
 
 
-def copy_bandwidth(size: int) -> float:
+def copy_bandwidth(profile: Profile) -> float:
     """Returns the speed of a copy on this device, read and written, in GB/s."""
-    x = jnp.zeros(4 * size, jnp.float32)
+    x = jnp.zeros(4 * profile.leaf, jnp.float32)
     copy = jax.jit(lambda x: x + 1, donate_argnums=0)
     times = []
     for _ in range(12):
         start = time.perf_counter()
-        for _ in range(QUEUED):
+        for _ in range(profile.queued):
             x = copy(x)
         x.block_until_ready()
-        times.append((time.perf_counter() - start) / QUEUED)
+        times.append((time.perf_counter() - start) / profile.queued)
     return 2 * x.nbytes / statistics.median(times[2:]) / 1e9
 
 
