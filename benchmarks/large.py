@@ -33,7 +33,7 @@ from benchmarks.style import STYLES, legend, markdown, report
 
 # XLA takes three quarters of a GPU's memory unless it is told otherwise.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.985"}
-WARM_UP = 10  # Steps.
+WARM_UP = 5  # Steps.
 UNTIMED = 3  # Steps, of which the first one loads kernels.
 
 
@@ -63,9 +63,9 @@ def runs(profile: str) -> Iterator[Run]:
             yield Run("tiny", way, batch=2, length=64, steps=5)
         return
     yield Run("Llama-2 7B")
-    yield Run("Llama-2 70B", length=2048, steps=16)
-    for way in ("layerwise", "checkpoint", "mixed"):
-        yield Run("Llama-2 7B", way, batch=4, length=2048, steps=16)
+    yield Run("Llama-2 70B", length=2048, steps=12)
+    for way in ("layerwise", "mixed", "checkpoint"):
+        yield Run("Llama-2 7B", way, batch=4, length=2048, steps=12)
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
@@ -153,8 +153,8 @@ def train(out: Path, /, run: tyro.conf.OmitArgPrefixes[Run]) -> None:
 
 def _optimizer(way: Way) -> optax.GradientTransformation:
     if way in FLOATS:
-        return optax.adamw(optax.linear_schedule(0.0, 3e-4, WARM_UP))
-    return madax.madam(optax.linear_schedule(0.0, 0.01, WARM_UP), moment_format=V_8)
+        return optax.adamw(optax.linear_schedule(0.0, 1e-4, WARM_UP))
+    return madax.madam(optax.linear_schedule(0.0, 0.003, WARM_UP), moment_format=V_8)
 
 
 def _parameters(size: decoder.Size, way: Way, key: jax.Array) -> decoder.Params:

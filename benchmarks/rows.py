@@ -11,6 +11,7 @@ import madax
 
 LOG_8 = madax.LogFormat.from_dynamic_range(bits=8, ratio=100)
 LOG_16 = madax.LogFormat.from_dynamic_range(bits=16, ratio=1000)
+SYMLOG_8 = madax.SymlogFormat(bits=8, linear_range=1 / 3)
 V_8 = madax.MomentFormat(bits=8)
 
 
@@ -76,6 +77,9 @@ ROWS = {
     ),
     "native 8": Row(madax.madam(), LOG_8, grads=jnp.bfloat16),
     "native 8, 8-bit v": Row(madax.madam(moment_format=V_8), LOG_8, grads=jnp.bfloat16),
+    "native 8 symlog, 8-bit v": Row(
+        madax.madam(moment_format=V_8), SYMLOG_8, grads=jnp.bfloat16
+    ),
     "native 8 adam": Row(
         madax.with_quantized_params(optax.adam(1e-3)), LOG_8, grads=jnp.bfloat16
     ),

@@ -35,7 +35,8 @@ class Profile:
       batch: sequences in a train step.
       rounds: times each optimizer step is timed, after two that are not.
       train_rounds: times each whole train step is.
-      queued: steps queued at a time, so that the device is never idle for want of work.
+      queued: steps of the optimizer alone that are queued at a time, so that the device
+        is never idle for want of work.
     """
 
     leaf: int
@@ -206,8 +207,9 @@ def compare(
     row = (ROWS | RIVALS)[name]
     is_step_alone = make is optimizer_step
     rounds = profile.rounds if is_step_alone else profile.train_rounds
+    queued = profile.queued if is_step_alone else 4
     pair = (baseline, running(row, weights, make))
-    times = [[r.time(profile.queued) for r in pair] for _ in range(rounds + 2)]
+    times = [[r.time(queued) for r in pair] for _ in range(rounds + 2)]
     baseline_seconds, seconds = np.array(times[2:]).T.tolist()
     leaves = jax.tree.leaves(jax.eval_shape(weights))
     count = sum(w.size for w in leaves)

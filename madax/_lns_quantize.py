@@ -236,11 +236,14 @@ def _step_in_dtype(w: jax.Array, u: jax.Array, bits: jax.Array | None) -> jax.Ar
     pattern = jax.lax.bitcast_convert_type(
         jnp.maximum(jnp.abs(x + u), finest), jnp.int32
     )
-    power = jax.lax.bitcast_convert_type(pattern & 0x7F800000, x.dtype)
-    spacing = power * 2.0**-info.nmant
+    # The pattern of a power of two, lowered to the spacing; that of its reciprocal then
+    # takes no division.
+    spacing = (pattern & 0x7F800000) - (info.nmant << 23)
+    per_unit = jax.lax.bitcast_convert_type((254 << 23) - spacing, x.dtype)
+    spacing = jax.lax.bitcast_convert_type(spacing, x.dtype)
     # The whole part is kept apart: beside it there is no room for all digits of the
     # rest, and a weight without an update is all whole.
-    steps = (x + u) * (2.0**info.nmant / power)
+    steps = (x + u) * per_unit
     whole = jnp.floor(steps)
     steps = whole + round_steps(steps - whole, bits).astype(x.dtype)
     largest = largest_weight(dtype)
