@@ -65,7 +65,7 @@ def runs(profile: str) -> Iterator[Run]:
     yield Run("Llama-2 7B")
     yield Run("Llama-2 70B", length=2048, steps=12)
     for way in ("layerwise", "mixed", "checkpoint"):
-        yield Run("Llama-2 7B", way, batch=4, length=2048, steps=12)
+        yield Run("Llama-2 7B", way, batch=4, length=2048, steps=16)
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
