@@ -10,6 +10,7 @@ from benchmarks.compiled import compiled
 from benchmarks.demo import demo
 from benchmarks.depth import depth
 from benchmarks.fit import fit
+from benchmarks.large import large
 from benchmarks.layerwise import layerwise
 from benchmarks.llama import llama
 from benchmarks.lns import lns
@@ -42,6 +43,7 @@ for command in (
     memory,
     layerwise,
     fit,
+    large,
     compiled,
     llama,
     report,

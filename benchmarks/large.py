@@ -33,7 +33,6 @@ from benchmarks.style import STYLES, legend, markdown, report
 
 # XLA takes three quarters of a GPU's memory unless it is told otherwise.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.985"}
-WARM_UP = 5  # Steps.
 UNTIMED = 3  # Steps, of which the first one loads kernels.
 
 
@@ -47,6 +46,8 @@ class Run:
       batch: sequences in a step.
       length: tokens in a sequence.
       steps: of the optimizer.
+      rate: of learning, after the warm-up.
+      warm_up: steps until then.
     """
 
     model: str
@@ -54,6 +55,8 @@ class Run:
     batch: int = 1
     length: int = 1024
     steps: int = 50
+    rate: float = 0.003
+    warm_up: int = 5
 
 
 def runs(profile: str) -> Iterator[Run]:
@@ -64,8 +67,9 @@ def runs(profile: str) -> Iterator[Run]:
         return
     yield Run("Llama-2 7B")
     yield Run("Llama-2 70B", length=2048, steps=12)
-    for way in ("layerwise", "mixed", "checkpoint"):
-        yield Run("Llama-2 7B", way, batch=4, length=2048, steps=16)
+    yield Run("Llama-2 7B", batch=4, length=2048, steps=16)
+    yield Run("Llama-2 7B", "mixed", batch=4, length=2048, steps=16, rate=1e-4)
+    yield Run("Llama-2 7B", "checkpoint", batch=4, length=2048, steps=16)
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
@@ -107,14 +111,14 @@ def _in_its_own_process(run: Run, out: Path) -> None:
 
 
 def train(out: Path, /, run: tyro.conf.OmitArgPrefixes[Run]) -> None:
-    """Trains one model, and appends what it took to the records."""
+    """Trains one model, and appends what it took to the records, if it is not there."""
     folder = out / device_name()
     folder.mkdir(parents=True, exist_ok=True)
     raw = folder / "large.jsonl"
     if records.find(raw, dataclasses.asdict(run)):
         return
     size, shape = decoder.SIZES[run.model], (run.steps, run.batch, run.length + 1)
-    init, step = functions(size, run.way, _optimizer(run.way))
+    init, step = functions(size, run.way, _optimizer(run))
     make = jax.jit(partial(_parameters, size, run.way))
     params = jax.eval_shape(make, jax.random.key(0))
     state = jax.eval_shape(init, params)
@@ -151,10 +155,11 @@ def train(out: Path, /, run: tyro.conf.OmitArgPrefixes[Run]) -> None:
     records.append(raw, dataclasses.asdict(run) | result)
 
 
-def _optimizer(way: Way) -> optax.GradientTransformation:
-    if way in FLOATS:
-        return optax.adamw(optax.linear_schedule(0.0, 1e-4, WARM_UP))
-    return madax.madam(optax.linear_schedule(0.0, 0.003, WARM_UP), moment_format=V_8)
+def _optimizer(run: Run) -> optax.GradientTransformation:
+    rate = optax.linear_schedule(0.0, run.rate, run.warm_up)
+    if run.way in FLOATS:
+        return optax.adamw(rate)
+    return madax.madam(rate, moment_format=V_8)
 
 
 def _parameters(size: decoder.Size, way: Way, key: jax.Array) -> decoder.Params:
@@ -193,8 +198,9 @@ def large_table(runs: pd.DataFrame) -> str:
                 "TFLOP/s": f"{6e-12 * run['parameters'] * speed:.3g}",
                 "peak GB": "" if pd.isna(peak) else f"{peak / 1e9:.1f}",
                 "compiler's": f"{run['compiled_peak'] / 1e9:.1f}",
-                "loss": f"{run['losses'][0]:.2f} to {run['losses'][-1]:.2f}",
+                "rate": f"{run['rate']:g}",
                 "steps": f"{run['steps']}",
+                "loss": f"{run['losses'][0]:.2f} to {run['losses'][-1]:.2f}",
                 "compile s": f"{run['compile_s']:.0f}",
             }
         )
@@ -208,11 +214,11 @@ def large_table(runs: pd.DataFrame) -> str:
 
 def large_figure(runs: pd.DataFrame) -> Figure:
     """Draws the losses over steps."""
-    fig = Figure(figsize=(7, 4), layout="constrained")
+    fig = Figure(figsize=(8, 6), layout="constrained")
     axes = fig.subplots()
     for run, style in zip(runs.to_dict("records"), cycle(STYLES)):
-        tokens = f"{run['batch']} x {run['length']}"
-        name = f"{run['model']}, {WAYS[run['way']]}, {tokens}"
+        tokens = f"{run['batch']} x {run['length']} tokens"
+        name = f"{run['model']}, {WAYS[run['way']]}, {tokens}, {run['rate']:g}"
         axes.plot(run["losses"], label=name, **(style | {"markersize": 3}))
     axes.set(xlabel="step", ylabel="nats a token")
     axes.set_title(f"Run on one {runs['environment'].iloc[0]['device']}", fontsize=10)

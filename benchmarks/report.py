@@ -8,6 +8,7 @@ from benchmarks.compiled_report import compiled_report
 from benchmarks.demo import demo_report
 from benchmarks.depth import depth_report
 from benchmarks.fit import fit_report
+from benchmarks.large import large_report
 from benchmarks.layerwise import layerwise_report
 from benchmarks.llama import llama_report
 from benchmarks.lr_sensitivity import lr_sensitivity_report
@@ -27,6 +28,7 @@ REPORTS = {
     "speed": (speed_report,),
     "memory": (memory_report,),
     "fit": (fit_report,),
+    "large": (large_report,),
     "compiled": (compiled_report,),
     "layerwise": (layerwise_report,),
     "llama": (llama_report,),

@@ -278,7 +278,7 @@ def _table_row(run: Any) -> dict[str, str]:
     moved = run["bytes_per_parameter"]
     if not pd.isna(moved):
         speed = moved * run["parameters"] / seconds / 1e9
-        row["ns / parameter"] = f"{1e9 * seconds / run['parameters']:.3f}"
+        row["ns / parameter"] = f"{1e9 * seconds / run['parameters']:.3g}"
         row["bytes / parameter"] = f"{moved:.1f}"
         row["of copy speed"] = f"{100 * speed / run['copy_gb_s']:.0f} %"
     return row

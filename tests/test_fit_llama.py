@@ -10,7 +10,9 @@ import pandas as pd
 import pytest
 from helpers import mostly_nightly
 
-from benchmarks import compilers, decoder, fit, layerwise, llama, records
+import madax
+from benchmarks import compilers, decoder, fit, large, layerwise, llama, records
+from benchmarks.__main__ import main
 from benchmarks.data.text import text
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -225,9 +227,46 @@ def test_longer_sequences_than_one_that_does_not_fit_are_left_out(tmp_path):
     assert [too_long(n) for n in (64, 128, 256)] == [False, False, True]
 
 
+# --- large models ---------------------------------------------------------------------
+
+
+def test_codes_made_a_layer_at_a_time_are_those_of_the_whole():
+    """Other random numbers, but the same shapes and sizes, different in each layer."""
+    size, key = decoder.SIZES["tiny"], jax.random.key(0)
+    made = jax.jit(lambda key: large._parameters(size, "layerwise", key))(key)
+    whole = jax.jit(lambda key: fit.quantize(decoder.init(size, key)))(key)
+    assert jax.tree.structure(made) == jax.tree.structure(whole)
+    for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(whole), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    made, whole = (madax.dequantize_params(t) for t in (made, whole))
+    for name, w in made["layers"].items():
+        rms = [np.sqrt(np.mean(np.square(t["layers"][name]))) for t in (made, whole)]
+        assert rms[0] == pytest.approx(rms[1], rel=0.05)
+        assert "norm" in name or not np.array_equal(w[0], w[1])
+
+
+@pytest.mark.nightly
+def test_large_runs_each_way_once(tmp_path, capfd):
+    command = ["large", "--profile", "smoke", "--out", str(tmp_path)]
+    main(command)
+    (raw,) = tmp_path.rglob("large.jsonl")
+    runs = records.read(raw)
+    assert runs["way"].to_list() == list(fit.WAYS)
+    # The first loss is that of a network which knows nothing.
+    for losses in runs["losses"]:
+        assert losses[0] == pytest.approx(np.log(256), abs=1)
+        assert np.isfinite(losses).all()
+    assert (raw.parent / "large.png").stat().st_size > 1000
+    before = raw.read_text()
+    main(command)
+    assert raw.read_text() == before
+    assert fit.WAYS["mixed"] in capfd.readouterr().out
+
+
 def test_committed_tables_are_those_of_the_records():
     tables = {
         "fit": fit.fit_table,
+        "large": large.large_table,
         "layerwise": layerwise.layerwise_table,
         "llama": llama.llama_table,
     }
