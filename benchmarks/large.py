@@ -26,7 +26,7 @@ import madax
 from benchmarks import decoder, records
 from benchmarks.compilers import footprint
 from benchmarks.data.text import text
-from benchmarks.fit import FLOATS, WAYS, Way, functions, quantize
+from benchmarks.fit import FLOATS, FORMAT, WAYS, Way, functions
 from benchmarks.rows import V_8
 from benchmarks.speed import device_name
 from benchmarks.style import STYLES, legend, markdown, report
@@ -167,13 +167,15 @@ def _parameters(size: decoder.Size, way: Way, key: jax.Array) -> decoder.Params:
     if way in FLOATS:
         return decoder.init(size, key)
 
-    def some(key: jax.Array) -> decoder.Params:
-        return quantize(decoder.init(size, key, layers=1))
+    def one(key: jax.Array) -> decoder.Params:
+        stack = decoder.init(size, key, layers=1)["layers"]
+        return madax.quantize_params(jax.tree.map(lambda w: w[0], stack), FORMAT)
 
-    keys = jax.random.split(key, size.layers)
-    stack = jax.lax.map(lambda key: some(key)["layers"], keys)
-    stack = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stack)
-    return {"ends": some(key)["ends"], "layers": stack}
+    ends = decoder.init(size, key, layers=1)["ends"]
+    return {
+        "ends": madax.quantize_params(ends, FORMAT),
+        "layers": jax.lax.map(one, jax.random.split(key, size.layers)),
+    }
 
 
 def large_report(folder: Path) -> str:
