@@ -6,7 +6,8 @@ from madax import diagnostics
 from madax._aliases import bbit_madam, lns_madam, madam
 from madax._clip import ClipLogWeightsState, clip_log_weights
 from madax._fake_quantize import fake_quantize
-from madax._formats import Format, LogFormat, SymlogFormat, UniformFormat
+from madax._format import Format
+from madax._formats import LogFormat, SymlogFormat, UniformFormat
 from madax._grad import grad, value_and_grad
 from madax._layerwise import Layerwise, layerwise
 from madax._lns_quantize import LnsQuantizeState, lns_quantize

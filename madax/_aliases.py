@@ -19,7 +19,8 @@ from madax._checks import (
     check_state,
 )
 from madax._clip import clip_log_weights
-from madax._formats import Format, LogFormat, base_step_range
+from madax._format import Format
+from madax._formats import LogFormat, base_step_range
 from madax._lns_quantize import lns_quantize
 from madax._moments import MomentFormat
 from madax._rounding import Rounding

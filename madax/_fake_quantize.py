@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from madax._checks import check_float_leaf
-from madax._formats import Format
+from madax._format import Format
 from madax._leaves import widen
 from madax._numerics import straight_through
 

@@ -17,7 +17,7 @@ from madax._checks import (
     check_state,
 )
 from madax._clip import weight_bounds
-from madax._formats import Format
+from madax._format import Format
 from madax._leaves import flatten_both, largest_weight, one_a_leaf, per_leaf, widen
 from madax._numerics import relative_to, straight_through, within
 from madax._quantized_array import QuantizedArray, is_quantized

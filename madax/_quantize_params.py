@@ -22,7 +22,7 @@ from madax._checks import (
     shares,
     warn_of_leaves,
 )
-from madax._formats import Format
+from madax._format import Format
 from madax._leaves import awaited, flatten_named, widen
 from madax._numerics import relative_to
 from madax._quantized_array import QuantizedArray, is_quantized

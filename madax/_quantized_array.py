@@ -13,7 +13,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from madax._formats import Format, parse_format
+from madax._format import Format, parse_format
 from madax._numerics import rounded
 
 _REMEDY = (

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madax._formats import parse_format
+from madax._format import parse_format
 from madax._leaves import flatten_named
 from madax._quantized_array import QuantizedArray, is_quantized
 

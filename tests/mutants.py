@@ -36,8 +36,12 @@ MUTANTS = {
         ("or np.shape(seed) != ()\n", "", "bad_input_formats"),
         ("if jnp.issubdtype(dtype, jnp.complexfloating):", "if False:", "bad_input"),
     ],
-    "_formats": [
+    "_format": [
         ("jnp.round(self.encode(x))", "jnp.floor(self.encode(x))", "quantized bbit"),
+        ("jnp.int8 if self.bits <= 8", "jnp.int8 if self.bits < 8", "formats"),
+        ("return jnp.dtype(jnp.int32)", "return jnp.dtype(jnp.int16)", "with fuzz"),
+    ],
+    "_formats": [
         ("jnp.clip(magnitude, 1, self.levels)\n\n", "magnitude\n\n", "formats"),
         ("(jnp.abs(c) - self.levels)", "(jnp.abs(c) - self.levels + 1)", "formats"),
         ("new_sign == sign", "new_sign != sign", "formats"),
@@ -47,15 +51,13 @@ MUTANTS = {
             "jnp.clip(beyond, -self.levels, 0)",
             "formats",
         ),
-        ("steps = _levels(bits) - 1", "steps = _levels(bits)", "formats"),
+        ("steps = levels_of(bits) - 1", "steps = levels_of(bits)", "formats"),
         ("cls(bits, math.log(2) / gamma)", "cls(bits, 1 / gamma)", "formats"),
         ("linear_range) / self.levels", "linear_range) / (self.levels + 1)", "formats"),
         ("ratio = u * slope * decay", "ratio = u * slope", "formats"),
         ("jnp.where(code < 0, -1, 1)", "jnp.where(code < 0, 1, 1)", "formats"),
         ("(c != 0) & jnp.isfinite(d)", "jnp.isfinite(d)", "formats"),
         ("return x / _root(x)", "return x", "weight_decay"),
-        ("jnp.int8 if self.bits <= 8", "jnp.int8 if self.bits < 8", "formats"),
-        ("return jnp.dtype(jnp.int32)", "return jnp.dtype(jnp.int16)", "with fuzz"),
     ],
     "_leaves": [
         ("largest - float(info.eps) * 2.0 ** (exponent - 1)", "largest", "faults"),
