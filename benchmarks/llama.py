@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
-from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pandas as pd
 import tyro
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import madax
@@ -23,7 +20,7 @@ from benchmarks import decoder, records
 from benchmarks.choices import check_choices
 from benchmarks.data.text import Text, text
 from benchmarks.fit import quantize
-from benchmarks.style import STYLES, legend, markdown, report
+from benchmarks.llama_report import BASELINE, best_runs, llama_report
 
 SYMLOG_8 = madax.SymlogFormat(bits=8, linear_range=1 / 3)
 SYMLOG_16 = madax.SymlogFormat(bits=16, linear_range=1 / 3)
@@ -84,7 +81,7 @@ class Row:
 
 
 ROWS = {
-    "AdamW float32": Row(_adamw, ADAM_RATES),
+    BASELINE: Row(_adamw, ADAM_RATES),
     "madam 8 bits": Row(_madam, MADAM_RATES, SYMLOG_8),
     "muon_madam 8 bits": Row(_muon_madam, MADAM_RATES, SYMLOG_8),
     "madam 8 bits, b1": Row(partial(_madam, b1=0.9), MADAM_RATES[1:4], SYMLOG_8),
@@ -94,7 +91,6 @@ ROWS = {
 }
 if find_spec("flashoptim_jax") is not None:
     ROWS["FlashAdamW"] = Row(_flash_adamw, ADAM_RATES[1:4], params=jnp.bfloat16)
-BASELINE = "AdamW float32"
 LONG = (BASELINE, "madam 8 bits", "muon_madam 8 bits")
 
 
@@ -176,7 +172,7 @@ def llama(
             for settings in _tuning(raw, source, name, budget):
                 records.append(raw, settings | train(**settings))
     print(llama_report(folder))
-    for run in _best(records.read(raw)).to_dict("records"):
+    for run in best_runs(records.read(raw)).to_dict("records"):
         print(f"\n--- {run['name']}, {run['source']}\n{run['sample']}")
 
 
@@ -310,94 +306,3 @@ def _sample(budget: Budget, params: Any, data: Text, count: int = 160) -> str:
     keys = jax.random.split(jax.random.key(0), count)
     _, tokens = jax.jit(partial(jax.lax.scan, write))(window, keys)
     return bytes(np.asarray(tokens, np.uint8)).decode("utf-8", errors="replace")
-
-
-def llama_report(folder: Path) -> str:
-    """Writes the table and the figure from a folder's records; returns the table."""
-    return report(folder, "llama", llama_table, llama_figure)
-
-
-def _best(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns the runs of seed 0 at the best rate, one per row and text."""
-    first = runs[runs["seed"] == 0].sort_values("loss", kind="stable")
-    return first.drop_duplicates(["source", "name"]).sort_index()
-
-
-def _at_best(runs: pd.DataFrame, best: Any) -> pd.DataFrame:
-    """Returns the runs of all seeds of one of the best runs."""
-    same = (runs["source"] == best["source"]) & (runs["name"] == best["name"])
-    return runs[same & (runs["rate"] == best["rate"])]
-
-
-def _losses(runs: pd.DataFrame, best: Any) -> pd.Series:
-    """Returns the losses of one of the best runs, by seed."""
-    return _at_best(runs, best).set_index("seed")["loss"]
-
-
-def llama_table(runs: pd.DataFrame) -> str:
-    """Returns held-out losses in Markdown, from the records alone."""
-    first = runs.iloc[0]
-    budget = first["budget"]
-    parts = [
-        f"{first['parameters'] / 1e6:.2f} M parameters, {budget['layers']} layers of "
-        f"{budget['width']}; {budget['steps']} steps of {budget['batch']} x "
-        f"{budget['length']} bytes; held-out nats a byte, at the best rate of each, "
-        "the median of the seeds; against AdamW's of the same seed.\n"
-    ]
-    best = _best(runs)
-    for source, group in best.groupby("source", sort=False):
-        base = group[group["name"] == BASELINE]
-        base = _losses(runs, base.iloc[0]) if len(base) else pd.Series(dtype=float)
-        rows = []
-        for run in group.to_dict("records"):
-            losses = _losses(runs, run)
-            tried = runs[(runs["source"] == source) & (runs["name"] == run["name"])]
-            rows.append(
-                {
-                    "optimizer": run["name"],
-                    "bytes / parameter": f"{run['bytes_per_parameter']:.2f}",
-                    "rate": f"{run['rate']:g}",
-                    "of rates": f"{tried['rate'].nunique()}",
-                    "loss": f"{losses.median():.4f}",
-                    "min to max": f"{losses.min():.4f} to {losses.max():.4f}",
-                    "seeds": f"{len(losses)}",
-                    "against AdamW": f"{100 * (losses / base - 1).median():+.1f} %",
-                }
-            )
-        parts.append(f"\n**{source}:**\n\n{markdown(rows, numbers=True)}\n")
-    return "".join(parts)
-
-
-def llama_figure(runs: pd.DataFrame) -> Figure:
-    """Draws the loss over steps, and over bytes a parameter; a row of panels a text."""
-    groups = list(_best(runs).groupby("source", sort=False))
-    styles = dict(zip(runs["name"].unique(), cycle(STYLES)))
-    fig = Figure(figsize=(9, 1.2 + 3.2 * len(groups)), layout="constrained")
-    panels = fig.subplots(len(groups), 2, squeeze=False)
-    for (over_steps, over_bytes), (source, group) in zip(panels, groups, strict=True):
-        for run in group.to_dict("records"):
-            style, seeds = styles[run["name"]], _at_best(runs, run)
-            curves = np.array([c["loss"] for c in seeds["curve"]], float)
-            steps = run["curve"]["step"]
-            over_steps.plot(steps, np.median(curves, 0), label=run["name"], **style)
-            middle, low, high = (seeds["loss"].agg(f) for f in ("median", "min", "max"))
-            over_bytes.errorbar(
-                run["bytes_per_parameter"],
-                middle,
-                [[middle - low], [high - middle]],
-                capsize=3,
-                elinewidth=1,
-                **style,
-            )
-            if run["name"] == BASELINE:
-                over_bytes.axhline(middle, color="0.6", linewidth=1, zorder=0)
-        over_steps.set(title=source, xlabel="step", ylabel="held-out nats a byte")
-        over_bytes.set(
-            title="at the end: median, all seeds",
-            xlabel="bytes a parameter, of parameters and state",
-        )
-        over_bytes.set_xlim(left=0)
-        for axes in (over_steps, over_bytes):
-            axes.grid(alpha=0.3)
-    legend(fig, panels[:, 0], columns=4)
-    return fig

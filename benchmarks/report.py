@@ -10,7 +10,7 @@ from benchmarks.depth import depth_report
 from benchmarks.fit import fit_report
 from benchmarks.large import large_report
 from benchmarks.layerwise import layerwise_report
-from benchmarks.llama import llama_report
+from benchmarks.llama_report import llama_report
 from benchmarks.lr_sensitivity import lr_sensitivity_report
 from benchmarks.memory import memory_report
 from benchmarks.moments import hard_report, moments_report

@@ -11,7 +11,16 @@ import pytest
 from helpers import mostly_nightly
 
 import madax
-from benchmarks import compilers, decoder, fit, large, layerwise, llama, records
+from benchmarks import (
+    compilers,
+    decoder,
+    fit,
+    large,
+    layerwise,
+    llama,
+    llama_report,
+    records,
+)
 from benchmarks.__main__ import main
 from benchmarks.data.text import text
 
@@ -109,7 +118,7 @@ def test_losses_are_compared_seed_by_seed():
     losses = {llama.BASELINE: [1.0, 2.0, 4.0], "row": [1.01, 2.02, 4.04]}
     run = {"source": "text", "rate": 0.1, "parameters": 1, "bytes_per_parameter": 2}
     run["budget"] = dataclasses.asdict(llama.PROFILES["quick"])
-    table = llama.llama_table(
+    table = llama_report.llama_table(
         pd.DataFrame(
             [
                 run | {"name": name, "seed": seed, "loss": loss}
@@ -268,7 +277,7 @@ def test_committed_tables_are_those_of_the_records():
         "fit": fit.fit_table,
         "large": large.large_table,
         "layerwise": layerwise.layerwise_table,
-        "llama": llama.llama_table,
+        "llama": llama_report.llama_table,
     }
     results = fit.Path(fit.__file__).parent / "results"
     for name, table in tables.items():
