@@ -24,7 +24,7 @@ from benchmarks.style import markdown
 PROFILES = {
     "smoke": (decoder.SIZES["tiny"], 2, 32, 2),
     "quick": (decoder.Size(256, 6, 256, 680, 8, 4), 4, 128, 8),
-    "full": (decoder.Size(32000, 16, 2048, 5504, 16, 16), 4, 1024, 30),
+    "full": (decoder.Size(32000, 16, 2048, 5504, 16, 16), 4, 1024, 8),
 }
 ROWS = {
     "optax.adam float32": (optax.adam(1e-3), None),

@@ -135,7 +135,7 @@ PROFILES = {
     "smoke": Budget(2, 32, 20, 2, 4, 32, seeds=1, rates=1),
     "quick": Budget(4, 128, 300, 6, 4, 128, seeds=3),
     "long": Budget(4, 128, 2000, 10, 4, 128, seeds=3, rates=2),
-    "full": Budget(12, 512, 5000, 20, 32, 512, seeds=3, dtype="bfloat16"),
+    "full": Budget(12, 512, 2000, 10, 32, 512, seeds=3, rates=2, dtype="bfloat16"),
 }
 
 
@@ -157,18 +157,18 @@ def llama(
         out: Folder for llama.jsonl, .md and .png; by default
             benchmarks/results/llama/ and the profile.
         profile: smoke takes a minute; quick half an hour a text on one CPU core, long
-            an hour, of three rows; full is for a GPU.
+            an hour, of three rows; full is for a GPU, of the same rows.
         text: Texts to train on: pydoc and stdlib, which come with CPython, or paths of
             files.
         rows: Names of optimizers; by default all, FlashAdamW where its package is
-            there (``pip install madax[rivals]``); two of the long profile.
+            there (``pip install madax[rivals]``); three of the long and full profiles.
     """
     check_choices("rows", rows, ROWS)
     folder = out or Path("benchmarks/results/llama") / profile
     folder.mkdir(parents=True, exist_ok=True)
     raw, budget = folder / "llama.jsonl", PROFILES[profile]
     for source in text:
-        for name in rows or (LONG if profile == "long" else ROWS):
+        for name in rows or (LONG if profile in ("long", "full") else ROWS):
             for settings in _tuning(raw, source, name, budget):
                 records.append(raw, settings | train(**settings))
     print(llama_report(folder))
