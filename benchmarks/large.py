@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from benchmarks.data.text import text
 from benchmarks.fit import FLOATS, FORMAT, WAYS, Way, functions
 from benchmarks.rows import V_8
 from benchmarks.speed import device_name
-from benchmarks.style import STYLES, legend, markdown, report
+from benchmarks.style import STYLES, markdown, report
 
 # XLA takes three quarters of a GPU's memory unless it is told otherwise.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.985"}
@@ -183,19 +183,22 @@ def large_report(folder: Path) -> str:
     return report(folder, "large", large_table, large_figure)
 
 
+def _tokens_per_second(run: Any) -> float:
+    """Returns the speed of a run, at its median step."""
+    return run["batch"] * run["length"] / statistics.median(run["seconds"][UNTIMED:])
+
+
 def large_table(runs: pd.DataFrame) -> str:
     """Returns time, memory and losses in Markdown, from the records alone."""
     rows = []
     for run in runs.to_dict("records"):
-        second = statistics.median(run["seconds"][UNTIMED:])
-        speed = run["batch"] * run["length"] / second
-        peak = run["peak"]
+        speed, peak = _tokens_per_second(run), run["peak"]
         rows.append(
             {
                 "model": run["model"],
                 "step": WAYS[run["way"]],
                 "tokens": f"{run['batch']} x {run['length']}",
-                "s / step": f"{second:.3g}",
+                "s / step": f"{run['batch'] * run['length'] / speed:.3g}",
                 "tokens / s": f"{speed:.0f}",
                 "TFLOP/s": f"{6e-12 * run['parameters'] * speed:.3g}",
                 "peak GB": "" if pd.isna(peak) else f"{peak / 1e9:.1f}",
@@ -215,17 +218,24 @@ def large_table(runs: pd.DataFrame) -> str:
 
 
 def large_figure(runs: pd.DataFrame) -> Figure:
-    """Draws the losses over steps."""
-    fig = Figure(figsize=(8, 6), layout="constrained")
-    axes = fig.subplots()
-    for run, style in zip(runs.to_dict("records"), cycle(STYLES)):
-        tokens = f"{run['batch']} x {run['length']} tokens"
-        name = f"{run['model']}, {WAYS[run['way']]}, {tokens}, {run['rate']:g}"
-        axes.plot(run["losses"], label=name, **(style | {"markersize": 3}))
-    axes.set(xlabel="step", ylabel="nats a token")
-    axes.set_title(f"Run on one {runs['environment'].iloc[0]['device']}", fontsize=10)
-    axes.grid(alpha=0.3)
-    legend(fig, columns=1)
+    """Draws what each run takes of memory, and below its loss in the same colour."""
+    fig = Figure(figsize=(8, 3 + 0.5 * len(runs)), layout="constrained")
+    bars, lines = fig.subplots(2, height_ratios=(0.17 * len(runs), 1))
+    names, peaks = [], runs["peak"].fillna(runs["compiled_peak"]) / 1e9
+    styles = zip(runs.to_dict("records"), peaks, cycle(STYLES))
+    for row, (run, peak, style) in enumerate(styles):
+        way = WAYS[run["way"]].removesuffix(", jax.checkpoint")
+        names.append(f"{run['model']}, {run['batch']} x {run['length']}\n{way}")
+        bars.barh(row, peak, color=style["color"], height=0.6)
+        speed = f"  {_tokens_per_second(run):.0f} tokens/s, rate {run['rate']:g}"
+        bars.text(peak, row, speed, va="center", fontsize=8)
+        lines.plot(run["losses"], **(style | {"markersize": 3}))
+    bars.set(xlabel="peak GB", yticks=range(len(runs)), xlim=(0, 1.5 * peaks.max()))
+    bars.set_yticklabels(names, fontsize=8)
+    bars.invert_yaxis()
+    bars.set_title(f"Run on one {runs['environment'].iloc[0]['device']}", fontsize=10)
+    lines.set(xlabel="step", ylabel="nats a token")
+    lines.grid(alpha=0.3)
     return fig
 
 
