@@ -30,10 +30,10 @@ from benchmarks.compilers import (
     gathered,
     needed,
 )
+from benchmarks.rows import SYMLOG_8, V_8
 from benchmarks.style import markdown, report
 
-FORMAT = madax.SymlogFormat(bits=8, linear_range=1 / 3)
-MADAM = madax.madam(moment_format=madax.MomentFormat(bits=8))
+MADAM = madax.madam(moment_format=V_8)
 # The bytes per parameter of AdamW, whatever the chip: parameters, moments and gradients
 # in float32; or in bfloat16, with a copy of the parameters and moments in float32.
 ADAMW = {"AdamW, float32": 16, "AdamW, mixed precision": 2 + 2 + 12}
@@ -133,15 +133,18 @@ def _is_too_long(raw: Path, job: Job) -> bool:
 
 def _in_its_own_process(job: Job, raw: Path) -> None:
     """Compiles in another process, which a compiler that fails may end; records it."""
-    args = itertools.chain.from_iterable(
-        (f"--{k}", str(v)) for k, v in dataclasses.asdict(job).items()
-    )
-    command = [sys.executable, "-m", "benchmarks.fit", str(raw), *args]
+    command = [sys.executable, "-m", "benchmarks.fit", str(raw), *flags(job)]
     done = subprocess.run(
         command, env=os.environ | ENVIRONMENT, capture_output=True, text=True
     )
     if done.returncode:
         tqdm.write(f"{job}: {done.stderr.strip().splitlines()[-1]}")
+
+
+def flags(settings: Any) -> list[str]:
+    """Returns a dataclass as the options that tyro makes of it."""
+    pairs = ((f"--{k}", str(v)) for k, v in dataclasses.asdict(settings).items())
+    return list(itertools.chain.from_iterable(pairs))
 
 
 def compile_one(raw: Path, /, job: tyro.conf.OmitArgPrefixes[Job]) -> None:
@@ -224,7 +227,7 @@ def functions(size: decoder.Size, way: Way, tx: Any, gather: Any = None) -> Any:
     return tx.init, partial(_ordinary, size, tx, dtype)
 
 
-def quantize(params: decoder.Params, format: madax.Format = FORMAT) -> decoder.Params:
+def quantize(params: decoder.Params, format: madax.Format = SYMLOG_8) -> decoder.Params:
     """Returns the matrices as codes, with one scale per layer."""
     layers = madax.quantize_params(
         params["layers"],

@@ -1,7 +1,6 @@
 """Models of billions of parameters, trained on the accelerator that is there."""
 
 import dataclasses
-import itertools
 import os
 import statistics
 import subprocess
@@ -26,8 +25,8 @@ import madax
 from benchmarks import decoder, records
 from benchmarks.compilers import footprint
 from benchmarks.data.text import text
-from benchmarks.fit import FLOATS, FORMAT, WAYS, Way, functions
-from benchmarks.rows import V_8
+from benchmarks.fit import FLOATS, WAYS, Way, flags, functions
+from benchmarks.rows import SYMLOG_8, V_8
 from benchmarks.speed import device_name
 from benchmarks.style import STYLES, markdown, report
 
@@ -99,11 +98,8 @@ def large(
 
 
 def _in_its_own_process(run: Run, out: Path) -> None:
-    args = itertools.chain.from_iterable(
-        (f"--{k}", str(v)) for k, v in dataclasses.asdict(run).items()
-    )
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.large", str(out), *args],
+        [sys.executable, "-m", "benchmarks.large", str(out), *flags(run)],
         env=ENVIRONMENT | os.environ,
     )
     if done.returncode:
@@ -169,11 +165,11 @@ def _parameters(size: decoder.Size, way: Way, key: jax.Array) -> decoder.Params:
 
     def one(key: jax.Array) -> decoder.Params:
         stack = decoder.init(size, key, layers=1)["layers"]
-        return madax.quantize_params(jax.tree.map(lambda w: w[0], stack), FORMAT)
+        return madax.quantize_params(jax.tree.map(lambda w: w[0], stack), SYMLOG_8)
 
     ends = decoder.init(size, key, layers=1)["ends"]
     return {
-        "ends": madax.quantize_params(ends, FORMAT),
+        "ends": madax.quantize_params(ends, SYMLOG_8),
         "layers": jax.lax.map(one, jax.random.split(key, size.layers)),
     }
 

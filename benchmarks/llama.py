@@ -21,10 +21,9 @@ from benchmarks.choices import check_choices
 from benchmarks.data.text import Text, text
 from benchmarks.fit import quantize
 from benchmarks.llama_report import BASELINE, best_runs, llama_report
+from benchmarks.rows import SYMLOG_8, V_8
 
-SYMLOG_8 = madax.SymlogFormat(bits=8, linear_range=1 / 3)
 SYMLOG_16 = madax.SymlogFormat(bits=16, linear_range=1 / 3)
-V_8 = madax.MomentFormat(bits=8)
 ADAM_RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
 MADAM_RATES = (0.01, 0.015, 0.02, 0.03, 0.05)
 

@@ -191,7 +191,11 @@ MUTANTS = {
         ("jnp.where(scale > 0, jnp.clip", "jnp.where(True, jnp.clip", "bbit faults"),
         ("scale = jnp.minimum(scale, jnp.finfo(scale.dtype).max)", "", "faults"),
         ("if dtype.itemsize > 2:", "if True:", "rounding many_weights"),
-        ("jnp.maximum(jnp.abs(x + u), finest)", "jnp.abs(x + u)", "many_weights faults"),
+        (
+            "jnp.maximum(jnp.abs(x + u), finest)",
+            "jnp.abs(x + u)",
+            "many_weights faults",
+        ),
         ("(254 << 23) - spacing", "(253 << 23) - spacing", "dtypes many_weights"),
         ("optax.safe_increment(state.count)", "state.count", "faults"),
     ],
