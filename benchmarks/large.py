@@ -184,6 +184,10 @@ def _tokens_per_second(run: Any) -> float:
     return run["batch"] * run["length"] / statistics.median(run["seconds"][UNTIMED:])
 
 
+def _way(run: Any) -> str:
+    return WAYS[run["way"]].removesuffix(", jax.checkpoint")
+
+
 def large_table(runs: pd.DataFrame) -> str:
     """Returns time, memory and losses in Markdown, from the records alone."""
     rows = []
@@ -192,7 +196,7 @@ def large_table(runs: pd.DataFrame) -> str:
         rows.append(
             {
                 "model": run["model"],
-                "step": WAYS[run["way"]],
+                "step": _way(run),
                 "tokens": f"{run['batch']} x {run['length']}",
                 "s / step": f"{run['batch'] * run['length'] / speed:.3g}",
                 "tokens / s": f"{speed:.0f}",
@@ -201,8 +205,7 @@ def large_table(runs: pd.DataFrame) -> str:
                 "compiler's": f"{run['compiled_peak'] / 1e9:.1f}",
                 "rate": f"{run['rate']:g}",
                 "steps": f"{run['steps']}",
-                "loss": f"{run['losses'][0]:.2f} to {run['losses'][-1]:.2f}",
-                "compile s": f"{run['compile_s']:.0f}",
+                "loss": f"{run['losses'][0]:.1f} to {run['losses'][-1]:.1f}",
             }
         )
     return (
@@ -220,8 +223,8 @@ def large_figure(runs: pd.DataFrame) -> Figure:
     names, peaks = [], runs["peak"].fillna(runs["compiled_peak"]) / 1e9
     styles = zip(runs.to_dict("records"), peaks, cycle(STYLES))
     for row, (run, peak, style) in enumerate(styles):
-        way = WAYS[run["way"]].removesuffix(", jax.checkpoint")
-        names.append(f"{run['model']}, {run['batch']} x {run['length']}\n{way}")
+        tokens = f"{run['batch']} x {run['length']}"
+        names.append(f"{run['model']}, {tokens}\n{_way(run)}")
         bars.barh(row, peak, color=style["color"], height=0.6)
         speed = f"  {_tokens_per_second(run):.0f} tokens/s, rate {run['rate']:g}"
         bars.text(peak, row, speed, va="center", fontsize=8)

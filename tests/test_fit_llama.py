@@ -269,7 +269,7 @@ def test_large_runs_each_way_once(tmp_path, capfd):
     before = raw.read_text()
     main(command)
     assert raw.read_text() == before
-    assert fit.WAYS["mixed"] in capfd.readouterr().out
+    assert "optax.adamw mixed precision" in capfd.readouterr().out
 
 
 def test_committed_tables_are_those_of_the_records():
