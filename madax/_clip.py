@@ -137,9 +137,9 @@ def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
     x, u = widen(w), widen(u)
     largest = largest_weight(jnp.result_type(w))
     bound = jnp.minimum(bound, largest)
+    u = within(u, -bound - x, bound - x)
     # A weight crosses its whole dtype in two steps: one update cannot be that large.
-    ends = (within(end - x, -largest, largest) for end in (-bound, bound))
-    return within(u, *ends)
+    return within(u, -largest, largest)
 
 
 def _warn_of_clipped_leaves(params: Any, bounds: jax.Array, peaks: jax.Array) -> None:

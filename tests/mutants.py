@@ -140,9 +140,13 @@ MUTANTS = {
     ],
     "_clip": [
         ("return jnp.maximum(3 * rms0, peak0)", "return 3 * rms0", "quantize_defaults"),
-        ("within(u, *ends)", "0.9 * within(u, *ends)", "properties oracle"),
+        (
+            "u = within(u, -bound - x, bound - x)",
+            "u = 0.9 * within(u, -bound - x, bound - x)",
+            "properties oracle",
+        ),
         ("jnp.where(jnp.isnan(bounds), jnp.inf, bounds)", "bounds", "faults"),
-        ("within(end - x, -largest, largest)", "end - x", "faults"),
+        ("return within(u, -largest, largest)", "return u", "faults"),
     ],
     "_quantize_params": [
         ("jnp.maximum(3 * rms, peak) if", "3 * rms if", "quantize_defaults"),
