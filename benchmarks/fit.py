@@ -33,10 +33,9 @@ from benchmarks.compilers import (
 from benchmarks.rows import SYMLOG_8, V_8
 from benchmarks.style import markdown, report
 
-MADAM = madax.madam(moment_format=V_8)
 # The bytes per parameter of AdamW, whatever the chip: parameters, moments and gradients
 # in float32; or in bfloat16, with a copy of the parameters and moments in float32.
-ADAMW = {"AdamW, float32": 16, "AdamW, mixed precision": 2 + 2 + 12}
+ADAMW = 16
 Way = Literal["layerwise", "checkpoint", "adam", "mixed"]
 WAYS: dict[Way, str] = {
     "layerwise": "madax, a layer at a time",
@@ -187,11 +186,10 @@ def train_step(job: Job, devices: list[Any]) -> tuple[Any, Any]:
     gather = None
     if job.chips > 1:
         gather = partial(jax.lax.with_sharding_constraint, shardings=everywhere)
-    tx = optax.adam(1e-3) if job.way in FLOATS else MADAM
     params = jax.eval_shape(partial(decoder.init, size), jax.random.key(0))
     if job.way not in FLOATS:
         params = jax.eval_shape(quantize, params)
-    init, step = functions(size, job.way, tx, gather)
+    init, step = functions(size, job.way, optimizer(job.way, 1e-3), gather)
     state = jax.eval_shape(init, params)
 
     def spread(x: Any) -> Any:
@@ -209,6 +207,12 @@ def train_step(job: Job, devices: list[Any]) -> tuple[Any, Any]:
         (job.chips, job.length + 1), jnp.int32, sharding=NamedSharding(mesh, P("chips"))
     )
     return step, (*jax.tree.map(spread, (params, state)), batch)
+
+
+def optimizer(way: Way, rate: Any) -> optax.GradientTransformation:
+    """Returns the optimizer of a way to train, at a rate or a schedule of it."""
+    floats = {"adam": optax.adam, "mixed": optax.adamw}
+    return floats[way](rate) if way in FLOATS else madax.madam(rate, moment_format=V_8)
 
 
 def functions(size: decoder.Size, way: Way, tx: Any, gather: Any = None) -> Any:
@@ -289,7 +293,7 @@ def fit_table(runs: pd.DataFrame) -> str:
 
 def _row(run: Any) -> dict[str, str]:
     chips = "" if run["chips"] == 1 else f"{run['chips']} x "
-    adamw = 16 * run["parameters"] / run["chips"]
+    adamw = ADAMW * run["parameters"] / run["chips"]
     return {
         "model": run["model"],
         "chip": f"{chips}{run['chip']}",
@@ -318,7 +322,7 @@ def fit_figure(runs: pd.DataFrame) -> Figure:
     axes = fig.subplots()
     names = [f"{r['model']}\n{r['chip']}" for r in one.to_dict("records")]
     rows = range(len(one))
-    adamw = 16 * one["parameters"] / 1e9
+    adamw = ADAMW * one["parameters"] / 1e9
     axes.barh(rows, adamw, color="#dddddd", label="AdamW, no activations (arithmetic)")
     axes.barh(
         rows, one["peak"] / 1e9, color="#d55e00", height=0.5, label="madax.layerwise"

@@ -25,8 +25,8 @@ import madax
 from benchmarks import decoder, records
 from benchmarks.compilers import footprint
 from benchmarks.data.text import text
-from benchmarks.fit import FLOATS, WAYS, Way, flags, functions
-from benchmarks.rows import SYMLOG_8, V_8
+from benchmarks.fit import FLOATS, WAYS, Way, flags, functions, optimizer
+from benchmarks.rows import SYMLOG_8
 from benchmarks.speed import device_name
 from benchmarks.style import STYLES, markdown, report
 
@@ -114,7 +114,8 @@ def train(out: Path, /, run: tyro.conf.OmitArgPrefixes[Run]) -> None:
     if records.find(raw, dataclasses.asdict(run)):
         return
     size, shape = decoder.SIZES[run.model], (run.steps, run.batch, run.length + 1)
-    init, step = functions(size, run.way, _optimizer(run))
+    rate = optax.linear_schedule(0.0, run.rate, run.warm_up)
+    init, step = functions(size, run.way, optimizer(run.way, rate))
     make = jax.jit(partial(_parameters, size, run.way))
     params = jax.eval_shape(make, jax.random.key(0))
     state = jax.eval_shape(init, params)
@@ -149,13 +150,6 @@ def train(out: Path, /, run: tyro.conf.OmitArgPrefixes[Run]) -> None:
         "compile_s": round(compile_s, 1),
     }
     records.append(raw, dataclasses.asdict(run) | result)
-
-
-def _optimizer(run: Run) -> optax.GradientTransformation:
-    rate = optax.linear_schedule(0.0, run.rate, run.warm_up)
-    if run.way in FLOATS:
-        return optax.adamw(rate)
-    return madax.madam(rate, moment_format=V_8)
 
 
 def _parameters(size: decoder.Size, way: Way, key: jax.Array) -> decoder.Params:

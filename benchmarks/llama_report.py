@@ -24,7 +24,7 @@ def best_runs(runs: pd.DataFrame) -> pd.DataFrame:
     return first.drop_duplicates(["source", "name"]).sort_index()
 
 
-def _atbest_runs(runs: pd.DataFrame, best: Any) -> pd.DataFrame:
+def _at_best(runs: pd.DataFrame, best: Any) -> pd.DataFrame:
     """Returns the runs of all seeds of one of the best runs."""
     same = (runs["source"] == best["source"]) & (runs["name"] == best["name"])
     return runs[same & (runs["rate"] == best["rate"])]
@@ -32,7 +32,7 @@ def _atbest_runs(runs: pd.DataFrame, best: Any) -> pd.DataFrame:
 
 def _losses(runs: pd.DataFrame, best: Any) -> pd.Series:
     """Returns the losses of one of the best runs, by seed."""
-    return _atbest_runs(runs, best).set_index("seed")["loss"]
+    return _at_best(runs, best).set_index("seed")["loss"]
 
 
 def llama_table(runs: pd.DataFrame) -> str:
@@ -77,7 +77,7 @@ def llama_figure(runs: pd.DataFrame) -> Figure:
     panels = fig.subplots(len(groups), 2, squeeze=False)
     for (over_steps, over_bytes), (source, group) in zip(panels, groups, strict=True):
         for run in group.to_dict("records"):
-            style, seeds = styles[run["name"]], _atbest_runs(runs, run)
+            style, seeds = styles[run["name"]], _at_best(runs, run)
             curves = np.array([c["loss"] for c in seeds["curve"]], float)
             steps = run["curve"]["step"]
             over_steps.plot(steps, np.median(curves, 0), label=run["name"], **style)

@@ -23,6 +23,8 @@ from benchmarks.choices import check_choices
 from benchmarks.rows import BASELINE, RIVALS, ROWS, Row
 from benchmarks.style import markdown, report
 
+QUEUED = 4  # Steps at a time, unless a profile has more.
+
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
@@ -45,7 +47,7 @@ class Profile:
     batch: int
     rounds: int
     train_rounds: int
-    queued: int = 4
+    queued: int = QUEUED
 
 
 PROFILES = {
@@ -167,7 +169,7 @@ class Running:
     data: Any
     compile_s: float
 
-    def time(self, steps: int = 4) -> float:
+    def time(self, steps: int = QUEUED) -> float:
         """Takes some steps; returns the seconds per step."""
         start = time.perf_counter()
         for _ in range(steps):
@@ -207,7 +209,7 @@ def compare(
     row = (ROWS | RIVALS)[name]
     is_step_alone = make is optimizer_step
     rounds = profile.rounds if is_step_alone else profile.train_rounds
-    queued = profile.queued if is_step_alone else 4
+    queued = profile.queued if is_step_alone else QUEUED
     pair = (baseline, running(row, weights, make))
     times = [[r.time(queued) for r in pair] for _ in range(rounds + 2)]
     baseline_seconds, seconds = np.array(times[2:]).T.tolist()
