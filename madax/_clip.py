@@ -135,11 +135,8 @@ def weight_bounds(
 def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
     """Shortens ``u`` so that ``|w + u| <= bound``; otherwise leaves it alone."""
     x, u = widen(w), widen(u)
-    largest = largest_weight(jnp.result_type(w))
-    bound = jnp.minimum(bound, largest)
-    u = within(u, -bound - x, bound - x)
-    # A weight crosses its whole dtype in two steps: one update cannot be that large.
-    return within(u, -largest, largest)
+    bound = jnp.minimum(bound, largest_weight(jnp.result_type(w)))
+    return within(u, -bound - x, bound - x)
 
 
 def _warn_of_clipped_leaves(params: Any, bounds: jax.Array, peaks: jax.Array) -> None:

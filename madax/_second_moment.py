@@ -174,12 +174,12 @@ def _step(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The direction of a leaf, and its moments as they are stored from then on."""
     g = jnp.asarray(g, compute_dtype(v))
-    v, value, ok = storage.add_square(v, g, rate)
+    v, value, ok, moves = storage.add_square(v, g, rate)
     if m is not None:
         m, g = storage.add(m, g, ok, b1_rate)
     # This is not g / sqrt(v / correction**2), a quotient that can overflow.
-    direction = over_root(g * correction.astype(g.dtype), value)
-    return jnp.where(ok, direction, 0), v, m
+    g = jnp.where(moves, g * correction.astype(g.dtype), 0)
+    return over_root(g, value), v, m
 
 
 @jax.tree_util.register_dataclass
@@ -188,11 +188,13 @@ class _Floats:
     """A leaf's moments, stored as they are."""
 
     def add_square(self, v: jax.Array, g: jax.Array, rate: jax.Array) -> Any:
-        """``v`` after a gradient: as stored, before rounding, and where it fits."""
+        """``v`` after a gradient: as stored, and before rounding.
+
+        And where the gradient counts, and where it moves weights: 0/0 does not.
+        """
         ok = g * g < jnp.inf
         v = jnp.where(ok, moving_average(v, g * g, rate), v)
-        # Nothing over the root of infinity is the direction 0/0.
-        return v, jnp.where(v > 0, v, jnp.inf), ok
+        return v, v, ok, ok & (v > 0)
 
     def add(self, m: jax.Array, g: jax.Array, ok: jax.Array, rate: jax.Array) -> Any:
         """``m`` after a gradient, where ``ok``: as stored, before rounding."""
@@ -237,7 +239,8 @@ class _Codes:
         stored = jnp.clip(code, 0, self.format.highest_v).astype(v.dtype)
         # The greatest code is that of all beyond. That the direction depends on what is
         # stored lets XLA make one kernel of both.
-        return stored, value, fits & (stored < self.format.highest_v)
+        ok = fits & (stored < self.format.highest_v)
+        return stored, value, ok, ok
 
     def add(self, m: jax.Array, g: jax.Array, ok: jax.Array, rate: jax.Array) -> Any:
         """As that of floats."""

