@@ -140,7 +140,11 @@ MUTANTS = {
         ("jnp.where(jnp.isnan(floors), 0, floors)", "floors", "faults"),
     ],
     "_clip": [
-        ("return jnp.maximum(3 * rms0, peak0)", "return 3 * rms0", "quantize_defaults"),
+        (
+            "return jnp.maximum(3 * rms0, peak0)",
+            "return 3 * rms0",
+            "quantize_defaults fuzz",
+        ),
         (
             "return within(u, -bound - x, bound - x)",
             "return 0.9 * within(u, -bound - x, bound - x)",

@@ -381,6 +381,17 @@ def test_one_bad_value_of_an_injected_hyperparameter():
                 assert np.any(w != arrays(before)[k]), (name, k)
 
 
+def test_an_injected_floor_that_is_no_number_counts_as_zero():
+    params = {k: mixed()[k] for k in ("float32", "zeros")}
+    tx = optax.inject_hyperparams(madax.madam)(LR, floor=0.1)
+    after = []
+    for floor in (np.nan, 0.0):
+        state = tx.init(params)
+        state.hyperparams["floor"] = jnp.float32(floor)
+        after.append(jitted_step(tx, gradients(0, params), state, params)[0])
+    same(*after)
+
+
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_updates_that_are_not_finite_move_no_code(fmt):
     tx = madax.lns_quantize(rounding="nearest")
