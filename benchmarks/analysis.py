@@ -86,14 +86,13 @@ def regrets(cells: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """
     rows = []
     for key, group in cells.groupby(list(by), sort=False):
-        worst = group.loc[group["ratio"].idxmax()]
         rows.append(
             {
                 **dict(zip(by, key, strict=True)),
                 "mean": float(np.exp(np.log(group["ratio"]).mean()) - 1),
                 "median": float(group["ratio"].median() - 1),
-                "worst": float(worst["ratio"] - 1),
-                "where": worst["workload"],
+                "worst": float(group["ratio"].max() - 1),
+                "where": group["workload"][group["ratio"].idxmax()],
                 "workloads": len(group),
             }
         )

@@ -7,7 +7,7 @@ gradient.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,13 @@ import numpy as np
 import optax
 
 from madax._checks import leaf_name
+from madax._layerwise_checks import (
+    check_arguments,
+    check_layer_output,
+    check_loss,
+    is_float,
+    parts_of,
+)
 from madax._leaves import flatten_named
 from madax._quantize_params import dequantize_params
 from madax._stacks import (
@@ -137,7 +144,7 @@ def layerwise(
       resources <https://arxiv.org/abs/2306.09782>`_, 2023, fuse the update of SGD with
       the backward pass.
     """
-    _check_arguments(tx, dtype, microbatches, embed=embed, layer=layer, loss=loss)
+    check_arguments(tx, dtype, microbatches, embed=embed, layer=layer, loss=loss)
     tx = optax.with_extra_args_support(tx)
     gather = gather or (lambda stored: stored)
     run = _Run(tx, embed, layer, loss, dtype, microbatches, has_aux, gather)
@@ -159,13 +166,13 @@ class _Run:
 
     def init(self, params: Any) -> Any:
         """The state of the ends, and that of the layers."""
-        ends, layers = _parts(params)
+        ends, layers = parts_of(params)
         check_layer_by_layer(self.tx, params)
         return {ENDS: self.tx.init({ENDS: ends}), LAYERS: init_stack(self.tx, layers)}
 
     def step(self, params: Any, state: Any, batch: Any, key: Any = None) -> Any:
         """Parameters, state, and the loss (and metrics) of the parameters before."""
-        ends, layers = _parts(params)
+        ends, layers = parts_of(params)
         batches = _cut(batch, self.microbatches)
         weights = self.decode(ends)
         x = self.each(lambda _, batch: self.embed(weights, batch), batches)
@@ -194,7 +201,7 @@ class _Run:
         else:
             key = jax.random.fold_in(jax.random.fold_in(key, i), part)
             out = self.layer(weights, x, key)
-        _check_layer_output(x, out)
+        check_layer_output(x, out)
         return out
 
     def up(self, layers: Any, x: Any, key: Any) -> tuple[Any, Any]:
@@ -217,7 +224,7 @@ class _Run:
             def loss(weights, floats):
                 out = self.loss(weights, merge(floats), batch)
                 value, aux = out if self.has_aux else (out, None)
-                _check_loss(value)
+                check_loss(value)
                 return value, aux
 
             value, pull, aux = jax.vjp(loss, weights, floats, has_aux=True)
@@ -323,88 +330,13 @@ def _norm(tree: Any) -> jax.Array:
 def _floats(x: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     """The floating leaves of a tree, and a function that replaces them."""
     leaves, treedef = jax.tree.flatten(x)
-    where = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
+    where = [i for i, leaf in enumerate(leaves) if is_float(leaf)]
 
     def merge(floats: Sequence[Any]) -> Any:
         new = dict(zip(where, floats, strict=True))
         return treedef.unflatten([new.get(i, old) for i, old in enumerate(leaves)])
 
     return [leaves[i] for i in where], merge
-
-
-def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
-
-
-# --- checks ---------------------------------------------------------------------------
-
-
-def _check_arguments(tx: Any, dtype: Any, microbatches: Any, **functions: Any) -> None:
-    if not isinstance(tx, optax.GradientTransformation):
-        raise TypeError(
-            f"tx must be an optax.GradientTransformation, got {tx!r} of type "
-            f"{type(tx).__name__}; pass for example madax.madam(0.02)."
-        )
-    for name, function in functions.items():
-        if not callable(function):
-            raise TypeError(
-                f"{name} must be a function, got {function!r} of type "
-                f"{type(function).__name__}."
-            )
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"dtype must be a floating dtype, got {dtype!r}; pass jnp.float32 or "
-            "jnp.bfloat16."
-        )
-    if type(microbatches) is not int or microbatches < 1:
-        raise ValueError(f"microbatches must be an int above 0, got {microbatches!r}.")
-
-
-def _parts(params: Any) -> tuple[Any, Any]:
-    """The ends and the layers."""
-    if not isinstance(params, Mapping) or set(params) != {ENDS, LAYERS}:
-        found = list(params) if isinstance(params, Mapping) else type(params).__name__
-        raise ValueError(
-            f'params must be a dict of "ends" and "layers", got {found}; pass '
-            '{"ends": tree, "layers": tree of leaves with a leading axis of layers}.'
-        )
-    names, leaves, _ = flatten_named(params[LAYERS])
-    shapes = [np.shape(leaf) for leaf in leaves]
-    if not shapes or not shapes[0]:
-        raise ValueError(
-            "params['layers'] must be a tree of arrays with a leading axis of layers, "
-            f"got {params[LAYERS]!r}; stack the layers with jnp.stack."
-        )
-    for name, shape in zip(names, shapes, strict=True):
-        if shape[:1] != shapes[0][:1]:
-            raise ValueError(
-                f"{leaf_name('params', f'{LAYERS}/{name}')} has shape {shape}, but the "
-                f"first leaf of the layers has a leading axis of {shapes[0][0]}; it "
-                "must be that of all. Codes must have scales of each layer: use "
-                "quantize_params(..., channel_axis=0)."
-            )
-    return params[ENDS], params[LAYERS]
-
-
-def _check_layer_output(x: Any, out: Any) -> None:
-    before, after = (
-        jax.tree.map(lambda x: (np.shape(x), str(jnp.result_type(x))), tree)
-        for tree in (x, out)
-    )
-    if before != after:
-        raise ValueError(
-            "layer must return what it is given, in shape and dtype, got "
-            f"{after} from {before}; cast x, or pass another dtype to layerwise."
-        )
-
-
-def _check_loss(value: Any) -> None:
-    if np.shape(value) != () or not _is_float(value):
-        raise ValueError(
-            f"loss must return a floating scalar, got {jnp.result_type(value)} of "
-            f"shape {np.shape(value)}; take its mean, and pass has_aux=True if it "
-            "returns anything beside it."
-        )
 
 
 def _cut(batch: Any, parts: int) -> Any:
