@@ -63,8 +63,8 @@ def scale_by_sign_log(
     still real-valued, ``d / base_step`` for a ``LogFormat``, to be rounded by
     :func:`lns_quantize`. Its format decides how it behaves near zero.
 
-    A log-step that is not finite leaves its weight unchanged; one beyond 80 nats
-    counts as 80.
+    A log-step that is not finite leaves its weight unchanged. One of a float beyond
+    80 nats counts as 80.
 
     .. warning::
       Only :func:`clip_log_weights` and storage transforms may come after this one:
