@@ -79,6 +79,7 @@ def jobs(profile: str) -> Iterator[Job]:
     yield Job("Llama-2 7B", "RTX 4090")
     yield Job("Llama-2 7B", "H100", "checkpoint")
     yield Job("Llama-2 7B", "TPU v5e", chips=16)
+    yield Job("Llama-2 70B", "TPU v5e", chips=16)
     yield Job("Llama-2 70B", "TPU v5e", chips=256)
     yield Job("Llama-2 70B", "H100", chips=8)
     yield Job("Llama-2 7B", "H100", chips=8)
