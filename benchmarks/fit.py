@@ -86,6 +86,7 @@ def jobs(profile: str) -> Iterator[Job]:
     yield Job("Llama-2 70B", "B200", length=2048)
     yield Job("Llama-2 13B", "H100")
     yield Job("Llama-2 13B", "TPU v6e")
+    yield Job("Llama-2 13B", "TPU v5p")
     yield Job("CodeLlama 34B", "TPU v5p", length=2048)
     for model, chip, first in (
         ("Llama-2 7B", "RTX 4090", 11),
