@@ -15,7 +15,7 @@ from benchmarks import candidates
 from benchmarks.analysis import at_best, change, medians, number
 from benchmarks.optimizers import FORMATS, Optimizer, Schedule, as_trained
 from benchmarks.profiles import LONG, Options
-from benchmarks.state import EIGHT
+from benchmarks.state import EIGHT, eight_bit
 from benchmarks.style import markdown, report
 from benchmarks.sweep import Sweep, run_all
 
@@ -42,6 +42,11 @@ FEW = (
     "8 bits, v too",
     "8 bits, v too, direction of Muon",
     "8 bits, v too, direction of Muon, linear_range=0.15",
+    "direction of Muon, p_scale=10",
+    "8 bits, v too, direction of Muon, p_scale=10",
+    "Adam",
+    "Adam in 3 bytes",
+    "Adam in 3 bytes, p_scale=10",
 )
 
 
@@ -53,6 +58,7 @@ class Factor(NamedTuple):
       schedule: of the rate.
       format: of codes; None for float32.
       channels: whether each column has a scale of its own.
+      p_scale: the bound on codes, as of ``madax.quantize_params``.
       evaluated: parameters and optimizer state to the parameters to be scored.
     """
 
@@ -60,6 +66,7 @@ class Factor(NamedTuple):
     schedule: Schedule = "cosine"
     format: str | None = None
     channels: bool = False
+    p_scale: float | None = None
     evaluated: Callable[[optax.Params, Any], optax.Params] = as_trained
 
     def quantize(self, params: optax.Params) -> optax.Params:
@@ -67,11 +74,22 @@ class Factor(NamedTuple):
         if self.format is None:
             return params
         axis = -1 if self.channels else None
-        return madax.quantize_params(params, FORMATS[self.format], channel_axis=axis)
+        return madax.quantize_params(
+            params, FORMATS[self.format], p_scale=self.p_scale, channel_axis=axis
+        )
 
 
 floored = partial(partial, madax.madam, floor=1.0)
 BASE_TX = floored()
+
+
+def _adam(rate: optax.Schedule) -> optax.GradientTransformation:
+    """At a tenth of the rates of Madam."""
+    return optax.adam(lambda count: 0.1 * rate(count))
+
+
+def _adam_in_3_bytes(rate: optax.Schedule) -> optax.GradientTransformation:
+    return madax.with_quantized_params(eight_bit(_adam(rate)))
 
 
 def _bounded(rate: optax.Schedule) -> optax.GradientTransformation:
@@ -146,6 +164,17 @@ FACTORS = {
     ),
     "8 bits, v too, direction of Muon, linear_range=0.15": Factor(
         partial(madax.muon_madam, moment_format=EIGHT), format="finer symlog 8"
+    ),
+    "direction of Muon, p_scale=10": Factor(
+        partial(madax.muon_madam, floor=1.0, p_scale=10.0)
+    ),
+    "8 bits, v too, direction of Muon, p_scale=10": Factor(
+        partial(madax.muon_madam, moment_format=EIGHT), format="symlog 8", p_scale=10.0
+    ),
+    "Adam": Factor(_adam),
+    "Adam in 3 bytes": Factor(_adam_in_3_bytes, format="symlog 8"),
+    "Adam in 3 bytes, p_scale=10": Factor(
+        _adam_in_3_bytes, format="symlog 8", p_scale=10.0
     ),
 }
 
