@@ -233,15 +233,21 @@ def functions(size: decoder.Size, way: Way, tx: Any, gather: Any = None) -> Any:
     return tx.init, partial(_ordinary, size, tx, dtype)
 
 
-def quantize(params: decoder.Params, format: madax.Format = SYMLOG_8) -> decoder.Params:
+def quantize(
+    params: decoder.Params,
+    format: madax.Format = SYMLOG_8,
+    p_scale: float | None = None,
+) -> decoder.Params:
     """Returns the matrices as codes, with one scale per layer."""
     layers = madax.quantize_params(
         params["layers"],
         format,
         where=lambda path, w: "norm" not in path,
+        p_scale=p_scale,
         channel_axis=0,
     )
-    return {"ends": madax.quantize_params(params["ends"], format), "layers": layers}
+    ends = madax.quantize_params(params["ends"], format, p_scale=p_scale)
+    return {"ends": ends, "layers": layers}
 
 
 def _ordinary(

@@ -71,12 +71,14 @@ class Row:
       rates: to choose the best of.
       format: of the matrices, trained a layer at a time; None for floats, all at once.
       params: dtype of float parameters.
+      p_scale: the bound on codes, as of ``madax.quantize_params``.
     """
 
     make: Callable[[Any], optax.GradientTransformation]
     rates: tuple[float, ...]
     format: madax.Format | None = None
     params: Any = jnp.float32
+    p_scale: float | None = None
 
 
 ROWS = {
@@ -86,6 +88,9 @@ ROWS = {
     "madam 8 bits, b1": Row(partial(_madam, b1=0.9), MADAM_RATES[1:4], SYMLOG_8),
     "madam 16 bits": Row(_madam, MADAM_RATES[1:4], SYMLOG_16),
     "adam on 8 bits": Row(_codes_adam, ADAM_RATES[1:4], SYMLOG_8),
+    "adam on 8 bits, p_scale=10": Row(
+        _codes_adam, ADAM_RATES[1:4], SYMLOG_8, p_scale=10.0
+    ),
     "AdamW bfloat16": Row(_adamw, ADAM_RATES[1:4], params=jnp.bfloat16),
 }
 if find_spec("flashoptim_jax") is not None:
@@ -262,7 +267,8 @@ def _start(budget: Budget, row: Row, rate: float, seed: int) -> Any:
     if row.format is None:
         params = optax.tree.cast(floats, row.params)
         return params, tx.init, partial(_ordinary, budget, tx)
-    params = jax.jit(partial(quantize, format=row.format))(floats)
+    coded = partial(quantize, format=row.format, p_scale=row.p_scale)
+    params = jax.jit(coded)(floats)
     run = madax.layerwise(
         tx,
         decoder.embed,
