@@ -20,6 +20,7 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#009e73", "linestyle": (0, (3, 1)), "marker": "P"},
     {"color": "#cc79a7", "linestyle": (0, (1, 1)), "marker": "X"},
     {"color": "#666666", "linestyle": "-", "marker": "*"},
+    {"color": "#7b3294", "linestyle": (0, (5, 1)), "marker": "<"},
 )
 
 

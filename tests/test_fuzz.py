@@ -460,8 +460,8 @@ def step_interval(rule, direction, error, count):
 
 
 def sign_log(w, d, floor):
-    saturated = np.clip(np.sign(w) * d, -87, 88)
-    return np.where(np.abs(w) > floor, w * np.expm1(saturated), floor * d)
+    d = np.clip(d, -80, 80)
+    return np.where(np.abs(w) > floor, w * np.expm1(np.sign(w) * d), floor * d)
 
 
 def weight_bound(rule, rms0, peak0):
@@ -472,7 +472,9 @@ def weight_bound(rule, rms0, peak0):
 
 def float_interval(rule, rms0, peak0, zero_init, w, d_low, d_high, info):
     """Between which values w + u must be, before any grid."""
-    floor = min(rms0 * (1.0 if zero_init else rule.floor), LARGEST)
+    floor = 1.0 if zero_init else rule.floor
+    floor = 0 if floor < 2.0**-126 else floor  # float32 flushes what is subnormal.
+    floor = min(rms0 * floor, LARGEST / 128)
     ends = []
     for d in (d_low, d_high):
         # About at the floor either rule is right.
