@@ -122,7 +122,7 @@ def _points(
       values: of each run, as they were recorded.
     """
     is_ratio = label.endswith("adam")
-    for i, (chip, style) in enumerate(zip(CHIPS, STYLES[1:], strict=True)):
+    for i, (chip, style) in enumerate(zip(CHIPS, STYLES[1:], strict=False)):
         here = runs[runs["chip"] == chip]
         unit = here["parameters"]
         if is_ratio:

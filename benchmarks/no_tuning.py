@@ -121,7 +121,7 @@ def no_tuning_figure(cells: pd.DataFrame) -> Figure:
     """
     fig = Figure(figsize=(8, 5), layout="constrained")
     axes = fig.subplots()
-    for name, style in zip(DRAWN, STYLES, strict=True):
+    for name, style in zip(DRAWN, STYLES, strict=False):
         lines = cells[
             (cells["optimizer"] == name)
             & (cells["schedule"] == UNTUNED[name].schedules[0])
