@@ -83,9 +83,9 @@ floored = partial(partial, madax.madam, floor=1.0)
 BASE_TX = floored()
 
 
-def _adam(rate: optax.Schedule) -> optax.GradientTransformation:
+def _adam(rate: optax.Schedule, b1: float = 0.9) -> optax.GradientTransformation:
     """At a tenth of the rates of Madam."""
-    return optax.adam(lambda count: 0.1 * rate(count))
+    return optax.adam(lambda count: 0.1 * rate(count), b1=b1)
 
 
 def _adam_in_3_bytes(rate: optax.Schedule) -> optax.GradientTransformation:
@@ -105,9 +105,7 @@ FACTORS = {
     "no floor: the paper's rule": Factor(madax.madam),
     "floor=0.3": Factor(floored(floor=0.3)),
     "floor=3": Factor(floored(floor=3.0)),
-    "additive steps: Adam with b1=0": Factor(
-        lambda rate: optax.adam(lambda count: 0.1 * rate(count), b1=0.0)
-    ),
+    "additive steps: Adam with b1=0": Factor(partial(_adam, b1=0.0)),
     "warm-up of a tenth": Factor(floored(), "warm-up"),
     "constant rate": Factor(floored(), "constant"),
     "b1=0.9": Factor(floored(b1=0.9)),
