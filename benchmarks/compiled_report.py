@@ -1,6 +1,7 @@
 """The table and the figure of what was compiled, from its records alone."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def _points(
       values: of each run, as they were recorded.
     """
     is_ratio = label.endswith("adam")
-    for i, (chip, style) in enumerate(zip(CHIPS, STYLES[1:], strict=False)):
+    for i, (chip, style) in enumerate(zip(CHIPS, cycle(STYLES[1:]))):
         here = runs[runs["chip"] == chip]
         unit = here["parameters"]
         if is_ratio:

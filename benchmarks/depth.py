@@ -1,5 +1,6 @@
 """Score against depth: how deep a plain MLP each optimizer can train."""
 
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated
 
@@ -104,7 +105,7 @@ def depth_figure(cells: pd.DataFrame) -> Figure:
     fig = Figure(figsize=(6, 4.5), layout="constrained")
     axes = fig.subplots()
     best = cells.loc[cells.groupby(["depth", "optimizer"])["median"].idxmax()]
-    for name, style in zip(NAMES, STYLES, strict=False):
+    for name, style in zip(NAMES, cycle(STYLES)):
         line = best[best["optimizer"] == name].sort_values("depth")
         spread = (line["median"] - line["min"], line["max"] - line["median"])
         axes.errorbar(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -160,7 +161,7 @@ def hard_figure(runs: pd.DataFrame) -> Figure:
     for axes, (name, mine) in zip(
         panels.flat, runs.groupby("condition", sort=False), strict=False
     ):
-        for run, style in zip(mine.to_dict("records"), STYLES, strict=False):
+        for run, style in zip(mine.to_dict("records"), cycle(STYLES)):
             ends = np.linspace(0, run["steps"], WINDOWS + 1)[1:]
             axes.plot(
                 ends, run["mean"], ms=3, lw=1, label=f"{run['bits']} bits", **style

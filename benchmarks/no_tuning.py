@@ -1,5 +1,6 @@
 """The cost of not tuning: every optimizer at one setting on all workloads."""
 
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated
 
@@ -121,7 +122,7 @@ def no_tuning_figure(cells: pd.DataFrame) -> Figure:
     """
     fig = Figure(figsize=(8, 5), layout="constrained")
     axes = fig.subplots()
-    for name, style in zip(DRAWN, STYLES, strict=False):
+    for name, style in zip(DRAWN, cycle(STYLES)):
         lines = cells[
             (cells["optimizer"] == name)
             & (cells["schedule"] == UNTUNED[name].schedules[0])
