@@ -143,7 +143,7 @@ MUTANTS = {
         (
             "return jnp.maximum(3 * rms0, peak0)",
             "return 3 * rms0",
-            "quantize_defaults fuzz",
+            "pretrained",
         ),
         (
             "return within(u, -bound - x, bound - x)",
