@@ -48,6 +48,13 @@ def _codes_adam(rate: Any) -> optax.GradientTransformation:
     return madax.with_quantized_params(optax.adam(rate))
 
 
+def _adamw_in_3_bytes(rate: Any) -> optax.GradientTransformation:
+    adamw = madax.with_quantized_state(optax.adamw(rate, weight_decay=0.1))
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), madax.with_quantized_params(adamw)
+    )
+
+
 def _flash_adamw(rate: Any) -> optax.GradientTransformation:
     from flashoptim_jax import flash_adamw  # pyrefly: ignore[missing-import]
 
@@ -69,9 +76,11 @@ class Row:
     Attributes:
       make: from a learning rate, or a schedule of it, to the transformation.
       rates: to choose the best of.
-      format: of the matrices, trained a layer at a time; None for floats, all at once.
+      format: of the matrices; None for floats.
       params: dtype of float parameters.
       p_scale: the bound on codes, as of ``madax.quantize_params``.
+      layerwise: whether codes are trained a layer at a time, which leaves no norm of
+        all gradients to clip.
     """
 
     make: Callable[[Any], optax.GradientTransformation]
@@ -79,6 +88,7 @@ class Row:
     format: madax.Format | None = None
     params: Any = jnp.float32
     p_scale: float | None = None
+    layerwise: bool = True
 
 
 ROWS = {
@@ -91,11 +101,15 @@ ROWS = {
     "adam on 8 bits, p_scale=10": Row(
         _codes_adam, ADAM_RATES[1:4], SYMLOG_8, p_scale=10.0
     ),
+    "AdamW in 3 bytes": Row(
+        _adamw_in_3_bytes, ADAM_RATES[1:4], SYMLOG_8, layerwise=False
+    ),
+    "Adam float32, no clipping": Row(optax.adam, ADAM_RATES[1:4]),
     "AdamW bfloat16": Row(_adamw, ADAM_RATES[1:4], params=jnp.bfloat16),
 }
 if find_spec("flashoptim_jax") is not None:
     ROWS["FlashAdamW"] = Row(_flash_adamw, ADAM_RATES[1:4], params=jnp.bfloat16)
-LONG = (BASELINE, "madam 8 bits", "muon_madam 8 bits")
+LONG = (BASELINE, "madam 8 bits", "muon_madam 8 bits", "AdamW in 3 bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,11 +175,11 @@ def llama(
         out: Folder for llama.jsonl, .md and .png; by default
             benchmarks/results/llama/ and the profile.
         profile: smoke takes a minute; quick half an hour a text on one CPU core, long
-            an hour, of three rows; full is for a GPU, of the same rows.
+            an hour, of four rows; full is for a GPU, of the same rows.
         text: Texts to train on: pydoc and stdlib, which come with CPython, or paths of
             files.
         rows: Names of optimizers; by default all, FlashAdamW where its package is
-            there (``pip install madax[rivals]``); three of the long and full profiles.
+            there (``pip install madax[rivals]``); four of the long and full profiles.
     """
     check_choices("rows", rows, ROWS)
     folder = out or Path("benchmarks/results/llama") / profile
@@ -269,6 +283,8 @@ def _start(budget: Budget, row: Row, rate: float, seed: int) -> Any:
         return params, tx.init, partial(_ordinary, budget, tx)
     coded = partial(quantize, format=row.format, p_scale=row.p_scale)
     params = jax.jit(coded)(floats)
+    if not row.layerwise:
+        return params, tx.init, partial(_ordinary, budget, tx)
     run = madax.layerwise(
         tx,
         decoder.embed,
@@ -285,7 +301,7 @@ def _ordinary(budget: Budget, tx: Any, params: Any, state: Any, batch: Any) -> A
         weights = madax.dequantize_params(params, jnp.dtype(budget.dtype))
         return decoder.whole_loss(budget.size, weights, batch)
 
-    value, grads = jax.value_and_grad(loss)(params)
+    value, grads = madax.value_and_grad(loss)(params)
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state, value
 
