@@ -55,6 +55,15 @@ def _adamw_in_3_bytes(rate: Any) -> optax.GradientTransformation:
     )
 
 
+def _with_error_feedback(rate: Any) -> optax.GradientTransformation:
+    adamw = madax.with_quantized_params(
+        optax.adamw(rate, weight_decay=0.1), error_feedback=True
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), madax.with_quantized_state(adamw)
+    )
+
+
 def _flash_adamw(rate: Any) -> optax.GradientTransformation:
     from flashoptim_jax import flash_adamw  # pyrefly: ignore[missing-import]
 
@@ -104,12 +113,21 @@ ROWS = {
     "AdamW in 3 bytes": Row(
         _adamw_in_3_bytes, ADAM_RATES[1:4], SYMLOG_8, layerwise=False
     ),
+    "AdamW in 3 bytes, error feedback": Row(
+        _with_error_feedback, ADAM_RATES[1:4], SYMLOG_8, layerwise=False
+    ),
     "Adam float32, no clipping": Row(optax.adam, ADAM_RATES[1:4]),
     "AdamW bfloat16": Row(_adamw, ADAM_RATES[1:4], params=jnp.bfloat16),
 }
 if find_spec("flashoptim_jax") is not None:
     ROWS["FlashAdamW"] = Row(_flash_adamw, ADAM_RATES[1:4], params=jnp.bfloat16)
-LONG = (BASELINE, "madam 8 bits", "muon_madam 8 bits", "AdamW in 3 bytes")
+LONG = (
+    BASELINE,
+    "madam 8 bits",
+    "muon_madam 8 bits",
+    "AdamW in 3 bytes",
+    "AdamW in 3 bytes, error feedback",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,11 +193,11 @@ def llama(
         out: Folder for llama.jsonl, .md and .png; by default
             benchmarks/results/llama/ and the profile.
         profile: smoke takes a minute; quick half an hour a text on one CPU core, long
-            an hour, of four rows; full is for a GPU, of the same rows.
+            two hours, of five rows; full is for a GPU, of the same rows.
         text: Texts to train on: pydoc and stdlib, which come with CPython, or paths of
             files.
         rows: Names of optimizers; by default all, FlashAdamW where its package is
-            there (``pip install madax[rivals]``); four of the long and full profiles.
+            there (``pip install madax[rivals]``); five of the long and full profiles.
     """
     check_choices("rows", rows, ROWS)
     folder = out or Path("benchmarks/results/llama") / profile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +11,15 @@ import jax.numpy as jnp
 import optax
 
 from madax._checks import check_seed, check_state
-from madax._leaves import flatten_both, one_a_leaf, widen
+from madax._error_feedback import (
+    Feedback,
+    calmed,
+    find_momentum,
+    given_back,
+    step_with_slopes,
+    with_momenta,
+)
+from madax._leaves import entries, flatten, flatten_both, one_a_leaf, widen
 from madax._lns_quantize import as_steps, step_codes
 from madax._numerics import relative_to
 from madax._quantize_params import dequantize_params
@@ -25,15 +34,20 @@ class WithQuantizedParamsState(NamedTuple):
     Attributes:
       count: number of steps taken, int32 scalar.
       inner_state: state of the inner optimizer, for decoded parameters.
+      slope: with error feedback, what an update changes by with the momentum, largest
+        magnitude in a sample of each leaf: float32, shape (leaves,), or () if there are
+        none; 0 before the first step that is not zero. None without.
     """
 
     count: jax.Array
     inner_state: Any
+    slope: Any = None
 
 
 def with_quantized_params(
     inner: optax.GradientTransformation,
     *,
+    error_feedback: bool = False,
     rounding: Rounding = "stochastic",
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -43,10 +57,25 @@ def with_quantized_params(
     additive update :math:`u`, and :math:`w + u` is encoded and rounded. There is no
     float copy of the weights between steps. The inner optimizer trains float leaves.
 
+    With error feedback, what the rounding of a leaf lost is put into the momentum of
+    ``inner``, and so into the next updates, with no memory of its own:
+
+    .. math:: m \leftarrow m + (1 - \beta)\, e / s
+
+    where :math:`e` is the error, :math:`s` the derivative of the update with respect to
+    the momentum before it, and :math:`\beta` that of the momentum. Without it, errors
+    add up to a random walk, and the noise they leave in a weight does not fall with the
+    learning rate. It is for optimizers whose momentum acts on each element by itself:
+    Adam and its kin, or SGD, but not Muon. Where the learning rate rises, the momentum
+    falls by as much. To store moments in codes, put :func:`with_quantized_state` around
+    this wrapper then.
+
     :func:`madam` needs no such wrapper: it trains quantised leaves natively.
 
     Args:
       inner: any optax optimizer.
+      error_feedback: whether to put errors of rounding into the momentum of ``inner``,
+        a field ``mu`` or ``trace`` of its state.
       rounding: "stochastic", or "nearest" (halves to even).
       seed: seed of the stochastic rounding.
 
@@ -55,8 +84,8 @@ def with_quantized_params(
       add to them under ``optax.apply_updates``.
 
     Raises:
-      ValueError: if ``params`` are missing or do not match, codes have no scale, or
-        ``rounding`` is unknown.
+      ValueError: if ``params`` are missing or do not match, codes have no scale,
+        ``rounding`` is unknown, or error feedback finds no momentum, or several.
       TypeError: if ``inner`` is not a gradient transformation.
 
     Example:
@@ -69,6 +98,10 @@ def with_quantized_params(
       ...     params = optax.apply_updates(params, updates)
       >>> print(f"{params.dequantize().mean():.1f}")
       -1.0
+
+    References:
+      Nikdan et al., `ECO: quantized training without full-precision master weights
+      <https://arxiv.org/abs/2601.22101>`_, 2026, for error feedback.
     """
     inner = check_inner(inner)
     check_rounding(rounding)
@@ -76,36 +109,78 @@ def with_quantized_params(
 
     def init_fn(params):
         check_code_scales(params)
-        decoded = dequantize_params(params)
-        return WithQuantizedParamsState(jnp.zeros([], jnp.int32), inner.init(decoded))
+        inner_state, slope = inner.init(dequantize_params(params)), None
+        if error_feedback:
+            find_momentum(inner_state)  # refuses what it has to
+            _, leaves, _ = flatten(params)
+            slope = jnp.zeros(entries(len(leaves)), jnp.float32)
+        return WithQuantizedParamsState(jnp.zeros([], jnp.int32), inner_state, slope)
 
     def update_fn(updates, state, params=None, **extra_args):
         check_state(state, WithQuantizedParamsState)
         paths, ws, _, treedef = flatten_both(params, updates)
         decoded = dequantize_params(params)
-        updates, inner_state = inner.update(
-            updates, state.inner_state, decoded, **extra_args
-        )
-        us = treedef.flatten_up_to(updates)
+
+        def inner_update(inner_state):
+            return inner.update(updates, inner_state, decoded, **extra_args)
+
+        momenta: list[Feedback | None] = [None] * len(ws)
+        if error_feedback:
+            peaks = one_a_leaf(_checked(state.slope, ws), len(ws))
+            us, inner_state, momenta = step_with_slopes(
+                inner_update, state.inner_state, treedef, peaks
+            )
+        else:
+            us, inner_state = inner_update(state.inner_state)
+        us = treedef.flatten_up_to(us)
         keys = leaf_keys(seed, state.count, paths, extra_args.get("layer"))
         for i, key in enumerate(one_a_leaf(keys, len(ws))):
             if is_quantized(ws[i]):
-                us[i] = as_steps(ws[i], _rounded_sum(ws[i], us[i], key, rounding))
+                out = _rounded_sum(ws[i], us[i], momenta[i], key, rounding)
+                us[i], momenta[i] = as_steps(ws[i], out[0]), out[1]
+        slope = state.slope
+        if error_feedback and ws:
+            inner_state = with_momenta(inner_state, treedef, momenta)
+            slope = jnp.stack([jnp.zeros([]) if m is None else m.peak for m in momenta])
         count = jnp.asarray(optax.safe_increment(state.count))
-        return treedef.unflatten(us), WithQuantizedParamsState(count, inner_state)
+        new_state = WithQuantizedParamsState(count, inner_state, slope)
+        return treedef.unflatten(us), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@partial(jax.jit, static_argnums=3)
+def _checked(slope: Any, ws: Sequence[Any]) -> jax.Array:
+    """The slopes in a state, which must be that of these parameters, with feedback."""
+    if slope is None or slope.shape != entries(len(ws)):
+        made = "without" if slope is None else f"for {sum(slope.shape)} leaves"
+        raise ValueError(
+            f"error_feedback=True and params has {len(ws)} leaves, but the optimizer "
+            f"state was made {made}; call init again."
+        )
+    return slope
+
+
+@partial(jax.jit, static_argnums=4)
 def _rounded_sum(
-    w: QuantizedArray, u: jax.Array, key: jax.Array, rounding: Rounding
-) -> jax.Array:
-    """The step of codes that adds about ``u`` to their values; none if not finite."""
-    u = relative_to(w.scale, jnp.where(jnp.isfinite(u), widen(u), 0))
-    steps = w.format.add_step(w.codes, u)
-    sign = jnp.sign(w.format.decode(w.codes) + u)
-    return step_codes(w, steps, sign, rounding_bits(rounding, key, w.shape))
+    w: QuantizedArray,
+    u: jax.Array,
+    momentum: Feedback | None,
+    key: jax.Array,
+    rounding: Rounding,
+) -> tuple[jax.Array, Feedback | None]:
+    """The step of codes that adds about ``u`` to their values; none if not finite.
+
+    And the momentum that makes up for the rounding, if there is one.
+    """
+    if momentum is not None:
+        u, momentum = calmed(u, momentum)
+    moved = relative_to(w.scale, jnp.where(jnp.isfinite(u), widen(u), 0))
+    steps = w.format.add_step(w.codes, moved)
+    sign = jnp.sign(w.format.decode(w.codes) + moved)
+    step = step_codes(w, steps, sign, rounding_bits(rounding, key, w.shape))
+    if momentum is not None:
+        momentum = given_back(w, u, steps, step, momentum)
+    return step, momentum
 
 
 def with_dequantized_params(

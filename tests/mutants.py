@@ -188,6 +188,16 @@ MUTANTS = {
         ("if serialization is not None:", "if False:", "saving"),
         ("if parts.keys() != target.parts().keys():", "if False:", "saving"),
     ],
+    "_error_feedback": [
+        ("isinstance(path[-1], tree_utils.NamedTupleKey)", "True", "error"),
+        ("if isinstance(leaf[0], optax.MaskedNode)", "if False", "error"),
+        ("(momentum.peak > 0) & (peak >", "(momentum.peak > 0) & (-peak >", "error"),
+        ("jnp.where(peak > 0, peak, momentum.peak)", "peak", "error"),
+        ("jnp.clip(steps, -levels - code, levels - code)", "steps", "error"),
+        ("share * (1 - decay)", "share", "error"),
+        ("(slope != 0) & jnp.isfinite(after)", "slope != 0", "error"),
+        ("- rounded(widen(momentum.decay) * excess)", "", "error"),
+    ],
     "_with_quantized_params": [
         ("jnp.where(jnp.isfinite(u), widen(u), 0)", "widen(u)", "with faults"),
         ("jnp.sign(w.format.decode(w.codes) + u)", "jnp.sign(w.codes)", "with"),

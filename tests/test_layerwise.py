@@ -110,6 +110,10 @@ OPTIMIZERS = {
         FORMATS["log16"],
     ),
     "adam": (madax.with_quantized_params(EXACT_ADAM), FORMATS["log8"]),
+    "error_feedback": (
+        madax.with_quantized_params(EXACT_ADAM, error_feedback=True),
+        FORMATS["symlog8"],
+    ),
 }
 
 

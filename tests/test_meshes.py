@@ -39,7 +39,7 @@ OPTIMIZERS = {
     "moments8": madax.madam(0.02, b1=0.9, moment_format=MomentFormat(8), seed=3),
     "bbit_madam": madax.bbit_madam(0.02),
     "lns_madam": madax.lns_madam(2**-5),
-    "wrapped_adam": madax.with_quantized_params(EXACT_ADAM),
+    "wrapped_adam": madax.with_quantized_params(EXACT_ADAM, error_feedback=True),
 }
 FORMATS = formats("log8", "log16", "symlog8", "uniform8")
 CHANNEL_AXES = {"log16": -1}

@@ -54,6 +54,7 @@ OPTIMIZERS = {
     "symlog_grid": on_grid(SymlogFormat(12, 0.1)),
     "uniform_grid": on_grid(UniformFormat(12)),
     "wrapped_adam": madax.with_quantized_params(EXACT_ADAM),
+    "error_feedback": madax.with_quantized_params(EXACT_ADAM, error_feedback=True),
 }
 
 

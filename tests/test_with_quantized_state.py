@@ -317,12 +317,19 @@ def trained(tx, params, steps=12):
 
 
 EXACT = with_quantized_state(EXACT_ADAM, seed=3)
-THREE_BYTES = madax.with_quantized_params(EXACT)
+THREE_BYTES = {
+    "plain": madax.with_quantized_params(EXACT),
+    "error feedback": with_quantized_state(
+        madax.with_quantized_params(EXACT_ADAM, error_feedback=True), seed=3
+    ),
+}
+three_bytes = pytest.mark.parametrize("tx", THREE_BYTES.values(), ids=THREE_BYTES)
 
 
-def test_adam_takes_three_bytes_per_parameter():
+@three_bytes
+def test_adam_takes_three_bytes_per_parameter(tx):
     params = madax.quantize_params({"w": small_params()["w"]}, FORMATS["symlog8"])
-    state = jax.eval_shape(THREE_BYTES.init, params)
+    state = jax.eval_shape(tx.init, params)
     count = params["w"].size
     total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
     assert 3 * count < total < 3 * count + 64
@@ -366,19 +373,20 @@ def test_masked_partition_injected_and_many_models_at_once():
         np.testing.assert_allclose(one(rate), w, rtol=2e-3, atol=2e-3)
 
 
-def test_a_mesh_has_the_bits_of_one_device():
+@three_bytes
+def test_a_mesh_has_the_bits_of_one_device(tx):
     params = small_params()
     params |= madax.quantize_params({"w": params["w"]}, FORMATS["symlog8"])
-    expected = trained(THREE_BYTES, params)
+    expected = trained(tx, params)
     mesh = make_mesh("auto")
     matrix = NamedSharding(mesh, P("data", "model"))
     where = lambda x: matrix if x.shape == SHAPE else NamedSharding(mesh, P())
     with enter(mesh):
         placed = jax.tree.map(lambda x: jax.device_put(x, where(x)), params)
-        state = THREE_BYTES.init(placed)
+        state = tx.init(placed)
         nu = state.inner_state.inner_state[0].nu["w"]
         assert nu.dtype == jnp.uint8 and nu.sharding.is_equivalent_to(matrix, 2)
-        found = carried_on(THREE_BYTES, placed, state, small_grads())
+        found = carried_on(tx, placed, state, small_grads())
     assert len(found[0]["w"].codes.sharding.device_set) == 8
     assert different(found, expected) == []
 
