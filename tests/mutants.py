@@ -200,7 +200,7 @@ MUTANTS = {
     ],
     "_with_quantized_params": [
         ("jnp.where(jnp.isfinite(u), widen(u), 0)", "widen(u)", "with faults"),
-        ("jnp.sign(w.format.decode(w.codes) + u)", "jnp.sign(w.codes)", "with"),
+        ("jnp.sign(w.format.decode(w.codes) + moved)", "jnp.sign(w.codes)", "with"),
         ("optax.safe_increment(state.count)", "state.count", "with"),
     ],
     "_lns_quantize": [
