@@ -7,44 +7,157 @@ decay**2 + ...) times that to the updates that follow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax import tree_utils
 
-from madax._leaves import widen
+from madax._leaves import entries, flatten, one_a_leaf, widen
+from madax._lns_quantize import real_steps
 from madax._numerics import rounded
-from madax._quantized_array import QuantizedArray
+from madax._quantized_array import QuantizedArray, is_quantized
 
 # What optax calls the momentum of an optimizer.
 _NAMES = ("mu", "trace")
 # So many elements of a leaf tell whether the rate has risen.
 _SAMPLE = 8
 
+# A step of an optimizer: from its state, gradients and parameters, of which some are
+# codes, to updates and the new state.
+Update = Callable[[Any, Any, Any], tuple[Any, Any]]
 
-class Feedback(NamedTuple):
-    """The momentum of a leaf in a step.
 
-    Attributes:
-      before: that before the step, an array like the leaf.
-      after: that after it, same shape.
-      slope: the derivatives of the update with respect to ``before``, same shape.
-      decay: those of ``after``, same shape.
-      peak: greatest magnitude of a sample of the slopes in the last step in which they
-        were not all zero; 0 if there was none. A scalar.
+def start(state: Any, params: Any) -> jax.Array:
+    """The slopes before any step: zeros, one for each leaf."""
+    _find_momentum(state)  # refuses what it has to
+    return jnp.zeros(entries(len(flatten(params)[1])), jnp.float32)
+
+
+def calmed(
+    update: Update, state: Any, grads: Any, params: Any, before: jax.Array
+) -> tuple[Any, jax.Array]:
+    """The state, with a momentum that does not grow with the rate.
+
+    A momentum that makes up for errors at a low rate would be a catastrophe at a high
+    one, as where a schedule starts again. So it falls by as much as slopes rise.
+
+    Args:
+      update: the step to be taken.
+      state: the state before it.
+      grads: the gradients.
+      params: the parameters.
+      before: for each leaf, the largest magnitude of some slopes when they were last
+        not zero, as of :func:`start`.
+
+    Returns:
+      The state to take the step from, and the slopes of this step.
     """
+    _, paths, treedef = flatten(params)
+    if before is None or before.shape != entries(len(paths)):
+        made = "without" if before is None else f"for {sum(before.shape)} leaves"
+        raise ValueError(
+            f"error_feedback=True and params has {len(paths)} leaves, but the "
+            f"optimizer state was made {made}; call init again."
+        )
+    # A few elements are a step of their own, or all slopes would be kept for them.
+    few = jax.tree.map(_sample, (state, grads, params))
+    *_, slopes, _ = step_with_slopes(update, *few)
+    now = [_largest(x) for x in treedef.flatten_up_to(slopes)]
+    after = jnp.stack(now).reshape(before.shape) if now else before
+    rises = (before > 0) & (after > before)
+    factors = jnp.where(rises, before / jnp.where(rises, after, 1), 1)
+    ms = treedef.flatten_up_to(_find_momentum(state)[1])
+    for i, factor in enumerate(one_a_leaf(factors, len(ms))):
+        if not isinstance(ms[i], optax.MaskedNode):
+            ms[i] = rounded(widen(ms[i]) * factor).astype(ms[i].dtype)
+    state = _replace_momentum(state, treedef.unflatten(ms))
+    return state, jnp.where(after > 0, after, before)
 
-    before: jax.Array
-    after: jax.Array
-    slope: jax.Array
-    decay: jax.Array
-    peak: jax.Array
+
+def step_with_slopes(update: Update, state: Any, grads: Any, params: Any) -> Any:
+    """Takes a step; and its derivatives with respect to the momentum before it.
+
+    Returns:
+      Updates, the new state, and two trees like the momentum: the derivatives of the
+      updates, the slopes, and those of the new momentum, the decays.
+    """
+    _, momentum = _find_momentum(state)
+
+    def step(momentum):
+        out = update(_replace_momentum(state, momentum), grads, params)
+        return (out[0], _find_momentum(out[1])[1]), out
+
+    ones = jax.tree.map(jnp.ones_like, momentum)
+    _, derivatives, out = jax.jvp(step, (momentum,), (ones,), has_aux=True)
+    return *out, *derivatives
 
 
-def find_momentum(state: Any) -> tuple[str, Any]:
+def fed_back(
+    state: Any, slopes: Any, decays: Any, params: Any, updates: Any, steps: list[Any]
+) -> Any:
+    """The state after a step, with what its rounding lost in the momentum.
+
+    Args:
+      state: that of :func:`step_with_slopes`, where the momentum acts on each element
+        by itself.
+      slopes: the derivatives of updates.
+      decays: those of the momentum.
+      params: the parameters before the step.
+      updates: the updates, before they were rounded.
+      steps: for each leaf, the codes that it moves by; None for floats.
+
+    Returns:
+      The state.
+    """
+    _, ws, treedef = flatten(params)
+    trees = updates, _find_momentum(state)[1], slopes, decays
+    us, ms, slopes, decays = map(treedef.flatten_up_to, trees)
+    for i, w in enumerate(ws):
+        if is_quantized(w) and not isinstance(ms[i], optax.MaskedNode):
+            ms[i] = _given_back(w, us[i], steps[i], ms[i], slopes[i], decays[i])
+    return _replace_momentum(state, treedef.unflatten(ms))
+
+
+@jax.jit
+def _given_back(
+    w: QuantizedArray,
+    u: jax.Array,
+    step: jax.Array,
+    m: jax.Array,
+    slope: jax.Array,
+    decay: jax.Array,
+) -> jax.Array:
+    """The momentum ``m`` after an update ``u`` that was rounded to ``step`` codes.
+
+    To it is added ``(1 - decay) / slope`` times the error.
+    """
+    steps, _ = real_steps(w, u)
+    # What would have gone beyond the greatest code is no error of rounding.
+    code, levels = w.codes.astype(jnp.float32), w.format.levels
+    lost = jnp.clip(steps, -levels - code, levels - code) - step
+    usable = (slope != 0) & (steps != 0)
+    value = widen(u) / jnp.where(usable, steps * widen(slope), 1)
+    after = widen(m) + rounded(lost * (1 - widen(decay)) * value)
+    after = after.astype(m.dtype)
+    return jnp.where(usable & jnp.isfinite(after), after, m)
+
+
+def _sample(x: Any) -> Any:
+    """The first elements of an array."""
+    ndim = jnp.ndim(x)
+    return x[(slice(1),) * (ndim - 1) + (slice(_SAMPLE),)] if ndim else x
+
+
+def _largest(x: Any) -> jax.Array:
+    if isinstance(x, optax.MaskedNode):
+        return jnp.zeros([])
+    return jnp.max(jnp.abs(widen(x)), initial=0).astype(jnp.float32)
+
+
+def _find_momentum(state: Any) -> tuple[str, Any]:
     """The name of the momentum in the state of an optimizer, and its tree.
 
     Raises:
@@ -72,109 +185,13 @@ def find_momentum(state: Any) -> tuple[str, Any]:
     return name, momentum
 
 
-def replace_momentum(state: Any, momentum: Any) -> Any:
+def _replace_momentum(state: Any, momentum: Any) -> Any:
     """The state of an optimizer with another momentum."""
-    name, _ = find_momentum(state)
+    name, _ = _find_momentum(state)
     return tree_utils.tree_set(state, _is_field, **{name: momentum})
-
-
-def with_momenta(state: Any, treedef: Any, leaves: Sequence[Feedback | None]) -> Any:
-    """The state of an optimizer with the momentum of each leaf; None to keep it."""
-    _, momentum = find_momentum(state)
-    found = zip(treedef.flatten_up_to(momentum), leaves, strict=True)
-    new = [m if leaf is None else leaf.after for m, leaf in found]
-    return replace_momentum(state, treedef.unflatten(new))
 
 
 def _is_field(path: Any, value: Any) -> bool:
     """Whether a node is a field of a state: a parameter may be called "mu", too."""
     del value
     return isinstance(path[-1], tree_utils.NamedTupleKey)
-
-
-def step_with_slopes(
-    update: Callable[[Any], tuple[Any, Any]], state: Any, treedef: Any, peaks: list[Any]
-) -> tuple[Any, Any, list[Feedback | None]]:
-    """Takes a step of an optimizer whose momentum acts on each element by itself.
-
-    Args:
-      update: the step, a function of the state to the updates and the new state.
-      state: the state.
-      treedef: of the parameters.
-      peaks: those of all leaves, as of :class:`Feedback`.
-
-    Returns:
-      The updates, the new state, and the momentum of each leaf; None for leaves that
-      are masked in it.
-    """
-    _, before = find_momentum(state)
-
-    def step(momentum):
-        updates, new_state = update(replace_momentum(state, momentum))
-        _, after = find_momentum(new_state)
-        return (updates, after), (after, updates, new_state)
-
-    ones = jax.tree.map(jnp.ones_like, before)
-    _, slopes, (after, updates, new_state) = jax.jvp(
-        step, (before,), (ones,), has_aux=True
-    )
-    slope, decay = slopes
-    trees = map(treedef.flatten_up_to, (before, after, slope, decay))
-    leaves = [
-        None if isinstance(leaf[0], optax.MaskedNode) else Feedback(*leaf)
-        for leaf in zip(*trees, peaks, strict=True)
-    ]
-    return updates, new_state, leaves
-
-
-def calmed(u: jax.Array, momentum: Feedback) -> tuple[jax.Array, Feedback]:
-    """The update and the momentum, had this not grown in units of the weights.
-
-    A momentum that makes up for errors at a low rate would be a catastrophe at a high
-    one, as where a schedule starts again. So it falls by as much as slopes rise.
-    """
-    slope = widen(momentum.slope)
-    sample = slope[(slice(1),) * (slope.ndim - 1) + (slice(_SAMPLE),)]
-    peak = jnp.max(jnp.abs(sample), initial=0)
-    rises = (momentum.peak > 0) & (peak > momentum.peak)
-    excess = jnp.where(rises, 1 - momentum.peak / jnp.where(rises, peak, 1), 0)
-    excess = excess * widen(momentum.before)
-    after = widen(momentum.after) - rounded(widen(momentum.decay) * excess)
-    return widen(u) - rounded(slope * excess), momentum._replace(
-        after=after.astype(momentum.after.dtype),
-        peak=jnp.where(peak > 0, peak, momentum.peak),
-    )
-
-
-def given_back(
-    w: QuantizedArray,
-    u: jax.Array,
-    steps: jax.Array,
-    step: jax.Array,
-    momentum: Feedback,
-) -> Feedback:
-    r"""The momentum that makes up for the error of a rounding, in later updates.
-
-    .. math:: m' = m + (1 - \beta)\, e / s
-
-    with the slope :math:`s`, the decay :math:`\beta` and the error :math:`e`.
-
-    Args:
-      w: the quantised leaf before the step.
-      u: its update, as proposed.
-      steps: that in codes, real-valued.
-      step: the codes it was rounded to.
-      momentum: that of the step.
-
-    Returns:
-      The momentum, with :math:`m'` in the place of :math:`m` after the step.
-    """
-    # What would have gone beyond the greatest code is no error of rounding.
-    code, levels = w.codes.astype(jnp.float32), w.format.levels
-    lost = jnp.clip(steps, -levels - code, levels - code) - step
-    slope, decay = widen(momentum.slope), widen(momentum.decay)
-    share = lost / jnp.where(steps == 0, 1, steps)
-    x = share * (1 - decay) * (u / jnp.where(slope == 0, 1, slope))
-    after = (widen(momentum.after) + rounded(x)).astype(momentum.after.dtype)
-    usable = (slope != 0) & jnp.isfinite(after)
-    return momentum._replace(after=jnp.where(usable, after, momentum.after))

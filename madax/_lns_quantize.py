@@ -199,6 +199,20 @@ def step_codes(
     return new - w.codes.astype(jnp.int32)
 
 
+def real_steps(w: QuantizedArray, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The real-valued number of codes that adds ``u`` to the values of a leaf.
+
+    Args:
+      w: the quantised leaf.
+      u: what to add; 0 counts for what is not finite.
+
+    Returns:
+      The steps, and the values after them, relative to the scale; float32.
+    """
+    u = relative_to(w.scale, jnp.where(jnp.isfinite(u), widen(u), 0))
+    return w.format.add_step(w.codes, u), w.format.decode(w.codes) + u
+
+
 def as_steps(w: Any, step: Any) -> Any:
     """The step as an update; that of a quantised leaf becomes a QuantizedArray."""
     # This cannot be in a compiled function: what marks an update there is a Python

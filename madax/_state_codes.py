@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from madax._leaves import entries
 from madax._moments import MomentFormat, MomentGrid
@@ -77,12 +78,10 @@ class Codec:
           window: where their codes lay.
         """
         x = _finite(new, before)
-        # One pass finds all three, as none of them depends on another.
-        signed = jnp.min(x, initial=0) < 0
-        peak = jnp.max(jnp.abs(x), initial=0)
         # A common factor goes into the scale, unrounded, so an average decays exactly.
         factor = jnp.where(before == 0, 1, x / jnp.where(before == 0, 1, before))
-        scale = _decayed(window.scale, jnp.min(factor, initial=1))
+        least, peak, factor = _extremes(x, factor)
+        signed, scale = least < 0, _decayed(window.scale, factor)
         octave = self._octave(relative_to(scale, peak), signed)
         return StateWindow(octave, scale, signed)
 
@@ -179,6 +178,29 @@ def computed_again(x: Any) -> Any:
 def _finite(new: Any, before: Any) -> jax.Array:
     x = jnp.asarray(new).astype(jnp.float32)
     return jnp.where(jnp.isfinite(x), x, before)
+
+
+def _extremes(x: jax.Array, factor: jax.Array) -> tuple[jax.Array, ...]:
+    """The least value and largest magnitude, and the least factor; 0, 0 and 1 at most.
+
+    None of them depends on another, and a TPU finds all in one pass. Other compilers
+    may compute and keep the values for three of them, unless they are one operation.
+    """
+
+    def apart(x, factor):
+        peak = jnp.max(jnp.abs(x), initial=0)
+        return jnp.min(x, initial=0), peak, jnp.min(factor, initial=1)
+
+    def at_once(x, factor):
+        def either(a, b):
+            least, peak, factor = zip(a, b, strict=True)
+            return jnp.minimum(*least), jnp.maximum(*peak), jnp.minimum(*factor)
+
+        start = tuple(np.float32(i) for i in (0, 0, 1))
+        return jax.lax.reduce((x, abs(x), factor), start, either, tuple(range(x.ndim)))
+
+    factor = jnp.broadcast_to(factor, x.shape)
+    return jax.lax.platform_dependent(x, factor, tpu=apart, default=at_once)
 
 
 def _decayed(scale: jax.Array, factor: jax.Array) -> jax.Array:

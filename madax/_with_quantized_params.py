@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,17 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from madax._checks import check_seed, check_state
-from madax._error_feedback import (
-    Feedback,
-    calmed,
-    find_momentum,
-    given_back,
-    step_with_slopes,
-    with_momenta,
-)
-from madax._leaves import entries, flatten, flatten_both, one_a_leaf, widen
-from madax._lns_quantize import as_steps, step_codes
-from madax._numerics import relative_to
+from madax._error_feedback import calmed, fed_back, start, step_with_slopes
+from madax._leaves import flatten_both, one_a_leaf
+from madax._lns_quantize import as_steps, real_steps, step_codes
 from madax._quantize_params import dequantize_params
 from madax._quantized_array import QuantizedArray, is_quantized
 from madax._rounding import Rounding, check_rounding, leaf_keys, rounding_bits
@@ -109,39 +100,37 @@ def with_quantized_params(
 
     def init_fn(params):
         check_code_scales(params)
-        inner_state, slope = inner.init(dequantize_params(params)), None
-        if error_feedback:
-            find_momentum(inner_state)  # refuses what it has to
-            _, leaves, _ = flatten(params)
-            slope = jnp.zeros(entries(len(leaves)), jnp.float32)
+        inner_state = inner.init(dequantize_params(params))
+        slope = start(inner_state, params) if error_feedback else None
         return WithQuantizedParamsState(jnp.zeros([], jnp.int32), inner_state, slope)
 
     def update_fn(updates, state, params=None, **extra_args):
         check_state(state, WithQuantizedParamsState)
         paths, ws, _, treedef = flatten_both(params, updates)
-        decoded = dequantize_params(params)
 
-        def inner_update(inner_state):
+        def inner_update(inner_state, updates, params):
+            decoded = dequantize_params(params)
             return inner.update(updates, inner_state, decoded, **extra_args)
 
-        momenta: list[Feedback | None] = [None] * len(ws)
+        slope, derivatives = state.slope, []
         if error_feedback:
-            peaks = one_a_leaf(_checked(state.slope, ws), len(ws))
-            us, inner_state, momenta = step_with_slopes(
-                inner_update, state.inner_state, treedef, peaks
+            inner_state, slope = calmed(
+                inner_update, state.inner_state, updates, params, slope
+            )
+            proposed, inner_state, *derivatives = step_with_slopes(
+                inner_update, inner_state, updates, params
             )
         else:
-            us, inner_state = inner_update(state.inner_state)
-        us = treedef.flatten_up_to(us)
+            proposed, inner_state = inner_update(state.inner_state, updates, params)
+        us = treedef.flatten_up_to(proposed)
         keys = leaf_keys(seed, state.count, paths, extra_args.get("layer"))
+        steps: list[Any] = [None] * len(ws)
         for i, key in enumerate(one_a_leaf(keys, len(ws))):
             if is_quantized(ws[i]):
-                out = _rounded_sum(ws[i], us[i], momenta[i], key, rounding)
-                us[i], momenta[i] = as_steps(ws[i], out[0]), out[1]
-        slope = state.slope
-        if error_feedback and ws:
-            inner_state = with_momenta(inner_state, treedef, momenta)
-            slope = jnp.stack([jnp.zeros([]) if m is None else m.peak for m in momenta])
+                steps[i] = _rounded_sum(ws[i], us[i], key, rounding)
+                us[i] = as_steps(ws[i], steps[i])
+        if error_feedback:
+            inner_state = fed_back(inner_state, *derivatives, params, proposed, steps)
         count = jnp.asarray(optax.safe_increment(state.count))
         new_state = WithQuantizedParamsState(count, inner_state, slope)
         return treedef.unflatten(us), new_state
@@ -149,38 +138,14 @@ def with_quantized_params(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _checked(slope: Any, ws: Sequence[Any]) -> jax.Array:
-    """The slopes in a state, which must be that of these parameters, with feedback."""
-    if slope is None or slope.shape != entries(len(ws)):
-        made = "without" if slope is None else f"for {sum(slope.shape)} leaves"
-        raise ValueError(
-            f"error_feedback=True and params has {len(ws)} leaves, but the optimizer "
-            f"state was made {made}; call init again."
-        )
-    return slope
-
-
-@partial(jax.jit, static_argnums=4)
+@partial(jax.jit, static_argnums=3)
 def _rounded_sum(
-    w: QuantizedArray,
-    u: jax.Array,
-    momentum: Feedback | None,
-    key: jax.Array,
-    rounding: Rounding,
-) -> tuple[jax.Array, Feedback | None]:
-    """The step of codes that adds about ``u`` to their values; none if not finite.
-
-    And the momentum that makes up for the rounding, if there is one.
-    """
-    if momentum is not None:
-        u, momentum = calmed(u, momentum)
-    moved = relative_to(w.scale, jnp.where(jnp.isfinite(u), widen(u), 0))
-    steps = w.format.add_step(w.codes, moved)
-    sign = jnp.sign(w.format.decode(w.codes) + moved)
-    step = step_codes(w, steps, sign, rounding_bits(rounding, key, w.shape))
-    if momentum is not None:
-        momentum = given_back(w, u, steps, step, momentum)
-    return step, momentum
+    w: QuantizedArray, u: jax.Array, key: jax.Array, rounding: Rounding
+) -> jax.Array:
+    """The step of codes that adds about ``u`` to their values; none if not finite."""
+    steps, value = real_steps(w, u)
+    bits = rounding_bits(rounding, key, w.shape)
+    return step_codes(w, steps, jnp.sign(value), bits)
 
 
 def with_dequantized_params(
