@@ -55,29 +55,33 @@ def calmed(
     Returns:
       The state to take the step from, and the slopes of this step.
     """
-    _, paths, treedef = flatten(params)
-    if before is None or before.shape != entries(len(paths)):
+    _, leaves, treedef = flatten(params)
+    if before is None or before.shape != entries(len(leaves)):
         made = "without" if before is None else f"for {sum(before.shape)} leaves"
         raise ValueError(
-            f"error_feedback=True and params has {len(paths)} leaves, but the "
+            f"error_feedback=True and params has {len(leaves)} leaves, but the "
             f"optimizer state was made {made}; call init again."
         )
     # A few elements are a step of their own, or all slopes would be kept for them.
     few = jax.tree.map(_sample, (state, grads, params))
-    *_, slopes, _ = step_with_slopes(update, *few)
-    now = [_largest(x) for x in treedef.flatten_up_to(slopes)]
-    after = jnp.stack(now).reshape(before.shape) if now else before
-    rises = (before > 0) & (after > before)
-    factors = jnp.where(rises, before / jnp.where(rises, after, 1), 1)
+    _, _, (slopes, _) = step_with_slopes(update, *few)
+    slopes = treedef.flatten_up_to(slopes)
     ms = treedef.flatten_up_to(_find_momentum(state)[1])
-    for i, factor in enumerate(one_a_leaf(factors, len(ms))):
-        if not isinstance(ms[i], optax.MaskedNode):
-            ms[i] = rounded(widen(ms[i]) * factor).astype(ms[i].dtype)
+    after = one_a_leaf(before, len(ms))
+    for i, (m, slope, last) in enumerate(zip(ms, slopes, after, strict=True)):
+        if not isinstance(m, optax.MaskedNode):
+            now = jnp.max(jnp.abs(slope), initial=0).astype(last.dtype)
+            rises = (last > 0) & (now > last)
+            factor = jnp.where(rises, last / jnp.where(rises, now, 1), 1)
+            ms[i] = rounded(widen(m) * factor).astype(m.dtype)
+            after[i] = jnp.where(now > 0, now, last)
     state = _replace_momentum(state, treedef.unflatten(ms))
-    return state, jnp.where(after > 0, after, before)
+    return state, jnp.stack(after) if after else before
 
 
-def step_with_slopes(update: Update, state: Any, grads: Any, params: Any) -> Any:
+def step_with_slopes(
+    update: Update, state: Any, grads: Any, params: Any
+) -> tuple[Any, Any, tuple[Any, Any]]:
     """Takes a step; and its derivatives with respect to the momentum before it.
 
     Returns:
@@ -92,19 +96,22 @@ def step_with_slopes(update: Update, state: Any, grads: Any, params: Any) -> Any
 
     ones = jax.tree.map(jnp.ones_like, momentum)
     _, derivatives, out = jax.jvp(step, (momentum,), (ones,), has_aux=True)
-    return *out, *derivatives
+    return *out, derivatives
 
 
 def fed_back(
-    state: Any, slopes: Any, decays: Any, params: Any, updates: Any, steps: list[Any]
+    state: Any,
+    derivatives: tuple[Any, Any],
+    params: Any,
+    updates: Any,
+    steps: list[Any],
 ) -> Any:
     """The state after a step, with what its rounding lost in the momentum.
 
     Args:
       state: that of :func:`step_with_slopes`, where the momentum acts on each element
         by itself.
-      slopes: the derivatives of updates.
-      decays: those of the momentum.
+      derivatives: its slopes and decays.
       params: the parameters before the step.
       updates: the updates, before they were rounded.
       steps: for each leaf, the codes that it moves by; None for floats.
@@ -113,7 +120,7 @@ def fed_back(
       The state.
     """
     _, ws, treedef = flatten(params)
-    trees = updates, _find_momentum(state)[1], slopes, decays
+    trees = updates, _find_momentum(state)[1], *derivatives
     us, ms, slopes, decays = map(treedef.flatten_up_to, trees)
     for i, w in enumerate(ws):
         if is_quantized(w) and not isinstance(ms[i], optax.MaskedNode):
@@ -149,12 +156,6 @@ def _sample(x: Any) -> Any:
     """The first elements of an array."""
     ndim = jnp.ndim(x)
     return x[(slice(1),) * (ndim - 1) + (slice(_SAMPLE),)] if ndim else x
-
-
-def _largest(x: Any) -> jax.Array:
-    if isinstance(x, optax.MaskedNode):
-        return jnp.zeros([])
-    return jnp.max(jnp.abs(widen(x)), initial=0).astype(jnp.float32)
 
 
 def _find_momentum(state: Any) -> tuple[str, Any]:

@@ -112,12 +112,12 @@ def with_quantized_params(
             decoded = dequantize_params(params)
             return inner.update(updates, inner_state, decoded, **extra_args)
 
-        slope, derivatives = state.slope, []
+        slope, derivatives = state.slope, (None, None)
         if error_feedback:
             inner_state, slope = calmed(
                 inner_update, state.inner_state, updates, params, slope
             )
-            proposed, inner_state, *derivatives = step_with_slopes(
+            proposed, inner_state, derivatives = step_with_slopes(
                 inner_update, inner_state, updates, params
             )
         else:
@@ -130,7 +130,7 @@ def with_quantized_params(
                 steps[i] = _rounded_sum(ws[i], us[i], key, rounding)
                 us[i] = as_steps(ws[i], steps[i])
         if error_feedback:
-            inner_state = fed_back(inner_state, *derivatives, params, proposed, steps)
+            inner_state = fed_back(inner_state, derivatives, params, proposed, steps)
         count = jnp.asarray(optax.safe_increment(state.count))
         new_state = WithQuantizedParamsState(count, inner_state, slope)
         return treedef.unflatten(us), new_state
