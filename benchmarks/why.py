@@ -47,6 +47,7 @@ FEW = (
     "Adam",
     "Adam in 3 bytes",
     "Adam in 3 bytes, p_scale=10",
+    "Adam in 3 bytes, p_scale=10, error feedback",
 )
 
 
@@ -90,6 +91,12 @@ def _adam(rate: optax.Schedule, b1: float = 0.9) -> optax.GradientTransformation
 
 def _adam_in_3_bytes(rate: optax.Schedule) -> optax.GradientTransformation:
     return madax.with_quantized_params(eight_bit(_adam(rate)))
+
+
+def _adam_with_feedback(rate: optax.Schedule) -> optax.GradientTransformation:
+    adam = madax.with_quantized_params(_adam(rate), error_feedback=True)
+    moments = lambda path, leaf: "/mu/" in path or "/nu/" in path
+    return madax.with_quantized_state(adam, EIGHT, where=moments)
 
 
 def _bounded(rate: optax.Schedule) -> optax.GradientTransformation:
@@ -173,6 +180,9 @@ FACTORS = {
     "Adam in 3 bytes": Factor(_adam_in_3_bytes, format="symlog 8"),
     "Adam in 3 bytes, p_scale=10": Factor(
         _adam_in_3_bytes, format="symlog 8", p_scale=10.0
+    ),
+    "Adam in 3 bytes, p_scale=10, error feedback": Factor(
+        _adam_with_feedback, format="symlog 8", p_scale=10.0
     ),
 }
 

@@ -63,8 +63,10 @@ def calmed(
             f"optimizer state was made {made}; call init again."
         )
     # A few elements are a step of their own, or all slopes would be kept for them.
-    few = jax.tree.map(_sample, (state, grads, params))
-    _, _, (slopes, _) = step_with_slopes(update, *few)
+    shapes = {w.shape for w in leaves}
+    some = jax.tree.map(lambda x: _few(x) if jnp.shape(x) in shapes else x, state)
+    some = some, *jax.tree.map(_few, (grads, params))
+    _, _, (slopes, _) = step_with_slopes(update, *some)
     slopes = treedef.flatten_up_to(slopes)
     ms = treedef.flatten_up_to(_find_momentum(state)[1])
     after = one_a_leaf(before, len(ms))
@@ -152,7 +154,7 @@ def _given_back(
     return jnp.where(usable & jnp.isfinite(after), after, m)
 
 
-def _sample(x: Any) -> Any:
+def _few(x: Any) -> Any:
     """The first elements of an array."""
     ndim = jnp.ndim(x)
     return x[(slice(1),) * (ndim - 1) + (slice(_SAMPLE),)] if ndim else x

@@ -77,7 +77,8 @@ def with_quantized_params(
     Raises:
       ValueError: if ``params`` are missing or do not match, codes have no scale,
         ``rounding`` is unknown, or error feedback finds no momentum, or several.
-      TypeError: if ``inner`` is not a gradient transformation.
+      TypeError: if ``inner`` is not a gradient transformation, or ``error_feedback``
+        not a bool.
 
     Example:
       >>> import jax.numpy as jnp, optax, madax
@@ -95,6 +96,10 @@ def with_quantized_params(
       <https://arxiv.org/abs/2601.22101>`_, 2026, for error feedback.
     """
     inner = check_inner(inner)
+    if not isinstance(error_feedback, bool):
+        raise TypeError(
+            f"error_feedback must be True or False, got {error_feedback!r}."
+        )
     check_rounding(rounding)
     check_seed(seed)
 

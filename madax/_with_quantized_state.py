@@ -60,8 +60,8 @@ def with_quantized_state(
 
     In every step the codes are decoded, the inner optimizer makes its update from the
     values and makes new values, and these are encoded. Adam then has two bytes of state
-    per parameter instead of eight. With :func:`with_quantized_params` around it, a
-    parameter takes three bytes in all.
+    per parameter instead of eight. On codes, by :func:`with_quantized_params`, a
+    parameter takes three bytes in all; with error feedback, that is the inner one.
 
     - A leaf of the state that has a negative value is stored with a sign and 32
       octaves, any other without a sign and with 64. So nothing depends on the name of

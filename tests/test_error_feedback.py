@@ -201,6 +201,28 @@ def test_a_state_without_one_momentum_of_floats_is_refused(inner, message):
         fed_back(inner).init(codes([1, 2, 3]))
 
 
+def test_what_is_no_momentum_is_seen_whole():
+    """A state may have a vector of its own, of any length."""
+
+    def update(updates, state, params):
+        assert state[0].shape == (12,)
+        updates, inner = adam.update(updates, state[1], params)
+        return updates, (state[0], inner)
+
+    adam = optax.adam(0.1)
+    init = lambda params: (jnp.zeros(12), adam.init(params))
+    tx = fed_back(optax.GradientTransformation(init, update))
+    params = codes(np.zeros((4, 20)))
+    tx.update(jnp.ones((4, 20)), tx.init(params), params)
+
+
+def test_other_values_are_refused():
+    with pytest.raises(
+        TypeError, match="error_feedback must be True or False, got 'mu'"
+    ):
+        madax.with_quantized_params(optax.adam(0.1), error_feedback="mu")
+
+
 def test_a_state_without_feedback_is_refused():
     params, inner = codes([1, 2, 3]), optax.adam(0.1)
     state = madax.with_quantized_params(inner).init(params)
