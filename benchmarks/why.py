@@ -95,8 +95,9 @@ def _adam_in_3_bytes(rate: optax.Schedule) -> optax.GradientTransformation:
 
 def _adam_with_feedback(rate: optax.Schedule) -> optax.GradientTransformation:
     adam = madax.with_quantized_params(_adam(rate), error_feedback=True)
-    moments = lambda path, leaf: "/mu/" in path or "/nu/" in path
-    return madax.with_quantized_state(adam, EIGHT, where=moments)
+    return madax.with_quantized_state(
+        adam, EIGHT, where=lambda path, leaf: "/mu/" in path or "/nu/" in path
+    )
 
 
 def _bounded(rate: optax.Schedule) -> optax.GradientTransformation:
