@@ -183,8 +183,9 @@ def _finite(new: Any, before: Any) -> jax.Array:
 def _extremes(x: jax.Array, factor: jax.Array) -> tuple[jax.Array, ...]:
     """The least value and largest magnitude, and the least factor; 0, 0 and 1 at most.
 
-    None of them depends on another, and a TPU finds all in one pass. Other compilers
-    may compute and keep the values for three of them, unless they are one operation.
+    None of them depends on another, and compilers for TPUs and GPUs find all in one
+    pass. That for CPUs computes and keeps the values for each, unless they are one
+    operation.
     """
 
     def apart(x, factor):
@@ -200,7 +201,7 @@ def _extremes(x: jax.Array, factor: jax.Array) -> tuple[jax.Array, ...]:
         return jax.lax.reduce((x, abs(x), factor), start, either, tuple(range(x.ndim)))
 
     factor = jnp.broadcast_to(factor, x.shape)
-    return jax.lax.platform_dependent(x, factor, tpu=apart, default=at_once)
+    return jax.lax.platform_dependent(x, factor, cpu=at_once, default=apart)
 
 
 def _decayed(scale: jax.Array, factor: jax.Array) -> jax.Array:
