@@ -119,7 +119,7 @@ def test_the_noise_of_rounding_does_not_add_up(tx, least):
 
 def test_a_rate_that_rises_again_does_no_harm():
     """A momentum that makes up for errors at a rate of nearly 0 is large."""
-    rates = lambda count: jnp.where(count < STEPS, COSINE(count), 0.5)
+    rates = lambda count: jnp.where(count <= STEPS, COSINE(count), 0.5)  # And 0 once.
     tx = fed_back(optax.adam(rates, b2=0.99))
     start = codes(np.random.default_rng(3).integers(-20, 20, 2000))
     end, state = run(tx, noisy_quadratic, start, tx.init(start), jnp.arange(STEPS))
