@@ -147,11 +147,11 @@ def _given_back(
     # What would have gone beyond the greatest code is no error of rounding.
     code, levels = w.codes.astype(jnp.float32), w.format.levels
     lost = jnp.clip(steps, -levels - code, levels - code) - step
-    usable = (slope != 0) & (steps != 0)
-    value = widen(u) / jnp.where(usable, steps * widen(slope), 1)
+    rise = steps * widen(slope)
+    value = widen(u) / jnp.where(rise == 0, 1, rise)
     after = widen(m) + rounded(lost * (1 - widen(decay)) * value)
     after = after.astype(m.dtype)
-    return jnp.where(usable & jnp.isfinite(after), after, m)
+    return jnp.where((rise != 0) & jnp.isfinite(after), after, m)
 
 
 def _few(x: Any) -> Any:

@@ -199,8 +199,8 @@ MUTANTS = {
         ("jnp.where(now > 0, now, last)", "now", "error"),
         ("jnp.clip(steps, -levels - code, levels - code)", "steps", "error"),
         ("lost * (1 - widen(decay))", "lost", "error"),
-        ("usable & jnp.isfinite(after)", "usable", "error"),
-        ("usable = (slope != 0) & (steps != 0)", "usable = steps != 0", "error"),
+        ("(rise != 0) & jnp.isfinite(after)", "rise != 0", "error"),
+        ("(rise != 0) & jnp.isfinite(after)", "jnp.isfinite(after)", "error"),
     ],
     "_with_quantized_params": [
         ("jnp.sign(value)", "jnp.sign(w.codes)", "with"),

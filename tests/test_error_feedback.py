@@ -160,7 +160,6 @@ INNER = {
     "chained": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.01, 0.9)),
     "masked": optax.masked(optax.adam(0.01), {"mu": True, "b": False}),
     "accumulated": optax.MultiSteps(optax.adam(0.01), 2).gradient_transformation(),
-    "without a slope": optax.lion(0.01),
 }
 
 
@@ -199,6 +198,24 @@ BAD = {
 def test_a_state_without_one_momentum_of_floats_is_refused(inner, message):
     with pytest.raises(ValueError, match=message):
         fed_back(inner).init(codes([1, 2, 3]))
+
+
+def test_a_momentum_that_updates_do_not_follow_is_left_alone():
+    """Lion takes the sign of its own."""
+    inner, start = optax.lion(0.3), codes([10, -20, 30])
+    grads = jnp.ones((5, 3))
+    wrappers = fed_back(inner), madax.with_quantized_params(inner)
+    ends = [run(tx, lambda w, g: g, start, tx.init(start), grads) for tx in wrappers]
+    np.testing.assert_array_equal(*(momentum(state) for _, state in ends))
+
+
+def test_what_a_momentum_cannot_hold_is_not_given_back():
+    inner = optax.sgd(1e-6, momentum=0.9, accumulator_dtype=jnp.float16)
+    start, tx = codes(np.zeros(2000)), fed_back(inner)
+    grads = jnp.full((2, 2000), -2e4)
+    end, state = run(tx, lambda w, g: g, start, tx.init(start), grads)
+    assert np.any(np.asarray(end.codes) != 0)
+    assert np.isfinite(momentum(state, "trace")).all()
 
 
 def test_what_is_no_momentum_is_seen_whole():
