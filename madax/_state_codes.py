@@ -69,18 +69,28 @@ class Codec:
         )
         return jnp.where(negative, -value, value)
 
-    def follow(self, new: Any, before: Any, window: StateWindow) -> StateWindow:
+    def follow(
+        self, new: Any, before: Any, window: StateWindow, *, at_start: bool = False
+    ) -> StateWindow:
         """Where the codes of new values lie.
 
         Args:
           new: the values, floating.
           before: the values before, float32, which stay where new ones are not finite.
           window: where their codes lay.
+          at_start: whether the values are constants, as zeros are. Those XLA reduces
+            while it compiles, which takes it minutes if three reductions are one.
         """
         x = _finite(new, before)
         # A common factor goes into the scale, unrounded, so an average decays exactly.
         factor = jnp.where(before == 0, 1, x / jnp.where(before == 0, 1, before))
-        least, peak, factor = _extremes(x, factor)
+        least, peak, factor = (
+            _extremes(x, factor)
+            if at_start
+            else jax.lax.platform_dependent(
+                x, factor, cpu=_extremes_at_once, default=_extremes
+            )
+        )
         signed, scale = least < 0, _decayed(window.scale, factor)
         octave = self._octave(relative_to(scale, peak), signed)
         return StateWindow(octave, scale, signed)
@@ -161,7 +171,7 @@ def encoded(
 def started(codec: Codec, new: Any) -> tuple[jax.Array, StateWindow]:
     """The codes of the values that a state starts with, and where they lie."""
     window = StateWindow(jnp.int32(1), jnp.float32(1), jnp.bool(False))
-    window = codec.follow(new, 0.0, window)
+    window = codec.follow(new, 0.0, window, at_start=True)
     return codec.encode(new, 0.0, window, None), window
 
 
@@ -183,25 +193,22 @@ def _finite(new: Any, before: Any) -> jax.Array:
 def _extremes(x: jax.Array, factor: jax.Array) -> tuple[jax.Array, ...]:
     """The least value and largest magnitude, and the least factor; 0, 0 and 1 at most.
 
-    None of them depends on another, and compilers for TPUs and GPUs find all in one
-    pass. That for CPUs computes and keeps the values for each, unless they are one
-    operation.
+    None of them depends on another, and compilers find all in one pass.
     """
+    peak = jnp.max(jnp.abs(x), initial=0)
+    return jnp.min(x, initial=0), peak, jnp.min(factor, initial=1)
 
-    def apart(x, factor):
-        peak = jnp.max(jnp.abs(x), initial=0)
-        return jnp.min(x, initial=0), peak, jnp.min(factor, initial=1)
 
-    def at_once(x, factor):
-        def either(a, b):
-            least, peak, factor = zip(a, b, strict=True)
-            return jnp.minimum(*least), jnp.maximum(*peak), jnp.minimum(*factor)
+def _extremes_at_once(x: jax.Array, factor: jax.Array) -> tuple[jax.Array, ...]:
+    """The same as one operation, without which CPUs compute the values for each."""
 
-        start = tuple(np.float32(i) for i in (0, 0, 1))
-        return jax.lax.reduce((x, abs(x), factor), start, either, tuple(range(x.ndim)))
+    def either(a, b):
+        least, peak, factor = zip(a, b, strict=True)
+        return jnp.minimum(*least), jnp.maximum(*peak), jnp.minimum(*factor)
 
-    factor = jnp.broadcast_to(factor, x.shape)
-    return jax.lax.platform_dependent(x, factor, cpu=at_once, default=apart)
+    start = tuple(np.float32(i) for i in (0, 0, 1))
+    values = x, jnp.abs(x), jnp.broadcast_to(factor, x.shape)
+    return jax.lax.reduce(values, start, either, tuple(range(x.ndim)))
 
 
 def _decayed(scale: jax.Array, factor: jax.Array) -> jax.Array:

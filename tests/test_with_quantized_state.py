@@ -335,6 +335,12 @@ def test_adam_takes_three_bytes_per_parameter(tx):
     assert 3 * count < total < 3 * count + 64
 
 
+def test_init_has_no_reduction_that_takes_xla_minutes_to_evaluate():
+    """It does so while it compiles, as all values are zeros."""
+    text = str(jax.make_jaxpr(EXACT.init)(small_params()))
+    assert "reduce_max" in text and "reduce[" not in text
+
+
 def test_a_loop_is_a_scan_and_compiled_once():
     params = small_params()
     expected = trained(EXACT, params)
