@@ -100,5 +100,5 @@ def llama_figure(runs: pd.DataFrame) -> Figure:
         over_bytes.set_xlim(left=0)
         for axes in (over_steps, over_bytes):
             axes.grid(alpha=0.3)
-    legend(fig, panels[:, 0], columns=4)
+    legend(fig, panels[:, 0], columns=3)
     return fig

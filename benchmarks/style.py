@@ -21,6 +21,9 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#cc79a7", "linestyle": (0, (1, 1)), "marker": "X"},
     {"color": "#666666", "linestyle": "-", "marker": "*"},
     {"color": "#7b3294", "linestyle": (0, (5, 1)), "marker": "<"},
+    {"color": "#8c510a", "linestyle": "-.", "marker": ">"},
+    {"color": "#e41a1c", "linestyle": "-", "marker": "p"},
+    {"color": "#80b1d3", "linestyle": ":", "marker": "h"},
 )
 
 
