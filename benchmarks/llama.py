@@ -28,10 +28,12 @@ ADAM_RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
 MADAM_RATES = (0.01, 0.015, 0.02, 0.03, 0.05)
 
 
+def _clipped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(1.0), tx)
+
+
 def _adamw(rate: Any) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.1)
-    )
+    return _clipped(optax.adamw(rate, weight_decay=0.1))
 
 
 def _madam(
@@ -50,18 +52,14 @@ def _codes_adam(rate: Any) -> optax.GradientTransformation:
 
 def _adamw_in_3_bytes(rate: Any) -> optax.GradientTransformation:
     adamw = madax.with_quantized_state(optax.adamw(rate, weight_decay=0.1))
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), madax.with_quantized_params(adamw)
-    )
+    return _clipped(madax.with_quantized_params(adamw))
 
 
 def _with_error_feedback(rate: Any) -> optax.GradientTransformation:
     adamw = madax.with_quantized_params(
         optax.adamw(rate, weight_decay=0.1), error_feedback=True
     )
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), madax.with_quantized_state(adamw)
-    )
+    return _clipped(madax.with_quantized_state(adamw))
 
 
 def _flash_adamw(rate: Any) -> optax.GradientTransformation:
@@ -74,8 +72,7 @@ def _flash_adamw(rate: Any) -> optax.GradientTransformation:
         after, state = flash.step(params, state, updates)
         return jax.tree.map(jnp.subtract, after, params), state
 
-    tx = optax.GradientTransformation(flash.init, update)
-    return optax.chain(optax.clip_by_global_norm(1.0), tx)
+    return _clipped(optax.GradientTransformation(flash.init, update))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,10 +295,10 @@ def _start(budget: Budget, row: Row, rate: float, seed: int) -> Any:
     floats = jax.jit(partial(decoder.init, budget.size))(jax.random.key(seed))
     if row.format is None:
         params = optax.tree.cast(floats, row.params)
-        return params, tx.init, partial(_ordinary, budget, tx)
-    coded = partial(quantize, format=row.format, p_scale=row.p_scale)
-    params = jax.jit(coded)(floats)
-    if not row.layerwise:
+    else:
+        coded = partial(quantize, format=row.format, p_scale=row.p_scale)
+        params = jax.jit(coded)(floats)
+    if row.format is None or not row.layerwise:
         return params, tx.init, partial(_ordinary, budget, tx)
     run = madax.layerwise(
         tx,

@@ -65,8 +65,8 @@ def calmed(
     # A few elements are a step of their own, or all slopes would be kept for them.
     shapes = {w.shape for w in leaves}
     some = jax.tree.map(lambda x: _few(x) if jnp.shape(x) in shapes else x, state)
-    some = some, *jax.tree.map(_few, (grads, params))
-    _, _, (slopes, _) = step_with_slopes(update, *some)
+    few = jax.tree.map(_few, (grads, params))
+    _, _, (slopes, _) = step_with_slopes(update, some, *few)
     slopes = treedef.flatten_up_to(slopes)
     ms = treedef.flatten_up_to(_find_momentum(state)[1])
     after = one_a_leaf(before, len(ms))
@@ -85,6 +85,12 @@ def step_with_slopes(
     update: Update, state: Any, grads: Any, params: Any
 ) -> tuple[Any, Any, tuple[Any, Any]]:
     """Takes a step; and its derivatives with respect to the momentum before it.
+
+    Args:
+      update: the step, whose momentum acts on each element by itself.
+      state: the state before it.
+      grads: the gradients.
+      params: the parameters.
 
     Returns:
       Updates, the new state, and two trees like the momentum: the derivatives of the

@@ -49,7 +49,7 @@ def with_quantized_params(
     float copy of the weights between steps. The inner optimizer trains float leaves.
 
     With error feedback, what the rounding of a leaf lost is put into the momentum of
-    ``inner``, and so into the next updates, with no memory of its own:
+    ``inner``, and so into the next updates. It keeps a number for each leaf, no more:
 
     .. math:: m \leftarrow m + (1 - \beta)\, e / s
 

@@ -41,7 +41,8 @@ EVERY_STATE = OPTIMIZERS | {
     "moments12": madax.madam(b1=0.9, moment_format=MomentFormat(12)),
     "schedule": madax.madam(optax.cosine_decay_schedule(0.01, 100)),
     "injected": optax.inject_hyperparams(madax.madam)(learning_rate=0.01),
-    "wrapped_sgd": madax.with_quantized_params(
+    "wrapped_sgd": madax.with_quantized_params(optax.sgd(0.1, momentum=0.9)),
+    "error_feedback": madax.with_quantized_params(
         optax.sgd(0.1, momentum=0.9), error_feedback=True
     ),
 }

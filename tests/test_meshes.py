@@ -39,7 +39,8 @@ OPTIMIZERS = {
     "moments8": madax.madam(0.02, b1=0.9, moment_format=MomentFormat(8), seed=3),
     "bbit_madam": madax.bbit_madam(0.02),
     "lns_madam": madax.lns_madam(2**-5),
-    "wrapped_adam": madax.with_quantized_params(EXACT_ADAM, error_feedback=True),
+    "wrapped_adam": madax.with_quantized_params(EXACT_ADAM),
+    "error_feedback": madax.with_quantized_params(EXACT_ADAM, error_feedback=True),
 }
 FORMATS = formats("log8", "log16", "symlog8", "uniform8")
 CHANNEL_AXES = {"log16": -1}
@@ -60,6 +61,7 @@ LEAVES = {
     "bbit_madam": ("bias", "conv", "log16"),
     "lns_madam": ("bias", "conv", "log8"),
     "wrapped_adam": tuple(SHAPES),
+    "error_feedback": tuple(SHAPES),
 }
 # How the last two axes of a matrix, and that of a vector, lie on a mesh of 2 by 4.
 LAYOUTS = {
@@ -192,7 +194,7 @@ def run(name, axis_type=None, layout=None):
     with enter(make_mesh(axis_type)):
         # The calls are eager, but for Adam, whose wrapper decodes all codes first.
         init = None
-        if name == "wrapped_adam":
+        if name in ("wrapped_adam", "error_feedback"):
             init = compiled_init(OPTIMIZERS[name], params, axis_type, layout)
         return Run(name, params, grads, init)
 
