@@ -69,7 +69,7 @@ def calmed(
     _, _, (slopes, _) = step_with_slopes(update, some, *few)
     slopes = treedef.flatten_up_to(slopes)
     ms = treedef.flatten_up_to(_find_momentum(state)[1])
-    after = one_a_leaf(before, len(ms))
+    after = one_a_leaf(before, len(ms), apart=True)
     for i, (m, slope, last) in enumerate(zip(ms, slopes, after, strict=True)):
         if not isinstance(m, optax.MaskedNode):
             now = jnp.max(jnp.abs(slope), initial=0).astype(last.dtype)

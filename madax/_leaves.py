@@ -166,14 +166,60 @@ def per_leaf(vector: jax.Array, leaves: Sequence[Any]) -> list[Any]:
     return scalars
 
 
-def one_a_leaf(tree: Any, leaves: int) -> list[Any]:
-    """Splits a tree of arrays along their first axis into one tree per leaf."""
-    arrays, treedef = jax.tree.flatten(tree)
-    # One operation splits an array into all its parts, as this code is traced most
+def one_a_leaf(tree: Any, leaves: int, *, apart: bool = False) -> list[Any]:
+    """Splits a tree of vectors, with one entry per leaf, into one tree per leaf.
+
+    Args:
+      tree: vectors of shape (leaves,); of 32 bits or bool if ``apart``.
+      leaves: how many.
+      apart: whether GPUs shall step each leaf in kernels of its own. Their compilers
+        make one kernel of what has parts of the same vector as arguments. For cheap
+        steps that is as good, but an expensive one then takes longer to run and to
+        compile, and more memory.
+
+    Returns:
+      The trees, of scalars.
+    """
+    vectors, treedef = jax.tree.flatten(tree)
+    if not leaves:
+        return []
+    parts = (
+        jax.lax.platform_dependent(
+            vectors, cpu=_scalars, tpu=_scalars, default=_scalars_apart
+        )
+        if apart
+        else _scalars(vectors)
+    )
+    return [treedef.unflatten(leaf) for leaf in parts]
+
+
+def _scalars(vectors: list[jax.Array]) -> list[list[jax.Array]]:
+    """For each leaf, its entries of vectors, as scalars."""
+    # One operation splits a vector into all its parts, as this code is traced most
     # often.
-    parts = [jax.lax.split(x, (1,) * leaves) if leaves else () for x in arrays]
+    parts = [jax.lax.split(x, (1,) * len(x)) for x in vectors]
     parts = [[jax.lax.squeeze(x, (0,)) for x in part] for part in parts]
-    return [treedef.unflatten(leaf) for leaf in zip(*parts, strict=True)]
+    return [list(leaf) for leaf in zip(*parts, strict=True)]
+
+
+def _scalars_apart(vectors: list[jax.Array]) -> list[list[jax.Array]]:
+    """As :func:`_scalars`, from an array of each leaf, with the bits of all entries."""
+    columns = [
+        x.astype(jnp.uint32)
+        if x.dtype == bool
+        else jax.lax.bitcast_convert_type(x, jnp.uint32)
+        for x in jax.lax.optimization_barrier(vectors)
+    ]
+    # With two columns at least, compilers make a few kernels of all rows.
+    table = jnp.stack(columns if len(columns) > 1 else columns * 2, axis=1)
+    rows = jax.lax.optimization_barrier(jax.lax.split(table, (1,) * len(table)))
+    return [
+        [
+            bits > 0 if x.dtype == bool else jax.lax.bitcast_convert_type(bits, x.dtype)
+            for x, bits in zip(vectors, row[0], strict=False)
+        ]
+        for row in rows
+    ]
 
 
 def awaited(tree: Any) -> Any:

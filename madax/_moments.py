@@ -158,8 +158,8 @@ class MomentFormat:
           The new ones; 0 for a leaf whose codes are all zero.
         """
 
-        def suitable(octave, codes):
-            largest = jnp.max(codes, initial=0)
+        def suitable():
+            largest = jnp.stack([jnp.max(codes, initial=0) for codes in vs])
             top = self.v_grid(octave).pattern(largest) >> _MANTISSA
             lowest = jnp.clip(top - _BELOW, 1, 254 - _OCTAVES_V)
             return jnp.where(largest > 0, lowest, 0)
@@ -168,7 +168,7 @@ class MomentFormat:
         # there before the first could be used up.
         return jax.lax.cond(
             (count < _FIRST_STEPS) | (count % _INTERVAL == 0),
-            lambda: jnp.stack(list(map(suitable, octave, vs))),
+            suitable,
             lambda: octave,
         )
 

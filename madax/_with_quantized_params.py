@@ -130,7 +130,7 @@ def with_quantized_params(
         us = treedef.flatten_up_to(proposed)
         keys = leaf_keys(seed, state.count, paths, extra_args.get("layer"))
         steps: list[Any] = [None] * len(ws)
-        for i, key in enumerate(one_a_leaf(keys, len(ws))):
+        for i, key in enumerate(one_a_leaf(keys, len(ws), apart=True)):
             if is_quantized(ws[i]):
                 steps[i] = _rounded_sum(ws[i], us[i], key, rounding)
                 us[i] = as_steps(ws[i], steps[i])

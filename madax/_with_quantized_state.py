@@ -150,7 +150,10 @@ def with_quantized_state(
         like = jax.eval_shape(inner.init, updates if params is None else params)
         paths, leaves, treedef = flatten_named(state.inner_state)
         dtypes = _stored_dtypes(name, moment_format.v_dtype, state, like)
-        windows = one_a_leaf(state.window[name], len(dtypes))
+        names, layer = [_name(paths[i]) for i in dtypes], extra_args.get("layer")
+        keys = leaf_keys(seed, state.count, names, layer)
+        parts = one_a_leaf((state.window[name], keys), len(dtypes), apart=True)
+        windows, keys = [part[0] for part in parts], [part[1] for part in parts]
         codes = [leaves[i] for i in dtypes]
 
         def inner_step(codes):
@@ -174,10 +177,9 @@ def with_quantized_state(
         ]
         codes, following = computed_again((codes, following))
         inner_updates, before, leaves, treedef = inner_step(codes)
-        names, layer = [_name(path) for path in paths], extra_args.get("layer")
-        keys = one_a_leaf(leaf_keys(seed, state.count, names, layer), len(names))
-        for i, value, window in zip(dtypes, before, following, strict=True):
-            leaves[i] = encoded(codec, leaves[i], value, window, keys[i], rounding)
+        stored = zip(dtypes, before, following, keys, strict=True)
+        for i, value, window, key in stored:
+            leaves[i] = encoded(codec, leaves[i], value, window, key, rounding)
         count = jnp.asarray(optax.safe_increment(state.count))
         inner_state = treedef.unflatten(leaves)
         window = {name: stack_windows(following)}

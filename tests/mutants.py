@@ -64,6 +64,7 @@ MUTANTS = {
         ("vector.shape != entries(len(floats))", "False", "bad_input_formats"),
         ("(leaves,) if leaves else ()", "(leaves,)", "checkpoint"),
         ("== jnp.float64\n", "== jnp.int8\n", "dtypes"),
+        ("bits > 0 if x", "bits > 1 if x", "compiled"),
     ],
     "_scales": [
         ("if not np.isfinite(value):", "if False:", "bad_input"),
