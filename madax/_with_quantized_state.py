@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -152,8 +152,9 @@ def with_quantized_state(
         dtypes = _stored_dtypes(name, moment_format.v_dtype, state, like)
         names, layer = [_name(paths[i]) for i in dtypes], extra_args.get("layer")
         keys = leaf_keys(seed, state.count, names, layer)
-        parts = one_a_leaf((state.window[name], keys), len(dtypes), apart=True)
-        windows, keys = [part[0] for part in parts], [part[1] for part in parts]
+        windows, keys = _unzipped(
+            one_a_leaf((state.window[name], keys), len(dtypes), apart=True)
+        )
         codes = [leaves[i] for i in dtypes]
 
         def inner_step(codes):
@@ -175,7 +176,9 @@ def with_quantized_state(
         following = [
             followed(codec, *one) for one in zip(new, before, windows, strict=True)
         ]
-        codes, following = computed_again((codes, following))
+        # Leaf by leaf, or all of the first step would come before the second.
+        pairs = zip(codes, following, strict=True)
+        codes, following = _unzipped(map(computed_again, pairs))
         inner_updates, before, leaves, treedef = inner_step(codes)
         stored = zip(dtypes, before, following, keys, strict=True)
         for i, value, window, key in stored:
@@ -219,6 +222,12 @@ def _chosen(
                 "but only floating leaves can be stored as codes; leave it out."
             )
     return chosen
+
+
+def _unzipped(pairs: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    """The first of every pair, and the second of every pair."""
+    pairs = list(pairs)
+    return [first for first, _ in pairs], [second for _, second in pairs]
 
 
 def _is_float(leaf: Any) -> bool:
