@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 import tyro
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
@@ -24,12 +25,17 @@ from benchmarks import gpt2, memory, programs, records
 from benchmarks.choices import check_choices
 from benchmarks.compiled_report import compiled_report
 from benchmarks.compilers import CHIPS, ENVIRONMENT, compiler, footprint
-from benchmarks.rows import BASELINE, RIVALS, ROWS, Row
+from benchmarks.rows import BASELINE, LOG_8, RIVALS, ROWS, Row
 
+_FED_BACK = madax.with_quantized_params(optax.adam(1e-3), error_feedback=True)
 # With rows that take too long to be timed as well.
 OPTIMIZERS = ROWS | {
     "madam, floor, b1": Row(madax.madam(floor=1.0, b1=0.9)),
     "lns_madam": Row(madax.lns_madam()),
+    "native 8 adam, error feedback": Row(_FED_BACK, LOG_8, grads=jnp.bfloat16),
+    "native 8 adam, 8-bit state, error feedback": Row(
+        madax.with_quantized_state(_FED_BACK), LOG_8, grads=jnp.bfloat16
+    ),
     **RIVALS,
 }
 MAIN = (BASELINE, "madam", "native 16", "native 8, 8-bit v", "native 8 adam")

@@ -36,7 +36,8 @@ class Work:
     Attributes:
       kernels: launches, loops unrolled; a TPU's scalar unit is none.
       bytes: read from and written to main memory by them: all of their operands and
-        results, whatever of these they need.
+        results, whatever of these they need. Of an operand of a fusion that is nothing
+        but sliced, the slices.
       operations: on the elements of arrays, inside kernels, integers and comparisons
         too; neither those of matrix products nor transcendental functions.
       cycles: that a TPU's compiler estimates for kernels, copies beside them aside.
@@ -65,10 +66,15 @@ class _Instruction:
     rest: str  # Operands and attributes.
 
     @cached_property
+    def arguments(self) -> list[str]:
+        """Names of the operands."""
+        inside = re.split(r"\)(?:,|$)", self.rest, maxsplit=1)[0]
+        return re.findall(r"%([\w.-]+)", inside)
+
+    @cached_property
     def operands(self) -> list[str]:
         """Their names, each once."""
-        inside = re.split(r"\)(?:,|$)", self.rest, maxsplit=1)[0]
-        return list(dict.fromkeys(re.findall(r"%([\w.-]+)", inside)))
+        return list(dict.fromkeys(self.arguments))
 
     def called(self, *roles: str) -> list[str]:
         """Names of computations that it calls in these roles."""
@@ -130,12 +136,26 @@ def _of_one(computations: Any, here: Any, x: _Instruction) -> Work:
         return Work()
     return Work(
         kernels=1,
-        bytes=sum(_nbytes(here[o].type) for o in x.operands if o in here)
-        + _nbytes(x.type),
+        bytes=_read(computations, x, here) + _nbytes(x.type),
         operations=_operations(computations, x, here),
         cycles=x.number("estimated_cycles", 0),
         foreign=int(x.opcode == "custom-call"),
     )
+
+
+def _read(computations: Any, x: _Instruction, here: Any) -> int:
+    """Bytes that a kernel reads from main memory."""
+    read = {o: _nbytes(here[o].type) for o in x.operands if o in here}
+    if x.opcode == "fusion":
+        (body,) = (computations[name] for name in x.called("calls"))
+        parameters = {n: y for n, y in body.items() if y.opcode == "parameter"}
+        for name, parameter in parameters.items():
+            users = [user for user in body.values() if name in user.operands]
+            if {user.opcode for user in users} == {"slice"}:
+                operand = x.arguments[int(parameter.rest.split(")")[0])]
+                slices = sum(_nbytes(user.type) for user in users)
+                read[operand] = min(read.get(operand, 0), slices)
+    return sum(read.values())
 
 
 def _operations(computations: Any, x: _Instruction, here: Any) -> int:

@@ -45,6 +45,7 @@ LIMITS = {
     ("H100", "native 8"): (5, 42.4, None),
     ("H100", "native 16"): (5, 42.4, None),
     ("H100", "native 8 adam"): (14, 135.1, None),
+    ("H100", "native 8 adam, error feedback"): (24, 158.1, None),
     ("H100", "bbit_madam"): (6, 235.1, None),
     ("H100", "lns_madam"): (6, 235.1, None),
 }
@@ -106,6 +107,26 @@ ENTRY %main (x: f32[512], s: f32[]) -> f32[256] {
 }
 """
     assert programs.work(text) == programs.Work(1, 2048, 256, 77)
+
+
+def test_of_an_operand_that_is_only_sliced_a_kernel_reads_the_slices():
+    text = """
+%c (p: f32[4096], q: f32[4]) -> f32[4] {
+  %p = f32[4096]{0} parameter(0)
+  %q = f32[4]{0} parameter(1)
+  %s = f32[4]{0} slice(%p), slice={[0:4]}
+  %t = f32[4]{0} slice(%p), slice={[4:8]}
+  %a = f32[4]{0} add(%s, %t)
+  ROOT %m = f32[4]{0} multiply(%a, %q)
+}
+
+ENTRY %main (x: f32[4096], y: f32[4]) -> f32[4] {
+  %x = f32[4096]{0} parameter(0)
+  %y = f32[4]{0} parameter(1)
+  ROOT %f = f32[4]{0} fusion(%x, %y), kind=kLoop, calls=%c
+}
+"""
+    assert programs.work(text) == programs.Work(1, 4 * 4 * 4, 8)
 
 
 # --- the CPU's ------------------------------------------------------------------------
