@@ -204,13 +204,16 @@ def _scalars(vectors: list[jax.Array]) -> list[list[jax.Array]]:
 
 def _scalars_apart(vectors: list[jax.Array]) -> list[list[jax.Array]]:
     """As :func:`_scalars`, from an array of each leaf, with the bits of all entries."""
+    # The first barrier keeps vectors from being computed part by part, and the second
+    # keeps rows from being read where they are used.
     columns = [
         x.astype(jnp.uint32)
         if x.dtype == bool
         else jax.lax.bitcast_convert_type(x, jnp.uint32)
         for x in jax.lax.optimization_barrier(vectors)
     ]
-    # With two columns at least, compilers make a few kernels of all rows.
+    # Rows of two columns at least are put together, many in a kernel. A part of a
+    # single vector would be a kernel of its own.
     table = jnp.stack(columns if len(columns) > 1 else columns * 2, axis=1)
     rows = jax.lax.optimization_barrier(jax.lax.split(table, (1,) * len(table)))
     return [
