@@ -180,16 +180,15 @@ def one_a_leaf(tree: Any, leaves: int, *, apart: bool = False) -> list[Any]:
     Returns:
       The trees, of scalars.
     """
-    vectors, treedef = jax.tree.flatten(tree)
     if not leaves:
         return []
-    parts = (
-        jax.lax.platform_dependent(
+    vectors, treedef = jax.tree.flatten(tree)
+    if apart:
+        parts = jax.lax.platform_dependent(
             vectors, cpu=_scalars, tpu=_scalars, default=_scalars_apart
         )
-        if apart
-        else _scalars(vectors)
-    )
+    else:
+        parts = _scalars(vectors)
     return [treedef.unflatten(leaf) for leaf in parts]
 
 

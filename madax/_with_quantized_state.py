@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -152,9 +152,8 @@ def with_quantized_state(
         dtypes = _stored_dtypes(name, moment_format.v_dtype, state, like)
         names, layer = [_name(paths[i]) for i in dtypes], extra_args.get("layer")
         keys = leaf_keys(seed, state.count, names, layer)
-        windows, keys = _unzipped(
-            one_a_leaf((state.window[name], keys), len(dtypes), apart=True)
-        )
+        parts = one_a_leaf((state.window[name], keys), len(dtypes), apart=True)
+        windows = [window for window, _ in parts]
         codes = [leaves[i] for i in dtypes]
 
         def inner_step(codes):
@@ -177,11 +176,11 @@ def with_quantized_state(
             followed(codec, *one) for one in zip(new, before, windows, strict=True)
         ]
         # Leaf by leaf, or all of the first step would come before the second.
-        pairs = zip(codes, following, strict=True)
-        codes, following = _unzipped(map(computed_again, pairs))
-        inner_updates, before, leaves, treedef = inner_step(codes)
-        stored = zip(dtypes, before, following, keys, strict=True)
-        for i, value, window, key in stored:
+        again = [computed_again(one) for one in zip(codes, following, strict=True)]
+        inner_updates, before, leaves, treedef = inner_step([one for one, _ in again])
+        following = [window for _, window in again]
+        stored = zip(dtypes, before, following, parts, strict=True)
+        for i, value, window, (_, key) in stored:
             leaves[i] = encoded(codec, leaves[i], value, window, key, rounding)
         count = jnp.asarray(optax.safe_increment(state.count))
         inner_state = treedef.unflatten(leaves)
@@ -222,12 +221,6 @@ def _chosen(
                 "but only floating leaves can be stored as codes; leave it out."
             )
     return chosen
-
-
-def _unzipped(pairs: Iterable[Any]) -> tuple[list[Any], list[Any]]:
-    """The first of every pair, and the second of every pair."""
-    pairs = list(pairs)
-    return [first for first, _ in pairs], [second for _, second in pairs]
 
 
 def _is_float(leaf: Any) -> bool:
