@@ -66,6 +66,8 @@ PHOTO = {"picture": "china.jpg", "shrink": 4}
 BURGERS = {"viscosity": 0.01}
 LONG = "transformer, long"
 TEXT = {"source": "stdlib", "name": LONG}
+GAINS = "transformer, LayerScale"
+SCALED = {"name": GAINS, "layer_scale": 1e-6}
 TASKS: dict[Profile, dict[str, Task]] = {
     # Only data that is embedded in packages.
     "smoke": {
@@ -107,6 +109,14 @@ TASKS: dict[Profile, dict[str, Task]] = {
             transformer,
             TEXT | {"context": 16, "width": 8, "layers": 1, "heads": 2, "held_out": 32},
             _smoke(8, 60),
+        ),
+        GAINS: Task(
+            transformer,
+            # Gains of 1e-6 have no time to grow here.
+            SCALED
+            | {"context": 8, "width": 8, "layers": 1, "heads": 2, "held_out": 32}
+            | {"layer_scale": 0.1},
+            _smoke(8),
         ),
     },
     "quick": {
@@ -159,6 +169,12 @@ TASKS: dict[Profile, dict[str, Task]] = {
             TEXT
             | {"context": 64, "width": 32, "layers": 2, "heads": 2, "held_out": 256},
             _quick(2, 3000),
+        ),
+        GAINS: Task(
+            transformer,
+            SCALED
+            | {"context": 32, "width": 32, "layers": 3, "heads": 2, "held_out": 128},
+            _quick(4, 1500),
         ),
     },
     "full": {
@@ -231,6 +247,13 @@ TASKS: dict[Profile, dict[str, Task]] = {
             TEXT
             | {"context": 128, "width": 200, "layers": 4, "heads": 4, "held_out": 500},
             _full(32, 10_000),
+            at_once=9,
+        ),
+        GAINS: Task(
+            transformer,
+            SCALED
+            | {"context": 64, "width": 200, "layers": 8, "heads": 4, "held_out": 500},
+            _full(32, 5000),
             at_once=9,
         ),
     },

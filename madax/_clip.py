@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from madax._checks import (
@@ -26,6 +28,7 @@ from madax._leaves import (
     widen,
 )
 from madax._numerics import within
+from madax._quantize_params import NO_WEIGHT
 from madax._quantized_array import is_quantized
 from madax._scales import initial_scales, share_beyond
 
@@ -110,11 +113,11 @@ def clip_log_weights(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         check_state(state, ClipLogWeightsState)
-        _, ws, us, treedef = flatten_both(params, updates)
-        bounds = weight_bounds(p_scale, *state)
+        paths, ws, us, treedef = flatten_both(params, updates)
+        bounds = leaf_bounds(p_scale, state, paths, ws)
         us = [
             u if is_quantized(w) else clip_update(w, u, bound)
-            for w, u, bound in zip(ws, us, per_leaf(bounds, ws), strict=True)
+            for w, u, bound in zip(ws, us, bounds, strict=True)
         ]
         return treedef.unflatten(us), state
 
@@ -124,18 +127,42 @@ def clip_log_weights(
 def weight_bounds(
     p_scale: jax.typing.ArrayLike | None, rms0: jax.Array, peak0: jax.Array
 ) -> jax.Array:
-    """The bounds on the weights of float leaves, from their scales at init."""
+    """What a scale at init leaves room for, for each float leaf, whatever it is."""
     if p_scale is None:
         return jnp.maximum(3 * rms0, peak0)
     bounds = jnp.where(rms0 > 0, p_scale * rms0, 0)  # not inf * 0
     return jnp.where(jnp.isnan(bounds), jnp.inf, bounds)
 
 
+def leaf_bounds(
+    p_scale: jax.typing.ArrayLike | None,
+    state: ClipLogWeightsState,
+    paths: Sequence[str],
+    leaves: Sequence[Any],
+) -> list[Any]:
+    """The bound on each leaf, a scalar; None for quantised ones."""
+    bounds = weight_bounds(p_scale, *state)
+    if p_scale is None:  # Zeros have no size to bound them by.
+        bounds = jnp.where(state.peak0 > 0, bounds, jnp.inf)
+    scalars = per_leaf(bounds, leaves)
+    for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        if is_quantized(leaf):
+            continue
+        largest = largest_weight(jnp.result_type(leaf))
+        free = p_scale is None and not _is_matrix(path, leaf)
+        scalars[i] = largest if free else jnp.minimum(scalars[i], largest)
+    return scalars
+
+
+def _is_matrix(path: str, leaf: Any) -> bool:
+    """Whether a leaf is a weight matrix, as far as its name and shape tell."""
+    return np.ndim(leaf) >= 2 and not NO_WEIGHT.search(path)
+
+
 @jax.jit
 def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
     """Shortens ``u`` so that ``|w + u| <= bound``; otherwise leaves it alone."""
     x, u = widen(w), widen(u)
-    bound = jnp.minimum(bound, largest_weight(jnp.result_type(w)))
     return within(u, -bound - x, bound - x)
 
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from madax._checks import check_positive
-from madax._clip import ClipLogWeightsState, weight_bounds
-from madax._leaves import entries, flatten, flatten_like, per_leaf, widen
+from madax._clip import ClipLogWeightsState, leaf_bounds
+from madax._leaves import entries, flatten, flatten_like, widen
 from madax._quantize_params import dequantize_params
 from madax._quantized_array import is_quantized
 from madax._scales import split_peak
@@ -144,14 +144,14 @@ def fraction_at_bound(
             "madam, and with optax.masked or optax.partition only its share of the "
             "params."
         )
-    edges = per_leaf((1 - 2**-6) * weight_bounds(p_scale, *found[0]), leaves)
+    bounds = leaf_bounds(p_scale, found[0], paths, leaves)
     return {
         path: _fraction(
             jnp.abs(w.codes) == w.format.levels
             if is_quantized(w)
-            else jnp.abs(widen(w)) >= edge
+            else jnp.abs(widen(w)) >= (1 - 2**-6) * bound
         )
-        for path, w, edge in zip(paths, leaves, edges, strict=True)
+        for path, w, bound in zip(paths, leaves, bounds, strict=True)
     }
 
 
