@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 import pandas as pd
 import tyro
 
 import madax
-from benchmarks.analysis import medians, number, spread
+from benchmarks.analysis import change, medians, number, spread
 from benchmarks.optimizers import Optimizer, cosine
 from benchmarks.profiles import TASKS, Options
 from benchmarks.state import EIGHT, quantize
@@ -49,7 +50,7 @@ def _vectors_bounded(rate: optax.Schedule) -> optax.GradientTransformation:
         return jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "vector", params)
 
     floored = partial(madax.muon_madam, rate, floor=1.0)
-    both = {"matrix": floored(), "vector": floored(p_scale=3.0)}
+    both: dict[Any, Any] = {"matrix": floored(), "vector": floored(p_scale=3.0)}
     return optax.partition(both, labels)
 
 
@@ -98,17 +99,19 @@ def bounds_table(runs: pd.DataFrame) -> str:
       runs: records, as read.
     """
     cells = medians(runs, ["optimizer", "rate"])
-    cells = cells.set_index(["workload", "rate", "optimizer"])
+    found = {
+        (cell["workload"], cell["rate"], cell["optimizer"]): cell
+        for _, cell in cells.iterrows()
+    }
     lines = []
-    for workload, rate in cells.index.droplevel("optimizer").unique():
+    for workload, rate in dict.fromkeys(key[:2] for key in found):
         line = {"workload": workload, "rate": number(rate)}
         for name, row in ROWS.items():
-            cell = cells.loc[(workload, rate, name)]
-            if row.against is None:
-                line[name] = spread(cell)
-            else:
-                base = cells.loc[(workload, rate, row.against)]
-                change = 100 * (cell["median"] / base["median"] - 1)
-                line[name] = f"{change:+.1f} %: {spread(cell)}"
+            cell = found.get((workload, rate, name))
+            base = found.get((workload, rate, row.against))
+            if cell is None:
+                continue
+            finite = base is not None and np.isfinite(cell["median"])
+            line[name] = change(cell, base) if finite else spread(cell)
         lines.append(line)
     return markdown(lines)
