@@ -52,16 +52,23 @@ def clip_log_weights(
     *,
     zero_init_scale: jax.typing.ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps every weight within a bound frozen at init.
+    r"""Keeps weights within a bound frozen at init.
 
     .. math:: |w + u| \le \max(3\, \mathrm{rms}_0, \max |w_0|)
 
     where :math:`\mathrm{rms}_0` is the root mean square of the weight's leaf at init,
-    and :math:`\max |w_0|` the largest magnitude in it. Exponential growth needs such a
-    bound. With a number for ``p_scale`` it is that of the paper,
-    :math:`p_\text{scale}\, \mathrm{rms}_0`. Weights that are beyond it at init, such as
-    outliers of pretrained weights, are clipped by the first step, and a warning says
-    so.
+    and :math:`\max |w_0|` the largest magnitude in it. This bound keeps matrices from
+    running away at a high rate. All other leaves are free to grow up to the largest
+    number of their dtype, because their size at init says nothing about where they
+    have to go: a gain of a residual branch starts at 1e-6, a bias at zero. Those are
+    leaves of rank below 2, leaves that are called a norm, a scale, a gain or a bias,
+    such as those of stacked layers, and leaves that are all zeros at init.
+
+    With a number for ``p_scale`` every leaf has the bound of the paper,
+    :math:`p_\text{scale}\, \mathrm{rms}_0`. Weights that are beyond it at init, such
+    as outliers of pretrained weights, are clipped by the first step, and a warning says
+    so. :func:`madax.diagnostics.fraction_at_bound` tells which leaves are at their
+    bound during training.
 
     An update that stays within the bound passes through bit for bit. Any other lands on
     the bound, to within a rounding of the parameters' dtype. Updates of quantised
@@ -71,12 +78,12 @@ def clip_log_weights(
       It comes after :func:`scale_by_sign_log`; only storage may follow.
 
     Args:
-      p_scale: the bound, relative to the root mean square of the leaf at init; None
-        for one that clips nothing there is at init, ``inf`` for no bound but the
-        largest number of the dtype.
+      p_scale: the bound on every leaf, relative to its root mean square at init; None
+        for a bound on matrices alone that clips nothing there is at init, ``inf`` for
+        no bound but the largest number of the dtype.
       zero_init_scale: stands in for the root mean square of a leaf that is all
-        zeros at init, in units of the weights; 0 is the paper, which pins such a
-        leaf to zero.
+        zeros at init, in units of the weights, where ``p_scale`` is a number; 0 is the
+        paper, which pins such a leaf to zero.
 
     Returns:
       A gradient transformation from updates to updates, float32 or wider, which
@@ -142,21 +149,24 @@ def leaf_bounds(
 ) -> list[Any]:
     """The bound on each leaf, a scalar; None for quantised ones."""
     bounds = weight_bounds(p_scale, *state)
-    if p_scale is None:  # Zeros have no size to bound them by.
-        bounds = jnp.where(state.peak0 > 0, bounds, jnp.inf)
+    free = [False] * len(leaves)
+    if p_scale is None:
+        bounds = jnp.where(state.peak0 > 0, bounds, jnp.inf)  # zeros have no size
+        free = _are_vectors(paths, leaves)
     scalars = per_leaf(bounds, leaves)
-    for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
-        if is_quantized(leaf):
-            continue
-        largest = largest_weight(jnp.result_type(leaf))
-        free = p_scale is None and not _is_matrix(path, leaf)
-        scalars[i] = largest if free else jnp.minimum(scalars[i], largest)
+    for i, leaf in enumerate(leaves):
+        if not is_quantized(leaf):
+            largest = largest_weight(jnp.result_type(leaf))
+            scalars[i] = largest if free[i] else jnp.minimum(scalars[i], largest)
     return scalars
 
 
-def _is_matrix(path: str, leaf: Any) -> bool:
-    """Whether a leaf is a weight matrix, as far as its name and shape tell."""
-    return np.ndim(leaf) >= 2 and not NO_WEIGHT.search(path)
+def _are_vectors(paths: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
+    """Whether each leaf is a vector, or a stack of them; in doubt it is a matrix."""
+    return [
+        np.ndim(leaf) < 2 or bool(NO_WEIGHT.search(path))
+        for path, leaf in zip(paths, leaves, strict=True)
+    ]
 
 
 @jax.jit
