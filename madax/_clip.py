@@ -147,18 +147,14 @@ def leaf_bounds(
     paths: Sequence[str],
     leaves: Sequence[Any],
 ) -> list[Any]:
-    """The bound on each leaf, a scalar; None for quantised ones."""
+    """The bound on each leaf, a scalar; quantised ones have none that counts."""
     bounds = weight_bounds(p_scale, *state)
     free = [False] * len(leaves)
     if p_scale is None:
         bounds = jnp.where(state.peak0 > 0, bounds, jnp.inf)  # zeros have no size
         free = _are_vectors(paths, leaves)
-    scalars = per_leaf(bounds, leaves)
-    for i, leaf in enumerate(leaves):
-        if not is_quantized(leaf):
-            largest = largest_weight(jnp.result_type(leaf))
-            scalars[i] = largest if free[i] else jnp.minimum(scalars[i], largest)
-    return scalars
+    scalars = zip(free, per_leaf(bounds, leaves), strict=True)
+    return [jnp.inf if is_free else bound for is_free, bound in scalars]
 
 
 def _are_vectors(paths: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
@@ -173,6 +169,7 @@ def _are_vectors(paths: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
 def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
     """Shortens ``u`` so that ``|w + u| <= bound``; otherwise leaves it alone."""
     x, u = widen(w), widen(u)
+    bound = jnp.minimum(bound, largest_weight(jnp.result_type(w)))
     return within(u, -bound - x, bound - x)
 
 

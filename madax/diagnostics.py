@@ -7,7 +7,7 @@ quantised ones, which count by their values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -17,7 +17,15 @@ import optax
 
 from madax._checks import check_positive, leaf_name, warn_of_leaves
 from madax._clip import ClipLogWeightsState, leaf_bounds
-from madax._leaves import entries, flatten, flatten_like, known_values, per_leaf, widen
+from madax._leaves import (
+    entries,
+    flatten,
+    flatten_like,
+    known_values,
+    largest_weight,
+    per_leaf,
+    widen,
+)
 from madax._lns_quantize import LnsQuantizeState
 from madax._quantize_params import dequantize_params
 from madax._quantized_array import is_quantized
@@ -155,12 +163,8 @@ def fraction_at_bound(
     grids = [grid.scale for grid in _states(LnsQuantizeState, state)]
     bounds += [per_leaf(scale, leaves) for scale in grids if scale is not None]
     fractions = {
-        path: _fraction(
-            jnp.abs(w.codes) == w.format.levels
-            if is_quantized(w)
-            else jnp.abs(widen(w)) >= (1 - 2**-6) * reduce(jnp.minimum, all_bounds)
-        )
-        for path, w, *all_bounds in zip(paths, leaves, *bounds, strict=True)
+        path: _fraction(_is_at_bound(w, own))
+        for path, w, *own in zip(paths, leaves, *bounds, strict=True)
     }
     stuck = [
         leaf_name("params", path)
@@ -350,6 +354,13 @@ def _by_path(fn: Callable[..., Any], params: Any, other: Any) -> dict[str, Any]:
         path: fn(widen(w), widen(o))
         for path, w, o in zip(paths, leaves, others, strict=True)
     }
+
+
+def _is_at_bound(w: Any, bounds: Sequence[Any]) -> jax.Array:
+    if is_quantized(w):
+        return jnp.abs(w.codes) == w.format.levels
+    bound = reduce(jnp.minimum, bounds, largest_weight(jnp.result_type(w)))
+    return jnp.abs(widen(w)) >= (1 - 2**-6) * bound
 
 
 def _states(kind: type, state: Any) -> list[Any]:

@@ -331,7 +331,7 @@ MUTANTS = {
     ],
     "diagnostics": [
         ("zero = jnp.all(u == 0)", "zero = False", "diagnostics"),
-        ("(1 - 2**-6) * reduce", "1.0 * reduce", "diagnostics"),
+        ("(1 - 2**-6) * bound", "1.0 * bound", "diagnostics"),
         ("if scale is not None", "if scale is None", "growth"),
         ("jnp.abs(w.codes) == w.format.levels", "w.codes == w.format.levels", "diagn"),
         ("jnp.sign(w) != jnp.sign(p)", "jnp.sign(w) == jnp.sign(p)", "diagnostics"),
