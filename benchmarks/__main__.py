@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from tyro.extras import SubcommandApp
 
 from benchmarks.bits import bits
+from benchmarks.bounds import bounds
 from benchmarks.choose import choose
 from benchmarks.compiled import compiled
 from benchmarks.demo import demo
@@ -37,6 +38,7 @@ for command in (
     state,
     choose,
     why,
+    bounds,
     moments,
     pretrained,
     speed,

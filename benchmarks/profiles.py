@@ -64,8 +64,11 @@ DIGITS = {"source": "digits", "held_out": 200}
 FASHION = {"source": "fashion-mnist", "shrink": 2, "held_out": 2000}
 PHOTO = {"picture": "china.jpg", "shrink": 4}
 BURGERS = {"viscosity": 0.01}
+ROD = {"diffusivity": 0.1}
 LONG = "transformer, long"
 TEXT = {"source": "stdlib", "name": LONG}
+GAINS = "transformer, LayerScale"
+SCALED = {"name": GAINS, "layer_scale": 1e-6}
 TASKS: dict[Profile, dict[str, Task]] = {
     # Only data that is embedded in packages.
     "smoke": {
@@ -107,6 +110,17 @@ TASKS: dict[Profile, dict[str, Task]] = {
             transformer,
             TEXT | {"context": 16, "width": 8, "layers": 1, "heads": 2, "held_out": 32},
             _smoke(8, 60),
+        ),
+        GAINS: Task(
+            transformer,
+            # Gains of 1e-6 have no time to grow here.
+            SCALED
+            | {"context": 8, "width": 8, "layers": 1, "heads": 2, "held_out": 32}
+            | {"layer_scale": 0.1},
+            _smoke(8),
+        ),
+        "pinn, heat": Task(
+            pinn, ROD | {"points": 32, "widths": (16, 16), "grid": 16}, _smoke(1)
         ),
     },
     "quick": {
@@ -159,6 +173,17 @@ TASKS: dict[Profile, dict[str, Task]] = {
             TEXT
             | {"context": 64, "width": 32, "layers": 2, "heads": 2, "held_out": 256},
             _quick(2, 3000),
+        ),
+        GAINS: Task(
+            transformer,
+            SCALED
+            | {"context": 32, "width": 32, "layers": 3, "heads": 2, "held_out": 128},
+            _quick(4, 1500),
+        ),
+        "pinn, heat": Task(
+            pinn,
+            ROD | {"points": 128, "widths": (24, 24, 24), "grid": 50},
+            _quick(1, 1200),
         ),
     },
     "full": {
@@ -232,6 +257,18 @@ TASKS: dict[Profile, dict[str, Task]] = {
             | {"context": 128, "width": 200, "layers": 4, "heads": 4, "held_out": 500},
             _full(32, 10_000),
             at_once=9,
+        ),
+        GAINS: Task(
+            transformer,
+            SCALED
+            | {"context": 64, "width": 200, "layers": 8, "heads": 4, "held_out": 500},
+            _full(32, 5000),
+            at_once=9,
+        ),
+        "pinn, heat": Task(
+            pinn,
+            ROD | {"points": 512, "widths": (64, 64, 64, 64), "grid": 100},
+            _full(1, 10_000),
         ),
     },
 }

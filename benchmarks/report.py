@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from benchmarks.bits import bits_report
+from benchmarks.bounds import bounds_report
 from benchmarks.choose import choose_report
 from benchmarks.compiled_report import compiled_report
 from benchmarks.demo import demo_report
@@ -39,6 +40,7 @@ REPORTS = {
     "hard": (hard_report,),
     "moments": (moments_report,),
     "why": (why_report,),
+    "bounds": (bounds_report,),
     "pretrained": (pretrained_report,),
 }
 

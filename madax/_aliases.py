@@ -58,9 +58,10 @@ def madam(
     A typical step multiplies a weight by :math:`e^{\pm\eta}`, the largest by
     :math:`e^{\pm g_\text{bound}\eta}`, whatever the scale of weights or gradients.
     So one learning rate suits very different networks: start at 0.01, and decay it.
-    The bound :math:`w_\text{max}` of a leaf is :math:`p_\text{scale} \mathrm{rms}_0`,
-    or by default a bound beyond which there is no weight at init, pretrained or not:
-    :math:`\max(3\, \mathrm{rms}_0, \max|w_0|)`.
+    By default the bound :math:`w_\text{max}` of a matrix is
+    :math:`\max(3\, \mathrm{rms}_0, \max|w_0|)`, beyond which there is no weight at
+    init, pretrained or not. Vectors, gains and what is all zeros at init have none: see
+    :func:`clip_log_weights`.
 
     The chain is ``scale_by_second_moment``, ``optax.clip``, with a weight decay
     ``add_decayed_log_weights``, ``optax.scale_by_learning_rate``,
@@ -77,9 +78,9 @@ def madam(
     Args:
       learning_rate: :math:`\eta`, in nats per step, or a schedule of it.
       b2: decay rate of the second moment, in [0, 1).
-      p_scale: bound on a weight, relative to the root mean square of its leaf at
-        init, frozen there; None for three times that, or the largest weight at init.
-        The paper has 1 to 3.
+      p_scale: bound on the weights of every leaf, relative to its root mean square at
+        init, frozen there; the paper has 1 to 3. None for a bound on matrices alone,
+        three times that or the largest weight at init; ``inf`` for no bound.
       g_bound: bound on the normalised gradient.
       b1: decay rate of a first moment, in [0, 1); None, the paper, for none.
       floor: magnitude below which steps are additive, relative to the root mean
@@ -201,11 +202,12 @@ def bbit_madam(
       n &\leftarrow n + \mathrm{round}(k\, \mathrm{clip}(g / \sqrt{\hat v},
         \pm g_\text{bound}))\, \mathrm{sign}(w), \qquad k = \eta / \beta
 
-    with the bound :math:`w_\text{max}` of :func:`madam`, the base precision
+    with the largest magnitude :math:`w_\text{max}` of the grid, the base precision
     :math:`\beta`, and the rate :math:`k` a whole number of codes, 1 at least: a
     schedule that decays the rate is rounded to it.
 
-    Float leaves stay float arrays, whose values are on the grid. To store codes,
+    Float leaves stay float arrays, whose values are on the grid, and none, vectors
+    included, grows beyond it. To store codes,
     use ``quantize_params(params, LogFormat(bits + 1, base_precision))``: the extra
     bit is the sign. The paper has one magnitude more, as its codes have no zero, and
     starts from random magnitudes; here codes start at the nearest, and a float weight
@@ -217,7 +219,7 @@ def bbit_madam(
       base_precision: :math:`\beta`, spacing of the grid, in nats.
       b2: decay rate of the second moment, in [0, 1).
       p_scale: largest magnitude, relative to the root mean square of its leaf at
-        init; None as for :func:`madam`.
+        init; None for three times that, or the largest weight at init.
       g_bound: bound on the normalised gradient.
       zero_init_scale: scale given to leaves that are all zeros at init.
 
@@ -307,7 +309,7 @@ def lns_madam(
         ``LogFormat.from_gamma(bits=16, gamma=2048)``.
       b2: decay rate of the second moment, in [0, 1).
       p_scale: largest magnitude, relative to the root mean square of its leaf at
-        init; None as for :func:`madam`.
+        init; None for three times that, or the largest weight at init.
       g_bound: bound on the normalised gradient.
       zero_init_scale: scale given to leaves that are all zeros at init.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from madax._checks import (
@@ -26,6 +28,7 @@ from madax._leaves import (
     widen,
 )
 from madax._numerics import within
+from madax._quantize_params import NO_WEIGHT
 from madax._quantized_array import is_quantized
 from madax._scales import initial_scales, share_beyond
 
@@ -49,16 +52,23 @@ def clip_log_weights(
     *,
     zero_init_scale: jax.typing.ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps every weight within a bound frozen at init.
+    r"""Keeps weights within a bound frozen at init.
 
     .. math:: |w + u| \le \max(3\, \mathrm{rms}_0, \max |w_0|)
 
     where :math:`\mathrm{rms}_0` is the root mean square of the weight's leaf at init,
-    and :math:`\max |w_0|` the largest magnitude in it. Exponential growth needs such a
-    bound. With a number for ``p_scale`` it is that of the paper,
-    :math:`p_\text{scale}\, \mathrm{rms}_0`. Weights that are beyond it at init, such as
-    outliers of pretrained weights, are clipped by the first step, and a warning says
-    so.
+    and :math:`\max |w_0|` the largest magnitude in it. This bound keeps matrices from
+    running away at a high rate. All other leaves are free to grow up to the largest
+    number of their dtype, because their size at init says nothing about where they
+    have to go: a gain of a residual branch starts at 1e-6, a bias at zero. Those are
+    leaves of rank below 2, leaves that are called a norm, a scale, a gain or a bias,
+    such as those of stacked layers, and leaves that are all zeros at init.
+
+    With a number for ``p_scale`` every leaf has the bound of the paper,
+    :math:`p_\text{scale}\, \mathrm{rms}_0`. Weights that are beyond it at init, such
+    as outliers of pretrained weights, are clipped by the first step, and a warning says
+    so. :func:`madax.diagnostics.fraction_at_bound` tells which leaves are at their
+    bound during training.
 
     An update that stays within the bound passes through bit for bit. Any other lands on
     the bound, to within a rounding of the parameters' dtype. Updates of quantised
@@ -68,12 +78,12 @@ def clip_log_weights(
       It comes after :func:`scale_by_sign_log`; only storage may follow.
 
     Args:
-      p_scale: the bound, relative to the root mean square of the leaf at init; None
-        for one that clips nothing there is at init, ``inf`` for no bound but the
-        largest number of the dtype.
+      p_scale: the bound on every leaf, relative to its root mean square at init; None
+        for a bound on matrices alone that clips nothing there is at init, ``inf`` for
+        no bound but the largest number of the dtype.
       zero_init_scale: stands in for the root mean square of a leaf that is all
-        zeros at init, in units of the weights; 0 is the paper, which pins such a
-        leaf to zero.
+        zeros at init, in units of the weights, where ``p_scale`` is a number; 0 is the
+        paper, which pins such a leaf to zero.
 
     Returns:
       A gradient transformation from updates to updates, float32 or wider, which
@@ -110,11 +120,11 @@ def clip_log_weights(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         check_state(state, ClipLogWeightsState)
-        _, ws, us, treedef = flatten_both(params, updates)
-        bounds = weight_bounds(p_scale, *state)
+        paths, ws, us, treedef = flatten_both(params, updates)
+        bounds = leaf_bounds(p_scale, state, paths, ws)
         us = [
             u if is_quantized(w) else clip_update(w, u, bound)
-            for w, u, bound in zip(ws, us, per_leaf(bounds, ws), strict=True)
+            for w, u, bound in zip(ws, us, bounds, strict=True)
         ]
         return treedef.unflatten(us), state
 
@@ -124,11 +134,35 @@ def clip_log_weights(
 def weight_bounds(
     p_scale: jax.typing.ArrayLike | None, rms0: jax.Array, peak0: jax.Array
 ) -> jax.Array:
-    """The bounds on the weights of float leaves, from their scales at init."""
+    """What a scale at init leaves room for, for each float leaf, whatever it is."""
     if p_scale is None:
         return jnp.maximum(3 * rms0, peak0)
     bounds = jnp.where(rms0 > 0, p_scale * rms0, 0)  # not inf * 0
     return jnp.where(jnp.isnan(bounds), jnp.inf, bounds)
+
+
+def leaf_bounds(
+    p_scale: jax.typing.ArrayLike | None,
+    state: ClipLogWeightsState,
+    paths: Sequence[str],
+    leaves: Sequence[Any],
+) -> list[Any]:
+    """The bound on each leaf, a scalar; quantised ones have none that counts."""
+    bounds = weight_bounds(p_scale, *state)
+    free = [False] * len(leaves)
+    if p_scale is None:
+        bounds = jnp.where(state.peak0 > 0, bounds, jnp.inf)  # zeros have no size
+        free = _are_vectors(paths, leaves)
+    scalars = zip(free, per_leaf(bounds, leaves), strict=True)
+    return [jnp.inf if is_free else bound for is_free, bound in scalars]
+
+
+def _are_vectors(paths: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
+    """Whether each leaf is a vector, or a stack of them; in doubt it is a matrix."""
+    return [
+        np.ndim(leaf) < 2 or bool(NO_WEIGHT.search(path))
+        for path, leaf in zip(paths, leaves, strict=True)
+    ]
 
 
 @jax.jit

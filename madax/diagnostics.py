@@ -7,19 +7,35 @@ quantised ones, which count by their values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from madax._checks import check_positive
-from madax._clip import ClipLogWeightsState, weight_bounds
-from madax._leaves import entries, flatten, flatten_like, per_leaf, widen
+from madax._checks import check_positive, leaf_name, warn_of_leaves
+from madax._clip import ClipLogWeightsState, leaf_bounds
+from madax._leaves import (
+    entries,
+    flatten,
+    flatten_like,
+    known_values,
+    largest_weight,
+    per_leaf,
+    widen,
+)
+from madax._lns_quantize import LnsQuantizeState
 from madax._quantize_params import dequantize_params
 from madax._quantized_array import is_quantized
 from madax._scales import split_peak
+
+_STUCK = (
+    "half of the weights or more are at their bound and may be unable to grow; pass a "
+    "larger p_scale to the optimizer (inf for no bound), or, for codes, to "
+    "quantize_params."
+)
 
 __all__ = [
     "code_occupancy",
@@ -102,11 +118,15 @@ def count_skipped(grads: Any) -> dict[str, jax.Array]:
 def fraction_at_bound(
     params: Any, state: Any, p_scale: jax.typing.ArrayLike | None = None
 ) -> dict[str, jax.Array]:
-    r"""The fraction of weights at the bound of ``clip_log_weights``, leaf by leaf.
+    r"""The fraction of weights at their bound, leaf by leaf.
 
-    A float weight counts as at the bound when it is within a share of
+    A float weight counts as at the bound when it is within a fraction of
     :math:`2^{-6}` of it, which any dtype can tell; a quantised one when its code is the
-    largest.
+    largest. The bound is that of ``clip_log_weights``, so for a leaf that this leaves
+    free it is the largest number of the dtype; or the range of a grid, if less.
+
+    Outside of ``jax.jit`` a warning names the leaves half of whose weights or more are
+    at their bound, because they may be unable to grow. In a matrix a quarter is usual.
 
     Args:
       params: tree of floating-point or quantised arrays.
@@ -121,20 +141,15 @@ def fraction_at_bound(
 
     Example:
       >>> import jax.numpy as jnp, madax
-      >>> params = {"w": jnp.array([1.0, -1.0])}
+      >>> params = {"w": jnp.array([[1.0, -1.0, 1.0]])}
       >>> state = madax.madam().init(params)
-      >>> print(madax.diagnostics.fraction_at_bound({"w": jnp.array([3.0, 1])}, state))
-      {'w': Array(0.5, dtype=float32)}
+      >>> after = {"w": jnp.array([[3.0, 1.0, 1.0]])}
+      >>> print(f"{madax.diagnostics.fraction_at_bound(after, state)['w']:.2f}")
+      0.33
     """
     if p_scale is not None:
         check_positive("p_scale", p_scale, None)
-    found = [
-        node
-        for node in jax.tree.leaves(
-            state, is_leaf=lambda node: isinstance(node, ClipLogWeightsState)
-        )
-        if isinstance(node, ClipLogWeightsState)
-    ]
+    found = _states(ClipLogWeightsState, state)
     paths, leaves, _ = flatten(params)
     floats = sum(not is_quantized(leaf) for leaf in leaves)
     if len(found) != 1 or found[0].rms0.shape != entries(floats):
@@ -144,15 +159,20 @@ def fraction_at_bound(
             "madam, and with optax.masked or optax.partition only its share of the "
             "params."
         )
-    edges = per_leaf((1 - 2**-6) * weight_bounds(p_scale, *found[0]), leaves)
-    return {
-        path: _fraction(
-            jnp.abs(w.codes) == w.format.levels
-            if is_quantized(w)
-            else jnp.abs(widen(w)) >= edge
-        )
-        for path, w, edge in zip(paths, leaves, edges, strict=True)
+    bounds = [leaf_bounds(p_scale, found[0], paths, leaves)]
+    grids = [grid.scale for grid in _states(LnsQuantizeState, state)]
+    bounds += [per_leaf(scale, leaves) for scale in grids if scale is not None]
+    fractions = {
+        path: _fraction(_is_at_bound(w, own))
+        for path, w, *own in zip(paths, leaves, *bounds, strict=True)
     }
+    stuck = [
+        leaf_name("params", path)
+        for path, fraction in fractions.items()
+        if any(known_values(fraction) >= 0.5)
+    ]
+    warn_of_leaves(stuck, _STUCK, stacklevel=2)
+    return fractions
 
 
 def fraction_zero(params: Any) -> dict[str, jax.Array]:
@@ -334,6 +354,19 @@ def _by_path(fn: Callable[..., Any], params: Any, other: Any) -> dict[str, Any]:
         path: fn(widen(w), widen(o))
         for path, w, o in zip(paths, leaves, others, strict=True)
     }
+
+
+def _is_at_bound(w: Any, bounds: Sequence[Any]) -> jax.Array:
+    if is_quantized(w):
+        return jnp.abs(w.codes) == w.format.levels
+    bound = reduce(jnp.minimum, bounds, largest_weight(jnp.result_type(w)))
+    return jnp.abs(widen(w)) >= (1 - 2**-6) * bound
+
+
+def _states(kind: type, state: Any) -> list[Any]:
+    """The states of one transform in the state of an optimizer."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]
 
 
 def _fraction(condition: jax.Array) -> jax.Array:

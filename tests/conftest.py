@@ -16,7 +16,7 @@ Each file has one subject, which its first lines state:
   ``test_same_bits``, ``test_lowering`` show that a mesh, other processes and other
   compilers get the same bits; ``test_compiled`` bounds what compilers make of a step;
 - around it: ``test_wrappers*``, ``test_optax_suite``, ``test_flax*``,
-  ``test_linen_codes``, ``test_checkpoint*``, ``test_training``;
+  ``test_linen_codes``, ``test_checkpoint*``, ``test_training``, ``test_growth``;
 - pages: ``test_readme``, ``test_docs``;
 - benchmarks/: ``test_demo``, ``test_sweeps``, ``test_workloads``, ``test_hub``, ...
 

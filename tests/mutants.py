@@ -152,6 +152,9 @@ MUTANTS = {
             "properties oracle",
         ),
         ("jnp.where(jnp.isnan(bounds), jnp.inf, bounds)", "bounds", "faults"),
+        ("free = _are_vectors(paths, leaves)", "", "growth oracle"),
+        ("or bool(NO_WEIGHT.search(path))", "", "growth"),
+        ("jnp.where(state.peak0 > 0, bounds, jnp.inf)", "bounds", "growth oracle"),
     ],
     "_quantize_params": [
         ("jnp.maximum(3 * rms, peak) if", "3 * rms if", "quantize_defaults"),
@@ -328,7 +331,8 @@ MUTANTS = {
     ],
     "diagnostics": [
         ("zero = jnp.all(u == 0)", "zero = False", "diagnostics"),
-        ("(1 - 2**-6) * weight_bounds", "1.0 * weight_bounds", "diagnostics"),
+        ("(1 - 2**-6) * bound", "1.0 * bound", "diagnostics"),
+        ("if scale is not None", "if scale is None", "growth"),
         ("jnp.abs(w.codes) == w.format.levels", "w.codes == w.format.levels", "diagn"),
         ("jnp.sign(w) != jnp.sign(p)", "jnp.sign(w) == jnp.sign(p)", "diagnostics"),
         ("nonzero = (w != 0)", "nonzero = (w == w)", "diagnostics"),

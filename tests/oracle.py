@@ -6,7 +6,8 @@ Each class is one transform: built from a leaf's first weights, called once per 
     v = b2 v + (1-b2) g^2                  g_hat = g / sqrt(v / (1 - b2^t)),   0/0 = 0
     d = -lr (clip(g_hat, -g_bound, g_bound) + weight_decay w / max(|w|, floor rms0))
     u = w expm1(sign(w) d)   where |w| > floor rms0,   else   floor rms0 d
-    |w + u| <= p_scale rms0,   or for None   max(3 rms0, max |w0|)
+    |w + u| <= p_scale rms0,   or for None   max(3 rms0, max |w0|)   in matrices alone,
+                                             unless they are all zeros at first
 
 Formats are known by their fields. A code c, real-valued, of at most n = 2^(bits-1) - 1
 in size, and its value relative to the scale:
@@ -33,7 +34,9 @@ def bound(w0, p_scale=None, zero_init_scale=0.1):
     rms = first_rms(w0, zero_init_scale)[0]
     if p_scale is not None:
         return p_scale * rms
-    return max(3 * rms, float(np.max(np.abs(np.float64(w0)), initial=0)))
+    if np.ndim(w0) < 2 or not np.any(w0):
+        return np.inf
+    return max(3 * rms, float(np.max(np.abs(np.float64(w0)))))
 
 
 class SecondMoment:

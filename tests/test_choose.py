@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from helpers import mostly_nightly
 
-from benchmarks import choose, moments
+from benchmarks import bounds, choose, moments
 from benchmarks.__main__ import main
 from benchmarks.optimizers import Optimizer, hyperparameters
 
@@ -87,6 +87,21 @@ def test_a_warm_up_is_of_a_tenth_and_then_a_cosine():
         np.testing.assert_allclose(found, want, atol=1e-6)
 
 
+def test_a_lifted_bound_is_compared_with_the_bound_on_all():
+    errors = {"all bounded": 2.0, "matrices bounded": 1.5, "none bounded": np.inf}
+    errors |= {"8 bits, all bounded": 4.0, "8 bits, matrices bounded": 5.0}
+    runs = [
+        {"workload": "a", "optimizer": name, "rate": 0.01, "seed": seed}
+        | {"error": error, "diverged": bool(np.isinf(error))}
+        for (name, error), seed in itertools.product(errors.items(), range(3))
+    ]
+    table = bounds.bounds_table(pd.DataFrame(runs))
+    row = [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")]
+    assert row[2:4] == ["2 (2 to 2)", "-25.0 %: 1.5 (1.5 to 1.5)"]
+    assert row[4].startswith("diverged")
+    assert row[5:] == ["4 (4 to 4)", "+25.0 %: 5 (5 to 5)"]
+
+
 @pytest.mark.parametrize("name", mostly_nightly(moments.HARD, "one constant gradient"))
 def test_moments_of_sixteen_bits_are_hardly_off(name):
     found = moments.off(name, 16, 1000)
@@ -101,6 +116,7 @@ def test_moments_of_sixteen_bits_are_hardly_off(name):
     [
         ("choose", ("mlp", "gru"), ("choose.jsonl", "choose.md", "choose.png")),
         ("why", ("mlp",), ("why.jsonl", "why.md")),
+        ("bounds", ("mlp",), ("bounds.jsonl", "bounds.md")),
         ("moments", ("mlp", "gru"), ("hard.md", "hard.png", "moments.md")),
     ],
 )

@@ -90,7 +90,7 @@ def test_relative_update_size_by_hand(compiled, name):
 @pytest.mark.parametrize(
     "dtype", mostly_nightly([np.float32, jnp.bfloat16, np.float16], jnp.bfloat16)
 )
-@pytest.mark.filterwarnings("ignore:.*beyond p_scale")
+@pytest.mark.filterwarnings("ignore:.*beyond p_scale", "ignore:.*at their bound")
 @pytest.mark.parametrize("p_scale", mostly_nightly([None, 0.5, 1.0, 3.0], 0.5))
 def test_fraction_at_bound(compiled, p_scale, dtype):
     params = tree(0, dtype=dtype)

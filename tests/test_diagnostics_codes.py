@@ -86,4 +86,4 @@ def test_bounds_of_a_tree_of_codes_alone():
         )
     }
     state = madax.madam().init(params)
-    assert diagnostics.fraction_at_bound(params, state)["w"] == 0.5
+    assert jax.jit(diagnostics.fraction_at_bound)(params, state)["w"] == 0.5

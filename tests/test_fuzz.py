@@ -153,7 +153,7 @@ def trees(dtypes, ends=False):
     """Of leaves of these dtypes; with ``ends`` now and then near the ends of them."""
 
     def containers(node):
-        keys = st.sampled_from(["a", "b", "kernel", "c/d"])
+        keys = st.sampled_from(["a", "w", "kernel", "c/d"])
         return st.one_of(
             st.dictionaries(keys, node, max_size=3),
             st.lists(node, max_size=3),
@@ -464,10 +464,18 @@ def sign_log(w, d, floor):
     return np.where(np.abs(w) > floor, w * np.expm1(np.sign(w) * d), floor * d)
 
 
-def weight_bound(rule, rms0, peak0):
-    """The scale of a leaf: what a grid reaches to, and no weight is beyond."""
+def grid_scale(rule, rms0, peak0):
+    """What a grid reaches to."""
     scale = max(3 * rms0, peak0) if rule.p_scale is None else rule.p_scale * rms0
     return scale if rms0 > 0 else 0.0
+
+
+def weight_bound(rule, rms0, peak0, w):
+    """What no float weight is beyond; by default that of matrices alone."""
+    bounded = np.ndim(w) >= 2 and peak0 > 0
+    if rule.p_scale is None and not bounded:
+        return math.inf
+    return grid_scale(rule, rms0, peak0)
 
 
 def float_interval(rule, rms0, peak0, zero_init, w, d_low, d_high, info):
@@ -481,7 +489,7 @@ def float_interval(rule, rms0, peak0, zero_init, w, d_low, d_high, info):
         ends += [w + sign_log(w, d, floor * (1 + e)) for e in (-4e-6, 4e-6)]
     low, high = np.minimum.reduce(ends), np.maximum.reduce(ends)
     largest = float(info.max)
-    bound = min(weight_bound(rule, rms0, peak0), largest)
+    bound = min(weight_bound(rule, rms0, peak0, w), largest)
     low, high = np.clip(low, -bound, bound), np.clip(high, -bound, bound)
     # A weight crosses its whole dtype in two steps.
     low, high = (w + np.clip(end - w, -largest, largest) for end in (low, high))
@@ -500,7 +508,7 @@ def check_float(rule, rms0, peak0, zero_init, w, new, d_low, d_high):
     info = jnp.finfo(dtype)
     eps, x = float(info.eps), f64(np.asarray(w, dtype))  # a Python float is a float32
     low, high = float_interval(rule, rms0, peak0, zero_init, x, d_low, d_high, info)
-    scale = min(weight_bound(rule, rms0, peak0), LARGEST)
+    scale = min(grid_scale(rule, rms0, peak0), LARGEST)
     if rule.grid is None or scale == 0:
         check_between(new, low, high, "float leaf")
         return

@@ -75,6 +75,7 @@ SCHEDULES = {
 
 OPTIONS = [
     ("constant", {}),
+    ("constant", {"p_scale": 3.0}),  # the paper's bound, on every leaf
     ("cosine", {"floor": 0.1, "b1": 0.9}),
     ("warmup", {"b2": 0.9, "p_scale": 1.0, "g_bound": 1.0}),
     ("cosine", {"b2": 0.99, "b1": 0.5, "zero_init_scale": 1e-3, "p_scale": 0.3}),
@@ -164,14 +165,16 @@ def test_sign_log_follows_its_oracle(floor, zero_init_scale, zero_leaf):
 @pytest.mark.filterwarnings("ignore:.*beyond p_scale")
 @pytest.mark.parametrize("zero_leaf", [False, True])
 @pytest.mark.parametrize("p_scale", [None, 0.5, 3.0, np.inf])
-def test_clip_log_weights_follows_its_oracle(p_scale, zero_leaf):
+@pytest.mark.parametrize("shape", [(400,), (20, 20)], ids=str)
+def test_clip_log_weights_follows_its_oracle(shape, p_scale, zero_leaf):
     rng = np.random.default_rng(5)
-    w0 = np.float32(rng.standard_normal(400)) * np.float32(not zero_leaf)
-    u = np.float32(rng.standard_normal(400) * 10.0 ** rng.uniform(-3, 1, 400))
+    w0 = np.float32(rng.standard_normal(shape)) * np.float32(not zero_leaf)
+    u = np.float32(rng.standard_normal(shape) * 10.0 ** rng.uniform(-3, 1, shape))
     tx = madax.clip_log_weights(p_scale)
     got, _ = tx.update(jnp.asarray(u), tx.init(w0), jnp.asarray(w0))
     want = oracle.ClipLogWeights(w0, p_scale)(u, w0)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=3e-7)
     clipped = np.abs(want - u) > 1e-6
     np.testing.assert_array_equal(np.asarray(got)[~clipped], u[~clipped])
-    assert np.any(clipped) == (p_scale != np.inf)
+    free = p_scale is None and (len(shape) < 2 or zero_leaf)
+    assert np.any(clipped) == (p_scale != np.inf and not free)

@@ -10,7 +10,7 @@ from benchmarks.data import flights
 from benchmarks.data.text import text, words
 from benchmarks.profiles import EIGHT, TASKS, Options
 from benchmarks.workloads.diffusion import mix
-from benchmarks.workloads.pinn import exact, residual
+from benchmarks.workloads.pinn import exact, heat, residual
 from benchmarks.workloads.policy import (
     CART,
     DISCOUNT,
@@ -35,7 +35,7 @@ def test_tables_stay_on_the_eight_and_a_command_may_take_all():
     assert all(list(tasks) == list(TASKS["quick"]) for tasks in TASKS.values())
     quick = TASKS["quick"]
     assert Options().tasks() == [quick[name] for name in EIGHT]
-    assert Options().tasks(list(quick)) == list(quick.values()) and len(quick) == 15
+    assert Options().tasks(list(quick)) == list(quick.values()) and len(quick) == 17
     assert Options(workloads=("pinn",)).tasks(list(quick)) == [quick["pinn"]]
 
 
@@ -69,6 +69,24 @@ def test_residual_of_a_known_function():
     np.testing.assert_allclose(
         found, -2 * u + u * u_x + 0.25 * 9 * u, rtol=1e-4, atol=1e-4
     )
+
+
+def test_exact_solution_satisfies_the_equation_of_heat():
+    rod = heat(0.1)
+    times, places = jnp.linspace(0.1, 0.9, 9), jnp.linspace(-0.9, 0.9, 9)
+
+    def solution(t, x):
+        return 20 + 10 * jnp.exp(-0.1 * (jnp.pi / 2) ** 2 * t) * jnp.cos(jnp.pi / 2 * x)
+
+    wrong = rod.residual(solution, times, places)
+    np.testing.assert_allclose(wrong, 0, atol=1e-5)
+    np.testing.assert_allclose(
+        rod.exact(np.float64(times), np.float64(places)),
+        solution(times, places),
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(rod.start(places), solution(0, places), rtol=1e-6)
+    np.testing.assert_allclose(rod.exact(np.ones(2), np.array([-1, 1])), rod.ends)
 
 
 def accelerations(state, force):

@@ -23,12 +23,16 @@ class Transformer(nnx.Module):
         width: int,
         layers: int,
         heads: int,
+        layer_scale: float | None,
     ):
         self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
         places = jax.random.normal(rngs.params(), (context, width))
         self.places_embed = nnx.Param(0.02 * places)
         self.blocks = nnx.Sequential(
-            *(Block(width, rngs, heads=heads, causal=True) for _ in range(layers))
+            *(
+                Block(width, rngs, heads=heads, causal=True, layer_scale=layer_scale)
+                for _ in range(layers)
+            )
         )
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, vocabulary, rngs=rngs)
@@ -48,6 +52,7 @@ def transformer(
     layers: int,
     heads: int,
     held_out: int,
+    layer_scale: float | None = None,
     name: str = "transformer",
 ) -> Workload:
     """Returns the workload.
@@ -60,12 +65,20 @@ def transformer(
       layers: number of blocks.
       heads: of the attention.
       held_out: windows of the held-out text to score on.
+      layer_scale: gains of the branches of blocks at init; None for no gains.
       name: as written in the records.
     """
     data = text(source, folder)
 
     def make(rngs: nnx.Rngs) -> Transformer:
-        size = {"width": width, "layers": layers, "heads": heads}
-        return Transformer(data.vocabulary, context, rngs, **size)
+        return Transformer(
+            data.vocabulary,
+            context,
+            rngs,
+            width=width,
+            layers=layers,
+            heads=heads,
+            layer_scale=layer_scale,
+        )
 
     return language(name, make, data, context=context, held_out=held_out)
