@@ -25,7 +25,7 @@ from madax._lns_quantize import lns_quantize
 from madax._moments import MomentFormat
 from madax._rounding import Rounding
 from madax._second_moment import ScaleBySecondMomentState, scale_by_second_moment
-from madax._sign_log import scale_by_sign_log
+from madax._sign_log import sign_log
 from madax._weight_decay import add_decayed_log_weights
 
 _UPDATE_GRID = LogFormat.from_gamma(bits=16, gamma=2048)
@@ -59,9 +59,9 @@ def madam(
     :math:`e^{\pm g_\text{bound}\eta}`, whatever the scale of weights or gradients.
     So one learning rate suits very different networks: start at 0.01, and decay it.
     By default the bound :math:`w_\text{max}` of a matrix is
-    :math:`\max(3\, \mathrm{rms}_0, \max|w_0|)`, beyond which there is no weight at
-    init, pretrained or not. Vectors, gains and what is all zeros at init have none: see
-    :func:`clip_log_weights`.
+    :math:`\max(3\, \mathrm{rms}_0, \max|w_0|)`, which no weight exceeds at init,
+    pretrained or not. Vectors, gains and leaves that are all zeros at init have no
+    bound: see :func:`clip_log_weights`.
 
     The chain is ``scale_by_second_moment``, ``optax.clip``, with a weight decay
     ``add_decayed_log_weights``, ``optax.scale_by_learning_rate``,
@@ -105,8 +105,10 @@ def madam(
 
     Raises:
       ValueError: if an argument is out of range, ``params`` are missing or do not
-        match.
-      TypeError: if an argument is not a number, or a leaf is not real floating.
+        match. Traced arguments and the rates of a schedule cannot be checked: out of
+        range, they make float weights NaN, and leave codes where they are.
+      TypeError: if an argument is not a number, a decay rate has less than 32 bits, or
+        a leaf is not real floating.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, madax
@@ -163,9 +165,9 @@ def from_direction(
     rounding: Rounding,
     seed: jax.typing.ArrayLike,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer that takes multiplicative steps in a direction; as of madam."""
-    check_learning_rate(learning_rate, 0.01)
-    check_positive("g_bound", g_bound, 10.0)
+    """The optimizer of multiplicative steps in a direction; arguments as for madam."""
+    learning_rate = check_learning_rate(learning_rate, 0.01)
+    g_bound = check_positive("g_bound", g_bound, 10.0)
     geometry = {"floor": floor, "zero_init_scale": zero_init_scale}
     decay = (
         []
@@ -177,7 +179,7 @@ def from_direction(
         optax.clip(g_bound),
         *decay,
         optax.scale_by_learning_rate(learning_rate),
-        scale_by_sign_log(**geometry),
+        sign_log(**geometry, skips=False),
         clip_log_weights(p_scale, zero_init_scale=zero_init_scale),
         lns_quantize(rounding=rounding, seed=seed),
     )
@@ -206,7 +208,7 @@ def bbit_madam(
     :math:`\beta`, and the rate :math:`k` a whole number of codes, 1 at least: a
     schedule that decays the rate is rounded to it.
 
-    Float leaves stay float arrays, whose values are on the grid, and none, vectors
+    Float leaves stay float arrays, whose values are on the grid; no leaf, vectors
     included, grows beyond it. To store codes,
     use ``quantize_params(params, LogFormat(bits + 1, base_precision))``: the extra
     bit is the sign. The paper has one magnitude more, as its codes have no zero, and
@@ -243,8 +245,8 @@ def bbit_madam(
       Bernstein et al., `Learning compositional functions via multiplicative
       weight updates <https://arxiv.org/abs/2006.14560>`_, 2020, Section 5.
     """
-    check_learning_rate(learning_rate, 0.01)
-    check_positive("g_bound", g_bound, 10.0)
+    learning_rate = check_learning_rate(learning_rate, 0.01)
+    g_bound = check_positive("g_bound", g_bound, 10.0)
     if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 15:
         raise ValueError(
             f"bits must be an int in 1 to 15, got {bits!r} (default: 12); formats are "
@@ -271,7 +273,7 @@ def bbit_madam(
         scale_by_second_moment(b2),
         optax.clip(g_bound),
         optax.scale_by_learning_rate(rate),
-        scale_by_sign_log(zero_init_scale=zero_init_scale),
+        sign_log(0.0, zero_init_scale, skips=False),
         clip_log_weights(p_scale, zero_init_scale=zero_init_scale),
         lns_quantize(
             format,
@@ -334,8 +336,8 @@ def lns_madam(
       using multiplicative weight update <https://arxiv.org/abs/2106.13914>`_, 2022,
       Algorithm 1.
     """
-    check_learning_rate(learning_rate, 2**-7)
-    check_positive("g_bound", g_bound, 10.0)
+    learning_rate = check_learning_rate(learning_rate, 2**-7)
+    g_bound = check_positive("g_bound", g_bound, 10.0)
     check_instance("format", format, Format, or_none=False)
     # The two factors are one, as XLA may or may not merge two: that depends on how an
     # array is sharded.
@@ -348,7 +350,7 @@ def lns_madam(
         scale_by_second_moment(b2),
         optax.clip(g_bound),
         optax.scale_by_learning_rate(in_nats),
-        scale_by_sign_log(zero_init_scale=zero_init_scale),
+        sign_log(0.0, zero_init_scale, skips=False),
         clip_log_weights(p_scale, zero_init_scale=zero_init_scale),
         lns_quantize(
             format,

@@ -17,12 +17,15 @@ CLIPPED = (
 
 
 def check_number(
-    name: str, value: Any, ok: Callable[[float], bool], condition: str, default: Any
-) -> None:
+    name: str, value: Any, ok: Callable[[Any], Any], condition: str, default: Any
+) -> Any:
     """Raises unless ``value`` is a real scalar that satisfies ``ok``.
 
     Traced values (a rate under ``vmap``, ``optax.inject_hyperparams`` under
     ``jit``) have a type but no value yet: only their type and shape are checked.
+
+    Returns:
+      The value; a traced one becomes NaN where it does not satisfy ``ok``.
     """
     remedy = f"pass a number with {condition} (default: {default})"
     is_array = isinstance(value, (np.ndarray, np.generic, jax.Array))
@@ -46,57 +49,75 @@ def check_number(
     if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
         raise TypeError(f"{name} must be real, got {value!r}; {remedy}.")
     if isinstance(value, jax.core.Tracer):
-        return
+        return _or_nan(value, ok)
     if isinstance(value, int) and abs(value) >= 2**31:  # which JAX makes an int32
         raise ValueError(f"{name} must be a float if so large, got {value}; {remedy}.")
     if 3.4e38 < abs(float(value)) < math.inf:
         raise ValueError(f"{name} must fit a float32, got {value}; {remedy}.")
     if math.isnan(value) or not ok(float(value)):
         raise ValueError(f"{name} must satisfy {condition}, got {value}; {remedy}.")
+    return value
 
 
-def check_learning_rate(learning_rate: Any, default: float) -> None:
+def _or_nan(value: Any, ok: Callable[[Any], Any]) -> Any:
+    """The value, or NaN where it is not ``ok``, so that the loss shows the mistake."""
+    if isinstance(value, jax.Array):
+        return jnp.where(ok(value), value, jnp.nan)
+    return value if ok(value) else math.nan
+
+
+# The functions below return what :func:`check_number` returns.
+
+
+def check_learning_rate(learning_rate: Any, default: float) -> Any:
     """Raises unless ``learning_rate`` is a schedule or a finite number >= 0."""
-    if not callable(learning_rate):
-        check_number(
-            "learning_rate",
-            learning_rate,
-            lambda x: 0 <= x < math.inf,
-            "0 <= learning_rate < inf, or an optax schedule",
-            default,
-        )
-
-
-def check_b1(b1: Any) -> None:
-    """Raises unless ``b1`` is None or a decay rate in [0, 1)."""
-    if b1 is not None:
-        check_number("b1", b1, lambda x: 0 <= x < 1, "0 <= b1 < 1, or None", None)
-
-
-def check_decay(name: str, value: Any, default: float) -> None:
-    """Raises unless ``value`` is the decay rate of a moment, in [0, 1)."""
-    check_number(name, value, lambda x: 0 <= x < 1, f"0 <= {name} < 1", default)
-
-
-def check_non_negative(name: str, value: Any, default: float) -> None:
-    """Raises unless ``value`` is a finite number that is not negative."""
-    check_number(
-        name, value, lambda x: 0 <= x < math.inf, f"0 <= {name} < inf", default
+    if callable(learning_rate):
+        return lambda count: _or_nan(learning_rate(count), _is_non_negative)
+    condition = "0 <= learning_rate < inf, or an optax schedule"
+    return check_number(
+        "learning_rate", learning_rate, _is_non_negative, condition, default
     )
+
+
+def check_b1(b1: Any) -> Any:
+    """Raises unless ``b1`` is None or a decay rate in [0, 1)."""
+    return None if b1 is None else check_decay("b1", b1, None)
+
+
+def check_decay(name: str, value: Any, default: float | None) -> Any:
+    """Raises unless ``value`` is the decay rate of a moment, in [0, 1)."""
+    dtype = getattr(value, "dtype", np.dtype(float))
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+        raise TypeError(
+            f"{name} has dtype {dtype}, in which a decay rate near 1 becomes 1; pass a "
+            "float, and hyperparam_dtype=jnp.float32 to optax.inject_hyperparams, "
+            "which otherwise takes the dtype of the parameters."
+        )
+    rule = f"0 <= {name} < 1" + (", or None" if default is None else "")
+    return check_number(name, value, lambda x: (x >= 0) & (x < 1), rule, default)
+
+
+def check_non_negative(name: str, value: Any, default: float) -> Any:
+    """Raises unless ``value`` is a finite number that is not negative."""
+    return check_number(name, value, _is_non_negative, f"0 <= {name} < inf", default)
+
+
+def _is_non_negative(x: Any) -> Any:
+    return (x >= 0) & (x < math.inf)
 
 
 def check_positive(
     name: str, value: Any, default: float | None, *, finite: bool = False
-) -> None:
+) -> Any:
     """Raises unless ``value`` is positive; ``inf`` stands for no bound at all.
 
     A grid must be ``finite``: it has a largest value.
     """
     if finite:
-        valid, rule = lambda x: 0 < x < math.inf, f"0 < {name} < inf"
+        valid, rule = lambda x: (x > 0) & (x < math.inf), f"0 < {name} < inf"
     else:
         valid, rule = lambda x: x > 0, f"{name} > 0"
-    check_number(name, value, valid, rule, default)
+    return check_number(name, value, valid, rule, default)
 
 
 def leaf_name(tree_name: str, path: str) -> str:

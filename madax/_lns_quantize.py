@@ -120,8 +120,8 @@ def lns_quantize(
     check_rounding(rounding)
     check_seed(seed)
     if p_scale is not None:
-        check_positive("p_scale", p_scale, None, finite=True)
-    check_non_negative("zero_init_scale", zero_init_scale, 0.1)
+        p_scale = check_positive("p_scale", p_scale, None, finite=True)
+    zero_init_scale = check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
         count = jnp.zeros([], jnp.int32)
@@ -243,7 +243,8 @@ def _step_in_dtype(w: jax.Array, u: jax.Array, bits: jax.Array | None) -> jax.Ar
     dtype = jnp.result_type(w)
     if dtype.itemsize > 2:
         return u
-    info, x, u = jnp.finfo(dtype), widen(w), widen(u)
+    info, x = jnp.finfo(dtype), widen(w)
+    u = u.astype(x.dtype)
     # This is the power of two below |w + u|, or below the finest spacing of the dtype,
     # which must be a normal float32 itself.
     finest = max(float(info.tiny), float(jnp.finfo(x.dtype).tiny) * 2.0**info.nmant)
@@ -276,7 +277,9 @@ def _step_on_grid(
     """The update that takes ``w`` to a grid point near ``w + u``."""
     dtype = jnp.result_type(w)
     largest = largest_weight(dtype)  # float16 may not reach as far as the scale
-    x, step, moved = (relative_to(scale, v) for v in (widen(w), widen(u), widen(w) + u))
+    x = widen(w)
+    u, scale = u.astype(x.dtype), scale.astype(x.dtype)
+    x, step, moved = (relative_to(scale, v) for v in (x, u, x + u))
     code = format.nearest(x).astype(jnp.int32)
     value = format.decode(code)
     point = jnp.clip(scale * value, -largest, largest).astype(dtype)
@@ -287,5 +290,7 @@ def _step_on_grid(
     steps = format.add_step(code, jnp.where(on_grid, step, moved - value))
     new = moved_codes(code, format, steps, jnp.sign(moved), bits)
     target = jnp.clip(scale * format.decode(new), -largest, largest).astype(dtype)
-    to_target = jnp.where(scale > 0, jnp.clip(target - w, -largest, largest), u)
+    to_target = jnp.where(scale == 0, u, jnp.clip(target - w, -largest, largest))
+    # A NaN is no number of steps.
+    to_target = jnp.where(jnp.isnan(u), u, to_target)
     return straight_through(u.astype(dtype), to_target.astype(dtype))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from madax._checks import check_bits
 from madax._leaves import entries
 from madax._numerics import rounded
+from madax._shards import over_shards
 
 _MANTISSA = 23  # float32: 1 sign bit, 8 exponent bits of bias 127, 23 mantissa bits
 _BIAS = 127
@@ -26,8 +27,10 @@ _LOWEST_M = _BIAS - 62  # with bits to spare for what squares to a normal float3
 # adds only a thousandth of its square.
 _BELOW = 54
 # Windows follow in each of the first steps, and in every eighth afterwards, since that
-# takes a pass over the codes of v.
+# takes a pass over the codes of v. In between, the decay of v lowers them.
 _FIRST_STEPS, _INTERVAL = 8, 8
+# With a larger fraction of the newest square in v, they would fall too far by then.
+_FASTEST = 0.25
 
 
 class MomentWindow(NamedTuple):
@@ -56,7 +59,8 @@ class MomentFormat:
       any scale are stored alike. They are moved in each of the first 8 steps, and in
       every 8th then. An element whose ``v`` jumps out of them, as by a gradient of 700
       times the largest of its leaf, is skipped until they have followed, like one
-      that is not finite.
+      that is not finite. With a decay rate below 0.75 they are moved in every step,
+      and only elements that are not finite are skipped.
     - The decay of ``v`` is exact. It goes into a scale that all leaves share, so ``v``
       is rounded only where a gradient adds to it.
     - There is no zero to be trapped at. The least code of ``v`` is a number below the
@@ -145,14 +149,21 @@ class MomentFormat:
         )
 
     def follow(
-        self, octave: jax.Array, count: jax.Array, vs: Sequence[jax.Array]
+        self,
+        octave: jax.Array,
+        count: jax.Array,
+        vs: Sequence[jax.Array],
+        octaves: jax.Array,
+        fast: jax.Array,
     ) -> jax.Array:
-        """The lowest octaves that suit the codes ``vs``, if they are due at ``count``.
+        """The lowest octaves in a step, which suit the codes ``vs`` if they are due.
 
         Args:
-          octave: the present ones, int32, shape (number of leaves,).
+          octave: the ones before, int32, shape (number of leaves,).
           count: number of steps taken before this one.
-          vs: the codes of each leaf's ``v``, one leaf at least.
+          vs: the codes of each leaf's ``v`` before, one leaf at least.
+          octaves: by how many the decay of the unit of ``v`` lowers its values.
+          fast: whether they are due in every step, as :func:`is_fast` tells.
 
         Returns:
           The new ones; 0 for a leaf whose codes are all zero.
@@ -161,26 +172,42 @@ class MomentFormat:
         def suitable():
             largest = jnp.stack([jnp.max(codes, initial=0) for codes in vs])
             top = self.v_grid(octave).pattern(largest) >> _MANTISSA
+            top = jnp.where(largest > 0, top, 0)
+            top = over_shards(jax.lax.pmax, top, octave)
             lowest = jnp.clip(top - _BELOW, 1, 254 - _OCTAVES_V)
-            return jnp.where(largest > 0, lowest, 0)
+            return jnp.where(top > 0, lowest, 0)
 
         # The window follows the codes, not the gradients: all of those would have to be
         # there before the first could be used up.
-        return jax.lax.cond(
-            (count < _FIRST_STEPS) | (count % _INTERVAL == 0),
-            suitable,
-            lambda: octave,
-        )
+        due = (count < _FIRST_STEPS) | (count % _INTERVAL == 0) | fast
+        lowest = jax.lax.cond(due, suitable, lambda: octave)
+        # With a short memory, v is about as large after the step as it was before, not
+        # as small as its decayed part.
+        lowered = jnp.maximum(lowest - jnp.where(fast, 0, octaves), 1)
+        return jnp.where(lowest > 0, lowered, 0)
+
+
+def is_fast(rate: jax.Array) -> jax.Array:
+    """Whether memory is so short that windows are moved in every step.
+
+    A value beyond them is then stored as the largest, and still moves its weight. The
+    newest square is a large fraction of ``v``: divided by its root, it is no outlier.
+    """
+    return rate > _FASTEST
 
 
 def decayed(scale: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``(1 - rate) * scale`` as a number in [1, 2), and how many octaves that is up."""
+    """``(1 - rate) * scale`` as a number in [1, 2), and how many octaves that is up.
+
+    A NaN stays.
+    """
     # Beyond 100 octaves nothing is left of any v, and the scale would underflow.
     product = jnp.maximum(scale - rounded(rate * scale), 2.0**-100)
     pattern = jax.lax.bitcast_convert_type(product, jnp.int32)
     octaves = _BIAS - (pattern >> _MANTISSA)
     pattern += octaves << _MANTISSA
-    return jax.lax.bitcast_convert_type(pattern, jnp.float32), octaves
+    scale = jax.lax.bitcast_convert_type(pattern, jnp.float32)
+    return jnp.where(jnp.isnan(product), product, scale), octaves
 
 
 class MomentGrid(NamedTuple):

@@ -13,10 +13,13 @@ optimizer step on CPU.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from madax._derivatives import with_derivative
 
 # r / expm1(r) = 1 - r/2 + z (a - z) b, z = r**2, to 2e-9 on |r| <= ln(2) / 2.
 _EXPM1_A, _EXPM1_B = 60.239117276130735, 0.0013833723359935775
@@ -31,7 +34,7 @@ _MANTISSA, _BIAS = 23, 127
 _SQRT_HALF = 0x3F3504F3  # its float32 pattern
 
 
-@jax.custom_jvp
+@with_derivative(lambda tangents, ans, x: tangents[0])
 def rounded(x: jax.Array) -> jax.Array:
     """Returns ``x``; a product that passes through is not fused with a sum.
 
@@ -50,36 +53,29 @@ def rounded(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
-rounded.defjvps(lambda t, ans, x: t)
-
-
-@jax.custom_jvp
+@with_derivative(lambda tangents, ans, value, stored: tangents[0])
 def straight_through(value: jax.Array, stored: jax.Array) -> jax.Array:
     """``stored``, what ``value`` was rounded to, with the derivative of ``value``."""
     del value
     return stored
 
 
-straight_through.defjvps(lambda t, ans, value, stored: t, None)
-
-
-def _differentiated(
-    derivative: Callable[[jax.Array, jax.Array], jax.Array],
-) -> Callable[[Callable[[jax.Array], jax.Array]], Callable[[jax.Array], jax.Array]]:
+def _differentiated(derivative: Callable[[jax.Array, jax.Array], jax.Array]) -> Any:
     """Gives a function its derivative, a function of its value and its argument.
 
     JAX would get it wrong, as integer operations on patterns have no derivative.
     """
-
-    def decorate(function):
-        function = jax.custom_jvp(function)
-        function.defjvps(lambda t, ans, x: t * derivative(ans, x))
-        return function
-
-    return decorate
+    return with_derivative(lambda tangents, ans, x: tangents[0] * derivative(ans, x))
 
 
-@jax.custom_jvp
+def _over_root_rule(tangents, ans, x, v):
+    del x
+    dx, dv = tangents
+    root = jnp.sqrt(jnp.maximum(v, jnp.finfo(v.dtype).tiny))
+    return dx / root - 0.5 * (ans / root) * (dv / root)
+
+
+@with_derivative(_over_root_rule)
 def over_root(x: jax.Array, v: jax.Array) -> jax.Array:
     """``x / sqrt(v)``; a ``v`` below the least normal number counts as that number.
 
@@ -101,22 +97,15 @@ def over_root(x: jax.Array, v: jax.Array) -> jax.Array:
     )
 
 
-@over_root.defjvp
-def _over_root_jvp(primals, tangents):
-    (x, v), (dx, dv) = primals, tangents
-    quotient, root = over_root(x, v), jnp.sqrt(jnp.maximum(v, jnp.finfo(v.dtype).tiny))
-    return quotient, dx / root - 0.5 * (quotient / root) * (dv / root)
-
-
 def within(
     x: jax.Array, low: jax.typing.ArrayLike, high: jax.typing.ArrayLike
 ) -> jax.Array:
-    """``jnp.clip(x, low, high)``, but that of NaN is a number."""
+    """``jnp.clip(x, low, high)`` for bounds that are not NaN."""
 
-    # A minimum takes XLA on CPU three instructions, since NaN is to stay NaN.
+    # XLA on CPU takes three instructions for a minimum, to keep NaN of either side.
     def by_choice(x, low, high):
-        x = jnp.where(x > low, x, low)
-        return jnp.where(x < high, x, high)
+        x = jnp.where(x < low, low, x)
+        return jnp.where(x > high, high, x)
 
     low, high = (jnp.asarray(bound, x.dtype) for bound in (low, high))
     return jax.lax.platform_dependent(
@@ -260,9 +249,8 @@ def expm1_arcsinh(x: jax.Array) -> jax.Array:
 
 
 def decay_rate(decay: jax.typing.ArrayLike) -> jax.Array:
-    """``1 - decay``; 0 for what is not finite, as a traced decay may be anything."""
-    rate = jnp.asarray(1 - decay, jnp.result_type(float))
-    return jnp.where(jnp.isfinite(rate), rate, 0)
+    """``1 - decay``, in the dtype of JAX's floats."""
+    return jnp.asarray(1 - decay, jnp.result_type(float))
 
 
 def moving_average(moment: jax.Array, x: jax.Array, rate: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ weights.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from madax._checks import leaf_name
+from madax._derivatives import with_derivative
 from madax._leaves import awaited, entries, flatten, known_values, widen
+from madax._numerics import rounded
 from madax._quantized_array import is_quantized
 
 
@@ -43,7 +45,7 @@ def float_leaf_sizes(params: Any) -> tuple[list[str], jax.Array, jax.Array]:
                 "codes, made by quantize_params."
             )
     paths = [path for path, _ in floats]
-    rms, peaks = _leaf_sizes([jnp.asarray(leaf) for _, leaf in floats])
+    rms, peaks = _leaf_sizes([leaf for _, leaf in floats])
     for path, value in zip(paths, known_values(rms), strict=False):
         if not np.isfinite(value):
             raise ValueError(
@@ -105,19 +107,27 @@ def _usable(scale: jax.Array) -> jax.Array:
     return jnp.all((scale > 0) & (scale < jnp.inf))
 
 
-@jax.jit
-def _leaf_sizes(leaves: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _leaf_sizes(leaves: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
     """The root mean square and the peak of each array, float32 or wider, as vectors."""
     if not leaves:
         return jnp.ones(entries(0), jnp.float32), jnp.zeros(entries(0), jnp.float32)
-    peaks = [jnp.max(jnp.abs(widen(w)), initial=0) for w in leaves]
-    return jnp.stack([root_mean_square(w) for w in leaves]), jnp.stack(peaks)
+    rms, peaks = zip(*(awaited(_leaf_size(w)) for w in leaves), strict=True)
+    return jnp.stack(rms), jnp.stack(peaks)
+
+
+# Leaves of one shape share a program, and the host reads nothing between leaves.
+@jax.jit
+def _leaf_size(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The root mean square of an array, and its peak."""
+    w = widen(w)
+    return root_mean_square(w), jnp.max(jnp.abs(w), initial=0)
 
 
 @jax.jit
 def share_beyond(w: jax.Array, bound: jax.Array) -> jax.Array:
     """The share of weights that are beyond a bound, by more than a rounding."""
-    return jnp.sum(jnp.abs(widen(w)) > bound * (1 + 1e-5)) / max(np.size(w), 1)
+    beyond = jnp.abs(widen(w)) > bound * (1 + 1e-5)
+    return jnp.sum(beyond, dtype=jnp.uint32) / float(max(np.size(w), 1))
 
 
 def root_mean_square(
@@ -129,26 +139,29 @@ def root_mean_square(
     with a value that is not finite has NaN.
     """
     axes = tuple(range(w.ndim)) if axes is None else tuple(axes)
-    rms = _root_mean_square(axes, widen(w))
+    rms = _root_mean_square_over(axes)(widen(w))
     return rms if keepdims else jnp.squeeze(rms, axes)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _root_mean_square(axes: tuple[int, ...], w: jax.Array) -> jax.Array:
-    peak, relative = split_peak(jnp.abs(w), axes)
-    mean = (relative / 2) ** 2
-    for axis in axes:
-        mean = _orderless_mean(mean, axis) if w.size else jnp.full_like(peak, 0.25)
-    return jnp.where(jnp.isfinite(peak), peak * (2 * jnp.sqrt(mean)), jnp.nan)
+@cache
+def _root_mean_square_over(axes: tuple[int, ...]) -> Any:
+    """The function of an array that keeps the axes, in size 1."""
 
-
-@_root_mean_square.defjvp
-def _root_mean_square_jvp(axes, primals, tangents):
     # The sums of integers have no derivative, so it is written out.
-    (w,), (t,) = primals, tangents
-    rms = _root_mean_square(axes, w)
-    relative = w / jnp.where(rms > 0, rms, 1)
-    return rms, jnp.mean(relative * t, axes, keepdims=True, where=rms > 0)
+    def rule(tangents, rms, w):
+        (t,) = tangents
+        mean = jnp.mean(w / jnp.where(rms > 0, rms, 1) * t, axes, keepdims=True)
+        return jnp.where(rms > 0, mean, jnp.nan)
+
+    @with_derivative(rule)
+    def root_mean_square(w):
+        peak, relative = split_peak(jnp.abs(w), axes)
+        mean = (relative / 2) ** 2
+        for axis in axes:
+            mean = _orderless_mean(mean, axis) if w.size else jnp.full_like(peak, 0.25)
+        return jnp.where(jnp.isfinite(peak), peak * (2 * jnp.sqrt(mean)), jnp.nan)
+
+    return root_mean_square
 
 
 def _orderless_mean(x: jax.Array, axis: int) -> jax.Array:
@@ -159,6 +172,13 @@ def _orderless_mean(x: jax.Array, axis: int) -> jax.Array:
     added up as integers. They are narrow enough for the sum to fit 32 bits.
     """
     count = x.shape[axis]
+    if count >= 2**31:  # for which no digit is narrow enough
+        halves = jax.lax.split(x, (count // 2, count - count // 2), axis)
+        parts = [
+            rounded(_orderless_mean(half, axis) * (half.shape[axis] / count))
+            for half in halves
+        ]
+        return parts[0] + parts[1]
     width = min(24, 32 - count.bit_length())
     digits = -(-(jnp.finfo(x.dtype).nmant + 7) // width)
     total = jnp.zeros((), x.dtype)
@@ -168,7 +188,7 @@ def _orderless_mean(x: jax.Array, axis: int) -> jax.Array:
         x -= digit
         summed = jnp.sum(digit.astype(jnp.uint32), axis=axis, keepdims=True)
         total += summed.astype(x.dtype) * 2.0 ** (-width * i)
-    return total / count
+    return total / float(count)  # JAX takes no int so large
 
 
 def split_peak(

@@ -19,7 +19,7 @@ from madax._leaves import (
     one_a_leaf,
     zeros_like,
 )
-from madax._moments import MomentFormat, MomentWindow, decayed
+from madax._moments import MomentFormat, MomentWindow, decayed, is_fast
 from madax._numerics import (
     decay_rate,
     exp,
@@ -84,7 +84,8 @@ def scale_by_second_moment(
 
     Raises:
       ValueError: if a decay rate is out of range, or gradients do not match.
-      TypeError: if a decay rate is not a number, or a leaf is not real floating.
+      TypeError: if a decay rate is not a number, or has less than 32 bits, in which
+        0.999 may be 1; or if a leaf is not real floating.
 
     Example:
       >>> import jax.numpy as jnp, madax
@@ -100,8 +101,7 @@ def scale_by_second_moment(
       With ``b1``, the direction of Cornford et al., `Brain-like learning with
       exponentiated gradients <https://doi.org/10.1101/2024.10.25.620272>`_, 2024.
     """
-    check_decay("b2", b2, 0.999)
-    check_b1(b1)
+    b2, b1 = check_decay("b2", b2, 0.999), check_b1(b1)
     check_seed(seed)
     check_instance("moment_format", moment_format, MomentFormat)
 
@@ -178,7 +178,9 @@ def _step(
     if m is not None:
         m, g = storage.add(m, g, ok, b1_rate)
     # This is not g / sqrt(v / correction**2), a quotient that can overflow.
-    g = jnp.where(moves, g * correction.astype(g.dtype), 0)
+    # If a decay rate is NaN, so is the whole direction.
+    correction = correction.astype(g.dtype)
+    g = jnp.where(moves, g * correction, 0 * correction)
     return over_root(g, value), v, m
 
 
@@ -212,6 +214,7 @@ class _Codes:
       before: the lowest octave of ``v`` before the step.
       after: that after the step.
       octaves: what the decay of the unit of ``v`` has lowered its values by since.
+      highest: the largest code of ``v`` with which a gradient counts.
       share: of a squared gradient in ``v``, in the unit of ``v`` after the step.
       key_v: the key of the leaf for ``v``.
       key_m: that for ``m``; None without a first moment.
@@ -221,6 +224,7 @@ class _Codes:
     before: jax.Array
     after: jax.Array
     octaves: jax.Array
+    highest: jax.Array
     share: jax.Array
     key_v: jax.Array
     key_m: jax.Array | None = None
@@ -237,9 +241,9 @@ class _Codes:
         value = old.value(v) + jnp.where(fits, added, 0)
         code = new.encode(value, random_bits(self.key_v, v.shape))
         stored = jnp.clip(code, 0, self.format.highest_v).astype(v.dtype)
-        # The greatest code is that of all beyond. That the direction depends on what is
-        # stored lets XLA make one kernel of both.
-        ok = fits & (stored < self.format.highest_v)
+        # The largest code may stand for values beyond it. That the direction depends on
+        # the stored code lets XLA make one kernel of both.
+        ok = fits & (stored <= self.highest)
         return stored, value, ok, ok
 
     def add(self, m: jax.Array, g: jax.Array, ok: jax.Array, rate: jax.Array) -> Any:
@@ -264,12 +268,13 @@ def _storages(
 ) -> tuple[list[_Codes], MomentWindow]:
     """How the moments of every leaf are stored, and the window from now on."""
     scale, octaves = decayed(window.scale, rate.astype(jnp.float32))
-    before = window.octave
-    after = format.follow(before, count, vs)
-    after = jnp.where(after > 0, jnp.maximum(after - octaves, 1), 0)
+    before, fast = window.octave, is_fast(rate)
+    after = format.follow(before, count, vs, octaves, fast)
     share = (rate / scale).astype(jnp.float32)
+    highest = jnp.where(fast, format.highest_v, format.highest_v - 1)
+    highest = highest.astype(format.v_dtype)
     storages = [
-        _Codes(format, old, new, octaves, share, *key)
+        _Codes(format, old, new, octaves, highest, share, *key)
         for old, new, *key in one_a_leaf((before, after, *keys), len(vs))
     ]
     return storages, MomentWindow(after, scale)
@@ -277,8 +282,8 @@ def _storages(
 
 def _bias_correction(decay: Any, count: jax.Array) -> jax.Array:
     """``1 - decay**count``, without the cancellation that loses digits near 1."""
-    rate = jnp.asarray(1 - decay, jnp.result_type(float))
-    return -expm1(count * log1p(-rate))
+    rate = decay_rate(decay)
+    return jnp.where(jnp.isnan(rate), rate, -expm1(count * log1p(-rate)))
 
 
 def _check_window(moment_format: MomentFormat | None, window: Any) -> Any:

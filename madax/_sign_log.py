@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from madax._checks import check_non_negative, check_state
-from madax._leaves import flatten_both, known_values, per_leaf, widen
+from madax._leaves import compute_dtype, flatten_both, known_values, per_leaf, widen
 from madax._numerics import fast_expm1, within
 from madax._quantized_array import is_quantized
 from madax._scales import check_code_scales, initial_scales
@@ -63,8 +64,9 @@ def scale_by_sign_log(
     still real-valued, ``d / base_step`` for a ``LogFormat``, to be rounded by
     :func:`lns_quantize`. Its format decides how it behaves near zero.
 
-    A log-step that is not finite leaves its weight unchanged. One of a float beyond
-    80 nats counts as 80.
+    A log-step that is not finite leaves its weight unchanged. In :func:`madam` and the
+    other optimizers directions are finite, so a NaN comes from a hyperparameter, and
+    makes float weights NaN. Log-steps of float weights saturate at 80 nats.
 
     .. warning::
       Only :func:`clip_log_weights` and storage transforms may come after this one:
@@ -98,8 +100,19 @@ def scale_by_sign_log(
       Bernstein et al., `Learning compositional functions via multiplicative
       weight updates <https://arxiv.org/abs/2006.14560>`_, 2020, Algorithm 1.
     """
-    check_non_negative("floor", floor, 0.0)
-    check_non_negative("zero_init_scale", zero_init_scale, 0.1)
+    return sign_log(floor, zero_init_scale, skips=True)
+
+
+def sign_log(
+    floor: jax.typing.ArrayLike, zero_init_scale: jax.typing.ArrayLike, *, skips: bool
+) -> optax.GradientTransformationExtraArgs:
+    """As :func:`scale_by_sign_log`, which ``skips`` log-steps that are not finite.
+
+    If it does not, a NaN makes a float weight NaN. In the optimizers it can only come
+    from a hyperparameter, as directions are finite.
+    """
+    floor = check_non_negative("floor", floor, 0.0)
+    zero_init_scale = check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
         check_code_scales(params)
@@ -112,7 +125,8 @@ def scale_by_sign_log(
         check_state(state, ScaleBySignLogState)
         _, ws, ds, treedef = flatten_both(params, updates)
         floors = per_leaf(additive_floors(floor, *state), ws)
-        return treedef.unflatten(map(_update, ws, ds, floors)), state
+        leaves = zip(ws, ds, floors, strict=True)
+        return treedef.unflatten([_update(*leaf, skips) for leaf in leaves]), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -123,18 +137,18 @@ def additive_floors(
     """The magnitudes up to which steps are additive, one per float leaf."""
     floors = jnp.where(zero_init, 1.0, floor) * rms0
     # A step of `_LARGEST` floors does not overflow.
-    floors = jnp.minimum(floors, jnp.finfo(floors.dtype).max / 128)
-    return jnp.where(jnp.isnan(floors), 0, floors)
+    return jnp.minimum(floors, jnp.finfo(rms0.dtype).max / 128).astype(rms0.dtype)
 
 
-@jax.jit
-def _update(w: Any, d: jax.Array, floor: Any) -> jax.Array:
+@partial(jax.jit, static_argnums=3)
+def _update(w: Any, d: jax.Array, floor: Any, skips: bool) -> jax.Array:
     """The update that takes log-step ``d`` from ``w``; additive up to the floor."""
-    d = widen(d)
+    d = jnp.asarray(d, compute_dtype(w))
     if is_quantized(w):
         return w.format.log_step(w.codes, d)
-    d = within(jnp.where(jnp.isfinite(d), d, 0), -_LARGEST, _LARGEST)
+    d = within(jnp.where(jnp.isfinite(d), d, 0) if skips else d, -_LARGEST, _LARGEST)
     x = widen(w)
+    floor = floor.astype(x.dtype)
     # Floats, unlike codes, need not be the same bits everywhere. So GPUs and TPUs take
     # their instruction, and CPUs a polynomial without a division.
     growth = jax.lax.platform_dependent(

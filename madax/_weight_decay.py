@@ -81,9 +81,9 @@ def add_decayed_log_weights(
       Loshchilov and Hutter, `Decoupled weight decay regularization
       <https://arxiv.org/abs/1711.05101>`_, 2019.
     """
-    check_non_negative("weight_decay", weight_decay, 0.0)
-    check_non_negative("floor", floor, 0.0)
-    check_non_negative("zero_init_scale", zero_init_scale, 0.1)
+    weight_decay = check_non_negative("weight_decay", weight_decay, 0.0)
+    floor = check_non_negative("floor", floor, 0.0)
+    zero_init_scale = check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
         first = initial_scales(params, zero_init_scale)

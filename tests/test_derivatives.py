@@ -4,11 +4,14 @@ Finite differences in float64 are the judge: what is learned through an optimize
 (hypergradients, meta-learning) needs what ``jax.grad`` says of it.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from helpers import FORMATS, enable_x64, mostly_nightly
+from helpers import FORMATS, enable_x64, mostly_nightly, normal
 from jax.test_util import check_grads
 
 import madax
@@ -23,6 +26,7 @@ from madax._numerics import (
     rounded,
     sinh,
 )
+from madax._scales import root_mean_square
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -157,3 +161,116 @@ def test_fake_quantize_has_second_derivatives(backward):
     else:
         _, slope = jax.jvp(f, (x,), (jnp.ones(3),))
         np.testing.assert_allclose(slope, np.sum(3 * x**2), rtol=2e-3)
+
+
+# --- in loops -------------------------------------------------------------------------
+
+
+def repeat(f, x, count, how):
+    """``f(f(x, 0), 1)`` and so on: unrolled, or in a loop of JAX's."""
+    if how == "unrolled":
+        for i in range(count):
+            x = f(x, i)
+        return x
+    step = lambda x, i: (f(x, i), None)
+    if how == "remat":
+        step = jax.checkpoint(step)
+    if how == "fori":
+        return jax.lax.fori_loop(0, count, lambda i, x: f(x, i), x)
+    return jax.lax.scan(step, x, jnp.arange(count))[0]
+
+
+def second_derivatives(f, x):
+    """Each order of both directions, as the derivatives of one number by one."""
+    return [d(e(f))(x) for d in (jax.grad, jax.jacfwd) for e in (jax.grad, jax.jacfwd)]
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "over_root", "root_mean_square"])
+def test_functions_have_their_second_derivatives_in_loops(name):
+    """By finite differences of the function in NumPy."""
+    ours, exact = {
+        "over_root": (lambda x: over_root(x, 1 + x * x), lambda x: x / np.hypot(1, x)),
+        "root_mean_square": (
+            lambda x: root_mean_square(jnp.stack([x, x * x])),
+            lambda x: np.sqrt((x**2 + x**4) / 2),
+        ),
+    }.get(name) or FUNCTIONS[name][:2]
+    twice = lambda f, x: f(0.5 * f(x) + 1)
+    in_loop = lambda x: repeat(lambda x, i: ours((1 - 0.5 * i) * x + i), x, 2, "scan")
+    x, h = 0.4, 1e-4
+    want = sum(c * twice(exact, x + k * h) for k, c in ((-1, 1), (0, -2), (1, 1)))
+    got = jax.jit(partial(second_derivatives, in_loop))(x)
+    np.testing.assert_allclose(got, want / h**2, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", mostly_nightly(["scan", "remat", "fori"], "scan"))
+def test_fake_quantize_has_second_derivatives_in_loops(how):
+    """Hessian-vector products, and those of the norm of a gradient, of the unrolled."""
+    fmt, x = madax.LogFormat(8), jnp.array([0.3, 0.7, 1.1])
+    f = lambda x, i: 2 * jnp.sin(madax.fake_quantize(x, fmt))
+
+    def products(how):
+        loss = lambda x: jnp.sum(repeat(f, x, 3, how))
+        forward = jax.jvp(jax.jacfwd(loss), (x,), (jnp.ones(3),))[1]
+        if how == "fori":  # which has no reverse mode but for a known count
+            return [forward] * 3
+        hessian_vector = jax.jvp(jax.grad(loss), (x,), (jnp.ones(3),))[1]
+        norm = jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2))(x)
+        return [forward, hessian_vector, norm]
+
+    got, want = products(how), products("unrolled")
+    assert np.all(np.abs(want[2]) > 0.1)
+    for g, w in zip(got[: 1 if how == "fori" else 3], want, strict=False):
+        np.testing.assert_allclose(g, w, rtol=1e-5)
+
+
+def test_a_gradient_penalty_of_a_scanned_stack_of_codes_is_right():
+    """By finite differences in NumPy."""
+    ws = madax.quantize_params(normal(3, 4, 4), madax.SymlogFormat(8), channel_axis=0)
+    x, layer = normal(4, seed=1), lambda h, w: (h + jnp.tanh(h @ w), None)
+
+    def penalty(ws, x):
+        net = lambda x: jnp.sum(jax.lax.scan(layer, x, ws)[0])
+        return jnp.sum(jax.grad(net)(x) ** 2)
+
+    got = jax.jit(madax.grad(penalty))(ws, x)
+    w, x = np.float64(ws.dequantize()), np.float64(x)
+
+    def exact_penalty(w):
+        rows = np.concatenate([x + 1e-5 * np.eye(4), x - 1e-5 * np.eye(4)])
+        for one in w:
+            rows = rows + np.tanh(rows @ one)
+        above, below = rows.sum(axis=1).reshape(2, 4)
+        return np.sum(np.square((above - below) / 2e-5))
+
+    want = np.zeros_like(w)
+    for i in np.ndindex(*w.shape):
+        e = np.zeros_like(w)
+        e[i] = 1e-4
+        want[i] = (exact_penalty(w + e) - exact_penalty(w - e)) / 2e-4
+    assert np.max(np.abs(want)) > 1
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", mostly_nightly(ALIASES, "lns_madam"))
+def test_second_derivatives_by_the_rate_are_those_of_unrolled_steps(name):
+    grads = jax.tree.map(lambda *g: jnp.float32(jnp.stack(g)), *GRADS)
+    w = jax.tree.map(jnp.float32, W)
+
+    def trained_in(how, rate):
+        tx = ALIASES[name](learning_rate=rate)
+
+        def step(carry, i):
+            params, state = carry
+            g = jax.tree.map(lambda g: g[i], grads)
+            updates, state = tx.update(g, state, params)
+            return optax.apply_updates(params, updates), state
+
+        params, _ = repeat(step, (w, tx.init(w)), 3, how)
+        return jnp.sum(jnp.sin(params["w"])) + jnp.sum(jnp.sin(params["b"]))
+
+    # A rate of bbit_madam is a whole number of codes, which has no derivative.
+    by = lambda how: jax.jit(partial(second_derivatives, partial(trained_in, how)))
+    got, want = by("scan")(0.03), by("unrolled")(0.03)
+    np.testing.assert_allclose(got, want, rtol=1e-3)
+    assert name == "bbit_madam" or np.all(np.abs(want) > 0.1)

@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from helpers import enable_x64, mostly_nightly
+from helpers import enable_x64, mostly_nightly, step
 
 import madax
+from madax._scales import share_beyond
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
@@ -130,3 +131,69 @@ def test_numbers_of_python_are_leaves_without_jit_too(tx):
         updates, _ = tx.update(grads, state, params)
     for key in params:
         np.testing.assert_allclose(updates[key], expected[key], rtol=1e-6)
+
+
+SCALARS = {
+    "learning_rate": 0.05,
+    "b1": 0.9,
+    "b2": 0.99,
+    "floor": 0.5,
+    "p_scale": 3.0,
+    "g_bound": 5.0,
+    "weight_decay": 0.1,
+    "zero_init_scale": 0.2,
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_numbers_of_numpy_in_x64_mode_train_as_those_of_python(dtype):
+    """Each is a float64 there, and so is what it is multiplied with."""
+    with enable_x64():
+        params = {"w": jnp.full((4, 8), 0.5, dtype), "b": jnp.zeros(3, dtype)}
+        codes = madax.quantize_params(jnp.ones((4, 8), dtype), madax.LogFormat(8))
+        params["codes"] = codes
+        grads = {"w": params["w"], "b": params["b"] + 1, "codes": jnp.ones((4, 8))}
+
+        def trained(make, names, scalar, **seed):
+            tx, w = make(**{k: scalar(SCALARS[k]) for k in names}, **seed), params
+            state = tx.init(w)
+            for _ in range(2):
+                w, state = step(tx, grads, state, w)
+            return w, state
+
+        rtol = 4 * float(jnp.finfo(dtype).eps)
+        got = trained(madax.madam, SCALARS, np.float64, seed=np.int64(3))
+        assert got[0]["w"].dtype == got[0]["b"].dtype == dtype
+        assert_alike(got, trained(madax.madam, SCALARS, float, seed=3), rtol)
+        few = ("learning_rate", "b2", "p_scale", "g_bound", "zero_init_scale")
+        got, want = (
+            trained(madax.bbit_madam, few, kind) for kind in (np.float64, float)
+        )
+        assert_alike(got, want, rtol)
+
+
+def assert_alike(got, want, rtol):
+    """Shapes and dtypes are the same, and values to within a tolerance."""
+    for x, y in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        np.testing.assert_allclose(np.float64(x), np.float64(y), rtol=rtol)
+
+
+@pytest.mark.parametrize("count", [2**31 - 1, 2**31, 2**32, 2**33 + 3])
+def test_an_axis_of_any_length_has_an_init_and_a_step(count):
+    """Nothing is run: no machine here has so much memory."""
+    for shape in ((count,), (3, count, 2)):
+        w = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        q = jax.eval_shape(
+            lambda w: madax.quantize_params(
+                w, madax.SymlogFormat(8), where=lambda *_: True
+            ),
+            w,
+        )
+        tx = madax.madam(0.1, floor=1.0, moment_format=madax.MomentFormat(8))
+        for params in (w, q):
+            state = jax.eval_shape(tx.init, params)
+            updates, _ = jax.eval_shape(tx.update, w, state, params)
+            assert updates.shape == shape
+        share = jax.eval_shape(share_beyond, w, jax.ShapeDtypeStruct((), jnp.float32))
+        assert share.shape == ()

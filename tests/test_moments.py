@@ -126,7 +126,7 @@ def test_the_octaves_follow_the_largest_v(bits, v, window):
             continue  # saturated there: they follow in several steps
         codes = encode("v", fmt, v, octave, jnp.zeros(len(v), jnp.uint32))
         for count, due in [(0, 1), (7, 1), (8, 1), (9, 0), (15, 0), (16, 1)]:
-            got = fmt.follow(octave[None], jnp.int32(count), [codes])
+            got = fmt.follow(octave[None], jnp.int32(count), [codes], 0, False)
             np.testing.assert_array_equal(got, [window if due else octave])
 
 
@@ -312,6 +312,48 @@ def test_a_jump_out_of_the_octaves_is_skipped_until_they_follow():
     assert jumped[0] == 0 and 0.5 < jumped[-1] < 5
     assert np.all(np.diff(jumped != 0) >= 0)
     assert np.all(others > 0.1)
+
+
+DECAYS = jnp.array([0.0, 0.1, 0.3, 0.5, 0.7, 0.76, 0.9, 0.99, 0.999])
+
+
+@pytest.mark.parametrize("bits", mostly_nightly([8, 16], 8))
+def test_every_element_moves_whatever_the_decay_rates(bits):
+    """All at once, as in a sweep; against NumPy, also leaves of one element."""
+    rng = np.random.default_rng(0)
+    shapes = [(), (3,), (500,)]
+    grads = [np.float32(rng.standard_normal((200, *shape))) for shape in shapes]
+    b2, b1 = (x.ravel() for x in jnp.meshgrid(DECAYS, jnp.array([0.0, 0.3, 0.9])))
+
+    def directions(b2, b1):
+        make = madax.scale_by_second_moment
+        tx = make(b2, b1=b1, moment_format=MomentFormat(bits))
+
+        def step(state, g):
+            direction, state = tx.update(g, state)
+            return state, direction
+
+        return jax.lax.scan(step, tx.init([g[0] for g in grads]), grads)[1]
+
+    got = jax.jit(jax.vmap(directions))(b2, b1)
+    assert all(np.all(np.asarray(x) != 0) for x in got)
+    # The largest leaf has enough elements for their mean to be that of floats.
+    b2, b1, v, m, sizes = np.float64(b2)[:, None], np.float64(b1)[:, None], 0.0, 0.0, []
+    for t, g in enumerate(np.float64(grads[-1]), 1):
+        v, m = b2 * v + (1 - b2) * g**2, b1 * m + (1 - b1) * g
+        direction = m / (1 - b1**t) / np.sqrt(v / (1 - b2**t))
+        sizes.append(np.clip(np.abs(direction), 0, 10))
+    mean = np.mean(np.clip(np.abs(got[-1]), 0, 10), axis=(1, 2))
+    np.testing.assert_allclose(mean, np.mean(sizes, axis=(0, 2)), rtol=0.05)
+
+
+def test_a_short_memory_follows_gradients_of_any_size():
+    """No element is skipped where it is divided by its own root in the same step."""
+    rng = np.random.default_rng(0)
+    grads = rng.standard_normal((200, 40)) * 10 ** rng.uniform(-6, 6, (200, 40))
+    for b2 in (0.0, 0.5):
+        run = runner(b2=b2, moment_format=MomentFormat(8))
+        assert np.all(np.asarray(run(jnp.float32(grads))[1]) != 0)
 
 
 def test_a_state_of_another_format_is_refused():

@@ -10,6 +10,7 @@ from helpers import is_quantized, mostly_nightly, normal, same
 
 import madax
 from madax import LogFormat, SymlogFormat, UniformFormat
+from madax._sign_log import sign_log
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -165,7 +166,7 @@ def test_no_decay_costs_nothing():
         madax.scale_by_second_moment(),
         optax.clip(10.0),
         optax.scale_by_learning_rate(0.01),
-        madax.scale_by_sign_log(),
+        sign_log(0.0, 0.1, skips=False),
         madax.clip_log_weights(),
         madax.lns_quantize(),
     )

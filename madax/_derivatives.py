@@ -1,0 +1,80 @@
+"""Functions whose derivatives are declared, and which stay declared in loops.
+
+Where JAX differentiates a loop, it drops the rules of ``jax.custom_jvp`` functions in
+the body, and keeps the functions. A second derivative would then differentiate
+operations on bits, and be zero. A primitive keeps its rule. XLA compiles the function
+alone, and the rule only where it is used.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+_declared = Primitive("declared")
+
+
+def with_derivative(rule: Callable[..., jax.Array]) -> Callable[[Any], Any]:
+    """Declares the derivative of a function of floating arrays, of any order.
+
+    Args:
+      rule: ``rule(tangents, ans, *args)`` is the tangent of the result ``ans``, given
+        the tangents of all arguments. It is differentiated for higher orders.
+
+    Returns:
+      A decorator of functions that return an array.
+    """
+
+    def decorate(function):
+        # JAX traces it once for each shape, and inlines what it has traced.
+        function = jax.jit(function, inline=True)
+
+        @functools.wraps(function)
+        def declared(*args):
+            return _declared.bind(*args, function=function, rule=rule)
+
+        return declared
+
+    return decorate
+
+
+def _call(*args: Any, function: Any, rule: Any) -> jax.Array:
+    del rule
+    return function(*args)
+
+
+def _shape(*args: Any, function: Any, rule: Any) -> Any:
+    del rule
+    return jax.make_jaxpr(function)(*args).out_avals[0]
+
+
+def _differentiate(primals: Any, tangents: Any, *, function: Any, rule: Any) -> Any:
+    ans = _declared.bind(*primals, function=function, rule=rule)
+    return ans, rule(tuple(map(ad.instantiate_zeros, tangents)), ans, *primals)
+
+
+def _map(args: Any, axes: Any, *, function: Any, rule: Any) -> Any:
+    function, rule = _mapped(function, axes), _mapped(rule, (axes, 0, *axes))
+    return _declared.bind(*args, function=function, rule=rule), 0
+
+
+# One object for each mapped function, so that JAX finds it among its traces.
+@functools.cache
+def _mapped(function: Any, axes: tuple[Any, ...]) -> Any:
+    return jax.vmap(function, axes)
+
+
+_declared.def_impl(_call)
+_declared.def_abstract_eval(_shape)
+ad.primitive_jvps[_declared] = _differentiate
+batching.primitive_batchers[_declared] = _map
+mlir.register_lowering(_declared, mlir.lower_fun(_call, multiple_results=False))
+if jax.__version_info__ < (0, 7):  # whose shard_map asks for rules of its own
+    from jax.experimental import shard_map
+
+    rules: Any = shard_map
+    rules.register_standard_check(_declared)
+    rules.register_standard_rewrite(_declared)
