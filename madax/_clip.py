@@ -19,7 +19,9 @@ from madax._checks import (
     shares,
     warn_of_leaves,
 )
+from madax._leaf_kinds import read_leaves
 from madax._leaves import (
+    awaited,
     flatten,
     flatten_both,
     known_values,
@@ -28,7 +30,6 @@ from madax._leaves import (
     widen,
 )
 from madax._numerics import within
-from madax._quantize_params import NO_WEIGHT
 from madax._quantized_array import is_quantized
 from madax._scales import initial_scales, share_beyond
 
@@ -59,10 +60,10 @@ def clip_log_weights(
     where :math:`\mathrm{rms}_0` is the root mean square of the weight's leaf at init,
     and :math:`\max |w_0|` the largest magnitude in it. This bound keeps matrices from
     running away at a high rate. All other leaves are free to grow up to the largest
-    number of their dtype, because their size at init says nothing about where they
-    have to go: a gain of a residual branch starts at 1e-6, a bias at zero. Those are
-    leaves of rank below 2, leaves that are called a norm, a scale, a gain or a bias,
-    such as those of stacked layers, and leaves that are all zeros at init.
+    number of their dtype, because their size at init says nothing about how large they
+    have to become: a gain of a residual branch starts at 1e-6, a bias at zero. Free
+    are leaves of rank below 2, leaves that are called a norm, a scale, a gain or a bias
+    (whatever their rank, as in stacked layers), and leaves that are all zeros at init.
 
     With a number for ``p_scale`` every leaf has the bound of the paper,
     :math:`p_\text{scale}\, \mathrm{rms}_0`. Weights that are beyond it at init, such
@@ -79,8 +80,8 @@ def clip_log_weights(
 
     Args:
       p_scale: the bound on every leaf, relative to its root mean square at init; None
-        for a bound on matrices alone that clips nothing there is at init, ``inf`` for
-        no bound but the largest number of the dtype.
+        for a bound on matrices alone, which clips no weight at init; ``inf`` for no
+        bound except the largest number of the dtype.
       zero_init_scale: stands in for the root mean square of a leaf that is all
         zeros at init, in units of the weights, where ``p_scale`` is a number; 0 is the
         paper, which pins such a leaf to zero.
@@ -107,8 +108,8 @@ def clip_log_weights(
       weight updates <https://arxiv.org/abs/2006.14560>`_, 2020, Algorithm 1.
     """
     if p_scale is not None:
-        check_positive("p_scale", p_scale, None)
-    check_non_negative("zero_init_scale", zero_init_scale, 0.1)
+        p_scale = check_positive("p_scale", p_scale, None)
+    zero_init_scale = check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
         first = initial_scales(params, zero_init_scale)
@@ -134,11 +135,11 @@ def clip_log_weights(
 def weight_bounds(
     p_scale: jax.typing.ArrayLike | None, rms0: jax.Array, peak0: jax.Array
 ) -> jax.Array:
-    """What a scale at init leaves room for, for each float leaf, whatever it is."""
+    """The bound that its scale at init gives each float leaf, free or not."""
     if p_scale is None:
         return jnp.maximum(3 * rms0, peak0)
     bounds = jnp.where(rms0 > 0, p_scale * rms0, 0)  # not inf * 0
-    return jnp.where(jnp.isnan(bounds), jnp.inf, bounds)
+    return bounds.astype(rms0.dtype)
 
 
 def leaf_bounds(
@@ -147,7 +148,7 @@ def leaf_bounds(
     paths: Sequence[str],
     leaves: Sequence[Any],
 ) -> list[Any]:
-    """The bound on each leaf, a scalar; quantised ones have none that counts."""
+    """The bound on each leaf, a scalar; quantised leaves have none to use."""
     bounds = weight_bounds(p_scale, *state)
     free = [False] * len(leaves)
     if p_scale is None:
@@ -159,28 +160,32 @@ def leaf_bounds(
 
 def _are_vectors(paths: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
     """Whether each leaf is a vector, or a stack of them; in doubt it is a matrix."""
-    return [
-        np.ndim(leaf) < 2 or bool(NO_WEIGHT.search(path))
-        for path, leaf in zip(paths, leaves, strict=True)
-    ]
+    return [x.kind == "vector" for x in read_leaves(paths, map(np.shape, leaves))]
 
 
 @jax.jit
 def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
     """Shortens ``u`` so that ``|w + u| <= bound``; otherwise leaves it alone."""
-    x, u = widen(w), widen(u)
-    bound = jnp.minimum(bound, largest_weight(jnp.result_type(w)))
+    x = widen(w)
+    bound = jnp.minimum(bound, largest_weight(jnp.result_type(w))).astype(x.dtype)
+    # A bound is NaN if a traced p_scale is out of range. The weights show it.
+    u = jnp.where(bound >= 0, u.astype(x.dtype), jnp.nan)
     return within(u, -bound - x, bound - x)
 
 
 def _warn_of_clipped_leaves(params: Any, bounds: jax.Array, peaks: jax.Array) -> None:
-    beyond = peaks > bounds * (1 + 1e-5)  # a rounding beyond is no outlier
-    if not known_values(beyond).any():
+    beyond = known_values(peaks > bounds * (1 + 1e-5))  # not by a rounding
+    if not beyond.any():
         return
     paths, leaves, _ = flatten(params)
+    floats = [
+        leaf for leaf in zip(paths, leaves, strict=True) if not is_quantized(leaf[1])
+    ]
     clipped = [
-        (leaf_name("params", path), share_beyond(w, bound))
-        for path, w, bound in zip(paths, leaves, per_leaf(bounds, leaves), strict=True)
-        if not is_quantized(w)
+        (leaf_name("params", path), awaited(share_beyond(w, bound)))
+        for (path, w), bound, too_far in zip(
+            floats, known_values(bounds), beyond, strict=True
+        )
+        if too_far
     ]
     warn_of_leaves(shares(clipped), CLIPPED, stacklevel=3)

@@ -9,11 +9,21 @@ import jax
 import optax
 
 from madax._aliases import from_direction
+from madax._checks import check_decay, check_instance
+from madax._leaves import flatten_named
 from madax._moments import MomentFormat
-from madax._orthogonal import Matrices, matrix_labels, scale_by_orthogonal_momentum
+from madax._orthogonal import (
+    Matrices,
+    check_matrices,
+    orthogonal_momentum,
+    read_axes,
+    warn_of_unknown,
+)
+from madax._quantized_array import is_quantized
 from madax._rounding import Rounding
 from madax._second_moment import scale_by_second_moment
-from madax._with_quantized_state import with_quantized_state
+from madax._state_codes import Codec
+from madax._with_quantized_state import quantized_state
 
 
 def muon_madam(
@@ -44,9 +54,11 @@ def muon_madam(
     and that of :func:`scale_by_second_moment` for all other leaves. Both have a root
     mean square of about 1, so start from a rate that suits :func:`madam`.
 
-    Matrices are those leaves of rank 2 or more that are not called an embedding (or
-    "wte", "wpe"), a last layer ("head", "logits"), a norm, a scale or a bias. A step
-    uses few rows of a table, and an orthogonal direction would move all of them.
+    Which leaves are matrices, in which of their axes, is read from the names and shapes
+    of the whole tree; :func:`madax.diagnostics.matrices` shows how. Vectors, norms,
+    tables, routers and last layers take the direction of Madam: a step uses few rows of
+    a table, and an orthogonal direction would move all of them. So do leaves of three
+    axes or more whose names and shapes do not tell; ``init`` warns of those.
 
     Each leaf has one moment. With ``moment_format=MomentFormat(8)``, on leaves that are
     8-bit codes, training keeps two bytes per parameter. Codes are trained natively, and
@@ -56,11 +68,12 @@ def muon_madam(
       learning_rate: :math:`\eta`, in nats per step, or a schedule of it.
       b1: decay rate of the momentum of matrices, in [0, 1).
       b2: decay rate of the second moment of other leaves, in [0, 1).
-      p_scale: bound on a weight, as of :func:`madam`.
+      p_scale: bound on a weight, as for :func:`madam`.
       g_bound: bound on the direction.
-      matrices: ``matrices(path, shape)`` is a :class:`MatrixAxes`, or None for a leaf
-        that takes the direction of Madam; for paths like ``"Dense_0/kernel"``. None for
-        the default above.
+      matrices: ``matrices(path, leaf)`` is a :class:`MatrixDimensionNumbers`, or None
+        for a leaf that takes the direction of Madam, given paths like
+        ``"Dense_0/kernel"`` and leaves with a shape and a dtype. None for the default
+        above.
       floor: as of :func:`madam`.
       zero_init_scale: as of :func:`madam`.
       weight_decay: :math:`\lambda`, as of :func:`madam`.
@@ -77,7 +90,8 @@ def muon_madam(
     Raises:
       ValueError: if an argument is out of range, ``matrices`` gives axes that a leaf
         does not have, ``params`` are missing or do not match.
-      TypeError: if an argument is of the wrong type, or a leaf is not real floating.
+      TypeError: if an argument, or what ``matrices`` returns, is of the wrong type, or
+        a leaf is not real floating.
 
     Example:
       >>> import jax, jax.numpy as jnp, madax
@@ -96,20 +110,40 @@ def muon_madam(
       Bernstein et al., `Learning compositional functions via multiplicative
       weight updates <https://arxiv.org/abs/2006.14560>`_, 2020.
     """
-    orthogonal = scale_by_orthogonal_momentum(b1, matrices=matrices)
-    if moment_format is not None:
-        orthogonal = with_quantized_state(
-            orthogonal,
-            moment_format,
-            octaves=8,
-            where=lambda path, leaf: True,
-            seed=seed,
-        )
+    check_matrices(matrices)
+    b1 = check_decay("b1", b1, 0.95)
+    check_instance("moment_format", moment_format, MomentFormat)
     normalized = scale_by_second_moment(b2, moment_format=moment_format, seed=seed)
+
+    def orthogonal(axes):
+        tx = orthogonal_momentum(b1, lambda paths, leaves: axes)
+        if moment_format is None:
+            return tx
+        # A momentum that is used as a whole needs no more than 8 octaves.
+        codec = Codec(moment_format, octaves=8)
+        return quantized_state(tx, codec, lambda _, x: range(len(x.paths)), seed=seed)
+
+    # Axes are read from the whole tree, because each part sees only its own leaves.
+    def parted(tree):
+        paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
+        axes = read_axes(paths, leaves, matrices)
+        labels = ["other" if found is None else "matrix" for found in axes]
+        matrix = orthogonal([found for found in axes if found is not None])
+        return optax.partition(
+            {"matrix": matrix, "other": normalized}, treedef.unflatten(labels)
+        )
+
+    def init_fn(params):
+        if matrices is None:
+            warn_of_unknown(params, stacklevel=4)  # two of optax.chain
+        return parted(params).init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        tx = parted(updates if params is None else params)
+        return tx.update(updates, state, params, **extra_args)
+
     return from_direction(
-        optax.partition(
-            {"matrix": orthogonal, "other": normalized}, matrix_labels(matrices)
-        ),
+        optax.GradientTransformationExtraArgs(init_fn, update_fn),
         learning_rate,
         p_scale,
         g_bound,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from madax._checks import check_decay, check_state, leaf_name
+from madax._checks import check_decay, check_state, leaf_name, warn_of_leaves
+from madax._leaf_kinds import Axes, read_leaves
 from madax._leaves import (
     flatten,
     flatten_like,
@@ -20,39 +21,41 @@ from madax._leaves import (
     zeros_like,
 )
 from madax._numerics import decay_rate, moving_average, relative_to
-from madax._quantize_params import NO_WEIGHT
 from madax._quantized_array import is_quantized
 from madax._scales import root_mean_square
 
 # The coefficients of the quintic, from the reference. Its slope at 0 is steep.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
-# Tables, of which a step sees some rows, and last layers take Madam's direction.
-_TABLE = re.compile(
-    r"embed|(^|[/_])(emb|wte|wpe)([/_]|$)"  # token_embedding/embedding, wte/weight
-    r"|(^|/)((lm|mlm|cls|output)_)?(head|logits|classifier)(_?\d+)?(/|$)",
-    re.IGNORECASE,
+_AMISS = (
+    "it is not clear which axes are rows and columns, so these leaves take the "
+    "direction of Madam; pass matrices(path, leaf), which returns a "
+    "madax.MatrixDimensionNumbers of the axes, or None."
 )
-_CONVOLUTION = re.compile(r"conv", re.IGNORECASE)
-# Flax's kernels of attention map features to (heads, features) and back.
-_TO_HEADS = re.compile(r"(^|/)(query|key|value)(/|$)")
-_FROM_HEADS = re.compile(r"(^|/)out(/|$)")
 
 
-class MatrixAxes(NamedTuple):
-    """How a leaf is a matrix, or a stack of them; what axes are left are columns.
+class MatrixDimensionNumbers(NamedTuple):
+    """Which axes of a leaf are the rows and columns of a matrix; others count matrices.
+
+    ``optax.contrib.MuonDimensionNumbers`` has the same fields, and may stand for it.
 
     Attributes:
-      stacked: how many axes, the first, count matrices.
-      rows: how many axes after those are the rows of each.
+      reduction_axis: the axis, or axes, that a product with the matrix sums over.
+      output_axis: the axis, or axes, of the result.
+
+    Example:
+      >>> import madax
+      >>> # A stack of layers on axis 1: width, layers, heads, features of a head.
+      >>> query = madax.MatrixDimensionNumbers(reduction_axis=0, output_axis=(2, 3))
     """
 
-    stacked: int = 0
-    rows: int = 1
+    reduction_axis: int | Sequence[int] = 0
+    output_axis: int | Sequence[int] = 1
 
 
-# The axes of a leaf, given its path and shape; None if it is no matrix.
-Matrices = Callable[[str, tuple[int, ...]], "MatrixAxes | tuple[int, int] | None"]
+# The axes of a leaf, given its path and an object with its shape and dtype; None if it
+# is not a matrix.
+Matrices = Callable[[str, Any], MatrixDimensionNumbers | None]
 
 
 class ScaleByOrthogonalMomentumState(NamedTuple):
@@ -89,15 +92,15 @@ def scale_by_orthogonal_momentum(
     It may stand before :func:`scale_by_sign_log`, or before the learning rate of an
     additive optimizer; on leaves that are floats or codes.
 
-    By default a leaf of rank 2 is a matrix. One of rank 3 is a stack of matrices, but
-    for kernels of a convolution, by name, and of Flax's attention. One of rank 4 or
-    more is the kernel of a convolution, whose last axis is the columns, with stacks
-    before. A gradient element that is not finite does not enter the momentum.
+    By default names and shapes tell which axes of a leaf are the rows and columns, as
+    :func:`madax.diagnostics.matrices` shows. A gradient element that is not finite does
+    not enter the momentum.
 
     Args:
       b1: decay rate of the momentum, in [0, 1).
-      matrices: ``matrices(path, shape)`` is a :class:`MatrixAxes`, for paths like
-        ``"Dense_0/kernel"``; None for that default.
+      matrices: ``matrices(path, leaf)`` is a :class:`MatrixDimensionNumbers`, for paths
+        like ``"Dense_0/kernel"`` and leaves with a shape and a dtype; None for that
+        default.
 
     Returns:
       A gradient transformation from gradients to directions, float32 or wider. All
@@ -122,14 +125,34 @@ def scale_by_orthogonal_momentum(
       Jordan et al., `Muon: an optimizer for hidden layers in neural networks
       <https://kellerjordan.github.io/posts/muon/>`_, 2024.
     """
-    check_decay("b1", b1, 0.95)
     check_matrices(matrices)
-    axes_of = matrices or default_matrix_axes
+
+    def axes_of(paths: Sequence[str], leaves: Sequence[Any]) -> list[Axes]:
+        axes = []
+        found = read_axes(paths, leaves, matrices, others=True)
+        for path, leaf, each in zip(paths, leaves, found, strict=True):
+            if each is None:
+                raise ValueError(
+                    f"{leaf_name('params', path)} of shape {np.shape(leaf)} is no "
+                    "matrix; use muon_madam, leave it out with optax.partition, or "
+                    "pass matrices(path, leaf) that tells its axes."
+                )
+            axes.append(each)
+        return axes
+
+    return orthogonal_momentum(b1, axes_of)
+
+
+def orthogonal_momentum(
+    b1: jax.typing.ArrayLike,
+    axes_of: Callable[[Sequence[str], Sequence[Any]], Sequence[Axes]],
+) -> optax.GradientTransformationExtraArgs:
+    """As :func:`scale_by_orthogonal_momentum`, with the axes of all leaves at once."""
+    b1 = check_decay("b1", b1, 0.95)
 
     def init_fn(params):
         paths, leaves, treedef = flatten(params)
-        for path, leaf in zip(paths, leaves, strict=True):
-            _check_axes(path, leaf.shape, axes_of(path, leaf.shape))
+        axes_of(paths, leaves)
         m = treedef.unflatten([zeros_like(leaf) for leaf in leaves])
         return ScaleByOrthogonalMomentumState(m)
 
@@ -139,11 +162,10 @@ def scale_by_orthogonal_momentum(
         paths, ms, treedef = flatten_named(state.m)
         gs = flatten_like(updates, treedef, "state.m", paths, ms)
         directions, rate = [], decay_rate(b1)
-        for i, (path, g) in enumerate(zip(paths, gs, strict=True)):
+        for i, (axes, g) in enumerate(zip(axes_of(paths, ms), gs, strict=True)):
             g = jnp.asarray(g).astype(ms[i].dtype)
             g = jnp.where(jnp.isfinite(g), g, ms[i])
             ms[i] = moving_average(ms[i], g, rate)
-            axes = _check_axes(path, g.shape, axes_of(path, g.shape))
             ahead = moving_average(ms[i], g, rate)
             directions.append(_as_matrices(orthogonalized, ahead, axes))
         m = ScaleByOrthogonalMomentumState(treedef.unflatten(ms))
@@ -152,6 +174,8 @@ def scale_by_orthogonal_momentum(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+# Matrices of the same shape are traced once.
+@jax.jit
 def orthogonalized(x: jax.Array) -> jax.Array:
     """Matrices of orthogonal rows or columns, of a root mean square of 1.
 
@@ -162,13 +186,17 @@ def orthogonalized(x: jax.Array) -> jax.Array:
       Those next to them, to within five Newton-Schulz steps; of zeros, zeros.
     """
     rows, columns = x.shape[-2:]
-    wide = x if rows <= columns else x.mT
-    wide = _over(root_mean_square(wide, (-2, -1), keepdims=True), wide)
-    wide = wide * (1 / math.sqrt(rows * columns))
+    x = _over(root_mean_square(x, (-2, -1), keepdims=True), x)
+    x = x * (1 / math.sqrt(rows * columns))
     for _ in range(_ITERATIONS):
-        gram = wide @ wide.mT
-        wide = _A * wide + (_B * gram + _C * gram @ gram) @ wide
-    x = wide if rows <= columns else wide.mT
+        # The smaller of both products with itself. Nothing is transposed: XLA would
+        # give the parameters another layout, and copy a whole stack of them.
+        if rows <= columns:
+            gram = jnp.einsum("...ik,...jk->...ij", x, x)
+            x = _A * x + (_B * gram + _C * gram @ gram) @ x
+        else:
+            gram = jnp.einsum("...ki,...kj->...ij", x, x)
+            x = _A * x + x @ (_B * gram + _C * gram @ gram)
     return _over(root_mean_square(x, (-2, -1), keepdims=True), x)
 
 
@@ -177,74 +205,120 @@ def _over(scale: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _as_matrices(
-    fn: Callable[[jax.Array], jax.Array], x: jax.Array, axes: MatrixAxes
+    fn: Callable[[jax.Array], jax.Array], x: jax.Array, axes: Axes
 ) -> jax.Array:
     """Applies a function of (stacks of) matrices to a leaf."""
-    matrices = x.reshape(*x.shape[: axes.stacked], *_sizes(x.shape, axes))
-    return fn(matrices).reshape(x.shape)
+    sharding = jax.typeof(x).sharding
+    # JAX has it since 0.7.
+    if sharding.mesh.explicit_axes and hasattr(jax.sharding, "auto_axes"):
+        # Explicit types tell no layout for the product of a matrix with itself, so the
+        # compiler chooses one, as on a mesh of Auto axes.
+        run: Any = jax.sharding.auto_axes(
+            lambda x: _as_matrices(fn, x, axes), out_sharding=sharding
+        )
+        return run(x)
+    stack, rows, columns = in_order(x.shape, axes)
+    order = (*stack, *rows, *columns)
+    # An axis of size 1 is in order anywhere.
+    long = [i for i in order if x.shape[i] > 1]
+    moves = long != sorted(long)
+    moved = x.transpose(order) if moves else x
+    sizes = (math.prod(x.shape[i] for i in axes) for axes in (rows, columns))
+    out = fn(moved.reshape(*(x.shape[i] for i in stack), *sizes)).reshape(moved.shape)
+    return out.transpose(np.argsort(order)) if moves else out
 
 
 # --- which leaves, and how ------------------------------------------------------------
 
 
-def default_matrix_axes(path: str, shape: tuple[int, ...]) -> MatrixAxes | None:
-    """How a leaf is a matrix; None for vectors, norms, embeddings and last layers."""
-    rank = len(shape)
-    if rank < 2 or NO_WEIGHT.search(path) or _TABLE.search(path):
-        return None
-    if rank > 2 and _TO_HEADS.search(path):
-        axes = MatrixAxes(rank - 3, 1)
-    elif rank > 2 and _FROM_HEADS.search(path):
-        axes = MatrixAxes(rank - 3, 2)
-    elif rank > 3 or _CONVOLUTION.search(path):
-        axes = MatrixAxes(max(rank - 4, 0), min(rank - 1, 3))
-    else:
-        axes = MatrixAxes(rank - 2, 1)
-    # A single row or column would lose all but its length.
-    return axes if min(_sizes(shape, axes)) > 1 else None
+def in_order(
+    shape: Sequence[int], axes: Axes
+) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """The axes of the stack, of rows and of columns, in the order of the leaf."""
+    rows, columns = sorted((tuple(x) for x in axes), key=lambda x: x[0])
+    stack = [i for i in range(len(shape)) if i not in (*rows, *columns)]
+    return stack, rows, columns
 
 
-def matrix_labels(matrices: Matrices | None) -> Callable[[Any], Any]:
-    """A function that labels leaves "matrix" or "other", for ``optax.partition``."""
-    axes_of = matrices or default_matrix_axes
+def read_axes(
+    paths: Sequence[str],
+    leaves: Sequence[Any],
+    matrices: Matrices | None,
+    *,
+    others: bool = False,
+) -> list[Axes | None]:
+    """The axes of all leaves of a tree; None for those that are no matrix.
 
-    def labels(tree: Any) -> Any:
-        paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
-        shapes = map(np.shape, leaves)
-        found = [axes_of(*leaf) for leaf in zip(paths, shapes, strict=True)]
-        return treedef.unflatten(["other" if x is None else "matrix" for x in found])
+    Args:
+      paths: of the leaves.
+      leaves: the leaves, or objects with their shapes and dtypes.
+      matrices: the user's rule; None for the default.
+      others: whether tables and last layers are matrices by default, too.
+    """
+    if matrices is not None:
+        return [
+            _checked(path, np.shape(leaf), matrices(path, leaf))
+            for path, leaf in zip(paths, leaves, strict=True)
+        ]
+    readings = read_leaves(paths, map(np.shape, leaves))
+    return [r.axes if others or r.kind == "matrix" else None for r in readings]
 
-    return labels
+
+def warn_of_unknown(params: Any, *, stacklevel: int) -> None:
+    """Warns of leaves that the default cannot read."""
+    paths, leaves, _ = flatten_named(params, is_leaf=is_quantized)
+    # layerwise calls init with the ends alone, with a layer alone, and once with the
+    # whole tree. Only the last one is to warn.
+    if any(
+        all(re.match(part, path) for path in paths)
+        for part in (r"ends(/|$)", r"layers(/\D|$)")
+    ):
+        return
+    shapes = [np.shape(leaf) for leaf in leaves]
+    found: dict[Any, str] = {}  # one of layers that are alike
+    for path, shape, reading in zip(
+        paths, shapes, read_leaves(paths, shapes), strict=True
+    ):
+        if reading.kind == "unknown":
+            name = f"{leaf_name('params', path)} of shape {shape}"
+            found.setdefault((re.sub(r"\d+", "", path), shape), name)
+    warn_of_leaves(list(found.values()), _AMISS, stacklevel=stacklevel + 1)
 
 
 def check_matrices(matrices: Any) -> None:
     """Raises unless ``matrices`` is None or a function."""
     if matrices is not None and not callable(matrices):
         raise TypeError(
-            f"matrices must be a function of (path, shape), got {matrices!r} of type "
+            f"matrices must be a function of (path, leaf), got {matrices!r} of type "
             f"{type(matrices).__name__}; it tells how leaves are matrices: use for "
-            "example lambda path, shape: (0, 1) if len(shape) == 2 else None."
+            "example lambda path, leaf: madax.MatrixDimensionNumbers(0, 1) if "
+            "leaf.ndim == 2 else None."
         )
 
 
-def _check_axes(path: str, shape: tuple[int, ...], axes: Any) -> MatrixAxes:
-    """The axes, if the leaf has them."""
-    name = leaf_name("params", path)
+def _checked(path: str, shape: tuple[int, ...], axes: Any) -> Axes | None:
+    """The axes that a user gave, counted from 0, if the leaf has them."""
     if axes is None:
+        return None
+    name = leaf_name("params", path)
+    try:
+        fields = axes.reduction_axis, axes.output_axis
+    except AttributeError as error:
+        raise TypeError(
+            f"matrices returned {axes!r} for {name}; it must be None or "
+            "madax.MatrixDimensionNumbers(reduction_axis, output_axis), which names "
+            "the axes themselves, not how many there are."
+        ) from error
+    rank, groups = len(shape), [np.atleast_1d(x).tolist() for x in fields]
+    named = [i for group in groups for i in group]
+    if (
+        not all(groups)
+        or not all(type(i) is int and -rank <= i < rank for i in named)
+        or len({i % rank for i in named}) < len(named)
+    ):
         raise ValueError(
-            f"{name} of shape {shape} is no matrix; use muon_madam, leave it out with "
-            "optax.partition, or pass matrices(path, shape) that tells its axes."
+            f"{name} has shape {shape}, but matrices says {axes}; reduction_axis and "
+            "output_axis must be different axes of it, one or more each."
         )
-    if len(axes) != 2 or axes[0] < 0 or not 0 < axes[1] < len(shape) - axes[0]:
-        raise ValueError(
-            f"{name} has shape {shape}, but matrices says (stacked, rows) = "
-            f"{tuple(axes)}; it must be two numbers of axes that leave one or more for "
-            "columns."
-        )
-    return MatrixAxes(*axes)
-
-
-def _sizes(shape: tuple[int, ...], axes: MatrixAxes) -> tuple[int, int]:
-    """The rows and columns of the matrices of a leaf."""
-    first = axes.stacked + axes.rows
-    return math.prod(shape[axes.stacked : first]), math.prod(shape[first:])
+    inputs, outputs = (tuple(i % rank for i in group) for group in groups)
+    return inputs, outputs

@@ -1,6 +1,8 @@
 """Orthogonal directions: against Newton-Schulz in float64, on floats and on codes."""
 
 import functools
+import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,13 @@ from jax.sharding import PartitionSpec as P
 from test_meshes import different, enter, make_mesh
 
 import madax
-from madax import MomentFormat, muon_madam, scale_by_orthogonal_momentum
-from madax._orthogonal import default_matrix_axes, orthogonalized
+from madax import (
+    MatrixDimensionNumbers,
+    MomentFormat,
+    muon_madam,
+    scale_by_orthogonal_momentum,
+)
+from madax._orthogonal import orthogonalized
 
 ORTHOGONAL = scale_by_orthogonal_momentum()
 
@@ -51,7 +58,7 @@ def test_newton_schulz_in_float64(shape):
     x = normal(*shape)
     for scale in (1.0, 2.0**-100, 2.0**120):
         found = jax.jit(orthogonalized)(jnp.asarray(x) * np.float32(scale))
-        np.testing.assert_allclose(found, oracle(x), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found, oracle(x), rtol=1e-5, atol=1e-5)
     assert not np.any(jax.jit(orthogonalized)(jnp.zeros(shape)))
 
 
@@ -89,53 +96,123 @@ def test_momentum_against_the_formula_and_gradients_that_are_not_finite():
         np.testing.assert_allclose(direction, expected, rtol=2e-3, atol=2e-3)
 
 
-AXES = [
-    ("dense/kernel", (4, 6), (0, 1)),
-    ("layers/mlp/w", (3, 4, 6), (1, 1)),
-    ("conv1/kernel", (3, 4, 6), (0, 2)),
-    ("stem/kernel", (3, 3, 4, 6), (0, 3)),
-    ("layers/conv/kernel", (2, 3, 3, 4, 6), (1, 3)),
-    ("attention/query/kernel", (6, 2, 4), (0, 1)),
-    ("attention/out/kernel", (2, 4, 6), (0, 2)),
-    ("layers/attention/out/kernel", (3, 2, 4, 6), (1, 2)),
-    ("multi_head/mlp/w", (4, 6), (0, 1)),
-    ("", (4, 6), (0, 1)),
-    ("dense/bias", (6,), None),
-    ("layers/norm/scale", (3, 6), None),
-    ("embed/embedding", (9, 4), None),
-    ("token_embed", (9, 4), None),
-    ("wte/weight", (9, 4), None),
-    ("lm_head/kernel", (4, 9), None),
-    ("head/kernel", (4, 9), None),
-    ("gate/w", (4, 1), None),
-]
+# Of each leaf the axes, and the axes in the order of (stack, rows, columns).
+LAYOUTS = {
+    "heads": ((6, 2, 4), MatrixDimensionNumbers(0, (1, 2)), None),
+    "from heads": ((2, 4, 6), MatrixDimensionNumbers((0, 1), 2), None),
+    "outputs first": ((7, 3, 2), MatrixDimensionNumbers((1, 2), 0), None),
+    "stack": ((3, 4, 6), MatrixDimensionNumbers(-2, -1), None),
+    "stack behind": ((5, 4, 3), MatrixDimensionNumbers(0, 1), (2, 0, 1)),
+    "stack in the middle": (
+        (6, 3, 2, 4),
+        MatrixDimensionNumbers(0, (2, 3)),
+        (1, 0, 2, 3),
+    ),
+    "rows apart": ((2, 3, 4, 6), MatrixDimensionNumbers((0, 2), 3), (1, 0, 2, 3)),
+    "one head": ((6, 1, 4), MatrixDimensionNumbers(0, 2), None),
+}
 
 
-@pytest.mark.parametrize(("path", "shape", "axes"), AXES, ids=lambda x: str(x))
-def test_which_leaves_are_matrices(path, shape, axes):
-    assert default_matrix_axes(path, shape) == axes
+def test_any_axes_can_be_said_and_only_those_out_of_order_are_moved():
+    g = {name: normal(*shape) for name, (shape, *_) in LAYOUTS.items()}
+    rule = lambda path, leaf: LAYOUTS[path][1]
+    tx = scale_by_orthogonal_momentum(matrices=rule)
+    found = first_direction(tx, g)
+    for name, (shape, axes, order) in LAYOUTS.items():
+        order = order or range(len(shape))
+        moved = g[name].transpose(order)
+        groups = [np.atleast_1d(x) % len(shape) for x in axes]
+        counted = [n for i, n in enumerate(shape) if all(i not in x for x in groups)]
+        first = min(groups, key=min)  # which are the rows
+        rows = math.prod(shape[i] for i in first)
+        each = moved.reshape(math.prod(counted), rows, -1)
+        expected = np.stack([oracle(x if len(x) <= len(x.T) else x.T) for x in each])
+        if rows > each.shape[-1]:
+            expected = expected.swapaxes(1, 2)
+        expected = expected.reshape(moved.shape).transpose(np.argsort(order))
+        np.testing.assert_allclose(found[name], expected, rtol=1e-3, atol=1e-4)
+        one = scale_by_orthogonal_momentum(matrices=lambda path, leaf, axes=axes: axes)
+        traced = jax.make_jaxpr(lambda g, tx=one: tx.update(g, tx.init(g))[0])(g[name])
+        transposes = "transpose[" in str(traced)
+        assert transposes == (list(order) != sorted(order)), name
+
+
+@pytest.mark.skipif(
+    not hasattr(optax.contrib, "MuonDimensionNumbers"), reason="optax is older"
+)
+def test_the_axes_of_optax_are_taken_as_they_are():
+    g = normal(5, 4, 3)
+    directions = [
+        first_direction(scale_by_orthogonal_momentum(matrices=lambda *_, a=axes: a), g)
+        for axes in (MatrixDimensionNumbers(0, 1), optax.contrib.MuonDimensionNumbers())
+    ]
+    np.testing.assert_array_equal(*directions)
+
+
+def test_a_rule_is_given_the_leaf():
+    params, seen = network(FORMATS["symlog8"]), {}
+
+    def rule(path, leaf):
+        seen[path] = type(leaf).__name__, leaf.shape, str(leaf.dtype)
+
+    muon_madam(matrices=rule).init(params)
+    assert seen["mlp/w"] == ("QuantizedArray", (16, 24), "float32")
+    assert seen["mlp/b"][1:] == ((24,), "float32")
+
+
+def test_leaves_that_cannot_be_told_take_the_steps_of_madam_and_are_warned_of():
+    params = {
+        "layers": [{"tensor": normal(3, 4, 6), "C": normal(6, 4, 2)}] * 2,
+        "stack/kernel": normal(3, 4, 6),
+    }
+    with pytest.warns(UserWarning) as caught:
+        state = muon_madam(0.1).init(params)
+    (warning,) = caught
+    text = str(warning.message)
+    assert warning.filename == __file__
+    assert text.count("layers/") == 2 and "matrices(path, leaf)" in text
+    assert "params['layers/0/tensor'] of shape (3, 4, 6)" in text
+    g = jax.tree.map(jnp.ones_like, params)
+    found, _ = muon_madam(0.1).update(g, state, params)
+    plain = madax.madam(0.1)
+    expected, _ = plain.update(g, plain.init(params), params)
+    np.testing.assert_array_equal(
+        found["layers"][0]["tensor"], expected["layers"][0]["tensor"]
+    )
+    run = madax.layerwise(muon_madam(), *[lambda *args: 0.0] * 3)
+    stack = {"layers": {"tensor": normal(2, 3, 4, 6)}, "ends": {"w": normal(4, 6)}}
+    with pytest.warns(UserWarning, match="layers/0/tensor") as caught:
+        jax.eval_shape(run.init, stack)
+    assert len({str(w.message) for w in caught}) == 1  # Python shows it once.
+    rule = lambda path, leaf: None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        muon_madam(matrices=rule).init(params)
+        muon_madam().init(network())
 
 
 def test_stacks_and_kernels_are_their_matrices():
     """Each as it would be alone."""
     g = {
-        "stack": normal(3, 4, 6),
+        "mlp": normal(3, 4, 6),
         "conv": {"kernel": normal(3, 3, 2, 5, seed=1)},
-        "out": {"kernel": normal(2, 3, 7, seed=2)},
+        "attn_vec": {"kernel": normal(2, 3, 7, seed=2)},
     }
     found = first_direction(ORTHOGONAL, g)
-    for one, direction in zip(g["stack"], found["stack"], strict=True):
+    for one, direction in zip(g["mlp"], found["mlp"], strict=True):
         np.testing.assert_allclose(direction, oracle(one), rtol=1e-4, atol=1e-4)
-    for name, rows in (("conv", 18), ("out", 6)):
+    for name, rows in (("conv", 18), ("attn_vec", 6)):
         x = g[name]["kernel"]
         expected = oracle(x.reshape(rows, -1)).reshape(x.shape)
         np.testing.assert_allclose(
             found[name]["kernel"], expected, rtol=1e-4, atol=1e-4
         )
-    asked = scale_by_orthogonal_momentum(matrices=lambda path, shape: (0, 2))
-    found = first_direction(asked, g["stack"])
+    asked = scale_by_orthogonal_momentum(
+        matrices=lambda path, leaf: MatrixDimensionNumbers((0, 1), 2)
+    )
+    found = first_direction(asked, g["mlp"])
     np.testing.assert_allclose(
-        found, oracle(g["stack"].reshape(12, 6)).reshape(3, 4, 6), rtol=1e-3, atol=1e-4
+        found, oracle(g["mlp"].reshape(12, 6)).reshape(3, 4, 6), rtol=1e-3, atol=1e-4
     )
 
 
@@ -322,13 +399,19 @@ def test_bad_input():
     params = network()
     with raises(ValueError, "params['conv/bias'] of shape (3,) is no matrix"):
         ORTHOGONAL.init({"conv": {"bias": jnp.ones(3)}})
-    with raises(TypeError, "matrices must be a function of (path, shape), got 2"):
+    with raises(TypeError, "matrices must be a function of (path, leaf), got 2"):
         muon_madam(matrices=2)
-    for axes in ((0, 2), (2, 0), (-1, 1), (1, 1), (1,)):
-        with raises(ValueError, "has shape (16, 24)", "(stacked, rows) = (", "columns"):
-            muon_madam(
-                matrices=lambda path, shape, axes=axes: axes if "w" in path else None
-            ).init(params)
+    with_axes = lambda axes: muon_madam(
+        matrices=lambda path, leaf: axes if "w" in path else None
+    )
+    for axes in ((0, 1), ((0,), (1,)), "io", 1):
+        with raises(
+            TypeError, "matrices returned", "['mlp/w']", "MatrixDimensionNumbers"
+        ):
+            with_axes(axes).init(params)
+    for axes in ((0, 0), (0, 2), ((0, 1), ()), (0, -2), (0, 1.0), ((0, 0), 1)):
+        with raises(ValueError, "has shape (16, 24)", "output_axis must be different"):
+            with_axes(MatrixDimensionNumbers(*axes)).init(params)
     with raises(ValueError, "b1 must satisfy 0 <= b1 < 1, got 1.0"):
         muon_madam(b1=1.0)
     with raises(ValueError, "learning_rate must satisfy"):

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.core import freeze
-from helpers import is_quantized, mostly_nightly, normal, same
+from helpers import assert_identical, is_quantized, mostly_nightly, normal, raises, same
 
 import madax
 from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
@@ -75,6 +75,11 @@ WEIGHTS = [
     "lora_b",
     "bottleneck",
     "lnet/w",
+    "lora/b",
+    "PreNorm_0/fn/kernel",
+    "NormFormer_0/fc/kernel",
+    "norm1/linear/weight",
+    "normalizing_flow/linear/w",
 ]
 FLOATS = [
     "attention/query/bias",
@@ -85,20 +90,32 @@ FLOATS = [
     "ln_1/weight",
     "ln/w",
     "bn2/w",
-    "linear/b",
-    "mlp/b1",
     "layer_scale",
     "biases",
     "logit_scale",
     "film/gamma",
     "film/beta",
     "out_bias",
+    "mixer/A_log",
 ]
 
 
 def test_names_tell_weights_from_other_leaves():
     tree = dict.fromkeys(WEIGHTS + FLOATS, jnp.ones((4, 8)))
     assert chosen(quantized_shapes(tree)) == set(WEIGHTS)
+
+
+def test_a_leaf_called_b_is_a_bias_if_it_has_an_axis_less_than_its_kernel():
+    shapes = {
+        "layers": {"w": (3, 4, 8), "b": (3, 8)},
+        "query": {"w": (16, 4, 8), "b": (4, 8)},
+        "low_rank": {"a": (16, 2), "b": (2, 16)},
+        "ssm": {"B": (8, 4, 2), "C": (4, 8, 2)},
+    }
+    is_shape = lambda x: isinstance(x, tuple)
+    tree = jax.tree.map(jnp.ones, shapes, is_leaf=is_shape)
+    expected = {"layers/w", "query/w", "low_rank/a", "low_rank/b", "ssm/B", "ssm/C"}
+    assert chosen(quantized_shapes(tree)) == expected
 
 
 class Block(nn.Module):
@@ -262,7 +279,8 @@ def test_leaves_of_zeros_stay_floats_and_are_listed(where):
     text = str(warning.message)
     assert text.startswith("params['a/w'], params['c']: all zeros") and "where" in text
     assert warning.filename == __file__
-    assert quantized["c"] is params["c"] and quantized["a"]["w"] is params["a"]["w"]
+    for kept in (lambda tree: tree["c"], lambda tree: tree["a"]["w"]):
+        assert_identical(kept(quantized), kept(params))
     assert is_quantized(quantized["w"])
     tx = madax.madam(0.1)  # which moves them, as it does floats
     updates, _ = tx.update(
@@ -314,6 +332,15 @@ def test_init_reports_what_jit_cannot_know(bad):
     if bad:
         with pytest.raises(ValueError, match=r"params\['bad'\] .*not finite"):
             quantize(params)
+
+
+def test_shapes_instead_of_values_are_refused():
+    """Floats, and codes of another format; what eval_shape makes of them it makes."""
+    shapes = jax.eval_shape(lambda: {"w": jnp.ones((4, 4)), "b": jnp.ones(4)})
+    for tree in (shapes, quantized_shapes(shapes)):
+        with raises(TypeError, "params['w']", "jax.ShapeDtypeStruct", "jax.eval_shape"):
+            madax.quantize_params(tree, LogFormat(8))
+        assert chosen(quantized_shapes(tree)) == {"w"}
 
 
 # --- scales have the rank of their codes ----------------------------------------------
@@ -395,14 +422,15 @@ def test_codes_of_another_format_are_converted(to, channel_axis):
         params, to, where=lambda path, w: path == "w", channel_axis=0
     )
     same(narrow["w"], madax.quantize_params(values, to, channel_axis=0))
-    assert narrow["zero"] is params["zero"]
+    assert_identical(narrow["zero"], params["zero"])
 
 
 def test_codes_of_the_format_are_left_alone():
     params = {"w": madax.quantize_params(normal(8, 8), FMT), "v": normal(8, 8)}
     again = madax.quantize_params(params, SymlogFormat(8, 1 / 3))
-    assert again["w"] is params["w"] and is_quantized(again["v"])
-    assert madax.quantize_params(again, FMT)["v"] is again["v"]
+    assert_identical(again["w"], params["w"])
+    assert is_quantized(again["v"])
+    assert_identical(madax.quantize_params(again, again["v"].format)["v"], again["v"])
 
 
 # --- speed, and devices ---------------------------------------------------------------

@@ -1,0 +1,125 @@
+"""What the names of leaves, and of the modules that own them, say of a leaf."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Literal
+
+Kind = Literal["matrix", "vector", "table", "head", "router", "filter", "unknown"]
+# The axes of a leaf that a product with it sums over, and the axes of the result.
+Axes = tuple[Sequence[int], Sequence[int]]
+
+
+def _name(pattern: str) -> re.Pattern[str]:
+    """Matches a whole name, a number behind it included."""
+    return re.compile(rf"({pattern})(_?\d+)?", re.IGNORECASE)
+
+
+# Names of parameters that say nothing of what the leaf is for.
+GENERIC = _name(r"kernels?|weights?|w|params|lora|(\w+_)?lora_[ab]|layers|~|")
+NORM = _name(r"\w*norm(_(?!proj|linear|mlp)[a-z]+)?|(\w+_)?(ln|bn)(_[a-z]+)?")
+OF_NORM = _name(r"weight|w|g|b")
+VECTOR = _name(r"(\w+_|layer)?(bias|scale|offset|gamma|beta|gain)(e?s)?")
+# Rates of state-space models: logarithms, or of one sign.
+RATE = _name(r"\w+_log|log_\w+|lambda(_\w+)?")
+B = _name("b")
+BIAS = _name(r"b|(\w+_)?bias(es)?")
+TABLE = _name(
+    r"(?!.*proj)\w*embed\w*|(\w+_)?(emb|wte|wpe|table|codebook|vocab(ulary)?|tokens?"
+    r"|latents|prompt|positions?)"
+)
+PATCHES = re.compile("patch(es)?_?embed|embed_?patch", re.IGNORECASE)
+HEAD = _name(r"(?!multi_?head|pre_)(\w*head|(\w+_)?logits(_\w+)?|classifier)")
+LAST = _name(r"output|unembed\w*|readout")
+ROUTER = _name(r"\w*router(_\w+)?")
+GATE = _name("gate|gating")
+ATTENTION = _name(r"\w*(attn|attention)\w*")
+OF_ATTENTION = r"(to_|w_?|\w*(attn|attention)_)?"
+PROJECTION = r"(_(proj|projection|linear|kernel|w))*"
+TO_HEADS = _name(
+    rf"{OF_ATTENTION}(q|k|v|kv|qkv|query|key|value|queries|keys|values){PROJECTION}"
+)
+FROM_HEADS = _name(rf"{OF_ATTENTION}(o|out|output|vec){PROJECTION}(_einsum)?")
+EXPERTS = re.compile("expert|moe", re.IGNORECASE)
+LORA = re.compile(r"lora(_[ab])?$", re.IGNORECASE)
+# Modules whose kernels of three axes and more are stacks of matrices.
+STACK = re.compile(
+    r"mlp|ffn|feed_?forward|einsum|linear|dense(?!_?general)"
+    r"|(^|_)(wi|wo|up|gate|gating|down|fc)(_|$)",
+    re.IGNORECASE,
+)
+DENSE = re.compile(rf"proj|{STACK.pattern}", re.IGNORECASE)
+CONVOLUTION = re.compile("conv", re.IGNORECASE)
+DEPTHWISE = re.compile(r"depthwise|dw_?conv|conv_?dw", re.IGNORECASE)
+LAYERS = _name("layers?|blocks?|stack|scan")
+
+
+@dataclasses.dataclass(eq=False)
+class Leaf:
+    """A leaf, and the facts about it that are known so far.
+
+    Attributes:
+      names: the components of its path.
+      shape: of the whole leaf.
+      core: the axes that do not count layers.
+      layer: the path of the repeated layer that it is in; None outside of those.
+      siblings: leaves of the same module, itself included.
+      kind: what it is for.
+      axes: how it is a matrix.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    core: tuple[int, ...]
+    layer: tuple[str, ...] | None = None
+    siblings: list["Leaf"] = dataclasses.field(default_factory=list)
+    kind: Kind = "matrix"
+    axes: Axes | None = None
+
+    def __post_init__(self):
+        *_, self.owner, own = "", *self.names
+        self.own = own.lower()
+
+    @cached_property
+    def subject(self) -> str:
+        """The last name that says what the leaf is for."""
+        in_lora = LORA.search(self.owner)  # which owns "a" and "b"
+        names = self.names[:-1] if in_lora else self.names
+        named = [name for name in names if not GENERIC.fullmatch(name)]
+        return named[-1] if named else self.names[-1]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(self.shape[i] for i in self.core)
+
+    @property
+    def fans(self) -> tuple[int, int]:
+        """How many inputs and outputs it has, if it is a matrix."""
+        fan_in, fan_out = [size_of(self.shape, x) for x in self.axes or ()] or (0, 0)
+        return fan_in, fan_out
+
+    @cached_property
+    def is_vector(self) -> bool:
+        """Whether its name says that it is a vector, in each layer."""
+        if NORM.fullmatch(self.owner) and OF_NORM.fullmatch(self.own):
+            return True
+        if B.fullmatch(self.own) and not LORA.search(self.owner):
+            # So are called matrices, too; a bias has an axis less than its kernel.
+            return any(_is_within(self.shape, x.shape) for x in self.siblings)
+        return any(x.fullmatch(self.own) for x in (VECTOR, NORM, RATE))
+
+    @property
+    def may_be_bias(self) -> bool:
+        return len(self.core) == 1 and not NORM.fullmatch(self.own)
+
+
+def size_of(shape: Sequence[int], axes: Iterable[int]) -> int:
+    return math.prod(shape[i] for i in axes)
+
+
+def _is_within(bias: Sequence[int], kernel: Sequence[int]) -> bool:
+    """Whether a shape is another one with some axes left out."""
+    sizes = iter(kernel)
+    return len(bias) < len(kernel) and all(n in sizes for n in bias)
