@@ -1,6 +1,6 @@
 """Multiplicative weight updates for JAX, and training on weights of a few bits."""
 
-from importlib.metadata import version as _version
+from importlib import metadata as _metadata
 
 from madax import diagnostics
 from madax._aliases import bbit_madam, lns_madam, madam
@@ -14,7 +14,7 @@ from madax._lns_quantize import LnsQuantizeState, lns_quantize
 from madax._moments import MomentFormat, MomentWindow
 from madax._muon_madam import muon_madam
 from madax._orthogonal import (
-    MatrixAxes,
+    MatrixDimensionNumbers,
     ScaleByOrthogonalMomentumState,
     scale_by_orthogonal_momentum,
 )
@@ -36,7 +36,10 @@ from madax._with_quantized_state import (
     with_quantized_state,
 )
 
-__version__ = _version("madax")
+try:
+    __version__ = _metadata.version("madax")
+except _metadata.PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "AddDecayedLogWeightsState",
@@ -45,7 +48,7 @@ __all__ = [
     "Layerwise",
     "LnsQuantizeState",
     "LogFormat",
-    "MatrixAxes",
+    "MatrixDimensionNumbers",
     "MomentFormat",
     "MomentWindow",
     "QuantizedArray",

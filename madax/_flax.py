@@ -1,15 +1,64 @@
-"""Gradients of losses of Flax nnx modules; imported only where Flax has been."""
+"""Variables of Flax nnx, and gradients of losses of its modules.
 
+It is imported only where Flax has been.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
+import flax
 import jax
 from flax import nnx
 
-from madax._grad import differentiable, position, probed, without_probes
+from madax._grad import (
+    about_rules,
+    differentiable,
+    position,
+    probed,
+    without_probes,
+)
 from madax._quantized_array import is_quantized
 
 # Flax 0.12 renamed the base class of what nnx keeps track of.
 _BASE = getattr(nnx, "Pytree", None) or nnx.Object
+
+
+@cache
+def let_variables_decode() -> None:
+    """Has ``jnp`` functions take variables of codes by their values.
+
+    JAX asks an object for its array once, and a variable answers with its value: codes,
+    which are no array. Flax's own method is wrapped, because this also serves variables
+    that users make of codes, and keeps the types that filters and checkpoints look at.
+    A subclass of each type of variable would do neither.
+    """
+    jax_array: Callable[[Any], Any] = nnx.Variable.__jax_array__
+    # Before Flax 0.11 variables were no pytrees. A jitted function of jnp takes them as
+    # constants, whose shape JAX's core asks for: a derivative would be zero.
+    constant = jax.tree_util.all_leaves([nnx.Variable(None)])
+
+    @wraps(jax_array)
+    def decoded(self: Any) -> Any:
+        value = jax_array(self)
+        if not is_quantized(value):
+            return value
+        array = value.__jax_array__()
+        caller = sys._getframe(1).f_globals["__name__"]
+        if (
+            constant
+            and caller == "jax._src.core"
+            and isinstance(array, jax.core.Tracer)
+        ):
+            raise NotImplementedError(  # JAX would replace a TypeError by its own
+                f"with Flax {flax.__version__} this function takes no "
+                f"{type(self).__name__} of codes in jit or in a derivative; pass "
+                "its values, as in self.w[...], or use Flax 0.11 or newer."
+            )
+        return array
+
+    nnx.Variable.__jax_array__ = decoded
 
 
 def holds_modules(tree: Any) -> bool:
@@ -46,7 +95,8 @@ def differentiate(fun, argnums, has_aux, dtype, args, kwargs):
         return without_probes(out, weights, is_leaf=_is_module)
 
     gradient = nnx.value_and_grad(loss, has_aux=has_aux)
-    value, grads = gradient(differentiable(weights, dtype), args, kwargs)
+    with about_rules():
+        value, grads = gradient(differentiable(weights, dtype), args, kwargs)
     return value, treedef.unflatten(grads)
 
 

@@ -2,7 +2,8 @@
 
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -139,8 +140,26 @@ def _differentiate(fun, argnums, has_aux, dtype, args, kwargs):
         return without_probes(fun(*given, **kwargs), weights)
 
     gradient = jax.value_and_grad(loss, has_aux=has_aux)
-    value, grads = gradient(differentiable(weights, dtype))
+    with about_rules():
+        value, grads = gradient(differentiable(weights, dtype))
     return value, treedef.unflatten(grads)
+
+
+@contextmanager
+def about_rules() -> Generator[None]:
+    """Says what to do where a ``jax.custom_vjp`` got codes.
+
+    Its rule returns a derivative for one array, and JAX wants one for codes and scale.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if "custom vjp" not in str(error).lower():
+            raise
+        raise TypeError(
+            "a function with a jax.custom_vjp got codes, for which its rule has no "
+            "derivative; pass the array that they decode to, w[...]."
+        ) from error
 
 
 def position(argnum: Any, args: Sequence[Any]) -> int:

@@ -140,6 +140,12 @@ def flatten_both(
     return paths, ws, flatten_like(updates, treedef, "params", paths, ws), treedef
 
 
+def nodes_of(state: Any, kinds: Any) -> list[Any]:
+    """The states of one kind, or of several, that an optimizer's state holds."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    return [node for node in nodes if isinstance(node, kinds)]
+
+
 def entries(leaves: int) -> tuple[int, ...]:
     """The shape of a vector with one entry per leaf, or of a scalar for no leaves.
 

@@ -9,7 +9,9 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from madax._format import Format
 from madax._numerics import straight_through
 from madax._quantized_array import QuantizedArray
 
@@ -43,10 +45,30 @@ class ProbedArray(QuantizedArray):
 
     def tree_flatten_with_keys(self) -> Any:
         children, format = super().tree_flatten_with_keys()
-        return (*children, (jax.tree_util.GetAttrKey("probe"), self.probe)), format
+        probe = _shifted(self.probe, 1)
+        return (*children, (jax.tree_util.GetAttrKey("probe"), probe)), format
+
+    @classmethod
+    def tree_unflatten(cls, aux: Format, children: Any) -> Any:
+        codes, scale, probe = children
+        # Tangents, for a function that has a derivative rule of its own.
+        if getattr(codes, "dtype", None) == jax.dtypes.float0:
+            return probe
+        return super().tree_unflatten(aux, (codes, scale, _shifted(probe, -1)))
 
     def _value(self) -> jax.Array:
         return straight_through(self.probe, super()._value().astype(self.dtype))
 
     def _at(self, index: Any) -> QuantizedArray:
         return ProbedArray.of(super()._at(index), self.probe[index])
+
+
+def _shifted(probe: Any, sign: int) -> Any:
+    """The probe as a leaf of a tree (``sign`` 1), or as it was before (-1).
+
+    The leaf is huge, so that a norm or a penalty over the leaves of codes in a loss is
+    infinite. Otherwise it would be a number that looks right.
+    """
+    if not isinstance(probe, jax.Array):
+        return probe
+    return probe + sign * 2.0 ** (jnp.finfo(probe.dtype).maxexp - 2)

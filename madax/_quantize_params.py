@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,20 +22,12 @@ from madax._checks import (
     warn_of_leaves,
 )
 from madax._format import Format
+from madax._leaf_kinds import read_leaves
 from madax._leaves import awaited, flatten_named, widen
 from madax._numerics import relative_to
 from madax._quantized_array import QuantizedArray, is_quantized
 from madax._scales import root_mean_square, share_beyond
 
-# Paths of leaves that are no weight matrices, whatever their rank: biases of attention
-# have two axes, and every leaf of a stack of layers has one more.
-NO_WEIGHT = re.compile(
-    r"norm"  # anywhere in the path: LayerNorm_0/scale, final_norm/weight
-    r"|(^|/)(ln|bn)(_\w+|\d*)/"  # ln_f/weight, bn2/w
-    r"|(^|[/_])(bias|scale|offset|gamma|beta|gain)(e?s)?(_?\d+)?$"  # biases
-    r"|(^|/)b\d*$",  # linear/b, b1
-    re.IGNORECASE,
-)
 # The warnings about leaves.
 _ALL_ZEROS = (
     "all zeros, which have no scale, so these leaves stay floats; initialise them with "
@@ -66,8 +57,9 @@ def quantize_params(
     grow. With a number for ``p_scale`` it is :math:`p_\text{scale}\,
     \mathrm{rms}(w)`, the bound of the paper, and a warning tells what is clipped.
 
-    In a module of ``flax.nnx`` only ``nnx.Param`` variables become codes. The result is
-    a new module; the given one is left alone.
+    In a module of ``flax.nnx`` only ``nnx.Param`` variables become codes; the result is
+    a new module. Arrays that do not become codes are copied, so that the result may be
+    donated. Leaves that are no arrays, like functions in a module of Equinox, stay.
 
     A whole leaf has one scale. Where magnitudes differ much from channel to channel, or
     weights have heavy tails, ``channel_axis`` gives closer codes. Another warning names
@@ -88,9 +80,9 @@ def quantize_params(
       params: tree of floating-point arrays, any shapes, or a module of ``flax.nnx``.
       format: the number format of the codes.
       where: ``where(path, leaf)`` tells which leaves become codes, given paths like
-        ``"Dense_0/kernel"``; by default those of rank 2 or more and 16 elements or
-        more, but for what is called a bias, a scale or a norm, and what is too small
-        to gain.
+        ``"Dense_0/kernel"``; by default leaves of rank 2 or more and 16 elements or
+        more, except biases, scales, norms and rates of state-space models, which are
+        told by name and shape.
       p_scale: the scale, relative to the root mean square of the leaf; None for one
         that clips no weight.
       channel_axis: for one scale a channel, the axis of the channels, or several; -1
@@ -124,7 +116,9 @@ def quantize_params(
         check_positive("p_scale", p_scale, None, finite=True)
     axes = _channel_axes(channel_axis)
     tree, merge = _split_module(params)
-    return merge(_quantize_tree(tree, format, where or _is_weight, p_scale, axes))
+    return merge(
+        _quantize_tree(tree, format, where or _weights_of(tree), p_scale, axes)
+    )
 
 
 def dequantize_params(params: Any, dtype: Any = None) -> Any:
@@ -211,20 +205,37 @@ def _quantize_tree(
     coded = [
         _code_leaf(paths[i], leaves[i], format, p_scale, channel_axes) for i in chosen
     ]
-    for i, each, fine in zip(chosen, coded, _judge(coded), strict=True):
-        if fine:
-            leaves[i] = each.codes
-    return treedef.unflatten(leaves)
-
-
-def _is_weight(path: str, leaf: Any) -> bool:
-    # Below 16 elements, codes hardly save more bytes than the scale takes.
-    return is_quantized(leaf) or (
-        jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        and np.ndim(leaf) >= 2
-        and np.size(leaf) >= 16
-        and not NO_WEIGHT.search(path)
+    judged = zip(chosen, coded, _judge(coded), strict=True)
+    new = {i: each.codes for i, each, fine in judged if fine and each.facts}
+    return treedef.unflatten(
+        [new[i] if i in new else _copied(leaf) for i, leaf in enumerate(leaves)]
     )
+
+
+def _copied(tree: Any) -> Any:
+    """The arrays of a tree in new buffers, so that these may be donated."""
+    return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, tree)
+
+
+def _weights_of(tree: Any) -> Callable[[str, Any], bool]:
+    """The default of ``where``, for the leaves of a tree."""
+    paths, leaves, _ = flatten_named(tree, is_leaf=is_quantized)
+    readings = read_leaves(paths, map(np.shape, leaves))
+    vectors = {
+        path for path, x in zip(paths, readings, strict=True) if x.kind == "vector"
+    }
+
+    # Below 16 elements, codes hardly save more bytes than the scale takes. A leaf that
+    # is no array has no axes, so it is not asked for a dtype.
+    def is_weight(path: str, leaf: Any) -> bool:
+        return is_quantized(leaf) or (
+            np.ndim(leaf) >= 2
+            and np.size(leaf) >= 16
+            and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+            and path not in vectors
+        )
+
+    return is_weight
 
 
 def _code_leaf(
@@ -235,6 +246,12 @@ def _code_leaf(
     channel_axes: Sequence[int],
 ) -> _Coded:
     name, scale = leaf_name("params", path), None
+    if isinstance(leaf.codes if is_quantized(leaf) else leaf, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"quantize_params reads the values of params, but {name} is a "
+            "jax.ShapeDtypeStruct; use jax.eval_shape(lambda params: "
+            "madax.quantize_params(params, format), params) for the shapes of codes."
+        )
     if not is_quantized(leaf):
         check_float_leaf("params", path, leaf)
     elif leaf.format == format:
@@ -360,5 +377,5 @@ def _split_module(params: Any) -> tuple[Any, Callable[[Any], Any]]:
     if nnx is None or not isinstance(params, nnx.Module):
         return params, lambda tree: tree
     graph, weights, rest = nnx.split(params, nnx.Param, ...)
-    rest = jax.tree.map(lambda x: x, rest)  # variables of its own
+    rest = _copied(rest)  # variables of its own, too
     return weights, lambda weights: nnx.merge(graph, weights, rest)

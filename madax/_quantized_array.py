@@ -5,7 +5,6 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import jax
@@ -17,10 +16,38 @@ from madax._format import Format, parse_format
 from madax._numerics import rounded
 
 _REMEDY = (
-    "codes are not to be scaled or averaged: use madax.dequantize_params(params), or "
-    "put the transform inside madax.with_quantized_params(...). Steps of codes are "
-    "added by optax.apply_updates, as they are."
+    "codes and scales are not to be scaled, averaged or cast: use "
+    "madax.dequantize_params(params), or put the transform inside "
+    "madax.with_quantized_params(...). Steps of codes are added by "
+    "optax.apply_updates, as they are."
 )
+
+
+# Attributes of arrays that codes have, too: of their values, or of the codes where
+# nothing needs to be decoded. A formatted list would take a line for each.
+_OF_VALUES = """
+T all any argmax argmin argpartition argsort astype at clip compress conj conjugate
+cumprod cumsum diagonal dot flat flatten imag item itemsize mT max mean min nonzero prod
+ptp ravel real repeat reshape round searchsorted sort squeeze std sum swapaxes take
+tobytes tolist trace transpose var view
+""".split()  # noqa: SIM905
+_OF_CODES = """
+committed device devices is_deleted is_fully_addressable is_fully_replicated sharding
+""".split()  # noqa: SIM905
+
+
+class _InErrors(type):
+    """Names the remedy where JAX prints types, in errors about trees that differ.
+
+    In ``optax.apply_updates(codes, floats)``, where any plain optimizer on codes ends,
+    no other code of madax runs.
+    """
+
+    def __repr__(cls) -> str:
+        return (
+            f"<class 'madax.{cls.__name__}'> (codes, which an optimizer of floats "
+            "trains inside madax.with_quantized_params)"
+        )
 
 
 def _by_value(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,19 +61,21 @@ def _by_value_from_the_right(operation: Callable[..., Any]) -> Callable[..., Any
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
-class QuantizedArray:
+class QuantizedArray(metaclass=_InErrors):
     """An array stored as integer codes of a number format.
 
-    It takes the place of a weight. Operators, ``jnp`` functions and layers of Flax take
-    it as the float32 array that its codes decode to, and decode it where they use it.
-    Indexing decodes only what it takes, so a look-up in a table of codes costs a few
-    rows. ``w[...]`` is the array itself, for functions that need one (those of
-    ``jax.lax``, and with JAX 0.6 sums and the like). Use :func:`madax.value_and_grad`
-    for derivatives: ``jax.grad`` has none for integers.
+    It takes the place of a weight. Operators, methods of arrays, ``jnp`` functions and
+    layers of Flax take it as the float32 array that its codes decode to, and decode it
+    where they use it. Indexing decodes only what it takes, so a look-up in a table of
+    codes costs a few rows. ``w[...]`` is the array itself, for functions that need one
+    (in ``jax.lax``, and with JAX 0.6.0 also sums and the like). Use
+    :func:`madax.value_and_grad` for derivatives: ``jax.grad`` has none for integers.
 
     It is a pytree node with two children, ``codes`` and ``scale``; the format is
-    static. Functions of trees see those two, so take a norm or a penalty over the
-    weights of ``madax.dequantize_params(params)``.
+    static. Functions of trees see those two. What changes their dtypes is an error, and
+    what leaves a scale that is not positive makes all values NaN, but a sum of two
+    trees of codes is neither, and no sum of weights. So do arithmetic on
+    ``madax.dequantize_params(params)``, norms and penalties included.
 
     The update that an optimizer returns for it is another QuantizedArray, which has
     steps in the place of codes, False in that of the scale, and no value.
@@ -79,9 +108,14 @@ class QuantizedArray:
     def __post_init__(self) -> None:
         # This is not done on import of this module: Flax may be imported later, or
         # never.
-        serialization = sys.modules.get("flax.serialization")
-        if serialization is not None:
-            _register_in(serialization)
+        if "flax.serialization" in sys.modules:
+            from madax._saving import register_with_flax
+
+            register_with_flax()
+        if hasattr(sys.modules.get("flax.nnx"), "Variable"):
+            from madax._flax import let_variables_decode
+
+            let_variables_decode()
 
     @classmethod
     def steps(cls, delta: jax.Array, format: Format) -> "QuantizedArray":
@@ -153,32 +187,35 @@ class QuantizedArray:
         if self.codes.dtype == self.format.step_dtype:
             raise TypeError(f"{self!r} was used as a number; {_REMEDY}")
 
-    def astype(self, dtype: Any) -> jax.Array:
-        """The values in another dtype, as of an array."""
-        return self.dequantize().astype(dtype)
+    def copy(self) -> "QuantizedArray":
+        """The same codes and scale in new buffers."""
+        return jax.tree.map(lambda x: x.copy(), self)
 
-    def reshape(self, *shape: Any, **options: Any) -> jax.Array:
-        """The values in another shape, as of an array."""
-        return self.dequantize().reshape(*shape, **options)
+    def block_until_ready(self) -> "QuantizedArray":
+        """Waits for the codes and the scale to be computed."""
+        return jax.block_until_ready(self)
 
-    def transpose(self, *axes: Any) -> jax.Array:
-        """The values with axes permuted, as of an array."""
-        return self.dequantize().transpose(*axes)
-
-    @property
-    def T(self) -> jax.Array:  # noqa: N802
-        """The values with all axes reversed."""
-        return self.dequantize().T
-
-    @property
-    def mT(self) -> jax.Array:  # noqa: N802
-        """The values with the last two axes swapped."""
-        return self.dequantize().mT
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_VALUES:
+            return getattr(self.dequantize(), name)
+        if name in _OF_CODES:
+            return getattr(self.codes, name)
+        raise AttributeError(
+            f"a {type(self).__name__} has no {name!r}; take its values, w[...], for "
+            "what arrays have."
+        )
 
     def __getitem__(self, index: Any) -> jax.Array:
         """The values at an index; no other codes are decoded."""
         self.check_has_value()
         return self._at(index).dequantize()
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise TypeError(
+            "a QuantizedArray cannot be written to; use w.at[...].set(x) for an array "
+            "of changed values, madax.quantize_params for codes of it, and put them in "
+            "the place of the old ones, in an nnx.Variable by its set_value."
+        )
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -193,6 +230,9 @@ class QuantizedArray:
         if copy is False:
             raise ValueError("values of codes are always new: leave copy=False out.")
         return np.asarray(self.dequantize(), dtype)
+
+    def __int__(self) -> int:
+        return int(self.dequantize())
 
     def __float__(self) -> float:
         return float(self.dequantize())
@@ -247,22 +287,30 @@ class QuantizedArray:
         codes, scale, *others = children
         # Here an average or a rescaling of codes would pass for one of weights.
         dtypes = [getattr(x, "dtype", type(x)) for x in (codes, scale)]
-        if isinstance(dtypes[0], np.dtype) and dtypes[0] == jax.dtypes.float0:
+        if dtypes[0] == jax.dtypes.float0:
             raise TypeError(
                 "a derivative was taken with respect to the codes of a QuantizedArray, "
                 "which are integers; use madax.value_and_grad or madax.grad."
             )
+        if codes is None and isinstance(dtypes[1], np.dtype):
+            raise TypeError(
+                "the codes of a QuantizedArray were left out, but not its scale, as by "
+                "a filter of floating arrays; a scale is not trained: use "
+                "madax.value_and_grad for gradients, or filter whole QuantizedArrays."
+            )
         if not _fit(dtypes[0], dtypes[1], aux):
             raise TypeError(
-                f"the codes of a QuantizedArray became {dtypes[0]}, and its scale "
-                f"{dtypes[1]}; {_REMEDY}"
+                f"the codes of a QuantizedArray became {_name(dtypes[0])}, and its "
+                f"scale {_name(dtypes[1])}; {_REMEDY}"
             )
         return cls(codes, scale, aux, *others)
 
     def _value(self) -> jax.Array:
         # The product is rounded: fused with a sum, it would be another one in each
-        # program.
-        return rounded(self.scale * self.format.decode(self.codes))
+        # program. A scale that is not positive was negated or subtracted as if it were
+        # a weight, and so were its codes.
+        scale = jnp.where(self.scale > 0, self.scale, jnp.nan)
+        return rounded(scale * self.format.decode(self.codes))
 
     def _at(self, index: Any) -> "QuantizedArray":
         """The codes at an index, with the scales that belong to them."""
@@ -317,8 +365,12 @@ def _fit(codes: Any, scale: Any, format: Format) -> bool:
         return codes == format.step_dtype
     number = isinstance(scale, np.dtype) or scale in (int, float)
     return not number or (
-        codes == format.storage_dtype and jnp.issubdtype(scale, np.floating)
+        codes == format.storage_dtype and scale in (np.float32, float)
     )
+
+
+def _name(dtype: Any) -> str:
+    return getattr(dtype, "__name__", str(dtype))
 
 
 jax.export.register_pytree_node_serialization(
@@ -327,24 +379,6 @@ jax.export.register_pytree_node_serialization(
     serialize_auxdata=lambda format: repr(format).encode(),
     deserialize_auxdata=lambda text: parse_format(bytes(text).decode()),
 )
-
-
-@cache
-def _register_in(serialization: Any) -> None:
-    """Lets ``flax.serialization`` take QuantizedArrays apart, and put them together."""
-    serialization.register_serialization_state(
-        QuantizedArray, QuantizedArray.parts, _from_parts
-    )
-
-
-def _from_parts(target: QuantizedArray, parts: Any) -> QuantizedArray:
-    if parts.keys() != target.parts().keys():
-        raise ValueError(
-            f"codes were saved as {sorted(parts)}, but the target has "
-            f"{sorted(target.parts())}; pass a target of that format."
-        )
-    codes, scale = (parts[name] for name in target.parts())
-    return QuantizedArray(jnp.asarray(codes), jnp.asarray(scale), target.format)
 
 
 def is_quantized(x: Any) -> bool:

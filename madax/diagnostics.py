@@ -23,13 +23,17 @@ from madax._leaves import (
     flatten_like,
     known_values,
     largest_weight,
+    nodes_of,
     per_leaf,
     widen,
 )
 from madax._lns_quantize import LnsQuantizeState
+from madax._matrix_table import MatrixTable, matrix_table
+from madax._orthogonal import Matrices
 from madax._quantize_params import dequantize_params
 from madax._quantized_array import is_quantized
 from madax._scales import split_peak
+from madax._skipped import count_skipped
 
 _STUCK = (
     "half of the weights or more are at their bound and may be unable to grow; pass a "
@@ -45,6 +49,7 @@ __all__ = [
     "fraction_sign_changed",
     "fraction_zero",
     "log_weight_histogram",
+    "matrices",
     "relative_update_size",
 ]
 
@@ -86,35 +91,6 @@ def relative_update_size(params: Any, updates: Any) -> dict[str, jax.Array]:
     return _by_path(lambda w, u: _relative_norm(u, w), params, updates)
 
 
-def count_skipped(grads: Any) -> dict[str, jax.Array]:
-    r"""How many elements of the gradients the optimizer will skip, leaf by leaf.
-
-    ``scale_by_second_moment`` skips an element that is not finite, or whose square
-    overflows: neither its moments nor its weight change in that step.
-
-    Args:
-      grads: tree of floating-point arrays, no wider than their moments: float64
-        gradients of float32 weights are to be cast first, as the optimizer does.
-
-    Returns:
-      A count for each leaf, an int32 scalar.
-
-    Raises:
-      TypeError: if a leaf is not real floating.
-
-    Example:
-      >>> import jax.numpy as jnp, madax
-      >>> grads = {"w": jnp.array([1.0, jnp.nan, -jnp.inf, 1e30])}
-      >>> print(madax.diagnostics.count_skipped(grads)["w"])
-      3
-    """
-    paths, leaves, _ = flatten(grads, "grads")
-    return {
-        path: jnp.sum(~jnp.isfinite(jnp.square(widen(g)))).astype(jnp.int32)
-        for path, g in zip(paths, leaves, strict=True)
-    }
-
-
 def fraction_at_bound(
     params: Any, state: Any, p_scale: jax.typing.ArrayLike | None = None
 ) -> dict[str, jax.Array]:
@@ -122,8 +98,8 @@ def fraction_at_bound(
 
     A float weight counts as at the bound when it is within a fraction of
     :math:`2^{-6}` of it, which any dtype can tell; a quantised one when its code is the
-    largest. The bound is that of ``clip_log_weights``, so for a leaf that this leaves
-    free it is the largest number of the dtype; or the range of a grid, if less.
+    largest. The bound is the one in ``clip_log_weights``, which for a free leaf is the
+    largest number of the dtype, or the end of a grid, if that is lower.
 
     Outside of ``jax.jit`` a warning names the leaves half of whose weights or more are
     at their bound, because they may be unable to grow. In a matrix a quarter is usual.
@@ -149,7 +125,7 @@ def fraction_at_bound(
     """
     if p_scale is not None:
         check_positive("p_scale", p_scale, None)
-    found = _states(ClipLogWeightsState, state)
+    found = nodes_of(state, ClipLogWeightsState)
     paths, leaves, _ = flatten(params)
     floats = sum(not is_quantized(leaf) for leaf in leaves)
     if len(found) != 1 or found[0].rms0.shape != entries(floats):
@@ -160,7 +136,7 @@ def fraction_at_bound(
             "params."
         )
     bounds = [leaf_bounds(p_scale, found[0], paths, leaves)]
-    grids = [grid.scale for grid in _states(LnsQuantizeState, state)]
+    grids = [grid.scale for grid in nodes_of(state, LnsQuantizeState)]
     bounds += [per_leaf(scale, leaves) for scale in grids if scale is not None]
     fractions = {
         path: _fraction(_is_at_bound(w, own))
@@ -298,6 +274,33 @@ def code_occupancy(params: Any) -> dict[str, jax.Array]:
     }
 
 
+def matrices(params: Any, matrices: Matrices | None = None) -> MatrixTable:
+    """How :func:`madax.muon_madam` reads a tree: which leaves are which matrices.
+
+    Args:
+      params: tree of floating-point or quantised arrays, or of their shapes.
+      matrices: the optimizer's ``matrices``.
+
+    Returns:
+      For each path None, for a leaf that takes the direction of Madam, or (matrices in
+      the stack, rows, columns), in the order of the leaf's own axes. The dict prints as
+      a table.
+
+    Raises:
+      ValueError: if ``matrices`` gives axes that a leaf does not have.
+      TypeError: if a leaf is not real floating.
+
+    Example:
+      >>> import jax.numpy as jnp, madax
+      >>> query = {"kernel": jnp.ones((64, 4, 16)), "bias": jnp.ones((4, 16))}
+      >>> madax.diagnostics.matrices({"query": query})
+      leaf          shape        storage  direction
+      query/bias    (4, 16)      float32  Madam
+      query/kernel  (64, 4, 16)  float32  1 of 64 x 64
+    """
+    return matrix_table(params, matrices)
+
+
 def descent_bound(params: Any, grads: Any) -> jax.Array:
     r"""The rate below which a multiplicative sign step is sure to descend.
 
@@ -361,12 +364,6 @@ def _is_at_bound(w: Any, bounds: Sequence[Any]) -> jax.Array:
         return jnp.abs(w.codes) == w.format.levels
     bound = reduce(jnp.minimum, bounds, largest_weight(jnp.result_type(w)))
     return jnp.abs(widen(w)) >= (1 - 2**-6) * bound
-
-
-def _states(kind: type, state: Any) -> list[Any]:
-    """The states of one transform in the state of an optimizer."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
-    return [node for node in nodes if isinstance(node, kind)]
 
 
 def _fraction(condition: jax.Array) -> jax.Array:

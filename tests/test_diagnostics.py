@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from helpers import mostly_nightly
+from helpers import mostly_nightly, raises
 
 import madax
 from madax import diagnostics
@@ -280,6 +280,40 @@ def test_count_skipped_is_what_the_optimizer_skips(dtype):
     _, state = tx.update(grads, tx.init(params), params)
     skipped = jnp.sum(state[0].v["w"] == 0) - jnp.sum(grads["w"] == 0)
     assert counts["w"] == skipped
+
+
+@pytest.mark.parametrize(("bits", "b2"), [(8, 0.999), (12, 0.9), (8, 0.5), (None, 0.9)])
+def test_count_skipped_agrees_with_what_each_direction_skips(bits, b2):
+    fmt = None if bits is None else madax.MomentFormat(bits)
+    tx = madax.muon_madam(0.01, b2=b2, moment_format=fmt)
+    params = {"w": jnp.ones((8, 8)), "bias": jnp.ones(64)}
+    rng = np.random.default_rng(0)
+    rest = {k: rng.standard_normal((20, *x.shape)) for k, x in params.items()}
+    # Two outliers, of which floats skip none, one that overflows, one that is NaN.
+    odd = {"w": np.full((8, 8), 1e30), "bias": rng.standard_normal(64)}
+    odd["w"][0, 0], odd["bias"][:4] = np.nan, (1e6, -2e4, 1e30, np.nan)
+
+    @jax.jit
+    def run(rest, odd):
+        state, _ = jax.lax.scan(
+            lambda state, g: (tx.update(g, state, params)[1], None),
+            tx.init(params),
+            rest,
+        )
+        updates, state = tx.update(odd, state, params)
+        return updates, diagnostics.count_skipped(odd, state, b2=b2)
+
+    updates, counts = run(*jax.tree.map(jnp.float32, (rest, odd)))
+    skipped = 2 if bits is None or b2 < 0.75 else 4
+    assert counts["bias"] == np.sum(updates["bias"] == 0) == skipped
+    assert counts["w"] == 1 and np.all(updates["w"] != 0)
+
+
+def test_count_skipped_wants_the_state_of_these_gradients():
+    params = {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}
+    for state in (madax.madam().init({"w": params["w"]}), optax.adam(0.1).init(params)):
+        with raises(ValueError, "must hold a moment", "pass the state"):
+            diagnostics.count_skipped(params, state)
 
 
 def test_count_skipped_names_a_leaf_that_is_no_gradient():

@@ -10,11 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import processes
 import pytest
 from flax import nnx, serialization
-from helpers import assert_identical, mostly_nightly
+from helpers import assert_identical, mostly_nightly, raises
 
 import madax
 from madax import LogFormat, MomentFormat, SymlogFormat, UniformFormat
@@ -132,6 +133,134 @@ def test_what_does_not_fit_is_named(params):
         madax.from_flat_dict({**flat, bias: jnp.ones(4)}, params)
     with error("two arrays of the tree are called 'a/b'"):
         madax.to_flat_dict({"a/b": jnp.ones(3), "a": {"b": jnp.ones(3)}})
+
+
+def changed(codes=lambda x: x, scale=lambda x: x):
+    """The arrays of a leaf in a file, of which a byte was changed."""
+    flat = madax.to_flat_dict(make(FORMATS["uniform"], channel_axis=-1))
+    path, name = "params/Dense_0/kernel", repr(FORMATS["uniform"])
+    arrays = {f"{path}/codes:{name}": codes, f"{path}/scale": scale}
+    return {k: arrays[k](np.array(v)) for k, v in flat.items() if k in arrays}
+
+
+def with_first(value):
+    def change(x):
+        x.flat[0] = value
+        return x
+
+    return change
+
+
+WRONG = {
+    "dtype of codes": (
+        {"codes": lambda x: x.astype(np.int32)},
+        "codes of int32 and a scale of float32, but for UniformFormat(bits=4)",
+    ),
+    "dtype of a scale": (
+        {"scale": lambda x: x.astype(np.float16)},
+        "codes of int8 and a scale of float16",
+    ),
+    "beyond, up": ({"codes": with_first(8)}, "codes beyond 7, the largest"),
+    "beyond, down": ({"codes": with_first(-128)}, "codes beyond 7, the largest"),
+    "negative scale": ({"scale": with_first(-1)}, "not positive and finite"),
+    "infinite scale": ({"scale": with_first(np.inf)}, "not positive and finite"),
+    "no scale": ({"scale": with_first(np.nan)}, "not positive and finite"),
+    "shape of a scale": ({"scale": lambda x: x[:, :-1]}, "a scale of shape (1, 2)"),
+    "rank of a scale": ({"scale": lambda x: x[None]}, "a scale of shape (1, 1, 3)"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG.values(), ids=WRONG)
+def test_codes_that_are_none_of_their_format_are_named(case):
+    arrays, text = changed(**case[0]), case[1]
+    with raises(ValueError, "'params/Dense_0/kernel' has", text):
+        madax.from_flat_dict(arrays)
+    with raises(ValueError, text):
+        madax.from_flat_dict({k: jnp.asarray(v) for k, v in arrays.items()})
+    # So they are for flax.serialization, which has no names.
+    fresh = make(FORMATS["uniform"], channel_axis=-1)["params"]["Dense_0"]["kernel"]
+    parts = {k.rpartition("/")[2]: v for k, v in arrays.items()}
+    with raises(ValueError, "a QuantizedArray has", text):
+        serialization.from_state_dict(fresh, parts)
+
+
+CLASHES = {
+    "below, first": {"a/b": jnp.ones(2), "a": jnp.ones(3)},
+    "below, second": {"a": jnp.ones(3), "a/b": jnp.ones(2)},
+    "far below": {"a/b/c": jnp.ones(2), "a": jnp.ones(3)},
+    "beside an empty key": {"": jnp.ones(2), "a": jnp.ones(3)},
+    "beside an empty key, first": {"a": jnp.ones(3), "": jnp.ones(2)},
+}
+
+
+@pytest.mark.parametrize("arrays", CLASHES.values(), ids=CLASHES)
+def test_nothing_is_dropped_where_names_clash(arrays):
+    with raises(ValueError, "is an array, and so is", "pass the target"):
+        madax.from_flat_dict(arrays)
+    # To the keys of a dictionary, they are no clash.
+    target = {key: jnp.zeros_like(x) for key, x in arrays.items()}
+    assert_identical(madax.from_flat_dict(arrays, target), dict(arrays))
+
+
+def test_an_array_has_one_name_and_codes_one_format():
+    with raises(ValueError, "two arrays are called 'a/b'"):
+        madax.from_flat_dict({"a/b": jnp.ones(2), "a": {"b": jnp.ones(3)}})
+    w = {fmt: madax.quantize_params(jnp.ones((4, 4)), fmt) for fmt in FORMATS.values()}
+    one, other = (madax.to_flat_dict({"w": w[FORMATS[k]]}) for k in ("log", "uniform"))
+    with raises(ValueError, "two leaves 'w', of which one is codes"):
+        madax.from_flat_dict(one | other)
+    with raises(ValueError, "two leaves 'w', of which one is codes"):
+        madax.from_flat_dict(one | {"w": jnp.ones((4, 4))})
+
+
+# int2 and float4 are missing in JAX 0.6.0.
+DTYPES = """
+bool int8 int16 int32 uint8 uint16 uint32 int4 uint4 float32 float16 complex64 bfloat16
+float8_e4m3fn float8_e5m2 float8_e4m3b11fnuz
+"""
+
+
+def test_every_dtype_comes_back_to_the_bit():
+    bits = np.arange(256, dtype=np.uint8)
+    tree = {"of": {}, "none": jnp.zeros((0, 3), jnp.bfloat16), "one": jnp.bfloat16(3)}
+    for name in DTYPES.split():
+        dtype = jnp.dtype(name)
+        values = bits.astype(dtype) if "int" in name else bits.view(dtype)
+        tree["of"][name] = jnp.asarray(bits < 3 if name == "bool" else values)
+    flat = madax.to_flat_dict(tree)
+    assert {"of/bfloat16:bfloat16", "one:bfloat16", "of/float32"} < set(flat)
+    arrays = through_a_file(flat)
+    assert_identical(madax.from_flat_dict(arrays), tree)
+    assert_identical(madax.from_flat_dict(arrays, tree), tree)
+    by_jax = {name: jnp.asarray(x) for name, x in flat.items()}  # of another library
+    assert_identical(madax.from_flat_dict(by_jax), tree)
+    alone = jnp.bfloat16([1, -0.0, jnp.nan])
+    assert_identical(madax.from_flat_dict(madax.to_flat_dict(alone)), alone)
+
+
+def test_models_and_states_in_bfloat16_come_back():
+    params = {"w": jnp.ones((4, 4), jnp.bfloat16), "b": jnp.zeros(4, jnp.bfloat16)}
+    params["codes"] = madax.quantize_params(params["w"], FORMATS["symlog"])
+    tx = madax.with_quantized_params(optax.adam(0.1, mu_dtype=jnp.bfloat16))
+    tree = [params, tx.init(params)]
+    arrays = through_a_file(madax.to_flat_dict(tree))
+    assert_identical(madax.from_flat_dict(arrays, tree), tree)
+
+
+def test_bfloat16_that_numpy_kept_without_a_name_is_read():
+    w = jnp.asarray([1.5, -2, np.nan], jnp.bfloat16)
+    arrays = through_a_file({"w": w, "half": np.float16([1, 2])})
+    assert arrays["w"].dtype == "V2"
+    assert_identical(madax.from_flat_dict(arrays)["w"], w)
+    with raises(ValueError, "'w' has the dtype |V1, bytes of no type"):
+        madax.from_flat_dict({"w": arrays["w"].view("V1")})
+
+
+def test_numbers_that_jax_would_round_stay_those_of_numpy():
+    arrays = {"w": np.float64([1 / 3]), "n": np.int64([2**40]), "x": np.float32([1])}
+    restored = madax.from_flat_dict(arrays)
+    assert_identical({k: np.asarray(x) for k, x in restored.items()}, arrays)
+    assert isinstance(restored["x"], jax.Array)
 
 
 @pytest.mark.parametrize(
