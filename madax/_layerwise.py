@@ -12,27 +12,36 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from madax._checks import leaf_name
 from madax._layerwise_checks import (
     check_arguments,
+    check_devices,
     check_layer_output,
     check_loss,
-    is_float,
+    check_updates,
+    is_inexact,
     parts_of,
 )
-from madax._leaves import flatten_named
 from madax._quantize_params import dequantize_params
+from madax._shards import (
+    axes_returned,
+    barrier,
+    manual_axes,
+    over_shards,
+    spread,
+    varying,
+)
 from madax._stacks import (
     ENDS,
     LAYERS,
     check_layer_by_layer,
+    cut,
     depth_of,
     init_stack,
     read,
     splitter,
+    with_keys_of,
     write,
 )
 
@@ -81,14 +90,25 @@ def layerwise(
     of layers, ``{"ends": ..., "layers": [...]}``, trained by ``tx`` as usual,
     random bits of the rounding included.
 
-    The update of a layer must not need the gradient of another one. A global norm, for
-    example, is not known yet when the first layer takes its step. Madam needs none.
+    The update of a layer must not need the gradient of another one, of this step or of
+    a step before. A global norm, for example, is not known yet when the first layer
+    takes its step. Madam needs none.
+
+    A random key in the state of ``tx``, such as ``optax.add_noise`` has, becomes a key
+    for each layer, with its index folded in, and one for the ends. Ordinary training
+    draws different noise, because one key serves all leaves.
+
+    Inside ``jax.shard_map`` (with ``check_vma=True``) a batch may be spread over the
+    devices. Gradients of parameters that all devices share are summed over them: let
+    ``loss`` take the mean, ``jax.lax.pmean(value, axis)``.
 
     Args:
       tx: the optimizer, ``madam`` or ``with_quantized_params(optax.adam(1e-3))``;
-        its masks and labels, if any, are to be functions of the tree.
-      embed: ``embed(ends, batch)`` returns :math:`x_0`, an array or a tree of arrays;
-        integers in it, such as positions, are passed on by the layers.
+        its masks and labels, if any, must be functions of the tree. Integers in the
+        parameters have gradients of zero: leave them out with ``optax.masked`` or
+        ``optax.partition``.
+      embed: ``embed(ends, batch)`` returns :math:`x_0`, an array or a tree of arrays,
+        real or complex; integers in it, such as positions, are passed on by the layers.
       layer: ``layer(one_layer, x)`` returns the next :math:`x`, of the same shapes and
         dtypes; ``layer(one_layer, x, key)`` if the step is given a key.
       loss: ``loss(ends, x, batch)`` returns a scalar, or (scalar, aux).
@@ -113,10 +133,11 @@ def layerwise(
       but for scalars that belong to the step: counts, hyperparameters.
 
     Raises:
-      ValueError: if ``tx`` needs the gradients of all layers at once, as far as that
-        can be told from one step; parameters are not of that form; a batch cannot be
-        cut so; or ``layer`` changes the shape or dtype of ``x``.
-      TypeError: if an argument is of the wrong type.
+      ValueError: if ``tx`` needs the gradients of other layers, as far as traces of
+        its update tell; parameters are not of that form; a batch cannot be cut so;
+        ``layer`` changes the shape or dtype of ``x``; or, in ``jax.shard_map`` with
+        ``check_vma=False`` and in ``jax.pmap``, gradients would not be summed.
+      TypeError: if an argument is of the wrong type, or ``tx`` trains integers.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, madax
@@ -168,25 +189,30 @@ class _Run:
         """The state of the ends, and that of the layers."""
         ends, layers = parts_of(params)
         check_layer_by_layer(self.tx, params)
-        return {ENDS: self.tx.init({ENDS: ends}), LAYERS: init_stack(self.tx, layers)}
+        # No two parts draw the same random numbers.
+        ends_state = with_keys_of(self.tx.init({ENDS: ends}), depth_of(layers))
+        return {ENDS: ends_state, LAYERS: init_stack(self.tx, layers)}
 
     def step(self, params: Any, state: Any, batch: Any, key: Any = None) -> Any:
         """Parameters, state, and the loss (and metrics) of the parameters before."""
+        check_devices()
         ends, layers = parts_of(params)
-        batches = _cut(batch, self.microbatches)
+        batches = cut(batch, self.microbatches)
         weights = self.decode(ends)
-        x = self.each(lambda _, batch: self.embed(weights, batch), batches)
+        _, merge = _floats(weights)
+        embed = self.embedding(weights, layers, batches, key)
+        x = self.each(lambda _, batch: embed(weights, batch), batches)
         x, kept = self.up(layers, x, key)
         (value, g_ends, aux), g = self.finish(weights, x, batches)
         layers, stack, g, norms = self.down(layers, state[LAYERS], kept, g, key)
-        # The barrier makes XLA decode the ends again, rather than keep them for all
-        # that time.
-        ends, g = jax.lax.optimization_barrier((ends, g))
-        g_ends = jax.tree.map(jnp.add, g_ends, self.begin(ends, g, batches))
-        ends, ends_state = self.update({ENDS: ends}, g_ends, state[ENDS])
+        # XLA is to decode the ends again, not to keep them for all that time.
+        ends, g = barrier((ends, g))
+        g_ends = jax.tree.map(jnp.add, g_ends, self.begin(embed, ends, g, batches))
         if self.has_aux:
             norms = {ENDS: _norm(g_ends), LAYERS: norms}
             value = (value, {"aux": aux, "grad_norm": norms})
+        g_ends = merge(g_ends, jnp.zeros_like)
+        ends, ends_state = self.update({ENDS: ends}, g_ends, state[ENDS])
         params = {ENDS: ends, LAYERS: layers}
         return params, {ENDS: ends_state, LAYERS: stack}, value
 
@@ -202,7 +228,31 @@ class _Run:
             key = jax.random.fold_in(jax.random.fold_in(key, i), part)
             out = self.layer(weights, x, key)
         check_layer_output(x, out)
-        return out
+        return jax.tree.map(lambda x, out: spread(out, varying(x)), x, out)
+
+    def embedding(self, weights: Any, layers: Any, batches: Any, key: Any) -> Any:
+        """``embed``, with types that hold for all layers inside ``jax.shard_map``.
+
+        A loop needs the same types in all layers. A sum that starts as zeros, say,
+        varies from device to device only after the first layer.
+        """
+        if not manual_axes():
+            return self.embed
+        batch = batches if self.microbatches == 1 else read(batches, 0)
+        _, axes = axes_returned(lambda: self.embed(weights, batch))
+        while True:
+
+            def embed(weights, batch, axes=axes):
+                return jax.tree.map(spread, self.embed(weights, batch), axes)
+
+            def first(embed=embed):
+                x = embed(weights, batch)
+                return self.apply(self.decode(read(layers, 0)), x, key, 0, 0)
+
+            _, after = axes_returned(first)
+            if after == axes:
+                return embed
+            axes = after
 
     def up(self, layers: Any, x: Any, key: Any) -> tuple[Any, Any]:
         """The output of the last layer, and the inputs of all."""
@@ -216,18 +266,19 @@ class _Run:
 
     def finish(self, weights: Any, x: Any, batches: Any) -> tuple[Any, Any]:
         """The loss, its gradients for the ends and aux; and those for ``x``."""
+        values, whole = _floats(weights)
 
         def one(_, now):
             x, batch = now
             floats, merge = _floats(x)
 
-            def loss(weights, floats):
-                out = self.loss(weights, merge(floats), batch)
+            def loss(values, floats):
+                out = self.loss(whole(values), merge(floats), batch)
                 value, aux = out if self.has_aux else (out, None)
                 check_loss(value)
                 return value, aux
 
-            value, pull, aux = jax.vjp(loss, weights, floats, has_aux=True)
+            value, pull, aux = jax.vjp(loss, values, floats, has_aux=True)
             g_ends, g = pull(jnp.ones_like(value))
             return (value, g_ends, aux), g
 
@@ -250,23 +301,23 @@ class _Run:
             # twice: for the new state and for the step.
             own = write(own, above, jnp.minimum(i + 1, depth - 1))
             stored, mine = read(layers, i), read(own, i)
-            weights = self.decode(stored)
+            values, whole = _floats(self.decode(stored))
 
             def pull(part, now):
                 x, g = now
                 floats, merge = _floats(x)
 
-                def forward(weights, floats):
+                def forward(values, floats):
                     x = merge(floats)
-                    return _floats(self.apply(weights, x, key, i, part))[0]
+                    return _floats(self.apply(whole(values), x, key, i, part))[0]
 
-                return jax.vjp(forward, weights, floats)[1](g)
+                return jax.vjp(forward, values, floats)[1](g)
 
             grads, g = self.average(pull, (read(kept, i), g))
-            before = join(mine, common)
+            norms = norms.at[i].set(_norm(grads)) if self.has_aux else norms
+            grads, before = whole(grads, jnp.zeros_like), join(mine, common)
             stored, after = self.update({LAYERS: stored}, grads, before, layer=i)
             mine, after = split(after)
-            norms = norms.at[i].set(_norm(grads)) if self.has_aux else norms
             return write(layers, stored, i), own, mine, after, g, norms
 
         norms = jnp.zeros(depth, jnp.float32)
@@ -275,14 +326,17 @@ class _Run:
         layers, own, first, common, g, norms = carry
         return layers, join(write(own, first, 0), common), g, norms
 
-    def begin(self, ends: Any, g: Any, batches: Any) -> Any:
+    def begin(self, embed: Any, ends: Any, g: Any, batches: Any) -> Any:
         """The gradients for the ends that come through the layers."""
-        weights = self.decode(ends)
+        values, whole = _floats(self.decode(ends))
 
         def one(_, now):
             g, batch = now
-            _, pull = jax.vjp(lambda w: _floats(self.embed(w, batch))[0], weights)
-            return pull(g)[0], ()
+
+            def start(values):
+                return _floats(embed(whole(values), batch))[0]
+
+            return jax.vjp(start, values)[1](g)[0], ()
 
         return self.average(one, (g, batches))[0]
 
@@ -293,6 +347,7 @@ class _Run:
         """
         ((name, _),) = params.items()
         updates, state = self.tx.update({name: grads}, state, params, **extra)
+        check_updates(params, updates)
         new: Any = optax.apply_updates(params, updates)
         return new[name], state
 
@@ -312,49 +367,34 @@ class _Run:
             x, out = fn(*now)
             return jax.tree.map(lambda t, x: t + jnp.asarray(x, t.dtype), total, x), out
 
-        def zeros(x):
-            return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+        def zeros(x, axes):
+            dtype = jnp.promote_types(x.dtype, jnp.float32)
+            return spread(jnp.zeros(x.shape, dtype), axes)
 
-        first = jax.eval_shape(fn, 0, jax.tree.map(lambda x: x[0], xs))[0]
+        first, axes = axes_returned(lambda *now: fn(*now)[0], 0, read(xs, 0))
         parts = jnp.arange(self.microbatches)
-        total, out = jax.lax.scan(add, jax.tree.map(zeros, first), (parts, xs))
+        total, out = jax.lax.scan(add, jax.tree.map(zeros, first, axes), (parts, xs))
         return jax.tree.map(lambda x: x / self.microbatches, total), out
 
 
 def _norm(tree: Any) -> jax.Array:
     """The root of the sum of squares of a tree, float32."""
-    squares = [jnp.sum(jnp.float32(x) ** 2) for x in jax.tree.leaves(tree)]
+    squares = [jnp.sum(jnp.float32(jnp.abs(x)) ** 2) for x in jax.tree.leaves(tree)]
+    squares = [over_shards(jax.lax.psum, x) for x in squares]
     return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
-def _floats(x: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The floating leaves of a tree, and a function that replaces them."""
-    leaves, treedef = jax.tree.flatten(x)
-    where = [i for i, leaf in enumerate(leaves) if is_float(leaf)]
+def _floats(tree: Any) -> tuple[list[Any], Callable[..., Any]]:
+    """The leaves that have a derivative, real or complex; a function replaces them.
 
-    def merge(floats: Sequence[Any]) -> Any:
+    It also takes a function to apply to all other leaves, such as integers.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    where = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
+
+    def merge(floats: Sequence[Any], rest: Callable[[Any], Any] = lambda x: x) -> Any:
         new = dict(zip(where, floats, strict=True))
-        return treedef.unflatten([new.get(i, old) for i, old in enumerate(leaves)])
+        out = [new[i] if i in new else rest(old) for i, old in enumerate(leaves)]
+        return treedef.unflatten(out)
 
     return [leaves[i] for i in where], merge
-
-
-def _cut(batch: Any, parts: int) -> Any:
-    """The batch in parts, along a new leading axis."""
-    if parts == 1:
-        return batch
-
-    names, leaves, treedef = flatten_named(batch)
-    split = []
-    for name, x in zip(names, leaves, strict=True):
-        shape = np.shape(x)
-        if not shape or shape[0] % parts:
-            raise ValueError(
-                f"{leaf_name('batch', name)} has shape {shape}, whose leading axis "
-                f"must be a multiple of microbatches={parts}."
-            )
-        # The examples of a part are not neighbours: where the axis is sharded, each
-        # device has some of every part.
-        x = jnp.reshape(x, (shape[0] // parts, parts, *shape[1:]))
-        split.append(jnp.moveaxis(x, 1, 0))
-    return treedef.unflatten(split)

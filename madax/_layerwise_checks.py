@@ -10,6 +10,8 @@ import optax
 
 from madax._checks import leaf_name
 from madax._leaves import flatten_named
+from madax._quantized_array import is_quantized
+from madax._shards import manual_axes, types_tell
 from madax._stacks import ENDS, LAYERS
 
 
@@ -35,6 +37,16 @@ def check_arguments(tx: Any, dtype: Any, microbatches: Any, **functions: Any) ->
         raise ValueError(f"microbatches must be an int above 0, got {microbatches!r}.")
 
 
+def check_devices() -> None:
+    """Raises where gradients would not be summed over devices."""
+    if manual_axes() and not types_tell():
+        raise ValueError(
+            "layerwise inside jax.shard_map needs check_vma=True, by which JAX knows "
+            "which gradients to sum over devices; it is False, or this is jax.pmap: "
+            "leave check_vma out, or use jax.jit with sharded arrays."
+        )
+
+
 def parts_of(params: Any) -> tuple[Any, Any]:
     """The ends and the layers of parameters; raises unless they are of that form."""
     if not isinstance(params, Mapping) or set(params) != {ENDS, LAYERS}:
@@ -45,10 +57,12 @@ def parts_of(params: Any) -> tuple[Any, Any]:
         )
     names, leaves, _ = flatten_named(params[LAYERS])
     shapes = [np.shape(leaf) for leaf in leaves]
-    if not shapes or not shapes[0]:
+    if not shapes or not shapes[0] or not shapes[0][0]:
+        found = f"shape {shapes[0]} at {names[0]!r}" if shapes else "no leaves"
         raise ValueError(
             "params['layers'] must be a tree of arrays with a leading axis of layers, "
-            f"got {params[LAYERS]!r}; stack the layers with jnp.stack."
+            f"one at least, got {found}; stack the layers with jnp.stack, or train a "
+            "model without layers by madax.value_and_grad."
         )
     for name, shape in zip(names, shapes, strict=True):
         if shape[:1] != shapes[0][:1]:
@@ -76,14 +90,29 @@ def check_layer_output(x: Any, out: Any) -> None:
 
 def check_loss(value: Any) -> None:
     """Raises unless a loss is a floating scalar."""
-    if np.shape(value) != () or not is_float(value):
+    dtype = jnp.result_type(value)
+    if np.shape(value) != () or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"loss must return a floating scalar, got {jnp.result_type(value)} of "
-            f"shape {np.shape(value)}; take its mean, and pass has_aux=True if it "
-            "returns anything beside it."
+            f"loss must return a floating scalar, got {dtype} of shape "
+            f"{np.shape(value)}; take its mean, and pass has_aux=True if it returns "
+            "anything beside it."
         )
 
 
-def is_float(x: Any) -> bool:
-    """Whether an array, or a number, is of a floating dtype."""
-    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
+def check_updates(params: Any, updates: Any) -> None:
+    """Raises if an optimizer changes leaves that have no gradient, such as integers."""
+    names, leaves, treedef = flatten_named(params, is_leaf=is_quantized)
+    for name, leaf, u in zip(
+        names, leaves, treedef.flatten_up_to(updates), strict=True
+    ):
+        if not is_quantized(leaf) and not is_inexact(leaf) and is_inexact(u):
+            raise TypeError(
+                f"{leaf_name('params', name)} has dtype {jnp.result_type(leaf)}, which "
+                "has no gradient, but tx would train it; leave it out by optax.masked "
+                "or optax.partition."
+            )
+
+
+def is_inexact(x: Any) -> bool:
+    """Whether an array, or a number, is of a floating or a complex dtype."""
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

@@ -118,6 +118,153 @@ def test_codes_and_dropout():
     assert min(losses[-5:]) < 0.7 * losses[0]
 
 
+# --- random numbers and statistics ----------------------------------------------------
+
+
+class Noisy(nnx.Module):
+    """A layer with dropout as Flax documents it first: with a stream of its own."""
+
+    def __init__(self, rngs, rate=0.5):
+        self.mlp = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.first = nnx.Dropout(rate, rngs=rngs)
+        self.second = nnx.Dropout(rate, rngs=rngs)
+
+    def __call__(self, x, *, shift=0.0):
+        y = self.mlp(x) + shift
+        return jnp.concatenate([self.first(y), self.second(y)])
+
+
+class Ends(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(WIDTH, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.blocks = nnx_list([Noisy(rngs) for _ in range(DEPTH)])
+
+
+X = jnp.float32(np.random.default_rng(1).normal(size=(64, WIDTH)))
+eager_or_jitted = pytest.mark.parametrize("compiled", [lambda f: f, jax.jit])
+
+
+@eager_or_jitted
+def test_layers_draw_from_the_key_that_they_are_given(compiled):
+    model = Ends(nnx.Rngs(0))
+    split = madax.split_layers(model, "blocks")
+    w = jax.tree.map(lambda x: x[1], split.params["layers"])
+    layer = compiled(split.layer)
+    out = np.asarray(layer(w, X, jax.random.key(1)))
+    kept, whole = out != 0, np.tile(model.blocks[1].mlp(X), (2, 1))
+    np.testing.assert_allclose(out, np.where(kept, 2 * whole, 0), rtol=1e-5)
+    assert 0.4 < np.mean(kept) < 0.6
+    # Both dropouts, and other keys, draw other numbers; the same key draws the same.
+    others = [
+        kept[:64],
+        kept[64:],
+        np.asarray(layer(w, X, jax.random.key(2)))[:64] != 0,
+    ]
+    for i, one in enumerate(others):
+        for other in others[:i]:
+            assert 0.4 < np.mean(one == other) < 0.6
+    np.testing.assert_array_equal(layer(w, X, jax.random.PRNGKey(1)), out)
+    with raises(
+        ValueError, "model.blocks.first.", "has no key; pass a key to the step"
+    ):
+        layer(w, X)
+    np.testing.assert_allclose(
+        split.layer(w, X, jax.random.key(1), shift=1.0),
+        np.where(kept, 2 * (whole + 1), 0),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_a_network_with_dropout_is_trained():
+    """Each step, and each layer, drops other values."""
+    split = madax.split_layers(Ends(nnx.Rngs(0)), "blocks")
+    w = jax.tree.map(jnp.ones_like, split.params["layers"])
+    params = split.params | {"layers": w}
+    init, step = madax.layerwise(
+        optax.set_to_zero(),
+        lambda ends, key: jnp.zeros((DEPTH + 1, 2, WIDTH)),
+        lambda w, x, key: jnp.roll(x, 1, 0).at[0].set(split.layer(w, X[:1], key)),
+        lambda ends, x, key: (x.sum(), (x, split.ends(ends, key).dropout(X))),
+        dtype=jnp.float32,
+        has_aux=True,
+    )
+    step, state = jax.jit(step), init(params)
+    keys = [jax.random.key(i) for i in range(2)]
+    (x, y), (x1, y1) = (step(params, state, k, k)[2][1]["aux"] for k in keys)
+    masks = [np.asarray(one).ravel() != 0 for one in [*x[:DEPTH], *x1[:DEPTH]]]
+    assert len({mask.tobytes() for mask in masks}) == 2 * DEPTH
+    assert 0.4 < np.mean((y != 0) == (y1 != 0)) < 0.6
+
+
+@eager_or_jitted
+def test_ends_are_new_each_time(compiled):
+    model = Ends(nnx.Rngs(0))
+    split = madax.split_layers(model, "blocks")
+    values = split.params["ends"]
+    with raises(ValueError, "model.norm.mean is a BatchStat that the model writes to"):
+        compiled(lambda values: split.ends(values).norm(X))(values)
+    with raises(ValueError, "model.dropout.", "has no key; pass", "ends(values, key)"):
+        compiled(lambda values: split.ends(values).dropout(X))(values)
+    dropped = compiled(lambda values, key: split.ends(values, key).dropout(X))
+    one, again, other = (dropped(values, jax.random.key(i)) for i in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert 0.4 < np.mean((one != 0) == (other != 0)) < 0.6
+    # A norm that is not trained keeps its statistics, and so does the given model.
+    model.norm.mean = nnx.BatchStat(jnp.full(WIDTH, 3.0))
+    model.eval()
+    split = madax.split_layers(model, "blocks")
+    both = compiled(lambda v: split.ends(v).norm(split.ends(v).dropout(X)))(values)
+    np.testing.assert_allclose(both, (X - 3) / np.sqrt(1 + 1e-5), rtol=1e-4)
+    mean, _ = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
+    np.testing.assert_array_equal(mean, np.full(WIDTH, 3.0))
+
+
+# --- what is shared -------------------------------------------------------------------
+
+
+def shared_by_all(model, block):
+    model.blocks = nnx_list([block] * DEPTH)
+
+
+def shared_by_two(model, block):
+    model.blocks[2].mlp.kernel = model.blocks[1].mlp.kernel
+
+
+def shared_with_ends(model, block):
+    model.head = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(3))
+    model.head.kernel = model.blocks[1].mlp.kernel
+
+
+def shared_with_a_stack(model, block):
+    model.blocks = vmapped(None)
+    model.scale = model.blocks.norm.scale
+
+
+SHARED = [
+    (shared_by_all, "model.blocks.1.mlp.bias and model.blocks.0.mlp.bias are one"),
+    (shared_by_two, "model.blocks.2.mlp.kernel and model.blocks.1.mlp.kernel are one"),
+    (shared_with_ends, "model.blocks.1.mlp.kernel and model.head.kernel are one"),
+    (shared_with_a_stack, "model.blocks.norm.scale and model.scale are one"),
+]
+
+
+@pytest.mark.parametrize(("share", "message"), SHARED)
+def test_shared_parameters_are_not_untied(share, message):
+    model = Model(nnx.Rngs(0), nnx_list([Block(nnx.Rngs(i)) for i in range(DEPTH)]))
+    share(model, Block(nnx.Rngs(0)))
+    with raises(ValueError, message):
+        madax.split_layers(model, "blocks")
+
+
+def test_streams_may_be_shared_and_one_layer_is_a_list():
+    rngs = nnx.Rngs(0)
+    model = Model(rngs, nnx_list([Noisy(rngs)]))
+    split = madax.split_layers(model, "blocks")
+    assert split.params["layers"]["mlp"]["kernel"].shape == (1, WIDTH, WIDTH)
+
+
 def test_linen_scan():
     class Body(linen.Module):
         @linen.compact
@@ -157,9 +304,26 @@ def test_bad_input():
     model = Model(nnx.Rngs(0), sequential(nnx.Rngs(1)))
     with raises(ValueError, "name is 'layers'", "pass the path"):
         madax.split_layers(model, "layers")
-    unlike = [Block(nnx.Rngs(0)), nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))]
-    with raises(ValueError, "model.blocks must be a list of modules that are alike"):
-        madax.split_layers(Model(nnx.Rngs(0), nnx_list(unlike)), "blocks")
+    block, linear = Block(nnx.Rngs(0)), nnx.Linear(WIDTH, 9, rngs=nnx.Rngs(0))
+    for others, parts in {
+        (linear,): (
+            "model.blocks.1 must be like model.blocks.0",
+            "Linear and not Block",
+        ),
+        (Block(nnx.Rngs(0), 0.5),): ("its dropout.rate is 0.5 and not 0.0",),
+        (nnx.relu,): ("model.blocks must be a list of modules", "'Block', "),
+    }.items():
+        model = Model(nnx.Rngs(0), nnx.Sequential(block, *others))
+        with raises(ValueError, *parts) as error:
+            madax.split_layers(model, "blocks")
+        assert len(str(error.value)) < 250
+    wider = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+    wider.kernel = linear.kernel
+    model.blocks = nnx_list([nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0)), wider])
+    with raises(ValueError, "its kernel is Param of shape (8, 9) and not Param"):
+        madax.split_layers(model, "blocks")
+    with raises(ValueError, "model.blocks must be a list of modules", "of []"):
+        madax.split_layers(Model(nnx.Rngs(0), nnx_list([])), "blocks")
     norms = [nnx.BatchNorm(WIDTH, rngs=nnx.Rngs(0)) for _ in range(2)]
     with raises(ValueError, "model.blocks has variables", "['mean', 'var']"):
         madax.split_layers(Model(nnx.Rngs(0), nnx_list(norms)), "blocks")

@@ -1,0 +1,73 @@
+"""What devices agree on inside of ``jax.shard_map``, where each has its own shards.
+
+With ``check_vma=True``, the default, the type of a value says over which axes of the
+mesh it varies from device to device. Without, and in ``jax.pmap``, nothing does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def manual_axes() -> tuple[str, ...]:
+    """The axes over which this is the program of one device; () outside of any."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def types_tell() -> bool:
+    """Whether types tell what varies, given that there are such axes."""
+    return bool(varying(jax.lax.axis_index(manual_axes()[0])))
+
+
+def over_shards(
+    reduce: Callable[[Any, Any], jax.Array], x: jax.Array, shared: Any = ()
+) -> jax.Array:
+    """``x``, reduced over the shards that it comes from, as ``jax.lax.pmax`` does.
+
+    Those are on devices that have the same ``shared``, but another ``x``. If types do
+    not tell, they are on all devices.
+    """
+    axes = manual_axes()
+    if axes and types_tell():
+        axes = tuple(a for a in axes if a in varying(x) and a not in varying(shared))
+    return reduce(x, axes) if axes else x
+
+
+def varying(tree: Any) -> frozenset[str]:
+    """The axes over which some array of a tree varies, by its type."""
+    # The name of the attribute changed in newer versions of JAX.
+    kinds = map(jax.typeof, jax.tree.leaves(tree))
+    found = (x.vma if hasattr(x, "vma") else x.manual_axis_type.varying for x in kinds)
+    return frozenset().union(*found)
+
+
+def spread(x: Any, axes: frozenset[str]) -> Any:
+    """The same array, whose type says that it varies over some more axes."""
+    more = tuple(sorted(axes - varying(x)))
+    if not more:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, more, to="varying")
+    return jax.lax.pvary(x, more)  # pyrefly: ignore[missing-attribute]
+
+
+def barrier(tree: Any) -> Any:
+    """An ``optimization_barrier``, left out where older JAX changes types by it."""
+    leaves, treedef = jax.tree.flatten(tree)
+    after = jax.lax.optimization_barrier(leaves)
+    return treedef.unflatten(
+        after if list(map(varying, after)) == list(map(varying, leaves)) else leaves
+    )
+
+
+def axes_returned(fn: Callable[..., Any], *args: Any) -> Any:
+    """The shapes that a function returns, and the axes over which each leaf varies."""
+    found: list[Any] = []
+
+    def run(*args):
+        out = fn(*args)
+        found.append(jax.tree.map(varying, out))
+        return out
+
+    return jax.eval_shape(run, *args), found[0]
