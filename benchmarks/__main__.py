@@ -11,6 +11,7 @@ from benchmarks.compiled import compiled
 from benchmarks.demo import demo
 from benchmarks.depth import depth
 from benchmarks.fit import fit
+from benchmarks.init import init
 from benchmarks.large import large
 from benchmarks.layerwise import layerwise
 from benchmarks.llama import llama
@@ -24,6 +25,7 @@ from benchmarks.report import report
 from benchmarks.speed import speed
 from benchmarks.stall import stall
 from benchmarks.state import state
+from benchmarks.survey import survey
 from benchmarks.why import why
 
 app = SubcommandApp()
@@ -36,6 +38,7 @@ for command in (
     lns,
     stall,
     state,
+    survey,
     choose,
     why,
     bounds,
@@ -47,6 +50,7 @@ for command in (
     fit,
     large,
     compiled,
+    init,
     llama,
     report,
 ):

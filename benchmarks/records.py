@@ -71,19 +71,22 @@ def environment() -> dict[str, str | None]:
 
 def _git_sha() -> str | None:
     """Returns the commit, ``-dirty`` if files differ from it; None outside git."""
-    # --exclude "*" hides tags, so that the answer is always a hash.
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(
-            command,
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", *command],
             cwd=Path(__file__).parent,
             check=True,
             capture_output=True,
             text=True,
-        )
+        ).stdout.strip()
+
+    try:
+        # Results are what a benchmark writes, and no part of what it runs.
+        changed = git("status", "--porcelain", "-uno", "--", ":/", ":!results")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
 
 
 def _strict(value: Any) -> Any:

@@ -9,6 +9,7 @@ from benchmarks.compiled_report import compiled_report
 from benchmarks.demo import demo_report
 from benchmarks.depth import depth_report
 from benchmarks.fit import fit_report
+from benchmarks.init import init_report
 from benchmarks.large import large_report
 from benchmarks.layerwise import layerwise_report
 from benchmarks.llama_report import llama_report
@@ -20,6 +21,7 @@ from benchmarks.pretrained import pretrained_report
 from benchmarks.speed import speed_report
 from benchmarks.stall import stall_report
 from benchmarks.state import state_report
+from benchmarks.survey import survey_report
 from benchmarks.why import why_report
 
 # For each name of a file of records, the reports that it gives, in its folder.
@@ -31,11 +33,13 @@ REPORTS = {
     "fit": (fit_report,),
     "large": (large_report,),
     "compiled": (compiled_report,),
+    "init": (init_report,),
     "layerwise": (layerwise_report,),
     "llama": (llama_report,),
     "demo": (demo_report,),
     "stall": (stall_report,),
     "state": (state_report,),
+    "survey": (survey_report,),
     "choose": (choose_report,),
     "hard": (hard_report,),
     "moments": (moments_report,),

@@ -11,20 +11,23 @@ import numpy as np
 import optax
 
 from madax._checks import check_instance, check_seed, check_state
-from madax._leaves import entries, flatten_named, one_a_leaf
+from madax._leaves import entries, one_a_leaf
 from madax._moments import MomentFormat
 from madax._quantized_array import is_quantized
 from madax._rounding import Rounding, check_rounding, leaf_keys
-from madax._stacks import ENDS, LAYERS, depends_on
+from madax._stacks import ENDS, LAYERS
 from madax._state_codes import (
     Codec,
+    StateWindow,
     computed_again,
     decoded,
     encoded,
+    fitting,
     followed,
     stack_windows,
     started,
 )
+from madax._state_roles import StateLeaves, is_float, state_leaves, unfit
 from madax._with_quantized_params import check_inner
 
 # Smaller leaves save little, and the noise of a few codes would hurt them.
@@ -39,7 +42,8 @@ class WithQuantizedStateState(NamedTuple):
       inner_state: state of the inner optimizer, with codes in the place of the
         leaves that are stored: uint8, or uint16 for more than 8 bits.
       window: ``{format of the codes: where they lie}``, a :class:`StateWindow`. The key
-        is there so that a checkpoint of other codes does not fit.
+        is there so that a checkpoint of other codes does not fit. It ends with the
+        dtypes of the moments, unless all are float32.
     """
 
     count: jax.Array
@@ -56,7 +60,7 @@ def with_quantized_state(
     rounding: Rounding = "stochastic",
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Stores the moments of any optimizer as codes of 8 to 16 bits.
+    r"""Stores the moments of an optimizer as codes of 8 to 16 bits.
 
     In every step the codes are decoded, the inner optimizer makes its update from the
     values and makes new values, and these are encoded. Adam then has two bytes of state
@@ -78,13 +82,29 @@ def with_quantized_state(
       goes into a scale. Then :math:`\nu` has a relative variance of about
       :math:`0.36 / 2^{\text{bits} - 6}`, as in :class:`MomentFormat`, which makes
       :math:`1/\sqrt\nu` too large by 3.4 % on average for 8 bits.
-    - A value that is not finite is not stored; what was there before stays.
+    - The octaves do not follow a few elements that are far too large: they reach 20
+      above the mean of a leaf with a sign, 40 above the mean of other leaves, and rise
+      by 4 or 8 a step beyond. An element above them, or one that is not finite, keeps
+      its former value in all moments of its parameter, float moments included. So a
+      finite spike costs the momentum of one element, and a real rise a few steps.
 
-    Without ``where``, those leaves are stored that are floating, have 4096 elements or
-    more and the shape of a parameter, and do not start as a copy of parameters: a slow
-    or an averaged weight wants more digits. Counts and factored moments stay what they
-    are. A step makes the floats of a leaf when that leaf is updated; ``init`` makes
-    those of all leaves at once, unless it is compiled.
+    Without ``where``, a leaf is stored if it is floating, has 4096 elements or more and
+    belongs to a parameter, by path and shape; but not if codes would ruin it. ``init``
+    finds out by tracing a step, and refuses a ``where`` that selects such a leaf:
+
+    - one that starts from parameters, or is made of them without the gradient;
+    - two of which a step takes the difference or the maximum, as in centred RMSProp
+      and AMSGrad;
+    - a sum that never decays and may be negative, and so stands for a weight;
+    - one that a step only multiplies, or makes of the factors of a matrix;
+    - a momentum that decays more slowly than the root of the moment that divides it,
+      and this moment;
+    - all moments, if a step puts sums of them into a number, as in Prodigy;
+    - one on which no update depends, so that it is there for others to read.
+
+    A step makes the floats of a leaf when it updates that leaf; ``init`` makes the
+    floats of all leaves at once, unless it is compiled. Moments keep the dtypes that
+    they were made with, whatever dtype gradients have; so ``params`` may be left out.
 
     A step calls the inner optimizer twice: where codes lie depends on all new values of
     a leaf, and to keep those for the second time would take the memory that codes save.
@@ -106,8 +126,9 @@ def with_quantized_state(
       An optimizer, whose updates are those of the inner one.
 
     Raises:
-      ValueError: if ``octaves`` or ``rounding`` is none of those, or the state is not
-        of this optimizer.
+      ValueError: if ``octaves`` or ``rounding`` is none of those, the state is not of
+        this optimizer, ``where`` selects a leaf that codes ruin, or there is no
+        ``where`` and the update cannot be traced.
       TypeError: if an argument is of the wrong type, or ``where`` chooses what is not
         floating.
 
@@ -130,33 +151,60 @@ def with_quantized_state(
         raise ValueError(f"octaves must be 2, 4, 8, 16 or 32, got {octaves!r}.")
     check_rounding(rounding)
     check_seed(seed)
-    codec = Codec(moment_format, octaves)
-    name = f"{moment_format!r}, octaves={octaves}"
+
+    def choose(params, leaves):
+        return _chosen(inner, params, leaves, where)
+
+    return quantized_state(
+        inner, Codec(moment_format, octaves), choose, rounding=rounding, seed=seed
+    )
+
+
+def quantized_state(
+    inner: optax.GradientTransformationExtraArgs,
+    codec: Codec,
+    choose: Callable[[Any, StateLeaves], Sequence[int]],
+    *,
+    rounding: Rounding = "stochastic",
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """As :func:`with_quantized_state`, of the leaves of the state that are chosen.
+
+    Args:
+      inner: the optimizer.
+      codec: how values become codes.
+      choose: a function of the parameters and the leaves of the state to the indices
+        of those that are stored.
+      rounding: the rounding of codes.
+      seed: seed of the stochastic rounding.
+    """
 
     def init_fn(params):
-        paths, leaves, treedef = flatten_named(inner.init(params))
-        windows = []
-        for i in _chosen(inner, params, paths, where):
-            leaves[i], window = started(codec, leaves[i])
+        leaves = state_leaves(inner, params)
+        values, windows = jax.tree.leaves(inner.init(params)), []
+        chosen = choose(params, leaves)
+        name = _window_name(codec, [values[i].dtype for i in chosen])
+        for i in chosen:
+            values[i], window = started(codec, values[i])
             windows.append(window)
         count = jnp.zeros([], jnp.int32)
-        inner_state = treedef.unflatten(leaves)
+        inner_state = leaves.treedef.unflatten(values)
         return WithQuantizedStateState(
             count, inner_state, {name: stack_windows(windows)}
         )
 
     def update_fn(updates, state, params=None, **extra_args):
         check_state(state, WithQuantizedStateState)
-        like = jax.eval_shape(inner.init, updates if params is None else params)
-        paths, leaves, treedef = flatten_named(state.inner_state)
-        dtypes = _stored_dtypes(name, moment_format.v_dtype, state, like)
-        names, layer = [_name(paths[i]) for i in dtypes], extra_args.get("layer")
+        like = state_leaves(inner, updates if params is None else params)
+        leaves = jax.tree.leaves(state.inner_state)
+        name, dtypes = _stored_dtypes(codec, state, like)
+        names, layer = [_name(like.paths[i]) for i in dtypes], extra_args.get("layer")
         keys = leaf_keys(seed, state.count, names, layer)
         parts = one_a_leaf((state.window[name], keys), len(dtypes), apart=True)
         windows = [window for window, _ in parts]
         codes = [leaves[i] for i in dtypes]
 
-        def inner_step(codes):
+        def inner_step(codes, params):
             """The inner step; the stored leaves before it, and all leaves after."""
             stored = zip(codes, windows, strict=True)
             before = [decoded(codec, *one) for one in stored]
@@ -164,26 +212,43 @@ def with_quantized_state(
             for (i, dtype), value in zip(dtypes.items(), before, strict=True):
                 now[i] = value.astype(dtype)
             inner_updates, inner_state = inner.update(
-                updates, treedef.unflatten(now), params, **extra_args
+                updates, like.treedef.unflatten(now), params, **extra_args
             )
             return inner_updates, before, *jax.tree.flatten(inner_state)
 
         # New codes need the new windows, and those need all of the new values. To keep
         # the values until then would take more memory than codes save.
-        _, before, after, _ = inner_step(codes)
+        _, before, after, _ = inner_step(codes, params)
         new = [after[i] for i in dtypes]
         following = [
             followed(codec, *one) for one in zip(new, before, windows, strict=True)
         ]
         # Leaf by leaf, or all of the first step would come before the second.
         again = [computed_again(one) for one in zip(codes, following, strict=True)]
-        inner_updates, before, leaves, treedef = inner_step([one for one, _ in again])
         following = [window for _, window in again]
-        stored = zip(dtypes, before, following, parts, strict=True)
-        for i, value, window, (_, key) in stored:
-            leaves[i] = encoded(codec, leaves[i], value, window, key, rounding)
+        # Codes of parameters are decoded again, too, or their values would be kept.
+        params = jax.tree.map(
+            lambda w: computed_again(w) if is_quantized(w) else w,
+            params,
+            is_leaf=is_quantized,
+        )
+        inner_updates, before, after, treedef = inner_step(
+            [one for one, _ in again], params
+        )
+        fits = _fit_together(
+            codec, like, after, dict(zip(dtypes, following, strict=True))
+        )
+        stored = dict(
+            zip(dtypes, zip(before, following, parts, strict=True), strict=True)
+        )
+        for i, fit in fits.items():
+            if i in stored:
+                value, window, (_, key) = stored[i]
+                after[i] = encoded(codec, after[i], value, fit, window, key, rounding)
+            else:
+                after[i] = jnp.where(fit, after[i], leaves[i])
         count = jnp.asarray(optax.safe_increment(state.count))
-        inner_state = treedef.unflatten(leaves)
+        inner_state = treedef.unflatten(after)
         window = {name: stack_windows(following)}
         return inner_updates, WithQuantizedStateState(count, inner_state, window)
 
@@ -196,73 +261,118 @@ def with_quantized_state(
 def _chosen(
     inner: optax.GradientTransformationExtraArgs,
     params: Any,
-    paths: Sequence[str],
+    leaves: StateLeaves,
     where: Callable[[str, Any], bool] | None,
 ) -> list[int]:
     """The indices of the leaves of the state to be stored."""
-    params = jax.eval_shape(lambda params: params, params)
-    leaves = jax.tree.leaves(jax.eval_shape(inner.init, params))
-    if where is None:
-        shapes = {w.shape for w in jax.tree.leaves(params, is_leaf=is_quantized)}
-        copies = depends_on(lambda params, _: inner.init(params), params, ())
-        return [
+    named = list(zip(leaves.paths, leaves.shapes, strict=True))
+    if where is not None:
+        chosen = [i for i, (path, leaf) in enumerate(named) if where(path, leaf)]
+    else:
+        chosen = [
             i
-            for i, (leaf, copy) in enumerate(zip(leaves, copies, strict=True))
-            if _is_float(leaf)
-            and leaf.size >= _LEAST_SIZE
-            and leaf.shape in shapes
-            and not copy
+            for i, (_, leaf) in enumerate(named)
+            if leaf.size >= _LEAST_SIZE and leaves.owner[i] is not None
         ]
-    chosen = [i for i, leaf in enumerate(leaves) if where(paths[i], leaf)]
     for i in chosen:
-        if not _is_float(leaves[i]):
+        path, leaf = named[i]
+        if not is_float(leaf):
             raise TypeError(
-                f"where chooses {paths[i]!r} of the state, of dtype {leaves[i].dtype}, "
-                "but only floating leaves can be stored as codes; leave it out."
+                f"where chooses {path!r} of the state, of dtype {leaf.dtype}, but only "
+                "floating leaves can be stored as codes; leave it out."
+            )
+    if not chosen:
+        return []
+    try:
+        reasons = unfit(inner, params, leaves)
+    except Exception as error:
+        if where is not None:
+            return chosen
+        raise ValueError(
+            "with_quantized_state tells by tracing inner.update which leaves of its "
+            f"state it may store, but that failed: {error}; use where to name them."
+        ) from error
+    if where is None:
+        return [i for i in chosen if i not in reasons]
+    for i in chosen:
+        if i in reasons:
+            raise ValueError(
+                f"where chooses {leaves.paths[i]!r} of the state, which codes would "
+                f"ruin, since {reasons[i]}; leave it out."
             )
     return chosen
 
 
-def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
+def _fit_together(
+    codec: Codec, like: StateLeaves, new: Sequence[Any], windows: dict[int, StateWindow]
+) -> dict[int, jax.Array]:
+    """By the indices of leaves of the state, which of their new elements are kept.
+
+    Of a parameter with a stored moment, an element keeps all of its new moments, or
+    none, floats included: a momentum without its second moment would be a large step.
+    """
+    fits: dict[Any, jax.Array] = {}
+    owners = {
+        i: owner
+        for i, (owner, copy) in enumerate(zip(like.owner, like.copies, strict=True))
+        if owner is not None and not copy
+    }
+    # Leaves of no parameter are on their own, under a negative index.
+    owners |= {i: -1 - i for i in windows if i not in owners}
+    for i, window in windows.items():
+        fit, owner = fitting(codec, new[i], window), owners[i]
+        fits[owner] = fits[owner] & fit if owner in fits else fit
+    return {i: fits[owner] for i, owner in owners.items() if owner in fits}
+
+
+def _window_name(codec: Codec, dtypes: Sequence[Any]) -> str:
+    """The name of the codes, with the dtypes of the values if not all are float32."""
+    name = f"{codec.format!r}, octaves={codec.octaves}"
+    names = [jnp.dtype(dtype).name for dtype in dtypes]
+    if set(names) <= {"float32"}:
+        return name
+    return f"{name}, {' '.join(names)}"
 
 
 def _stored_dtypes(
-    wanted: str, codes_dtype: Any, state: WithQuantizedStateState, like: Any
-) -> dict[int, Any]:
-    """By the indices of the stored leaves, the dtypes they have for the optimizer.
+    codec: Codec, state: WithQuantizedStateState, like: StateLeaves
+) -> tuple[str, dict[int, Any]]:
+    """The name of the codes; by indices of leaves, their dtypes for the optimizer.
+
+    The state was made with these dtypes, whatever parameters and gradients have now.
 
     Args:
-      wanted: the name of the format of the codes.
-      codes_dtype: their dtype.
+      codec: of the optimizer.
       state: the state, which must be of this optimizer.
-      like: the state of the inner optimizer, its shapes.
+      like: the leaves of the state of the inner optimizer.
     """
-    made_for = next(iter(state.window))
-    if made_for != wanted:
+    name, wanted = next(iter(state.window)), _window_name(codec, ())
+    *made_for, dtypes = f"{name}, ".split(", ", 2)
+    if ", ".join(made_for) != wanted:
         raise ValueError(
             f"moment_format is {wanted}, but the optimizer state was made for "
-            f"{made_for}; call init again, or use the format of the state."
+            f"{name}; call init again, or use the format of the state."
         )
     found = jax.tree.structure(state.inner_state)
-    if found != jax.tree.structure(like):
+    if found != like.treedef:
         raise ValueError(
             f"the optimizer state has the tree structure {found}, but that of inner is "
-            f"{jax.tree.structure(like)}; call init again."
+            f"{like.treedef}; call init again."
         )
-    pairs = zip(jax.tree.leaves(state.inner_state), jax.tree.leaves(like), strict=True)
-    stored = {
-        i: shape.dtype
+    pairs = zip(jax.tree.leaves(state.inner_state), like.shapes, strict=True)
+    stored = [
+        i
         for i, (leaf, shape) in enumerate(pairs)
-        if _is_float(shape) and jnp.result_type(leaf) == codes_dtype
-    }
-    window = state.window[wanted]
-    if np.shape(window.octave) != entries(len(stored)):
+        if is_float(shape) and jnp.result_type(leaf) == codec.format.v_dtype
+    ]
+    names = dtypes.rstrip(", ").split() or ["float32"] * len(stored)
+    window = state.window[name]
+    if np.shape(window.octave) != entries(len(stored)) or len(names) != len(stored):
         raise ValueError(
             f"the optimizer state has {len(stored)} leaves of codes, but windows of "
             f"shape {np.shape(window.octave)}; call init again."
         )
-    return stored
+    return name, dict(zip(stored, map(jnp.dtype, names), strict=True))
 
 
 def _name(path: str) -> str:

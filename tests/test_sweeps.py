@@ -105,6 +105,24 @@ def test_records_say_what_ran(resumed):
     assert run["wall_s"] > 0 and run["metric"] == "accuracy"
 
 
+def test_what_a_benchmark_writes_makes_no_commit_dirty(tmp_path, monkeypatch):
+    """A table recorded again was "-dirty", as its records were removed first."""
+    folder = tmp_path / "benchmarks"
+    (folder / "results").mkdir(parents=True)
+    code, raw = folder / "code.py", folder / "results" / "runs.jsonl"
+    code.write_text("old")
+    raw.write_text("old")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "a"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(records, "__file__", str(folder / "records.py"))
+    raw.unlink()
+    commit = records._git_sha()
+    assert commit is not None and len(commit) == 40
+    code.write_text("new")
+    assert records._git_sha() == f"{commit}-dirty"
+
+
 @pytest.mark.nightly
 def test_reports_are_those_of_the_records_to_the_digit(resumed, tmp_path, capsys):
     raw, _ = resumed
