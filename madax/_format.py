@@ -99,6 +99,13 @@ class Format(ABC):
         must not be lost in the width of the code.
         """
 
+    @abstractmethod
+    def curvature(self, code: jax.Array) -> jax.Array:
+        """How fast the spacing of the values grows with the code, relative; float32.
+
+        The second derivative of the value with respect to the code, over the first.
+        """
+
     def nearest(self, x: jax.Array) -> jax.Array:
         """The codes nearest to values relative to the scale, float32; NaN for NaN."""
         return self.saturate(jnp.round(self.encode(x)), jnp.sign(x))

@@ -168,6 +168,10 @@ class LogFormat(Format):
         """``sign(code)``: any log-step is relative."""
         return jnp.sign(code).astype(jnp.float32)
 
+    def curvature(self, code: jax.Array) -> jax.Array:
+        """``base_step``, towards larger magnitudes."""
+        return jnp.sign(code).astype(jnp.float32) * self.base_step
+
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
         """``sign(x) * log|1 + u / x| / base_step`` unless the sign changes."""
         x = self.decode(code)
@@ -253,6 +257,12 @@ class SymlogFormat(Format):
         x = sinh(code.astype(jnp.float32) * self.step)
         return x / _root(x)
 
+    def curvature(self, code: jax.Array) -> jax.Array:
+        """``step * tanh(code * step)``."""
+        # add_step has the same operations, so compilers do them once for both.
+        x, _ = sinh_and_decay(rounded(jnp.abs(code.astype(jnp.float32)) * self.step))
+        return jnp.where(code < 0, -self.step, self.step) * (x / _root(x))
+
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
         """The difference of two inverse hyperbolic sines, as one log1p if small.
 
@@ -319,6 +329,10 @@ class UniformFormat(Format):
     def relative_step(self, code: jax.Array) -> jax.Array:
         """``sign(code)``: a log-step multiplies the code."""
         return jnp.sign(code).astype(jnp.float32)
+
+    def curvature(self, code: jax.Array) -> jax.Array:
+        """Zero: all codes are equally far apart."""
+        return jnp.zeros(code.shape, jnp.float32)
 
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
         """``u`` in codes, whatever the code."""

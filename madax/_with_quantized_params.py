@@ -10,9 +10,15 @@ import jax.numpy as jnp
 import optax
 
 from madax._checks import check_seed, check_state
-from madax._error_feedback import calmed, fed_back, start, step_with_slopes
+from madax._error_feedback import (
+    check_feedback,
+    limited,
+    start,
+    with_errors,
+)
 from madax._leaves import flatten_both, one_a_leaf
 from madax._lns_quantize import as_steps, real_steps, step_codes
+from madax._numerics import rounded
 from madax._quantize_params import dequantize_params
 from madax._quantized_array import QuantizedArray, is_quantized
 from madax._rounding import Rounding, check_rounding, leaf_keys, rounding_bits
@@ -25,9 +31,9 @@ class WithQuantizedParamsState(NamedTuple):
     Attributes:
       count: number of steps taken, int32 scalar.
       inner_state: state of the inner optimizer, for decoded parameters.
-      slope: with error feedback, what an update changes by with the momentum, largest
-        magnitude in a sample of each leaf: float32, shape (leaves,), or () if there are
-        none; 0 before the first step that is not zero. None without.
+      slope: with error feedback, how much an update changes with the momentum, for a
+        second moment of 1: float32, shape (leaves of codes,), or () if there are none;
+        0 before the first step with a learning rate above 0. None without.
     """
 
     count: jax.Array
@@ -48,18 +54,31 @@ def with_quantized_params(
     additive update :math:`u`, and :math:`w + u` is encoded and rounded. There is no
     float copy of the weights between steps. The inner optimizer trains float leaves.
 
+    Stochastic rounding keeps the mean of the value, also where codes are not equally
+    far apart.
+
     With error feedback, what the rounding of a leaf lost is put into the momentum of
-    ``inner``, and so into the next updates. It keeps a number for each leaf, no more:
+    ``inner``, and so into the next updates:
 
     .. math:: m \leftarrow m + (1 - \beta)\, e / s
 
-    where :math:`e` is the error, :math:`s` the derivative of the update with respect to
-    the momentum before it, and :math:`\beta` that of the momentum. Without it, errors
+    where :math:`e` is the error of the value, :math:`s` the derivative of the update
+    with respect to the momentum before it, and :math:`\beta` the derivative of the new
+    momentum likewise. It keeps one number for each leaf of codes. Without it, errors
     add up to a random walk, and the noise they leave in a weight does not fall with the
-    learning rate. It is for optimizers whose momentum acts on each element by itself:
-    Adam and its kin, or SGD, but not Muon. Where the learning rate rises, the momentum
-    falls by as much. To store moments in codes, put :func:`with_quantized_state` around
-    this wrapper then.
+    learning rate. Float leaves get the update of ``inner`` to the bit.
+
+    Where the learning rate rises faster than the momentum decays, as in a warm restart,
+    the momentum of codes is made smaller by as much: it holds errors that were counted
+    at the lower rate.
+
+    Error feedback is for optimizers whose update is a linear function of one momentum,
+    element by element: SGD, Adam, AdamW, NAdam, AMSGrad, AdaMax. Others are refused,
+    since errors would go where they do not belong: Lion and other signs, Muon, LAMB, a
+    clip of updates, averages of updates, centred RMSProp, AdaBelief, schedule-free. To
+    store moments in codes, put :func:`with_quantized_state` around this wrapper. A step
+    calls ``inner`` three times then, once for single elements. Compilers drop what is
+    computed in vain, but not a callback.
 
     :func:`madam` needs no such wrapper: it trains quantised leaves natively.
 
@@ -76,7 +95,7 @@ def with_quantized_params(
 
     Raises:
       ValueError: if ``params`` are missing or do not match, codes have no scale,
-        ``rounding`` is unknown, or error feedback finds no momentum, or several.
+        ``rounding`` is unknown, or error feedback is wrong for ``inner``.
       TypeError: if ``inner`` is not a gradient transformation, or ``error_feedback``
         not a bool.
 
@@ -106,36 +125,32 @@ def with_quantized_params(
     def init_fn(params):
         check_code_scales(params)
         inner_state = inner.init(dequantize_params(params))
-        slope = start(inner_state, params) if error_feedback else None
+        slope = start(inner, inner_state, params) if error_feedback else None
         return WithQuantizedParamsState(jnp.zeros([], jnp.int32), inner_state, slope)
 
     def update_fn(updates, state, params=None, **extra_args):
         check_state(state, WithQuantizedParamsState)
         paths, ws, _, treedef = flatten_both(params, updates)
-
-        def inner_update(inner_state, updates, params):
-            decoded = dequantize_params(params)
-            return inner.update(updates, inner_state, decoded, **extra_args)
-
-        slope, derivatives = state.slope, (None, None)
+        values, slope = dequantize_params(params), state.slope
+        before = state.inner_state
         if error_feedback:
-            inner_state, slope = calmed(
-                inner_update, state.inner_state, updates, params, slope
-            )
-            proposed, inner_state, derivatives = step_with_slopes(
-                inner_update, inner_state, updates, params
-            )
-        else:
-            proposed, inner_state = inner_update(state.inner_state, updates, params)
+            check_feedback(inner, params, extra_args)
+            before, slope = limited(inner, before, updates, params, slope, extra_args)
+        proposed, inner_state = inner.update(updates, before, values, **extra_args)
         us = treedef.flatten_up_to(proposed)
         keys = leaf_keys(seed, state.count, paths, extra_args.get("layer"))
-        steps: list[Any] = [None] * len(ws)
-        for i, key in enumerate(one_a_leaf(keys, len(ws), apart=True)):
-            if is_quantized(ws[i]):
-                steps[i] = _rounded_sum(ws[i], us[i], key, rounding)
-                us[i] = as_steps(ws[i], steps[i])
+        moves = {
+            i: _rounded_sum(ws[i], us[i], key, rounding)
+            for i, key in enumerate(one_a_leaf(keys, len(ws), apart=True))
+            if is_quantized(ws[i])
+        }
         if error_feedback:
-            inner_state = fed_back(inner_state, derivatives, params, proposed, steps)
+            inner_state, again = with_errors(
+                inner, before, updates, params, list(moves.values()), extra_args
+            )
+            moves = dict(zip(moves, again, strict=True))
+        for i, move in moves.items():
+            us[i] = as_steps(ws[i], move)
         count = jnp.asarray(optax.safe_increment(state.count))
         new_state = WithQuantizedParamsState(count, inner_state, slope)
         return treedef.unflatten(us), new_state
@@ -150,6 +165,12 @@ def _rounded_sum(
     """The step of codes that adds about ``u`` to their values; none if not finite."""
     steps, value = real_steps(w, u)
     bits = rounding_bits(rounding, key, w.shape)
+    if bits is not None:
+        # Where the next code is further away than the last, it is taken less often, so
+        # that rounding keeps the mean of the value, not of the code.
+        part = steps - jnp.floor(steps)
+        bend = 0.5 * w.format.curvature(w.codes)
+        steps = steps - rounded(bend * (part * (1 - part)))
     return step_codes(w, steps, jnp.sign(value), bits)
 
 
@@ -204,6 +225,7 @@ def check_inner(inner: Any) -> optax.GradientTransformationExtraArgs:
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
             f"inner must be an optax.GradientTransformation, got {inner!r} of type "
-            f"{type(inner).__name__}; pass for example optax.adam(1e-3)."
+            f"{type(inner).__name__}; pass for example optax.adam(1e-3), and of "
+            "optax.MultiSteps(...) its .gradient_transformation()."
         )
     return optax.with_extra_args_support(inner)

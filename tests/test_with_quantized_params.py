@@ -32,15 +32,16 @@ def example(fmt, seed=0, shape=(8, 6)):
 
 
 @every_format
-def test_stochastic_rounding_is_unbiased_in_codes(fmt):
+def test_stochastic_rounding_is_unbiased_in_values(fmt):
     params, _ = example(fmt, shape=(64, 64))
     params = {"w": params["w"]}
     n = fmt.levels
     inside = np.abs(np.asarray(params["w"].codes, int))
     # Steps of three tenths of a code inwards: nobody is at the end of the range.
     codes = np.asarray(params["w"].codes, np.float64)
-    target = decode(fmt, codes - 0.3 * np.sign(codes))
-    u = jnp.asarray((target - decode(fmt, codes)) * params["w"].scale)
+    at = lambda steps: decode(fmt, codes - steps * np.sign(codes))
+    whole = np.where(codes == 0, 1, at(1) - at(0))
+    u = jnp.asarray(0.3 * (at(1) - at(0)) * params["w"].scale)
     inner = optax.sgd(1.0)
     run = jax.vmap(
         lambda seed: (
@@ -53,13 +54,14 @@ def test_stochastic_rounding_is_unbiased_in_codes(fmt):
             .codes
         )
     )
-    moved = np.asarray(jax.jit(run)(jnp.arange(200)), np.float64) * np.sign(codes)
+    moved = decode(fmt, codes + np.asarray(jax.jit(run)(jnp.arange(200)))) - at(0)
+    moved /= whole  # 0 or 1
     kept = (inside > 1) & (inside <= n)
     tolerance = 5 * np.sqrt(0.21 / (200 * kept.sum()))
     # A float32 knows a 16-bit code to a few thousandths only.
     tolerance += 2e-7 * n
-    assert abs(moved.mean(0)[kept].mean() + 0.3) < tolerance
-    each = np.abs(moved.mean(0)[kept] + 0.3)
+    assert abs(moved.mean(0)[kept].mean() - 0.3) < tolerance
+    each = np.abs(moved.mean(0)[kept] - 0.3)
     assert each.max() < 5.5 * np.sqrt(0.21 / 200)
 
 
