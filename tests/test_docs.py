@@ -1,6 +1,8 @@
 """The pages: examples run, links lead somewhere, and nothing is left out."""
 
+import importlib
 import re
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -110,3 +112,14 @@ def test_the_version_is_the_same_wherever_it_is_written():
     assert found["pyproject.toml"] == found["CITATION.cff"] == version
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"date-released: {date}\n" in citation
+
+
+def test_a_source_tree_that_is_not_installed_has_a_version(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    known = madax.__version__
+    monkeypatch.setattr(metadata, "version", missing)
+    assert importlib.reload(madax).__version__ == "0+unknown"
+    monkeypatch.undo()
+    assert importlib.reload(madax).__version__ == known

@@ -145,6 +145,8 @@ KINDS = {
     "Dense_0/bias": ((4,), False),
     "vector": ((4,), False),
     "skip_gate": ((), False),
+    "gates/alpha": ((1, 1, 1), False),
+    "blocks/layerscale": ((4, 1, 1), False),
     "blocks/attention/query/bias": ((2, 4, 4), False),
     "blocks/ls1/gamma": ((2, 4), False),
     "blocks/LayerNorm_0/scale": ((2, 4), False),
