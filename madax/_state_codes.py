@@ -250,7 +250,9 @@ def _extremes(x: jax.Array, factor: jax.Array) -> tuple[jax.Array, ...]:
     and compilers find all in one pass.
     """
     size = jnp.abs(x)
-    peak, total, count = jnp.max(size, initial=0), *map(jnp.sum, _exponents(size))
+    # By default JAX adds up int32 as int64 in x64 mode.
+    total, count = (jnp.sum(each, dtype=jnp.int32) for each in _exponents(size))
+    peak = jnp.max(size, initial=0)
     return jnp.min(x, initial=0), peak, jnp.min(factor, initial=1), total, count
 
 

@@ -172,6 +172,32 @@ def test_numbers_of_numpy_in_x64_mode_train_as_those_of_python(dtype):
         assert_alike(got, want, rtol)
 
 
+def test_stored_moments_are_the_same_in_x64_mode():
+    """There JAX adds up int32 as int64, unless it is told."""
+    makers = {
+        "muon_madam": lambda: madax.muon_madam(moment_format=madax.MomentFormat(8)),
+        "adam": lambda: madax.with_quantized_state(
+            optax.adam(0.01), where=lambda path, leaf: leaf.ndim > 0
+        ),
+    }
+
+    def trained(make):
+        params = {
+            "w": jnp.full((4, 8), 0.5, jnp.float32),
+            "b": jnp.ones(3, jnp.float32),
+        }
+        tx, grads = make(), jax.tree.map(jnp.sin, params)
+        state = tx.init(params)
+        for _ in range(2):
+            params, state = step(tx, grads, state, params)
+        return params, state
+
+    for make in makers.values():
+        want = trained(make)
+        with enable_x64():
+            assert_alike(trained(make), want, 1e-6)
+
+
 def assert_alike(got, want, rtol):
     """Shapes and dtypes are the same, and values to within a tolerance."""
     for x, y in zip(*map(jax.tree.leaves, (got, want)), strict=True):
