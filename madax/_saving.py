@@ -54,6 +54,11 @@ def to_flat_dict(tree: Any) -> dict[str, Any]:
     for name, leaf in _named_leaves(tree):
         for part, array in _parts(leaf).items():
             full = "/".join(filter(None, (name, part)))
+            if not part and _NO_NUMPY.fullmatch(full):
+                raise ValueError(
+                    f"an array of the tree is called {full!r}, which would be read as "
+                    "one of that dtype; use another key."
+                )
             full, array = _in_numpy(full, array)
             if full in flat:
                 raise ValueError(

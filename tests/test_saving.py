@@ -358,3 +358,8 @@ def test_inference_in_a_fresh_process(params, tmp_path):
 
 if __name__ == "__main__":
     infer(Path(sys.argv[1]))
+
+
+def test_a_key_that_would_be_read_as_a_dtype_is_refused():
+    with pytest.raises(ValueError, match="'a:bfloat16', which would be read as one of"):
+        madax.to_flat_dict({"a:bfloat16": np.zeros(3, np.uint16)})
