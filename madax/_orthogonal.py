@@ -191,13 +191,16 @@ def orthogonalized(x: jax.Array) -> jax.Array:
     for _ in range(_ITERATIONS):
         # The smaller of both products with itself. Nothing is transposed: XLA would
         # give the parameters another layout, and copy a whole stack of them.
-        if rows <= columns:
-            gram = jnp.einsum("...ik,...jk->...ij", x, x)
-            x = _A * x + (_B * gram + _C * gram @ gram) @ x
-        else:
-            gram = jnp.einsum("...ki,...kj->...ij", x, x)
-            x = _A * x + x @ (_B * gram + _C * gram @ gram)
+        gram = _product_with_itself(x, x.ndim - (1 if rows <= columns else 2))
+        change = _B * gram + _C * gram @ gram
+        x = _A * x + (change @ x if rows <= columns else x @ change)
     return _over(root_mean_square(x, (-2, -1), keepdims=True), x)
+
+
+def _product_with_itself(x: jax.Array, axis: int) -> jax.Array:
+    """The sums over an axis of all products of two rows, or columns, of matrices."""
+    stack = tuple(range(x.ndim - 2))
+    return jax.lax.dot_general(x, x, (((axis,), (axis,)), (stack, stack)))
 
 
 def _over(scale: jax.Array, x: jax.Array) -> jax.Array:

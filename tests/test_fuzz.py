@@ -377,10 +377,11 @@ class Moments:
         octaves = np.log2(units[1]["v"] / decay)
         down = int(np.round(octaves))
         assert abs(octaves - down) < 1e-5
-        follows, peak = (
-            count <= 9 or count % 8 == 1,
-            np.max(self.raw[0]["v"], initial=0),
-        )
+        # Windows of a short memory follow in every step, and its decay lowers none.
+        self.fast = rate > 0.25
+        follows = count <= 9 or count % 8 == 1 or self.fast
+        peak = np.max(self.raw[0]["v"], initial=0)
+        down = 0 if self.fast else down
         if follows and peak:
             octave = np.floor(np.log2(grids[0]["v"].decode(peak)))
             old = int(np.clip(octave + 127 - 54, 1, 190))
@@ -398,7 +399,7 @@ class Moments:
 
     def fits(self, value):
         """Where v does, and where it may."""
-        if not self.codes:
+        if not self.codes or self.fast:
             return np.full(np.shape(value), True), np.full(np.shape(value), True)
         grid = self.grids["v"]
         # The greatest code is of all that is beyond.

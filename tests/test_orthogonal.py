@@ -134,7 +134,9 @@ def test_any_axes_can_be_said_and_only_those_out_of_order_are_moved():
         one = scale_by_orthogonal_momentum(matrices=lambda path, leaf, axes=axes: axes)
         traced = jax.make_jaxpr(lambda g, tx=one: tx.update(g, tx.init(g))[0])(g[name])
         transposes = "transpose[" in str(traced)
-        assert transposes == (list(order) != sorted(order)), name
+        # Of a stack of one, products of older versions transpose it themselves.
+        if jax.__version_info__ >= (0, 7) or name != "one head":
+            assert transposes == (list(order) != sorted(order)), name
 
 
 @pytest.mark.skipif(
