@@ -10,12 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from madax._checks import check_seed, check_state
-from madax._error_feedback import (
-    check_feedback,
-    limited,
-    start,
-    with_errors,
-)
+from madax._error_feedback import limited, start, with_errors
+from madax._feedback_checks import check_feedback
 from madax._leaves import flatten_both, one_a_leaf
 from madax._lns_quantize import as_steps, real_steps, step_codes
 from madax._numerics import rounded

@@ -193,7 +193,6 @@ MUTANTS = {
         ("scale in (np.float32, float)", "True", "trees_of_codes"),
     ],
     "_error_feedback": [
-        ("isinstance(path[-1], tree_utils.NamedTupleKey)", "True", "error"),
         ("rises = (last > 0)", "rises = (last < 0)", "error"),
         ("(now * decay > last)", "(now > last)", "error"),
         ("jnp.where(now > 0, now, last)", "now", "error"),
@@ -204,6 +203,12 @@ MUTANTS = {
         ),
         ("(wanted - moved) * (1 - widen(decay))", "(wanted - moved)", "error"),
         ("(slope != 0) & jnp.isfinite(u) & jnp.isfinite(after)", "slope != 0", "error"),
+    ],
+    "_momentum": [
+        ("return []", "return [value] * treedef.num_leaves", "error"),
+        ("all(isinstance(m, kinds) for m in field[2])", "True", "error"),
+    ],
+    "_feedback_checks": [
         ("if tangent not in updates[i]:", "if False:", "error"),
         ("if any(j < len(places) for j in updates[i]):", "if False:", "error"),
         ("            if tangent in x:", "            if False:", "error"),
@@ -362,7 +367,7 @@ MUTANTS = {
         ("return leaf.kind if feeds else", "return", "leaf_kinds"),
     ],
     "_orthogonal": [
-        ("_A * x + x @", "_B * x + x @", "orthogonal"),
+        ("x = _A * x + (change", "x = _B * x + (change", "orthogonal"),
         ("jnp.where(jnp.isfinite(g), g, ms[i])", "g", "orthogonal"),
         ("ahead = moving_average(ms[i], g, rate)", "ahead = ms[i]", "orthogonal"),
         ("_A, _B, _C = 3.4445", "_A, _B, _C = 3.3", "orthogonal"),

@@ -175,8 +175,11 @@ def test_it_takes_nothing_from_momentum_at_a_constant_rate(b1, b2):
         carry = params, tx.init(params)
         (params, _), _ = jax.jit(partial(jax.lax.scan, step))(carry, jnp.arange(500))
         ends.append(madax.dequantize_params(params))
+    # Older compilers fuse products and sums as the rest of a program suggests.
+    exact = jax.__version_info__ >= (0, 7)
     for name in ("table", "b"):
-        np.testing.assert_array_equal(ends[0][name], ends[1][name])
+        rtol = 0 if exact else 1e-5
+        np.testing.assert_allclose(ends[0][name], ends[1][name], rtol=rtol, atol=rtol)
     moved, expected = (jnp.mean(end["w"] - floats["w"]) for end in ends)
     np.testing.assert_allclose(moved, expected, rtol=0.01)
 
@@ -297,6 +300,7 @@ BAD = {
         ),
         "with dtype uint8; put with_quantized_state around",
     ),
+    "a list": (optax.sm3(0.1), "but there are 0; leave"),
     "masked": (optax.masked(optax.adam(0.1), {"w": False}), "but there are 0; leave"),
     "lion": (optax.lion(0.3), ZERO),
     "signs": (optax.chain(optax.trace(0.9), optax.scale_by_sign()), ZERO),
@@ -309,7 +313,7 @@ BAD = {
         optax.rmsprop(0.1, centered=True),
         "no linear function of the momentum",
     ),
-    "belief": (optax.adabelief(0.1), "no linear function of the momentum"),
+    "belief": (optax.adabelief(0.1), "momentum on which '0/nu/w' in the state"),
     "muon": (optax.contrib.muon(0.1), OTHERS),
     "lamb": (optax.lamb(0.1), OTHERS),
     "clipped": (optax.chain(optax.adam(0.1), optax.clip_by_global_norm(1.0)), OTHERS),
