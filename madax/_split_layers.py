@@ -262,11 +262,11 @@ def _check_not_shared(nnx: Any, modules: dict[str, Any]) -> None:
 
 def _check_alike(nnx: Any, modules: dict[str, Any], graphs: Sequence[Any]) -> None:
     """Raises if modules differ in anything but values, and says in what."""
-    (first, *others), (facts, *more) = (
-        modules,
-        [_facts(nnx, module) for module in modules.values()],
-    )
-    for name, found, graph in zip(others, more, graphs[1:], strict=True):
+    first = next(iter(modules))
+    for (name, module), graph in zip(modules.items(), graphs, strict=True):
+        differs = graph != graphs[0]
+        # Functions that are equal may be told apart by their addresses in a text.
+        facts, found = (_facts(nnx, x, differs) for x in (modules[first], module))
         for path in [*facts, *found]:
             a, b = facts.get(path, "missing"), found.get(path, "missing")
             if a != b:
@@ -274,14 +274,14 @@ def _check_alike(nnx: Any, modules: dict[str, Any], graphs: Sequence[Any]) -> No
                     f"model.{name} must be like model.{first}, but its {path} is {b} "
                     f"and not {a}; pass layers that differ with the ends."
                 )
-        if graph != graphs[0]:
+        if differs:
             raise ValueError(
                 f"model.{name} must be like model.{first}, but the structure of its "
                 "parts differs; pass layers that differ with the ends."
             )
 
 
-def _facts(nnx: Any, module: Any) -> dict[str, str]:
+def _facts(nnx: Any, module: Any, functions: bool) -> dict[str, str]:
     """All of a module except its values: types, shapes and static attributes."""
     facts = {"type": type(module).__name__}
     for path, node in nnx.iter_graph(module):
@@ -289,11 +289,12 @@ def _facts(nnx: Any, module: Any) -> dict[str, str]:
         if isinstance(node, nnx.Variable):
             facts[name] = f"{type(node).__name__} of shape {np.shape(node)}"
         elif isinstance(node, nnx.Module):
-            facts.update(
-                (f"{name}.{k}".lstrip("."), reprlib.repr(v))
-                for k, v in vars(node).items()
-                if isinstance(v, str | int | float | tuple | None)
-            )
+            for key, value in vars(node).items():
+                is_function = callable(value) and not isinstance(value, nnx.Module)
+                if isinstance(value, str | int | float | tuple | None):
+                    facts[f"{name}.{key}".lstrip(".")] = reprlib.repr(value)
+                elif functions and is_function:
+                    facts[f"{name}.{key}".lstrip(".")] = repr(value)
     return facts
 
 

@@ -332,3 +332,22 @@ def test_bad_input():
 def nnx_list(modules):
     """A list of modules, as newer versions of Flax want it."""
     return nnx.List(modules) if hasattr(nnx, "List") else modules
+
+
+def test_a_function_that_differs_is_named():
+    class Scaled(nnx.Module):
+        def __init__(self, rngs, scale):
+            self.linear, self.scale = nnx.Linear(WIDTH, WIDTH, rngs=rngs), scale
+
+        def __call__(self, x):
+            return self.scale(self.linear(x))
+
+    def model(*scales):
+        return Model(
+            nnx.Rngs(0), nnx.Sequential(*(Scaled(nnx.Rngs(0), f) for f in scales))
+        )
+
+    same = lambda x: x
+    madax.split_layers(model(same, same), "blocks")
+    with raises(ValueError, "model.blocks.1", "its scale is <function", "and not"):
+        madax.split_layers(model(lambda x: x, lambda x: x), "blocks")

@@ -20,6 +20,11 @@ class LayerScale(nnx.Module):
         return x * self.gain[...]
 
 
+# It is one function, as layers are alike only if their attributes are equal.
+def _unscaled(x: jax.Array) -> jax.Array:
+    return x
+
+
 class Block(nnx.Module):
     """Attention, then a layer of four times the width, both after a layer norm.
 
@@ -47,7 +52,7 @@ class Block(nnx.Module):
         self.up = nnx.Linear(width, 4 * width, rngs=rngs)
         self.down = nnx.Linear(4 * width, width, rngs=rngs)
         self.scale1, self.scale2 = (
-            LayerScale(width, layer_scale) if layer_scale else (lambda x: x)
+            LayerScale(width, layer_scale) if layer_scale else _unscaled
             for _ in range(2)
         )
 
