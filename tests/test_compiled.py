@@ -41,7 +41,7 @@ LIMITS = {
     ("TPU v5e", "madam"): (8, 39.1, 0.71),
     ("TPU v5e", "native 8, 8-bit v"): (11, 56.1, 0.42),
     ("TPU v5e", "native 16"): (7, 52.1, 0.45),
-    ("TPU v5e", "native 8 adam"): (7, 159.1, 0.74),
+    ("TPU v5e", "native 8 adam"): (7, 170.1, 0.78),
     ("TPU v5e", "bbit_madam"): (9, 281.1, 1.12),
     ("H100", "adam"): (6, 13.1, None),
     ("H100", "madam"): (5, 35.1, None),
@@ -49,8 +49,8 @@ LIMITS = {
     ("H100", "native 8, 8-bit v"): (13, 48.4, None),
     ("H100", "native 8"): (5, 42.4, None),
     ("H100", "native 16"): (5, 42.4, None),
-    ("H100", "native 8 adam"): (14, 135.1, None),
-    ("H100", "native 8 adam, error feedback"): (24, 158.1, None),
+    ("H100", "native 8 adam"): (14, 143.1, None),
+    ("H100", "native 8 adam, error feedback"): (19, 201.1, None),
     ("H100", "bbit_madam"): (6, 235.1, None),
     ("H100", "lns_madam"): (6, 235.1, None),
 }
@@ -144,6 +144,8 @@ def lowered(name):
 
 @pytest.mark.parametrize("name", mostly_nightly(CPU, "madam", "native 8, 8-bit v"))
 def test_steps_do_not_take_more_operations_and_kernels(name):
+    if "feedback" in name and jax.__version_info__ < (0, 12):
+        pytest.skip("older compilers for CPUs drop the barriers between steps")
     ratio, kernels, peak, operations = CPU[name]
     program = lowered(name)
     given = compiled.stablehlo(program)
