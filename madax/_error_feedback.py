@@ -17,12 +17,7 @@ import optax
 
 from madax._feedback_checks import check_feedback
 from madax._leaves import entries, flatten, one_a_leaf, widen
-from madax._momentum import (
-    by_momentum,
-    find_momentum,
-    places_of_codes,
-    with_momentum,
-)
+from madax._momentum import find_momentum, places_of_codes, with_momentum
 from madax._numerics import rounded
 from madax._quantize_params import dequantize_params
 from madax._quantized_array import QuantizedArray, is_quantized
@@ -136,10 +131,10 @@ def step_with_slopes(
       Updates, the new state, and the derivatives.
     """
     treedef = jax.tree.structure(params)
-    update = by_momentum(inner, state, grads, params, places, extra_args)
 
     def step(ms):
-        updates, after = update(ms)
+        before = with_momentum(state, params, places, ms)
+        updates, after = inner.update(grads, before, params, **extra_args)
         us = treedef.flatten_up_to(updates)
         new = find_momentum(after, params, places)
         return Slopes([us[i] for i in places], new), (updates, after)

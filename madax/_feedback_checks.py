@@ -11,12 +11,7 @@ import optax
 
 from madax._checks import leaf_name
 from madax._leaves import flatten, flatten_named
-from madax._momentum import (
-    by_momentum,
-    find_momentum,
-    places_of_codes,
-    with_momentum,
-)
+from madax._momentum import find_momentum, places_of_codes, with_momentum
 from madax._quantize_params import dequantize_params
 from madax._tracing import dependences
 
@@ -55,10 +50,9 @@ def _why_not(
     count = len(jax.tree.leaves(params))
 
     def derivatives(ms, tangents, state, grads, params, extra_args):
-        update = by_momentum(inner, state, grads, params, places, extra_args)
-
         def step(ms):
-            updates, after = update(ms)
+            before = with_momentum(state, params, places, ms)
+            updates, after = inner.update(grads, before, params, **extra_args)
             others = with_momentum(after, params, places, [None] * len(places))
             us = jax.tree.structure(params).flatten_up_to(updates)
             new = find_momentum(after, params, places)

@@ -1,8 +1,8 @@
-"""The momentum in the state of an optimizer: found, replaced, and varied."""
+"""The momentum in the state of an optimizer: found, and replaced."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,10 +25,11 @@ def find_momentum(state: Any, params: Any, places: Sequence[int]) -> list[jax.Ar
       ValueError: if there is none, more than one, or one of codes.
     """
     fields, names, momenta = _fields(state, params), " or ".join(_NAMES), []
+    paths, *_ = flatten(params)
     for i in places:
         found = [leaves[i] for *_, leaves in fields]
         found = [m for m in found if not isinstance(m, optax.MaskedNode)]
-        name = leaf_name("params", flatten(params)[0][i])
+        name = leaf_name("params", paths[i])
         if len(found) != 1:
             raise ValueError(
                 f"error_feedback=True needs one momentum of {name} in the state of "
@@ -87,23 +88,6 @@ def _fields(state: Any, params: Any) -> list[tuple[str, Any, list[Any]]]:
         for field in fields
         if field[2] and all(isinstance(m, kinds) for m in field[2])
     ]
-
-
-def by_momentum(
-    inner: optax.GradientTransformationExtraArgs,
-    state: Any,
-    grads: Any,
-    params: Any,
-    places: Sequence[int],
-    extra_args: dict[str, Any],
-) -> Callable[[Sequence[Any]], tuple[Any, Any]]:
-    """The update as a function of the momentum that leaves of codes had before."""
-
-    def update(ms):
-        before = with_momentum(state, params, places, ms)
-        return inner.update(grads, before, params, **extra_args)
-
-    return update
 
 
 def places_of_codes(params: Any) -> list[int]:

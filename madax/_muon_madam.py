@@ -9,7 +9,7 @@ import jax
 import optax
 
 from madax._aliases import from_direction
-from madax._checks import check_decay, check_instance
+from madax._checks import check_decay
 from madax._leaves import flatten_named
 from madax._moments import MomentFormat
 from madax._orthogonal import (
@@ -112,7 +112,6 @@ def muon_madam(
     """
     check_matrices(matrices)
     b1 = check_decay("b1", b1, 0.95)
-    check_instance("moment_format", moment_format, MomentFormat)
     normalized = scale_by_second_moment(b2, moment_format=moment_format, seed=seed)
 
     def orthogonal(axes):

@@ -125,6 +125,7 @@ def scale_by_orthogonal_momentum(
       Jordan et al., `Muon: an optimizer for hidden layers in neural networks
       <https://kellerjordan.github.io/posts/muon/>`_, 2024.
     """
+    b1 = check_decay("b1", b1, 0.95)
     check_matrices(matrices)
 
     def axes_of(paths: Sequence[str], leaves: Sequence[Any]) -> list[Axes]:
@@ -147,8 +148,7 @@ def orthogonal_momentum(
     b1: jax.typing.ArrayLike,
     axes_of: Callable[[Sequence[str], Sequence[Any]], Sequence[Axes]],
 ) -> optax.GradientTransformationExtraArgs:
-    """As :func:`scale_by_orthogonal_momentum`, with the axes of all leaves at once."""
-    b1 = check_decay("b1", b1, 0.95)
+    """As :func:`scale_by_orthogonal_momentum`, checked, with the axes of all leaves."""
 
     def init_fn(params):
         paths, leaves, treedef = flatten(params)
