@@ -28,7 +28,7 @@ Each file has one subject, which its first lines state:
 ``helpers.py`` has what several of them need, ``processes.py`` starts processes.
 All tests have eight CPU devices; arrays are on the first unless they are put elsewhere.
 
-``make test`` runs before every commit, in less than five minutes on two cores. It
+``make test`` runs before every commit, in about seven minutes on two cores. It
 leaves out what is marked ``nightly``: more of the same, such as further dtypes and
 variants, and most of the benchmarks from their command line. ``make test-nightly``
 runs that, twenty times the examples in every search, all notebooks, and all tests on
