@@ -16,7 +16,7 @@ from optax import contrib
 import madax
 from benchmarks import records
 from benchmarks.style import markdown, report
-from madax._state_roles import state_leaves, unfit
+from madax.wrappers._state_roles import state_leaves, unfit
 
 STEPS, WIDTH, BATCH = 1000, 64, 32
 _ADAM = functools.partial(optax.adam, 0.003)

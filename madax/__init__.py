@@ -3,35 +3,45 @@
 from importlib import metadata as _metadata
 
 from madax import diagnostics
-from madax._aliases import bbit_madam, lns_madam, madam
-from madax._clip import ClipLogWeightsState, clip_log_weights
-from madax._fake_quantize import fake_quantize
-from madax._format import Format
-from madax._formats import LogFormat, SymlogFormat, UniformFormat
-from madax._grad import grad, value_and_grad
-from madax._layerwise import Layerwise, layerwise
-from madax._lns_quantize import LnsQuantizeState, lns_quantize
-from madax._moments import MomentFormat, MomentWindow
-from madax._muon_madam import muon_madam
-from madax._orthogonal import (
+from madax.codes._array import QuantizedArray
+from madax.codes._grad import grad, value_and_grad
+from madax.codes._quantize import dequantize_params, quantize_params
+from madax.codes._saving import from_flat_dict, to_flat_dict
+from madax.formats._base import Format
+from madax.formats._log import LogFormat
+from madax.formats._moment_codec import StateWindow
+from madax.formats._moments import MomentFormat, MomentWindow
+from madax.formats._symlog import SymlogFormat
+from madax.formats._uniform import UniformFormat
+from madax.layerwise._split import SplitLayers, split_layers
+from madax.layerwise._step import Layerwise, layerwise
+from madax.optimizers._madam import madam
+from madax.optimizers._muon_madam import muon_madam
+from madax.papers._bbit_madam import bbit_madam
+from madax.papers._fake_quantize import fake_quantize
+from madax.papers._lns_madam import lns_madam
+from madax.transforms._clip import ClipLogWeightsState, clip_log_weights
+from madax.transforms._lns_quantize import LnsQuantizeState, lns_quantize
+from madax.transforms._orthogonal import (
     MatrixDimensionNumbers,
     ScaleByOrthogonalMomentumState,
     scale_by_orthogonal_momentum,
 )
-from madax._quantize_params import dequantize_params, quantize_params
-from madax._quantized_array import QuantizedArray
-from madax._saving import from_flat_dict, to_flat_dict
-from madax._second_moment import ScaleBySecondMomentState, scale_by_second_moment
-from madax._sign_log import ScaleBySignLogState, scale_by_sign_log
-from madax._split_layers import SplitLayers, split_layers
-from madax._state_codes import StateWindow
-from madax._weight_decay import AddDecayedLogWeightsState, add_decayed_log_weights
-from madax._with_quantized_params import (
+from madax.transforms._second_moment import (
+    ScaleBySecondMomentState,
+    scale_by_second_moment,
+)
+from madax.transforms._sign_log import ScaleBySignLogState, scale_by_sign_log
+from madax.transforms._weight_decay import (
+    AddDecayedLogWeightsState,
+    add_decayed_log_weights,
+)
+from madax.wrappers._quantized_params import (
     WithQuantizedParamsState,
     with_dequantized_params,
     with_quantized_params,
 )
-from madax._with_quantized_state import (
+from madax.wrappers._quantized_state import (
     WithQuantizedStateState,
     with_quantized_state,
 )

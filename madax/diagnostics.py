@@ -15,25 +15,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from madax._checks import check_positive, leaf_name, warn_of_leaves
-from madax._clip import ClipLogWeightsState, leaf_bounds
-from madax._leaves import (
-    entries,
+from madax._core.checks import check_positive, leaf_name, warn_of_leaves
+from madax._core.vectors import entries, known_values
+from madax.codes._array import is_quantized
+from madax.codes._leaves import (
     flatten,
     flatten_like,
-    known_values,
     largest_weight,
     nodes_of,
     per_leaf,
     widen,
 )
-from madax._lns_quantize import LnsQuantizeState
-from madax._matrix_table import MatrixTable, matrix_table
-from madax._orthogonal import Matrices
-from madax._quantize_params import dequantize_params
-from madax._quantized_array import is_quantized
-from madax._scales import split_peak
-from madax._skipped import count_skipped
+from madax.codes._quantize import dequantize_params
+from madax.codes._scales import split_peak
+from madax.transforms._clip import ClipLogWeightsState, leaf_bounds
+from madax.transforms._lns_quantize import LnsQuantizeState
+from madax.transforms._matrix_table import MatrixTable, matrix_table
+from madax.transforms._orthogonal import Matrices
+from madax.transforms._skipped import count_skipped
 
 _STUCK = (
     "half of the weights or more are at their bound and may be unable to grow; pass a "

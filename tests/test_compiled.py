@@ -18,7 +18,7 @@ from jax.sharding import SingleDeviceSharding
 
 from benchmarks import compiled, compiled_report, init, programs, records
 from benchmarks.compilers import compiler, footprint
-from madax._leaves import _scalars, _scalars_apart
+from madax._core.vectors import _scalars, _scalars_apart
 
 # For the step on four leaves: StableHLO operations over those of optax.adam, kernels of
 # the CPU's compiler, peak memory over parameters, state and gradients, operations per

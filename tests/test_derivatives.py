@@ -16,7 +16,7 @@ from jax.test_util import check_grads
 
 import madax
 from madax import MomentFormat
-from madax._numerics import (
+from madax._core.numerics import (
     arcsinh,
     exp,
     expm1,
@@ -26,7 +26,7 @@ from madax._numerics import (
     rounded,
     sinh,
 )
-from madax._scales import root_mean_square
+from madax.codes._scales import root_mean_square
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

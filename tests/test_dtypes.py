@@ -9,7 +9,7 @@ import pytest
 from helpers import enable_x64, mostly_nightly, step
 
 import madax
-from madax._scales import share_beyond
+from madax.codes._scales import share_beyond
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 

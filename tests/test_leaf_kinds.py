@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import madax
-from madax._leaf_kinds import read_leaves
+from madax._core.leaf_kinds import read_leaves
 
 D, F, N, K, H, L, E, V = 64, 176, 4, 2, 16, 3, 8, 500
 

@@ -16,7 +16,7 @@ from helpers import mostly_nightly, raises
 
 import madax
 from madax import MomentFormat
-from madax._moments import decayed
+from madax.formats._moments import decayed
 
 BITS = mostly_nightly(range(8, 17), 8, 16)
 WINDOWS = mostly_nightly([1, 2, 77, 100, 101, 190], 1, 100, 190)

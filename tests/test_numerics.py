@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 from helpers import enable_x64
 
-from madax import _numerics
-from madax._numerics import arcsinh, exp, expm1, log, log1p, round_to_int, sinh, within
+from madax._core import numerics
+from madax._core.numerics import (
+    arcsinh,
+    exp,
+    expm1,
+    log,
+    log1p,
+    round_to_int,
+    sinh,
+    within,
+)
 
 POSITIVE = np.concatenate([np.logspace(-37, 38, 1_000_001), np.linspace(0.5, 2, 10**6)])
 SMALL = np.concatenate([np.linspace(-1, 1, 1_000_001), np.logspace(-37, 0, 100_001)])
@@ -27,16 +36,14 @@ POINTS = {
 def test_functions_are_exact_to_float32(name):
     x = POINTS[name].astype(np.float32)
     expected = getattr(np, name.removeprefix("fast_"))(x.astype(np.float64))
-    np.testing.assert_allclose(
-        jax.jit(getattr(_numerics, name))(x), expected, rtol=3e-7
-    )
+    np.testing.assert_allclose(jax.jit(getattr(numerics, name))(x), expected, rtol=3e-7)
 
 
 @pytest.mark.parametrize("name", POINTS)
 def test_float64_uses_the_functions_of_jax(name):
     with enable_x64():
         x = jnp.linspace(0.1, 2, 101, dtype=jnp.float64)
-        y = getattr(_numerics, name)(x)
+        y = getattr(numerics, name)(x)
     assert y.dtype == np.float64
     expected = getattr(np, name.removeprefix("fast_"))(np.asarray(x))
     np.testing.assert_allclose(y, expected, rtol=1e-14)

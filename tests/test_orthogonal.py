@@ -22,7 +22,7 @@ from madax import (
     muon_madam,
     scale_by_orthogonal_momentum,
 )
-from madax._orthogonal import orthogonalized
+from madax.transforms._orthogonal import orthogonalized
 
 ORTHOGONAL = scale_by_orthogonal_momentum()
 

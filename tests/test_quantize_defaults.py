@@ -14,7 +14,7 @@ from helpers import assert_identical, is_quantized, mostly_nightly, normal, rais
 
 import madax
 from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
-from madax._leaves import flatten
+from madax.codes._leaves import flatten
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -442,7 +442,7 @@ def test_leaves_of_one_shape_share_a_program_and_are_read_at_once(monkeypatch):
     reads = []
     device_get = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: reads.append(x) or device_get(x))
-    before = madax._quantize_params._encode._cache_size()
+    before = madax.codes._quantize._encode._cache_size()
     quantized = madax.quantize_params(params, FMT)
-    assert madax._quantize_params._encode._cache_size() == before + 1
+    assert madax.codes._quantize._encode._cache_size() == before + 1
     assert len(reads) == 1 and len(chosen(quantized)) == 9

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 import madax
-from madax._rounding import leaf_keys, random_bits, round_steps
+from madax._core.rounding import leaf_keys, random_bits, round_steps
 
 SIGMAS = 5.0
 P_VALUE = 1e-6

@@ -10,7 +10,7 @@ from helpers import is_quantized, mostly_nightly, normal, same
 
 import madax
 from madax import LogFormat, SymlogFormat, UniformFormat
-from madax._sign_log import sign_log
+from madax.transforms._sign_log import sign_log
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

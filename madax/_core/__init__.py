@@ -1,0 +1,1 @@
+"""What all rooms need: arithmetic, checks, names, and nothing about weights."""

@@ -1,0 +1,345 @@
+"""What each leaf of a tree is, by its names and the shapes around it.
+
+Three questions come one after the other. Which axes count layers? A norm has one axis,
+so a second one shows a stack. Which axes are rows and columns? Names tell of
+attention, experts and convolutions, shapes of the rest. What is the leaf for? Tables
+and last layers have a name, or a size (a vocabulary, classes) that no other leaf has.
+
+Leaves of a repeated layer are judged by their own layer, all others without those
+layers. So a leaf is read the same in :func:`madax.layerwise`, which shows an optimizer
+either the ends or one layer, and outside of it.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from madax._core.leaf_names import (
+    ATTENTION,
+    BIAS,
+    CONVOLUTION,
+    DENSE,
+    DEPTHWISE,
+    EXPERTS,
+    FROM_HEADS,
+    GATE,
+    GENERIC,
+    HEAD,
+    LAST,
+    LAYERS,
+    LORA,
+    PATCHES,
+    ROUTER,
+    STACK,
+    TABLE,
+    TO_HEADS,
+    Axes,
+    Kind,
+    Leaf,
+    size_of,
+)
+
+
+class Reading(NamedTuple):
+    """What a leaf is taken for.
+
+    Attributes:
+      kind: "vector" for norms, biases, gains; "filter" for weights that are no matrix,
+        such as depthwise kernels; "unknown" where names and shapes do not tell.
+      axes: how the leaf is a matrix, whatever it is for; None if it is not one.
+    """
+
+    kind: Kind
+    axes: Axes | None
+
+
+_Below = dict[tuple[str, ...], list[Leaf]]
+
+
+def read_leaves(paths: Sequence[str], shapes: Iterable[Sequence[int]]) -> list[Reading]:
+    """What the leaves of a tree are.
+
+    Args:
+      paths: of all leaves of the tree, such as ``"Dense_0/kernel"``.
+      shapes: of the same leaves.
+
+    Returns:
+      A reading for each leaf.
+    """
+    leaves, modules = [], defaultdict(list)
+    for path, shape in zip(paths, shapes, strict=True):
+        names = tuple(re.split(r"[/.]", path))
+        siblings = modules[names[:-1]]
+        leaf = Leaf(names, tuple(shape), tuple(range(len(shape))), siblings=siblings)
+        siblings.append(leaf)
+        leaves.append(leaf)
+    _find_stacks(leaves)
+    _find_lists(leaves)
+    below = _below(leaves)
+    for leaf in leaves:
+        leaf.kind, leaf.axes = _as_matrix(leaf, below)
+    _find_roles(leaves, below)
+    return [Reading(leaf.kind, leaf.axes) for leaf in leaves]
+
+
+def _below(leaves: Iterable[Leaf]) -> _Below:
+    """The leaves below each prefix of a path."""
+    below = defaultdict(list)
+    for leaf in leaves:
+        for i in range(len(leaf.names)):
+            below[leaf.names[:i]].append(leaf)
+    return below
+
+
+def _near(leaf: Leaf, below: _Below, end: int | None = None) -> list[Leaf]:
+    """The other leaves of its layer whose paths begin as its own, up to ``end``.
+
+    By default the leaves beside its module: ``query`` beside ``out/kernel``.
+    """
+    end = (-2 if GENERIC.fullmatch(leaf.own) else -1) if end is None else end
+    found = below[leaf.names[:end]]
+    return [x for x in found if x.layer == leaf.layer and x is not leaf]
+
+
+# --- which axes count layers ----------------------------------------------------------
+
+
+def _find_stacks(leaves: list[Leaf]) -> None:
+    """Takes the axes that count layers from the leaves of stacks of layers."""
+    tops = {leaf.names[0] for leaf in leaves}
+    layers = [leaf for leaf in leaves if leaf.names[0] == "layers"]
+    if layers and tops <= {"ends", "layers"}:  # the form that layerwise trains
+        listed = all(leaf.names[1:2] and leaf.names[1].isdigit() for leaf in layers)
+        for leaf in layers:
+            if not listed or "ends" in tops:
+                leaf.layer = leaf.names[: 1 + listed]
+        # Without the ends, it is a stack or one of its layers.
+        alike = all(len(x.core) > 2 and not _is_convolution(x) for x in layers)
+        if not listed and ("ends" in tops or alike):
+            _take_axis(layers, 0)
+    for _ in range(2):  # A stack may be one of stages, each of several layers.
+        taken = set()
+        groups = sorted(_below(leaves).items(), key=lambda item: len(item[0]))
+        for prefix, group in groups:
+            if taken.isdisjoint(group) and _is_stack(group):
+                taken |= set(group)
+                _make_layer(group, prefix)
+
+
+def _is_stack(group: list[Leaf]) -> bool:
+    """Whether vectors show that leaves count layers, on an axis that is then taken."""
+    # Biases of queries have two axes without that: heads, and features of a head.
+    vectors = [x for x in group if x.is_vector and not TO_HEADS.fullmatch(x.owner)]
+    shown = vectors and all(sum(n > 1 for n in x.sizes) > 1 for x in vectors)
+    matrices = any(len(leaf.core) > 2 for leaf in group)
+    if not (shown and matrices):
+        return False
+    # On its second axis, a single kernel may have as many heads as features of a head.
+    several = sum(len(leaf.core) > 2 for leaf in group) > 1
+    return _take_axis(group, 0) or (several and _take_axis(group, 1))
+
+
+def _take_axis(group: list[Leaf], i: int) -> bool:
+    """Takes a core axis from leaves, if it has the same size in all of them."""
+    sizes = {leaf.sizes[i : i + 1] for leaf in group}
+    if len(sizes) != 1 or () in sizes:
+        return False
+    for leaf in group:
+        leaf.core = leaf.core[:i] + leaf.core[i + 1 :]
+    return True
+
+
+def _find_lists(leaves: list[Leaf]) -> None:
+    """Finds layers that are alike, as ``blocks/0``, ``blocks/1`` or ``Block_1``."""
+    lists = defaultdict(dict)
+    for prefix, group in _below(leaves).items():
+        number = re.fullmatch(r"(.*?)_?\d+", prefix[-1]) if prefix else None
+        if number and all(leaf.layer is None for leaf in group):
+            lists[*prefix[:-1], number[1]][prefix] = group
+    for elements in lists.values():
+        forms = [
+            tuple((leaf.names[len(prefix) :], leaf.shape) for leaf in group)
+            for prefix, group in elements.items()
+        ]
+        if len(set(forms)) < len(forms):
+            for prefix, group in elements.items():
+                _make_layer(group, prefix)
+
+
+def _make_layer(group: list[Leaf], prefix: tuple[str, ...]) -> None:
+    """Makes a repeated layer of leaves, unless it has a single weight."""
+    if sum(len(x.core) > 1 and not x.is_vector for x in group) > 1:
+        for leaf in group:
+            leaf.layer = leaf.layer or prefix
+
+
+# --- which axes are rows and columns --------------------------------------------------
+
+
+def _as_matrix(leaf: Leaf, below: _Below) -> tuple[Kind, Axes | None]:
+    """A vector, or how a leaf is a matrix, if it is one."""
+    # A gate of shape (1, 1) has no more rows and columns than one of shape ().
+    if len(leaf.core) < 2 or leaf.is_vector or max(leaf.sizes) < 2:
+        return "vector", None
+    from_heads = FROM_HEADS.fullmatch(leaf.subject) is not None and (
+        any(map(ATTENTION.fullmatch, leaf.names))
+        or any(TO_HEADS.fullmatch(x.subject) for x in _near(leaf, below))
+    )
+    if _is_convolution(leaf) and not from_heads:
+        split = _split_convolution(leaf)
+    else:
+        leaf.core = tuple(i for i in leaf.core if leaf.shape[i] > 1)
+        split = _split(leaf, from_heads)
+    if split is None:
+        return "unknown", None
+    # A kernel of depthwise convolution or a single row would lose all but its length.
+    inputs, outputs = (tuple(leaf.core[i] for i in axes) for axes in split)
+    if min(size_of(leaf.shape, axes) for axes in (inputs, outputs)) < 2:
+        return "filter", None
+    return "matrix", (inputs, outputs)
+
+
+def _split(leaf: Leaf, from_heads: bool) -> Axes | None:
+    """Which of the core axes are summed over, and which are of the result."""
+    axes, sizes = range(len(leaf.core)), leaf.sizes
+    if len(axes) < 3:
+        # PyTorch and Equinox keep the outputs first.
+        return (axes[1:], axes[:1]) if leaf.own == "weight" else (axes[:1], axes[1:])
+    to_heads = TO_HEADS.fullmatch(leaf.subject)
+    experts = any(map(EXPERTS.search, leaf.names)) and not (from_heads or to_heads)
+    lora = [x for x in (leaf.owner, leaf.own) if LORA.search(x)]
+    if lora and not experts:
+        second = (leaf.own if lora[0].lower() == "lora" else lora[0])[-1] in "bB"
+        return (axes[:1], axes[1:]) if second else (axes[:-1], axes[-1:])
+    if from_heads:
+        return axes[-3:-1], axes[-1:]
+    if to_heads:
+        # Where keys and values are one leaf, an axis counts the two.
+        if len(axes) == 3 and sizes[0] < 4:
+            return axes[1:2], axes[2:]
+        counted = len(axes) == 4 and sizes[1] in (2, 3) and sizes[0] > 3
+        return (axes[:1] if counted else axes[-3:-2]), axes[-2:]
+    if experts or STACK.search(leaf.subject) or leaf.own in ("kernels", "weights"):
+        return axes[-2:-1], axes[-1:]
+    for x in leaf.siblings:  # A bias has the shape of the outputs.
+        bias = tuple(n for n in x.sizes if n > 1)
+        count = len(bias) if BIAS.fullmatch(x.own) and len(bias) < len(sizes) else 0
+        if count and sizes[-count:] == bias:
+            return axes[:-count], axes[-count:]
+        if count and len(x.sizes) > 1 and sizes[:1] == bias:  # (outputs, 1, 1)
+            return axes[1:], axes[:1]
+    return None
+
+
+def _is_convolution(leaf: Leaf) -> bool:
+    """Whether it is one by name, or by two or more window axes of one size."""
+    sizes = leaf.sizes
+    if CONVOLUTION.search(leaf.subject):
+        return len(sizes) > 2 or min(sizes) < 9  # rank 2: a window of each channel
+    windows = sizes[2:] if leaf.own == "weight" else sizes[:-2]
+    other = TO_HEADS.fullmatch(leaf.subject) or STACK.search(leaf.subject)
+    return len(windows) > 1 and len(set(windows)) == 1 and windows[0] < 33 and not other
+
+
+def _split_convolution(leaf: Leaf) -> Axes:
+    """Windows and inputs are summed over, in either of two layouts; or it is none."""
+    sizes, axes = leaf.sizes, range(len(leaf.core))
+    if len(sizes) == 2:
+        return (), ()
+    before, behind = math.prod(sizes[:-2]), math.prod(sizes[2:])
+    outputs_first = leaf.own == "weight" or (leaf.own != "kernel" and behind < before)
+    windows = sizes[2:] if outputs_first else sizes[:-2]
+    if len(set(windows)) > 1 and any(map(LAYERS.fullmatch, leaf.names)):
+        axes, sizes = axes[1:], sizes[1:]  # The first counts layers.
+    inputs, outputs = sizes[1::-1] if outputs_first else sizes[-2:]
+    window = math.prod(sizes) // (inputs * outputs)
+    depthwise = any(map(DEPTHWISE.search, leaf.names)) or outputs >= 4 * window
+    if inputs == 1 and depthwise:
+        return (), ()
+    return (axes[1:], axes[:1]) if outputs_first else (axes[:-1], axes[-1:])
+
+
+# --- what it is for -------------------------------------------------------------------
+
+
+def _find_roles(leaves: list[Leaf], below: _Below) -> None:
+    """Tells tables, last layers and routers from other matrices."""
+    for leaf in leaves:
+        if leaf.kind in ("matrix", "unknown"):
+            leaf.kind = _by_name(leaf, below)
+    outside = [leaf for leaf in leaves if leaf.layer is None]
+    layered = len(outside) < len(leaves) or {x.names[0] for x in leaves} == {"ends"}
+    by_size = _BySize(outside, layered)
+    found = [by_size.kind_of(leaf) for leaf in outside]
+    for leaf, kind in zip(outside, found, strict=True):
+        leaf.kind = kind
+
+
+def _by_name(leaf: Leaf, below: _Below) -> Kind:
+    _, fan_out = leaf.fans
+    heads = [i for i, name in enumerate(leaf.names) if HEAD.fullmatch(name)]
+    if heads and not TO_HEADS.fullmatch(leaf.subject):  # head_0/query
+        # In a classifier of several layers, all but the last feed another one.
+        group = _near(leaf, below, heads[0] + 1)
+        feeds = fan_out and any(x.fans[0] == fan_out for x in group)
+        return leaf.kind if feeds else "head"
+    if LAST.fullmatch(leaf.subject) and leaf.layer is None:
+        return "head"
+    if any(map(TABLE.fullmatch, (leaf.own, leaf.subject))) or any(
+        map(PATCHES.search, leaf.names)  # which embeds the input, too
+    ):
+        return "table"
+    if GATE.fullmatch(leaf.subject):
+        experts = [x for x in _near(leaf, below) if len(x.core) > 2]
+        return "router" if any(x.sizes[0] == fan_out for x in experts) else leaf.kind
+    return "router" if ROUTER.fullmatch(leaf.subject) else leaf.kind
+
+
+class _BySize:
+    """Tells a table or a last layer by a size that no other leaf has."""
+
+    def __init__(self, leaves: list[Leaf], layered: bool):
+        self.layered = layered
+        self.holders = defaultdict(list)
+        for leaf in leaves:
+            for n in set(leaf.sizes):
+                self.holders[n].append(leaf)
+        biases = [x for x in leaves if BIAS.fullmatch(x.own)]
+        self.biased = {(*x.names[:-1], x.sizes) for x in biases}
+
+    def kind_of(self, leaf: Leaf) -> Kind:
+        if leaf.kind != "matrix" or len(leaf.core) != 2:
+            return leaf.kind
+        fan_in, fan_out = leaf.fans
+        # A leaf that multiplies features is not looked up, so it is no table.
+        biased = (*leaf.names[:-1], (fan_out,)) in self.biased
+        dense = biased or leaf.own == "kernel" or bool(DENSE.search(leaf.subject))
+        if self.is_alone(leaf, fan_out, fan_in, dense):
+            return "head"
+        tall = self.layered or fan_in > fan_out
+        table = tall and not dense and self.is_alone(leaf, fan_in, fan_out, dense)
+        return "table" if table else "matrix"
+
+    def is_alone(self, leaf: Leaf, n: int, other: int, dense: bool) -> bool:
+        """Whether the size ``n`` is no width of features, but ``other`` is one."""
+        if len(self.holders[n]) > 4:  # itself, a bias, a table, a last layer
+            return False
+        same = [
+            x
+            for x in self.holders[n]
+            if x is not leaf and (not x.may_be_bias or x.names[:-1] != leaf.names[:-1])
+        ]
+        tables = [x for x in same if x.kind == "table" and x.sizes[0] == n]
+        # A table and a last layer have a vocabulary in common.
+        if self.layered and not dense and not tables and len(same) == 1 and n > other:
+            tables = [x for x in same if sorted(x.sizes) == [other, n]]
+        known = any(x is not leaf and x not in tables for x in self.holders[other])
+        if not known or len(tables) < len(same):
+            return False
+        if tables or (self.layered and not dense):
+            return True
+        # Queries, keys and values, or gates, make a multiple of a width.
+        widths = [other, *(m for m in self.holders if m > 7 and m != n)]
+        return not any(n % m == 0 and n // m < 10 for m in widths)

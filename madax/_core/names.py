@@ -1,0 +1,37 @@
+"""The names of the leaves of a tree: their paths, with slashes."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+# The two parts of the parameters that :func:`madax.layerwise` trains.
+ENDS, LAYERS = "ends", "layers"
+
+
+def path_names(paths: Sequence[jax.tree_util.KeyPath]) -> list[str]:
+    """The paths of all leaves of a tree, with slashes: ``Dense_0/kernel``.
+
+    Flax puts arrays in boxes: variables of nnx, and partitioned ones of linen. Each is
+    a node with a single child, ``value``, which is left out of the path.
+    """
+    below = Counter(path[:i] for path in paths for i in range(len(path)))
+    value = jax.tree_util.GetAttrKey("value")
+    return [
+        jax.tree_util.keystr(
+            path[:-1] if path[-1:] == (value,) and below[path[:-1]] == 1 else path,
+            simple=True,
+            separator="/",
+        )
+        for path in paths
+    ]
+
+
+def flatten_named(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[str], list[Any], Any]:
+    """Flattens any tree into the names of its paths, leaves and treedef."""
+    with_path, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    paths = path_names([path for path, _ in with_path])
+    return paths, [leaf for _, leaf in with_path], treedef

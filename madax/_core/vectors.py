@@ -1,0 +1,92 @@
+"""Vectors with one entry per leaf, and the values of arrays on the host."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def entries(leaves: int) -> tuple[int, ...]:
+    """The shape of a vector with one entry per leaf, or of a scalar for no leaves.
+
+    The scalar stands in for an empty vector, which Orbax refuses to save.
+    """
+    return (leaves,) if leaves else ()
+
+
+def one_a_leaf(tree: Any, leaves: int, *, apart: bool = False) -> list[Any]:
+    """Splits a tree of vectors, with one entry per leaf, into one tree per leaf.
+
+    Args:
+      tree: vectors of shape (leaves,); of 32 bits or bool if ``apart``.
+      leaves: how many.
+      apart: whether GPUs shall step each leaf in kernels of its own. Their compilers
+        make one kernel of what has parts of the same vector as arguments. For cheap
+        steps that is as good, but an expensive one then takes longer to run and to
+        compile, and more memory.
+
+    Returns:
+      The trees, of scalars.
+    """
+    if not leaves:
+        return []
+    vectors, treedef = jax.tree.flatten(tree)
+    if apart:
+        parts = jax.lax.platform_dependent(
+            vectors, cpu=_scalars, tpu=_scalars, default=_scalars_apart
+        )
+    else:
+        parts = _scalars(vectors)
+    return [treedef.unflatten(leaf) for leaf in parts]
+
+
+def _scalars(vectors: list[jax.Array]) -> list[list[jax.Array]]:
+    """For each leaf, its entries of vectors, as scalars."""
+    # One operation splits a vector into all its parts, as this code is traced most
+    # often.
+    parts = [jax.lax.split(x, (1,) * len(x)) for x in vectors]
+    parts = [[jax.lax.squeeze(x, (0,)) for x in part] for part in parts]
+    return [list(leaf) for leaf in zip(*parts, strict=True)]
+
+
+def _scalars_apart(vectors: list[jax.Array]) -> list[list[jax.Array]]:
+    """As :func:`_scalars`, from an array of each leaf, with the bits of all entries."""
+    # The first barrier keeps vectors from being computed part by part, and the second
+    # keeps rows from being read where they are used.
+    columns = [
+        x.astype(jnp.uint32)
+        if x.dtype == bool
+        else jax.lax.bitcast_convert_type(x, jnp.uint32)
+        for x in jax.lax.optimization_barrier(vectors)
+    ]
+    # Rows of two columns at least are put together, many in a kernel. A part of a
+    # single vector would be a kernel of its own.
+    table = jnp.stack(columns if len(columns) > 1 else columns * 2, axis=1)
+    rows = jax.lax.optimization_barrier(jax.lax.split(table, (1,) * len(table)))
+    return [
+        [
+            bits > 0 if x.dtype == bool else jax.lax.bitcast_convert_type(bits, x.dtype)
+            for x, bits in zip(vectors, row[0], strict=False)
+        ]
+        for row in rows
+    ]
+
+
+def awaited(tree: Any) -> Any:
+    """Returns a tree of arrays, once those on several CPU devices are computed.
+
+    CPU devices share threads, in which two programs at once would wait for each other's
+    collectives.
+    """
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+            devices = x.sharding.device_set
+            if len(devices) > 1 and next(iter(devices)).platform == "cpu":
+                jax.block_until_ready(x)
+    return tree
+
+
+def known_values(x: jax.Array) -> np.ndarray:
+    """The values of ``x``, or an empty array under a JAX transformation."""
+    return np.zeros(0) if isinstance(x, jax.core.Tracer) else np.asarray(x).ravel()

@@ -1,0 +1,1 @@
+"""Weights that are codes of a number format: arrays, gradients, files."""

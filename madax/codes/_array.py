@@ -1,0 +1,386 @@
+"""Parameters that are codes of a number format, and stand where floats would."""
+
+import dataclasses
+import math
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from madax._core.numerics import rounded
+from madax.formats._base import Format, parse_format
+
+_REMEDY = (
+    "codes and scales are not to be scaled, averaged or cast: use "
+    "madax.dequantize_params(params), or put the transform inside "
+    "madax.with_quantized_params(...). Steps of codes are added by "
+    "optax.apply_updates, as they are."
+)
+
+
+# Attributes of arrays that codes have, too: of their values, or of the codes where
+# nothing needs to be decoded. A formatted list would take a line for each.
+_OF_VALUES = """
+T all any argmax argmin argpartition argsort astype at clip compress conj conjugate
+cumprod cumsum diagonal dot flat flatten imag item itemsize mT max mean min nonzero prod
+ptp ravel real repeat reshape round searchsorted sort squeeze std sum swapaxes take
+tobytes tolist trace transpose var view
+""".split()  # noqa: SIM905
+_OF_CODES = """
+committed device devices is_deleted is_fully_addressable is_fully_replicated sharding
+""".split()  # noqa: SIM905
+
+
+class _InErrors(type):
+    """Names the remedy where JAX prints types, in errors about trees that differ.
+
+    In ``optax.apply_updates(codes, floats)``, where any plain optimizer on codes ends,
+    no other code of madax runs.
+    """
+
+    def __repr__(cls) -> str:
+        return (
+            f"<class 'madax.{cls.__name__}'> (codes, which an optimizer of floats "
+            "trains inside madax.with_quantized_params)"
+        )
+
+
+def _by_value(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """The method that applies a function of arrays to the decoded value."""
+    return lambda self, *others: operation(self.dequantize(), *others)
+
+
+def _by_value_from_the_right(operation: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, other: operation(other, self.dequantize())
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedArray(metaclass=_InErrors):
+    """An array stored as integer codes of a number format.
+
+    It takes the place of a weight. Operators, methods of arrays, ``jnp`` functions and
+    layers of Flax take it as the float32 array that its codes decode to, and decode it
+    where they use it. Indexing decodes only what it takes, so a look-up in a table of
+    codes costs a few rows. ``w[...]`` is the array itself, for functions that need one
+    (in ``jax.lax``, and with JAX 0.6.0 also sums and the like). Use
+    :func:`madax.value_and_grad` for derivatives: ``jax.grad`` has none for integers.
+
+    It is a pytree node with two children, ``codes`` and ``scale``; the format is
+    static. Functions of trees see those two. What changes their dtypes is an error, and
+    what leaves a scale that is not positive makes all values NaN, but a sum of two
+    trees of codes is neither, and no sum of weights. So do arithmetic on
+    ``madax.dequantize_params(params)``, norms and penalties included.
+
+    The update that an optimizer returns for it is another QuantizedArray, which has
+    steps in the place of codes, False in that of the scale, and no value.
+    ``optax.apply_updates`` adds both as they are. Steps have a wider dtype than codes,
+    so a transform in between that changes one or the other causes an error.
+
+    Attributes:
+      codes: signed codes, int8 or int16, any shape; steps of them are int32.
+      scale: value of the largest code, float32, of the rank of ``codes``: of size 1,
+        or one per channel.
+      format: the number format.
+
+    Example:
+      >>> import jax.numpy as jnp, madax
+      >>> fmt = madax.LogFormat(bits=8, base_step=0.05)
+      >>> w = madax.quantize_params(jnp.full((4, 4), -0.5), fmt)
+      >>> print(w.codes.dtype, w.dtype, w.nbytes, "bytes")
+      int8 float32 20 bytes
+      >>> print(f"{w[0, 0]:.3f} {jnp.sum(w @ w):.2f}")
+      -0.499 15.96
+    """
+
+    codes: Any
+    scale: Any
+    format: Format
+
+    # NumPy's arrays leave their operators to this class.
+    __array_priority__ = 100
+
+    def __post_init__(self) -> None:
+        # This is not done on import of this module: Flax may be imported later, or
+        # never.
+        if "flax.serialization" in sys.modules:
+            from madax.codes._saving import register_with_flax
+
+            register_with_flax()
+        if hasattr(sys.modules.get("flax.nnx"), "Variable"):
+            from madax.codes._flax import let_variables_decode
+
+            let_variables_decode()
+
+    @classmethod
+    def steps(cls, delta: jax.Array, format: Format) -> "QuantizedArray":
+        """The update that adds ``delta``, integers, to the codes of a format.
+
+        Args:
+          delta: steps of codes, any integer dtype, the shape of the codes.
+          format: the number format.
+
+        Returns:
+          The update, to be added by ``optax.apply_updates``.
+        """
+        return cls(delta.astype(format.step_dtype), False, format)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return self.codes.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the values, float32; for steps, an integer dtype."""
+        steps = self.codes.dtype == self.format.step_dtype
+        return self.format.step_dtype if steps else jnp.dtype(jnp.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and the scale together."""
+        return self.codes.nbytes + np.asarray(self.scale).nbytes
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """The values of the codes.
+
+        Args:
+          dtype: floating dtype of the result; float32 by default.
+
+        Returns:
+          An array of the shape of the codes.
+
+        Raises:
+          TypeError: if these are steps, which have no value.
+        """
+        self.check_has_value()
+        return self._value().astype(self.dtype if dtype is None else dtype)
+
+    def check_has_codes(self) -> None:
+        """Raises if there are no arrays inside, as where a mask took them away."""
+        if not hasattr(self.codes, "dtype"):
+            raise TypeError(
+                f"a QuantizedArray holds {self.codes!r} in the place of codes, and "
+                f"{self.scale!r} in that of the scale; masks and labels are for whole "
+                "QuantizedArrays: use a tree by path, or jax.tree.map(..., is_leaf="
+                "lambda x: isinstance(x, madax.QuantizedArray))."
+            )
+
+    def check_has_value(self) -> None:
+        """Raises if these are steps of codes, which have no value, or none at all."""
+        self.check_has_codes()
+        if self.codes.dtype == self.format.step_dtype:
+            raise TypeError(f"{self!r} was used as a number; {_REMEDY}")
+
+    def copy(self) -> "QuantizedArray":
+        """The same codes and scale in new buffers."""
+        return jax.tree.map(lambda x: x.copy(), self)
+
+    def block_until_ready(self) -> "QuantizedArray":
+        """Waits for the codes and the scale to be computed."""
+        return jax.block_until_ready(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_VALUES:
+            return getattr(self.dequantize(), name)
+        if name in _OF_CODES:
+            return getattr(self.codes, name)
+        raise AttributeError(
+            f"a {type(self).__name__} has no {name!r}; take its values, w[...], for "
+            "what arrays have."
+        )
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        """The values at an index; no other codes are decoded."""
+        self.check_has_value()
+        return self._at(index).dequantize()
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise TypeError(
+            "a QuantizedArray cannot be written to; use w.at[...].set(x) for an array "
+            "of changed values, madax.quantize_params for codes of it, and put them in "
+            "the place of the old ones, in an nnx.Variable by its set_value."
+        )
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter(self.dequantize())
+
+    def __jax_array__(self) -> jax.Array:
+        return self.dequantize()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("values of codes are always new: leave copy=False out.")
+        return np.asarray(self.dequantize(), dtype)
+
+    def __int__(self) -> int:
+        return int(self.dequantize())
+
+    def __float__(self) -> float:
+        return float(self.dequantize())
+
+    def __bool__(self) -> bool:
+        return bool(self.dequantize())
+
+    __add__ = _by_value(operator.add)
+    __sub__ = _by_value(operator.sub)
+    __mul__ = _by_value(operator.mul)
+    __truediv__ = _by_value(operator.truediv)
+    __floordiv__ = _by_value(operator.floordiv)
+    __mod__ = _by_value(operator.mod)
+    __pow__ = _by_value(operator.pow)
+    __matmul__ = _by_value(operator.matmul)
+    __radd__ = _by_value_from_the_right(operator.add)
+    __rsub__ = _by_value_from_the_right(operator.sub)
+    __rmul__ = _by_value_from_the_right(operator.mul)
+    __rtruediv__ = _by_value_from_the_right(operator.truediv)
+    __rfloordiv__ = _by_value_from_the_right(operator.floordiv)
+    __rmod__ = _by_value_from_the_right(operator.mod)
+    __rpow__ = _by_value_from_the_right(operator.pow)
+    __rmatmul__ = _by_value_from_the_right(operator.matmul)
+    __neg__ = _by_value(operator.neg)
+    __pos__ = _by_value(operator.pos)
+    __abs__ = _by_value(operator.abs)
+    __lt__ = _by_value(operator.lt)
+    __le__ = _by_value(operator.le)
+    __gt__ = _by_value(operator.gt)
+    __ge__ = _by_value(operator.ge)
+    __eq__ = _by_value(operator.eq)
+    __ne__ = _by_value(operator.ne)
+    __hash__ = None  # type: ignore[assignment]
+
+    def parts(self) -> dict[str, Any]:
+        """The codes and the scale by the names that files know them by.
+
+        The format is in the name, so that names tell formats apart: codes restored as
+        another format's would be silent nonsense.
+        """
+        return {f"codes:{self.format!r}": self.codes, "scale": self.scale}
+
+    def tree_flatten_with_keys(self) -> Any:
+        children = (
+            (jax.tree_util.GetAttrKey(name), part)
+            for name, part in self.parts().items()
+        )
+        return tuple(children), self.format
+
+    @classmethod
+    def tree_unflatten(cls, aux: Format, children: Any) -> "QuantizedArray":
+        codes, scale, *others = children
+        # Here an average or a rescaling of codes would pass for one of weights.
+        dtypes = [getattr(x, "dtype", type(x)) for x in (codes, scale)]
+        if dtypes[0] == jax.dtypes.float0:
+            raise TypeError(
+                "a derivative was taken with respect to the codes of a QuantizedArray, "
+                "which are integers; use madax.value_and_grad or madax.grad."
+            )
+        if codes is None and isinstance(dtypes[1], np.dtype):
+            raise TypeError(
+                "the codes of a QuantizedArray were left out, but not its scale, as by "
+                "a filter of floating arrays; a scale is not trained: use "
+                "madax.value_and_grad for gradients, or filter whole QuantizedArrays."
+            )
+        if not _fit(dtypes[0], dtypes[1], aux):
+            raise TypeError(
+                f"the codes of a QuantizedArray became {_name(dtypes[0])}, and its "
+                f"scale {_name(dtypes[1])}; {_REMEDY}"
+            )
+        return cls(codes, scale, aux, *others)
+
+    def _value(self) -> jax.Array:
+        # The product is rounded: fused with a sum, it would be another one in each
+        # program. A scale that is not positive was negated or subtracted as if it were
+        # a weight, and so were its codes.
+        scale = jnp.where(self.scale > 0, self.scale, jnp.nan)
+        return rounded(scale * self.format.decode(self.codes))
+
+    def _at(self, index: Any) -> "QuantizedArray":
+        """The codes at an index, with the scales that belong to them."""
+        scale = _index_scale(self.scale, self.shape, index)
+        return QuantizedArray(self.codes[index], scale, self.format)
+
+    def __repr__(self) -> str:
+        shape = getattr(self.codes, "shape", self.codes)
+        scale = self.scale
+        if isinstance(scale, (jax.Array, np.ndarray)):
+            traced = isinstance(scale, jax.core.Tracer)
+            known = not traced and scale.size == 1
+            scale = f"{scale.item():.6g}" if known else f"<{scale.shape}>"
+        return f"QuantizedArray(shape={shape}, scale={scale}, {self.format!r})"
+
+
+def _index_scale(scale: Any, shape: tuple[int, ...], index: Any) -> Any:
+    """What ``broadcast_to(scale, shape)[index]`` holds, in a shape that broadcasts."""
+    if np.size(scale) == 1:
+        return jnp.reshape(scale, ())
+    scale = jnp.reshape(scale, (1,) * (len(shape) - np.ndim(scale)) + np.shape(scale))
+    index = index if isinstance(index, tuple) else (index,)
+    if any(jnp.issubdtype(jnp.result_type(i), bool) for i in index if _is_array(i)):
+        return jnp.broadcast_to(scale, shape)[index]
+    missing = len(shape) - sum(i is not None and i is not Ellipsis for i in index)
+    where = next((n for n, i in enumerate(index) if i is Ellipsis), len(index))
+    whole = (slice(None),) * missing
+    index = (*index[:where], *whole, *index[where + 1 :])
+    sizes = iter(zip(scale.shape, shape, strict=True))
+    return scale[tuple(i if i is None else _index_axis(i, *next(sizes)) for i in index)]
+
+
+def _index_axis(index: Any, scales: int, size: int) -> Any:
+    """The index of the scales on an axis of them, which may be one for all."""
+    if scales == size:
+        return index
+    return slice(None) if isinstance(index, slice) else jnp.zeros_like(index)
+
+
+def _is_array(index: Any) -> bool:
+    return not (index is None or index is Ellipsis or isinstance(index, slice))
+
+
+def _fit(codes: Any, scale: Any, format: Format) -> bool:
+    """Whether dtypes are those of an array of the format, or of steps of its codes.
+
+    Trees of anything but arrays of numbers, as of masks, shapes and shardings, do.
+    """
+    if not isinstance(codes, np.dtype) or not jnp.issubdtype(codes, np.number):
+        return True
+    if scale in (bool, np.bool_):
+        return codes == format.step_dtype
+    number = isinstance(scale, np.dtype) or scale in (int, float)
+    return not number or (
+        codes == format.storage_dtype and scale in (np.float32, float)
+    )
+
+
+def _name(dtype: Any) -> str:
+    return getattr(dtype, "__name__", str(dtype))
+
+
+jax.export.register_pytree_node_serialization(
+    QuantizedArray,
+    serialized_name="madax.QuantizedArray",
+    serialize_auxdata=lambda format: repr(format).encode(),
+    deserialize_auxdata=lambda text: parse_format(bytes(text).decode()),
+)
+
+
+def is_quantized(x: Any) -> bool:
+    """Whether a node of a tree is a quantised leaf."""
+    return isinstance(x, QuantizedArray)

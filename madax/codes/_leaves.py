@@ -1,0 +1,138 @@
+"""Walking over parameter trees, leaf by leaf, and their per-leaf scalars.
+
+A leaf is one parameter: a floating-point array, or a :class:`QuantizedArray`.
+Scalars that belong to float leaves are kept in one vector in flatten order, float32
+or as wide as the widest leaf, rather than in a tree of scalars: wrappers that copy a
+parameter's sharding onto everything shaped like the parameter tree
+(``flax.nnx.Optimizer``) cannot shard a scalar.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from madax._core.checks import check_float_leaf, leaf_name
+from madax._core.names import flatten_named
+from madax._core.vectors import entries, one_a_leaf
+from madax.codes._array import is_quantized
+
+
+def compute_dtype(leaf: Any) -> Any:
+    """The dtype that arithmetic on a leaf is done in: float32 or wider."""
+    if is_quantized(leaf):
+        return jnp.dtype(jnp.float32)
+    # promote_types would refuse float8.
+    wide = jnp.result_type(leaf) == jnp.float64
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def widen(x: jax.typing.ArrayLike) -> jax.Array:
+    """Casts to the dtype of the arithmetic."""
+    return jnp.asarray(x).astype(compute_dtype(x))
+
+
+def largest_weight(dtype: Any) -> float:
+    """The bound on any weight of a dtype: the number next to the largest.
+
+    With it, ``w + u`` is finite even when ``u`` has been rounded to the dtype.
+    """
+    info = jnp.finfo(dtype)
+    largest = float(info.max)
+    _, exponent = math.frexp(largest)
+    return largest - float(info.eps) * 2.0 ** (exponent - 1)
+
+
+def zeros_like(leaf: Any, dtype: Any = None) -> jax.Array:
+    """Zeros of a leaf's shape and sharding, by default to do arithmetic in."""
+    array = leaf.codes if is_quantized(leaf) else leaf
+    return jnp.zeros_like(array, compute_dtype(leaf) if dtype is None else dtype)
+
+
+def flatten(params: Any, name: str = "params") -> tuple[list[str], list[Any], Any]:
+    """Flattens a tree of parameters into paths, leaves and treedef.
+
+    Raises:
+      TypeError: if a leaf is neither real floating nor quantised.
+    """
+    paths, leaves, treedef = flatten_named(params, is_leaf=is_quantized)
+    for path, leaf in zip(paths, leaves, strict=True):
+        if is_quantized(leaf):
+            leaf.check_has_codes()
+        else:
+            check_float_leaf(name, path, leaf)
+    return paths, leaves, treedef
+
+
+def flatten_like(
+    updates: Any, treedef: Any, like: str, paths: Sequence[str], leaves: Sequence[Any]
+) -> list[Any]:
+    """Flattens float ``updates``, which must match the tree called ``like``."""
+    try:
+        us = treedef.flatten_up_to(updates)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"updates and {like} must have the same tree structure, got updates "
+            f"{jax.tree.structure(updates)} and {like} {treedef}; take the "
+            "gradients with respect to these params."
+        ) from error
+    for path, u, leaf in zip(paths, us, leaves, strict=True):
+        if isinstance(u, optax.MaskedNode):
+            raise ValueError(
+                f"{leaf_name('updates', path)} is masked, but {leaf_name(like, path)} "
+                "is not; mask by path, or with a tree of booleans or labels: gradients "
+                "are arrays even where params are a QuantizedArray."
+            )
+        check_float_leaf("updates", path, u)
+        if np.shape(u) != np.shape(leaf):
+            raise ValueError(
+                f"{leaf_name('updates', path)} has shape {np.shape(u)}, but "
+                f"{leaf_name(like, path)} has shape {np.shape(leaf)}; take the "
+                "gradients with respect to these params."
+            )
+    return us
+
+
+def flatten_both(
+    params: Any, updates: Any
+) -> tuple[list[str], list[Any], list[Any], Any]:
+    """Paths and leaves of ``params``, leaves of matching ``updates``, and the treedef.
+
+    Raises:
+      ValueError: if ``params`` is None or the trees do not match.
+    """
+    if params is None:
+        raise ValueError(
+            "params is None, but a multiplicative update is relative to the "
+            "weights; call update(grads, state, params)."
+        )
+    paths, ws, treedef = flatten(params)
+    return paths, ws, flatten_like(updates, treedef, "params", paths, ws), treedef
+
+
+def nodes_of(state: Any, kinds: Any) -> list[Any]:
+    """The states of one kind, or of several, that an optimizer's state holds."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    return [node for node in nodes if isinstance(node, kinds)]
+
+
+def per_leaf(vector: jax.Array, leaves: Sequence[Any]) -> list[Any]:
+    """Spreads one scalar per float leaf over all leaves; None for quantised ones.
+
+    Raises:
+      ValueError: if ``vector`` was made for other leaves.
+    """
+    floats = [i for i, leaf in enumerate(leaves) if not is_quantized(leaf)]
+    if vector.shape != entries(len(floats)):
+        raise ValueError(
+            f"the optimizer state was made for {sum(vector.shape)} float leaves, but "
+            f"params has {len(floats)}; call init again with these params."
+        )
+    scalars: list[Any] = [None] * len(leaves)
+    for i, scalar in zip(floats, one_a_leaf(vector, len(floats)), strict=True):
+        scalars[i] = scalar
+    return scalars

@@ -1,0 +1,212 @@
+"""How large the weights of a leaf are: what its scale is taken from.
+
+All of it has the same bits on one device and on a mesh, and at any scale of the
+weights.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from madax._core.checks import leaf_name
+from madax._core.derivatives import with_derivative
+from madax._core.numerics import rounded
+from madax._core.vectors import awaited, entries, known_values
+from madax.codes._array import is_quantized
+from madax.codes._leaves import flatten, widen
+
+
+def float_leaf_sizes(params: Any) -> tuple[list[str], jax.Array, jax.Array]:
+    """The paths of the float leaves, their root mean squares, and largest magnitudes.
+
+    Raises:
+      TypeError: if ``params`` holds shapes (``jax.ShapeDtypeStruct``), or floats of
+        less than 16 bits.
+      ValueError: if a leaf is known to hold a NaN or an infinity.
+    """
+    floats = [
+        (path, leaf)
+        for path, leaf in zip(*flatten(params)[:2], strict=True)
+        if not is_quantized(leaf)
+    ]
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for _, leaf in floats):
+        raise TypeError(
+            "init reads the values of params, got jax.ShapeDtypeStruct leaves; "
+            "use jax.eval_shape(tx.init, params) for the shapes of the state."
+        )
+    for path, leaf in floats:
+        if jnp.result_type(leaf).itemsize < 2:
+            raise TypeError(
+                f"{leaf_name('params', path)} has dtype {jnp.result_type(leaf)}, in "
+                "which updates of a few per cent are lost; use bfloat16 or wider, or "
+                "codes, made by quantize_params."
+            )
+    paths = [path for path, _ in floats]
+    rms, peaks = _leaf_sizes([leaf for _, leaf in floats])
+    for path, value in zip(paths, known_values(rms), strict=False):
+        if not np.isfinite(value):
+            raise ValueError(
+                f"{leaf_name('params', path)} holds a NaN or an infinity (root "
+                f"mean square {value}); initialise it with finite values."
+            )
+    return paths, rms, peaks
+
+
+class InitialScales(NamedTuple):
+    """What is kept of the float leaves at init, in vectors with one entry per leaf.
+
+    Attributes:
+      paths: the leaves' paths.
+      rms0: their scales: root mean squares, or what stands in for that of a leaf that
+        is all zeros.
+      zero_init: which are all zeros.
+      peak0: their largest magnitudes.
+    """
+
+    paths: list[str]
+    rms0: jax.Array
+    zero_init: jax.Array
+    peak0: jax.Array
+
+
+def initial_scales(params: Any, zero_init_scale: jax.typing.ArrayLike) -> InitialScales:
+    """The scales of the float leaves; raises what :func:`float_leaf_sizes` does."""
+    paths, rms, peaks = float_leaf_sizes(params)
+    zero_init = rms == 0
+    scales = jnp.where(zero_init, jnp.asarray(zero_init_scale, rms.dtype), rms)
+    return InitialScales(paths, scales, zero_init, peaks)
+
+
+def check_code_scales(params: Any) -> None:
+    """Raises if a scale of codes is known not to be a positive, finite number.
+
+    ``quantize_params`` under ``jit``, where it knows no values, makes it NaN.
+    """
+    paths, leaves, _ = flatten(params)
+    usable = {
+        path: awaited(_usable(leaf.scale))
+        for path, leaf in zip(paths, leaves, strict=True)
+        if is_quantized(leaf) and not isinstance(leaf.scale, jax.ShapeDtypeStruct)
+    }
+    known = {k: ok for k, ok in usable.items() if not isinstance(ok, jax.core.Tracer)}
+    for path, ok in jax.device_get(known).items():  # all at once
+        if not ok:
+            raise ValueError(
+                f"{leaf_name('params', path)} holds codes without a scale, or one of "
+                "its channels does: the weights were all zeros or not finite. "
+                "Initialise them with finite values that are not all zero, or leave "
+                "them out with where; quantize_params says so outside of jax.jit."
+            )
+
+
+@jax.jit
+def _usable(scale: jax.Array) -> jax.Array:
+    return jnp.all((scale > 0) & (scale < jnp.inf))
+
+
+def _leaf_sizes(leaves: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+    """The root mean square and the peak of each array, float32 or wider, as vectors."""
+    if not leaves:
+        return jnp.ones(entries(0), jnp.float32), jnp.zeros(entries(0), jnp.float32)
+    rms, peaks = zip(*(awaited(_leaf_size(w)) for w in leaves), strict=True)
+    return jnp.stack(rms), jnp.stack(peaks)
+
+
+# Leaves of one shape share a program, and the host reads nothing between leaves.
+@jax.jit
+def _leaf_size(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The root mean square of an array, and its peak."""
+    w = widen(w)
+    return root_mean_square(w), jnp.max(jnp.abs(w), initial=0)
+
+
+@jax.jit
+def share_beyond(w: jax.Array, bound: jax.Array) -> jax.Array:
+    """The share of weights that are beyond a bound, by more than a rounding."""
+    beyond = jnp.abs(widen(w)) > bound * (1 + 1e-5)
+    return jnp.sum(beyond, dtype=jnp.uint32) / float(max(np.size(w), 1))
+
+
+def root_mean_square(
+    w: jax.Array, axes: Sequence[int] | None = None, *, keepdims: bool = False
+) -> jax.Array:
+    """The root mean square over ``axes``, float32 or wider, at any scale of ``w``.
+
+    An empty array has 1: there is nothing to scale, but it is not "all zeros". An array
+    with a value that is not finite has NaN.
+    """
+    axes = tuple(range(w.ndim)) if axes is None else tuple(axes)
+    rms = _root_mean_square_over(axes)(widen(w))
+    return rms if keepdims else jnp.squeeze(rms, axes)
+
+
+@cache
+def _root_mean_square_over(axes: tuple[int, ...]) -> Any:
+    """The function of an array that keeps the axes, in size 1."""
+
+    # The sums of integers have no derivative, so it is written out.
+    def rule(tangents, rms, w):
+        (t,) = tangents
+        mean = jnp.mean(w / jnp.where(rms > 0, rms, 1) * t, axes, keepdims=True)
+        return jnp.where(rms > 0, mean, jnp.nan)
+
+    @with_derivative(rule)
+    def root_mean_square(w):
+        peak, relative = split_peak(jnp.abs(w), axes)
+        mean = (relative / 2) ** 2
+        for axis in axes:
+            mean = _orderless_mean(mean, axis) if w.size else jnp.full_like(peak, 0.25)
+        return jnp.where(jnp.isfinite(peak), peak * (2 * jnp.sqrt(mean)), jnp.nan)
+
+    return root_mean_square
+
+
+def _orderless_mean(x: jax.Array, axis: int) -> jax.Array:
+    """The mean of numbers in [0, 1]; the bits do not depend on the order of adding.
+
+    So a leaf has the same scale on one device and on a mesh, where partial sums of
+    floats would round differently. Each number is cut into digits, and the digits are
+    added up as integers. They are narrow enough for the sum to fit 32 bits.
+    """
+    count = x.shape[axis]
+    if count >= 2**31:  # for which no digit is narrow enough
+        halves = jax.lax.split(x, (count // 2, count - count // 2), axis)
+        parts = [
+            rounded(_orderless_mean(half, axis) * (half.shape[axis] / count))
+            for half in halves
+        ]
+        return parts[0] + parts[1]
+    width = min(24, 32 - count.bit_length())
+    digits = -(-(jnp.finfo(x.dtype).nmant + 7) // width)
+    total = jnp.zeros((), x.dtype)
+    for i in range(1, digits + 1):
+        x *= 2.0**width
+        digit = jnp.floor(x)
+        x -= digit
+        summed = jnp.sum(digit.astype(jnp.uint32), axis=axis, keepdims=True)
+        total += summed.astype(x.dtype) * 2.0 ** (-width * i)
+    return total / float(count)  # JAX takes no int so large
+
+
+def split_peak(
+    x: jax.Array, axes: Sequence[int] | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """A magnitude and ``x`` relative to it, so that squares of ``x`` do not overflow.
+
+    The magnitude is a power of two about the largest over ``axes``, kept as axes of
+    size 1, or 1 if that is zero. So the quotient is exact, however it is computed. The
+    relative values are in [-2, 2].
+    """
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+    info = jnp.finfo(x.dtype)
+    power = jax.lax.reduce_precision(0.75 * largest, info.nexp, 0)
+    # A power of two was a tie, which goes to either side, depending on its exponent.
+    power = jnp.where(2 * power <= largest, 2 * power, power)
+    peak = jnp.where(largest == 0, 1, jnp.maximum(power, info.tiny))
+    # The reciprocal of the largest floats would underflow.
+    shrink = jnp.where(peak > 1, 0.125, 1.0).astype(x.dtype)
+    return peak, (x * shrink) / (peak * shrink)

@@ -1,0 +1,134 @@
+"""Storage: what a number format is, a grid of signed integer codes.
+
+Everything here works on values relative to the scale, the value of the largest
+code, so in [-1, 1]; and on codes in [-levels, levels], odd and monotone in the
+value, 0 exactly zero. Formats know nothing of rounding, trees or optimizers.
+"""
+
+import ast
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from madax._core.checks import check_bits
+
+
+def check_format_bits(bits: Any, lowest: int = 2) -> None:
+    """Raises unless codes of a format may be so many bits wide."""
+    check_bits(
+        bits,
+        lowest,
+        16,
+        "wider codes would be finer than the float32 they are decoded to, narrower "
+        "ones have too few levels",
+    )
+
+
+def levels_of(bits: int) -> int:
+    """The number of codes of each sign, of that many bits."""
+    return 2 ** (bits - 1) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Format(ABC):
+    """A grid of ``2 * levels + 1`` codes; the base of all number formats.
+
+    Attributes:
+      bits: width of a code, sign included.
+    """
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        check_format_bits(self.bits)
+
+    @property
+    def levels(self) -> int:
+        """Number of codes of each sign, ``2**(bits-1) - 1``."""
+        return levels_of(self.bits)
+
+    @property
+    def storage_dtype(self) -> Any:
+        """The integer dtype that holds a code: int8 or int16."""
+        return jnp.dtype(jnp.int8 if self.bits <= 8 else jnp.int16)
+
+    @property
+    def step_dtype(self) -> Any:
+        """The integer dtype of a step between two codes: int32."""
+        return jnp.dtype(jnp.int32)
+
+    @property
+    @abstractmethod
+    def dynamic_range(self) -> float:
+        """Ratio of the largest to the smallest non-zero magnitude."""
+
+    @abstractmethod
+    def encode(self, x: jax.Array) -> jax.Array:
+        """The real-valued code of a value relative to the scale."""
+
+    @abstractmethod
+    def decode(self, code: jax.Array) -> jax.Array:
+        """The value of a code, relative to the scale, float32.
+
+        It is no product with a constant: XLA would multiply that by the scale first,
+        and flush a subnormal result.
+        """
+
+    @abstractmethod
+    def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
+        """How many codes a log-step of ``d`` nats moves, real-valued.
+
+        None that is finite, if ``d`` is not.
+        """
+
+    @abstractmethod
+    def relative_step(self, code: jax.Array) -> jax.Array:
+        """The log-step that grows a value by a small share, over that share.
+
+        It is the value over its derivative by the log-step, in [-1, 1]; float32.
+        """
+
+    @abstractmethod
+    def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
+        """How many codes adding ``u``, relative to the scale, moves, real-valued.
+
+        ``encode(decode(code) + u) - code``, with small steps exact: their digits
+        must not be lost in the width of the code.
+        """
+
+    @abstractmethod
+    def curvature(self, code: jax.Array) -> jax.Array:
+        """How fast the spacing of the values grows with the code, relative; float32.
+
+        The second derivative of the value with respect to the code, over the first.
+        """
+
+    def nearest(self, x: jax.Array) -> jax.Array:
+        """The codes nearest to values relative to the scale, float32; NaN for NaN."""
+        return self.saturate(jnp.round(self.encode(x)), jnp.sign(x))
+
+    def saturate(self, code: jax.Array, sign: jax.Array) -> jax.Array:
+        """The code in range that is nearest to an integer, for a value of that sign."""
+        del sign
+        return jnp.clip(code, -self.levels, self.levels)
+
+
+def parse_format(text: str) -> Format:
+    """The number format that prints as ``text``.
+
+    Raises:
+      ValueError: if there is no such format.
+    """
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in Format.__subclasses__()}
+    name, _, fields = text.removesuffix(")").partition("(")
+    try:
+        pairs = (field.split("=") for field in fields.split(", "))
+        return kinds[name](**{key: ast.literal_eval(value) for key, value in pairs})
+    except (KeyError, TypeError, ValueError, SyntaxError) as error:
+        raise ValueError(
+            f"{text!r} is no number format of this version of madax, which has "
+            f"{', '.join(kinds)}; use the version that wrote it."
+        ) from error

@@ -1,0 +1,1 @@
+"""Training one layer at a time."""

@@ -1,0 +1,117 @@
+"""What :func:`madax.layerwise` asks of its arguments, parameters and functions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from madax._core.checks import leaf_name
+from madax._core.names import ENDS, LAYERS, flatten_named
+from madax._core.shards import manual_axes, types_tell
+from madax.codes._array import is_quantized
+
+
+def check_arguments(tx: Any, dtype: Any, microbatches: Any, **functions: Any) -> None:
+    """Raises unless the arguments of ``layerwise`` are of their types."""
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            f"tx must be an optax.GradientTransformation, got {tx!r} of type "
+            f"{type(tx).__name__}; pass for example madax.madam(0.02)."
+        )
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(
+                f"{name} must be a function, got {function!r} of type "
+                f"{type(function).__name__}."
+            )
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"dtype must be a floating dtype, got {dtype!r}; pass jnp.float32 or "
+            "jnp.bfloat16."
+        )
+    if type(microbatches) is not int or microbatches < 1:
+        raise ValueError(f"microbatches must be an int above 0, got {microbatches!r}.")
+
+
+def check_devices() -> None:
+    """Raises where gradients would not be summed over devices."""
+    if manual_axes() and not types_tell():
+        raise ValueError(
+            "layerwise inside jax.shard_map needs check_vma=True, by which JAX knows "
+            "which gradients to sum over devices; it is False, or this is jax.pmap: "
+            "leave check_vma out, or use jax.jit with sharded arrays."
+        )
+
+
+def parts_of(params: Any) -> tuple[Any, Any]:
+    """The ends and the layers of parameters; raises unless they are of that form."""
+    if not isinstance(params, Mapping) or set(params) != {ENDS, LAYERS}:
+        found = list(params) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(
+            f'params must be a dict of "ends" and "layers", got {found}; pass '
+            '{"ends": tree, "layers": tree of leaves with a leading axis of layers}.'
+        )
+    names, leaves, _ = flatten_named(params[LAYERS])
+    shapes = [np.shape(leaf) for leaf in leaves]
+    if not shapes or not shapes[0] or not shapes[0][0]:
+        found = f"shape {shapes[0]} at {names[0]!r}" if shapes else "no leaves"
+        raise ValueError(
+            "params['layers'] must be a tree of arrays with a leading axis of layers, "
+            f"one at least, got {found}; stack the layers with jnp.stack, or train a "
+            "model without layers by madax.value_and_grad."
+        )
+    for name, shape in zip(names, shapes, strict=True):
+        if shape[:1] != shapes[0][:1]:
+            raise ValueError(
+                f"{leaf_name('params', f'{LAYERS}/{name}')} has shape {shape}, but the "
+                f"first leaf of the layers has a leading axis of {shapes[0][0]}; it "
+                "must be that of all. Codes must have scales of each layer: use "
+                "quantize_params(..., channel_axis=0)."
+            )
+    return params[ENDS], params[LAYERS]
+
+
+def check_layer_output(x: Any, out: Any) -> None:
+    """Raises unless a layer's output has the shapes and dtypes of its input."""
+    before, after = (
+        jax.tree.map(lambda x: (np.shape(x), str(jnp.result_type(x))), tree)
+        for tree in (x, out)
+    )
+    if before != after:
+        raise ValueError(
+            "layer must return what it is given, in shape and dtype, got "
+            f"{after} from {before}; cast x, or pass another dtype to layerwise."
+        )
+
+
+def check_loss(value: Any) -> None:
+    """Raises unless a loss is a floating scalar."""
+    dtype = jnp.result_type(value)
+    if np.shape(value) != () or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"loss must return a floating scalar, got {dtype} of shape "
+            f"{np.shape(value)}; take its mean, and pass has_aux=True if it returns "
+            "anything beside it."
+        )
+
+
+def check_updates(params: Any, updates: Any) -> None:
+    """Raises if an optimizer changes leaves that have no gradient, such as integers."""
+    names, leaves, treedef = flatten_named(params, is_leaf=is_quantized)
+    for name, leaf, u in zip(
+        names, leaves, treedef.flatten_up_to(updates), strict=True
+    ):
+        if not is_quantized(leaf) and not is_inexact(leaf) and is_inexact(u):
+            raise TypeError(
+                f"{leaf_name('params', name)} has dtype {jnp.result_type(leaf)}, which "
+                "has no gradient, but tx would train it; leave it out by optax.masked "
+                "or optax.partition."
+            )
+
+
+def is_inexact(x: Any) -> bool:
+    """Whether an array, or a number, is of a floating or a complex dtype."""
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

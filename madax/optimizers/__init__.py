@@ -1,0 +1,1 @@
+"""The optimizers, as chains of the transforms."""

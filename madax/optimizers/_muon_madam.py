@@ -1,0 +1,155 @@
+"""Muon's direction for matrices, Madam's for the rest; multiplicative steps for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from madax._core.checks import check_decay
+from madax._core.names import flatten_named
+from madax._core.rounding import Rounding
+from madax.codes._array import is_quantized
+from madax.formats._moment_codec import Codec
+from madax.formats._moments import MomentFormat
+from madax.optimizers._chain import from_direction
+from madax.transforms._orthogonal import (
+    Matrices,
+    check_matrices,
+    orthogonal_momentum,
+    read_axes,
+    warn_of_unknown,
+)
+from madax.transforms._second_moment import scale_by_second_moment
+from madax.wrappers._quantized_state import quantized_state
+
+
+def muon_madam(
+    learning_rate: optax.ScalarOrSchedule = 0.01,
+    b1: jax.typing.ArrayLike = 0.95,
+    b2: jax.typing.ArrayLike = 0.999,
+    p_scale: jax.typing.ArrayLike | None = None,
+    g_bound: jax.typing.ArrayLike = 10.0,
+    *,
+    matrices: Matrices | None = None,
+    floor: jax.typing.ArrayLike = 0.0,
+    zero_init_scale: jax.typing.ArrayLike = 0.1,
+    weight_decay: jax.typing.ArrayLike | None = None,
+    mask: Any | Callable[[Any], Any] | None = None,
+    moment_format: MomentFormat | None = None,
+    rounding: Rounding = "stochastic",
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Madam whose matrices take the direction of Muon.
+
+    .. math::
+
+      d &= -\eta\, (\mathrm{clip}(\hat g, \pm g_\text{bound})
+        + \lambda\, \mathrm{sign}(w)) \\
+      w &\leftarrow \mathrm{clip}(w\, e^{\mathrm{sign}(w)\, d}, \pm w_\text{max})
+
+    where :math:`\hat g` is that of :func:`scale_by_orthogonal_momentum` for matrices
+    and that of :func:`scale_by_second_moment` for all other leaves. Both have a root
+    mean square of about 1, so start from a rate that suits :func:`madam`.
+
+    Which leaves are matrices, in which of their axes, is read from the names and shapes
+    of the whole tree; :func:`madax.diagnostics.matrices` shows how. Vectors, norms,
+    tables, routers and last layers take the direction of Madam: a step uses few rows of
+    a table, and an orthogonal direction would move all of them. So do leaves of three
+    axes or more whose names and shapes do not tell; ``init`` warns of those.
+
+    Each leaf has one moment. With ``moment_format=MomentFormat(8)``, on leaves that are
+    8-bit codes, training keeps two bytes per parameter. Codes are trained natively, and
+    :func:`layerwise` trains them one layer at a time.
+
+    Args:
+      learning_rate: :math:`\eta`, in nats per step, or a schedule of it.
+      b1: decay rate of the momentum of matrices, in [0, 1).
+      b2: decay rate of the second moment of other leaves, in [0, 1).
+      p_scale: bound on a weight, as for :func:`madam`.
+      g_bound: bound on the direction.
+      matrices: ``matrices(path, leaf)`` is a :class:`MatrixDimensionNumbers`, or None
+        for a leaf that takes the direction of Madam, given paths like
+        ``"Dense_0/kernel"`` and leaves with a shape and a dtype. None for the default
+        above.
+      floor: as of :func:`madam`.
+      zero_init_scale: as of :func:`madam`.
+      weight_decay: :math:`\lambda`, as of :func:`madam`.
+      mask: which leaves decay, as of :func:`madam`.
+      moment_format: how moments are stored, such as ``MomentFormat(bits=8)``; None for
+        float32 or wider.
+      rounding: rounding of code steps, "stochastic" or "nearest".
+      seed: seed of the stochastic rounding.
+
+    Returns:
+      The optimizer, a gradient transformation; its updates add to the parameters under
+      ``optax.apply_updates``.
+
+    Raises:
+      ValueError: if an argument is out of range, ``matrices`` gives axes that a leaf
+        does not have, ``params`` are missing or do not match.
+      TypeError: if an argument, or what ``matrices`` returns, is of the wrong type, or
+        a leaf is not real floating.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, madax
+      >>> w = jax.random.normal(jax.random.key(0), (64, 32))
+      >>> params = madax.quantize_params({"w": w}, madax.SymlogFormat(8, 1 / 3))
+      >>> tx = madax.muon_madam(0.02, moment_format=madax.MomentFormat(8))
+      >>> state = tx.init(params)
+      >>> total = sum(x.nbytes for x in jax.tree.leaves((params, state)))
+      >>> print(f"{total / w.size:.1f} bytes a parameter")
+      2.0 bytes a parameter
+
+    References:
+      Jordan et al., `Muon: an optimizer for hidden layers in neural networks
+      <https://kellerjordan.github.io/posts/muon/>`_, 2024.
+
+      Bernstein et al., `Learning compositional functions via multiplicative
+      weight updates <https://arxiv.org/abs/2006.14560>`_, 2020.
+    """
+    check_matrices(matrices)
+    b1 = check_decay("b1", b1, 0.95)
+    normalized = scale_by_second_moment(b2, moment_format=moment_format, seed=seed)
+
+    def orthogonal(axes):
+        tx = orthogonal_momentum(b1, lambda paths, leaves: axes)
+        if moment_format is None:
+            return tx
+        # A momentum that is used as a whole needs no more than 8 octaves.
+        codec = Codec(moment_format, octaves=8)
+        return quantized_state(tx, codec, lambda _, x: range(len(x.paths)), seed=seed)
+
+    # Axes are read from the whole tree, because each part sees only its own leaves.
+    def parted(tree):
+        paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
+        axes = read_axes(paths, leaves, matrices)
+        labels = ["other" if found is None else "matrix" for found in axes]
+        matrix = orthogonal([found for found in axes if found is not None])
+        return optax.partition(
+            {"matrix": matrix, "other": normalized}, treedef.unflatten(labels)
+        )
+
+    def init_fn(params):
+        if matrices is None:
+            warn_of_unknown(params, stacklevel=4)  # two of optax.chain
+        return parted(params).init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        tx = parted(updates if params is None else params)
+        return tx.update(updates, state, params, **extra_args)
+
+    return from_direction(
+        optax.GradientTransformationExtraArgs(init_fn, update_fn),
+        learning_rate,
+        p_scale,
+        g_bound,
+        floor=floor,
+        zero_init_scale=zero_init_scale,
+        weight_decay=weight_decay,
+        mask=mask,
+        rounding=rounding,
+        seed=seed,
+    )

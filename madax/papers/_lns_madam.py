@@ -1,0 +1,95 @@
+"""LNS-Madam: weights on a multi-base logarithmic grid."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import optax
+
+from madax._core.checks import check_instance, check_learning_rate, check_positive
+from madax.formats._base import Format
+from madax.formats._log import LogFormat
+from madax.transforms._clip import clip_log_weights
+from madax.transforms._lns_quantize import lns_quantize
+from madax.transforms._second_moment import scale_by_second_moment
+from madax.transforms._sign_log import sign_log
+
+_UPDATE_GRID = LogFormat.from_gamma(bits=16, gamma=2048)
+
+
+def lns_madam(
+    learning_rate: optax.ScalarOrSchedule = 2**-7,
+    format: Format = _UPDATE_GRID,
+    b2: jax.typing.ArrayLike = 0.999,
+    p_scale: jax.typing.ArrayLike | None = None,
+    g_bound: jax.typing.ArrayLike = 10.0,
+    *,
+    zero_init_scale: jax.typing.ArrayLike = 0.1,
+) -> optax.GradientTransformationExtraArgs:
+    r"""LNS-Madam: Madam in base 2, its weights kept on a multi-base log grid.
+
+    .. math::
+
+      \log_2 |w| \leftarrow Q_U\bigl(\log_2 |w| - \eta\,
+        \mathrm{clip}(g / \sqrt{\hat v}, \pm g_\text{bound})\,
+        \mathrm{sign}(w)\bigr)
+
+    with the grid :math:`Q_U` of ``format`` and nearest rounding. The paper's
+    forward and backward passes run on a coarser grid: put :func:`fake_quantize`
+    with ``LogFormat.from_gamma(bits=8, gamma=8)`` into the network.
+
+    Args:
+      learning_rate: :math:`\eta`, in octaves (factors of 2) per step, or a schedule.
+      format: the grid of the weight update :math:`Q_U`; by default
+        ``LogFormat.from_gamma(bits=16, gamma=2048)``.
+      b2: decay rate of the second moment, in [0, 1).
+      p_scale: largest magnitude, relative to the root mean square of its leaf at
+        init; None for three times that, or the largest weight at init.
+      g_bound: bound on the normalised gradient.
+      zero_init_scale: scale given to leaves that are all zeros at init.
+
+    Returns:
+      The optimizer, a gradient transformation.
+
+    Raises:
+      ValueError: if an argument is out of range, ``params`` are missing or do not
+        match.
+      TypeError: if an argument is of the wrong type, or a leaf is not real floating.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, madax
+      >>> w = jnp.array([[1.0, -2.0]])
+      >>> tx = madax.lns_madam(learning_rate=0.5)
+      >>> updates, _ = tx.update(jnp.array([[5.0, 5.0]]), tx.init(w), w)
+      >>> print(jnp.log2(optax.apply_updates(w, updates) / w).round(2))
+      [[-0.5  0.5]]
+
+    References:
+      Zhao et al., `LNS-Madam: low-precision training in logarithmic number system
+      using multiplicative weight update <https://arxiv.org/abs/2106.13914>`_, 2022,
+      Algorithm 1.
+    """
+    learning_rate = check_learning_rate(learning_rate, 2**-7)
+    g_bound = check_positive("g_bound", g_bound, 10.0)
+    check_instance("format", format, Format, or_none=False)
+    # The two factors are one, as XLA may or may not merge two: that depends on how an
+    # array is sharded.
+    in_nats = (
+        (lambda count: learning_rate(count) * math.log(2))
+        if callable(learning_rate)
+        else learning_rate * math.log(2)
+    )
+    return optax.chain(
+        scale_by_second_moment(b2),
+        optax.clip(g_bound),
+        optax.scale_by_learning_rate(in_nats),
+        sign_log(0.0, zero_init_scale, skips=False),
+        clip_log_weights(p_scale, zero_init_scale=zero_init_scale),
+        lns_quantize(
+            format,
+            rounding="nearest",
+            p_scale=p_scale,
+            zero_init_scale=zero_init_scale,
+        ),
+    )

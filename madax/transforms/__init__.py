@@ -1,0 +1,34 @@
+"""The transforms that :func:`madax.madam` and its relatives are chains of."""
+
+from madax.transforms._clip import ClipLogWeightsState, clip_log_weights
+from madax.transforms._lns_quantize import LnsQuantizeState, lns_quantize
+from madax.transforms._orthogonal import (
+    MatrixDimensionNumbers,
+    ScaleByOrthogonalMomentumState,
+    scale_by_orthogonal_momentum,
+)
+from madax.transforms._second_moment import (
+    ScaleBySecondMomentState,
+    scale_by_second_moment,
+)
+from madax.transforms._sign_log import ScaleBySignLogState, scale_by_sign_log
+from madax.transforms._weight_decay import (
+    AddDecayedLogWeightsState,
+    add_decayed_log_weights,
+)
+
+__all__ = [
+    "AddDecayedLogWeightsState",
+    "ClipLogWeightsState",
+    "LnsQuantizeState",
+    "MatrixDimensionNumbers",
+    "ScaleByOrthogonalMomentumState",
+    "ScaleBySecondMomentState",
+    "ScaleBySignLogState",
+    "add_decayed_log_weights",
+    "clip_log_weights",
+    "lns_quantize",
+    "scale_by_orthogonal_momentum",
+    "scale_by_second_moment",
+    "scale_by_sign_log",
+]

@@ -1,0 +1,1 @@
+"""Any optimizer of optax, on codes and with its state in codes."""

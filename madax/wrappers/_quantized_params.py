@@ -1,0 +1,228 @@
+"""Any optax transform on parameters that are codes: decode, update, encode."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from madax._core.checks import check_seed, check_state
+from madax._core.numerics import rounded
+from madax._core.rounding import Rounding, check_rounding, leaf_keys, rounding_bits
+from madax._core.vectors import one_a_leaf
+from madax.codes._array import QuantizedArray, is_quantized
+from madax.codes._leaves import flatten_both
+from madax.codes._quantize import dequantize_params
+from madax.codes._scales import check_code_scales
+from madax.transforms._lns_quantize import as_steps, real_steps, step_codes
+from madax.wrappers._error_feedback import limited, start, with_errors
+from madax.wrappers._feedback_checks import check_feedback
+
+
+class WithQuantizedParamsState(NamedTuple):
+    """State of :func:`with_quantized_params`.
+
+    Attributes:
+      count: number of steps taken, int32 scalar.
+      inner_state: state of the inner optimizer, for decoded parameters.
+      slope: with error feedback, how much an update changes with the momentum, for a
+        second moment of 1: float32, shape (leaves of codes,), or () if there are none;
+        0 before the first step with a learning rate above 0. None without.
+    """
+
+    count: jax.Array
+    inner_state: Any
+    slope: Any = None
+
+
+def with_quantized_params(
+    inner: optax.GradientTransformation,
+    *,
+    error_feedback: bool = False,
+    rounding: Rounding = "stochastic",
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Lets an optimizer that knows nothing of codes train quantised parameters.
+
+    For every quantised leaf, the value is decoded, the inner optimizer proposes an
+    additive update :math:`u`, and :math:`w + u` is encoded and rounded. There is no
+    float copy of the weights between steps. The inner optimizer trains float leaves.
+
+    Stochastic rounding keeps the mean of the value, also where codes are not equally
+    far apart.
+
+    With error feedback, what the rounding of a leaf lost is put into the momentum of
+    ``inner``, and so into the next updates:
+
+    .. math:: m \leftarrow m + (1 - \beta)\, e / s
+
+    where :math:`e` is the error of the value, :math:`s` the derivative of the update
+    with respect to the momentum before it, and :math:`\beta` the derivative of the new
+    momentum likewise. It keeps one number for each leaf of codes. Without it, errors
+    add up to a random walk, and the noise they leave in a weight does not fall with the
+    learning rate. Float leaves get the update of ``inner`` to the bit.
+
+    Where the learning rate rises faster than the momentum decays, as in a warm restart,
+    the momentum of codes is made smaller by as much: it holds errors that were counted
+    at the lower rate.
+
+    Error feedback is for optimizers whose update is a linear function of one momentum,
+    element by element: SGD, Adam, AdamW, NAdam, AMSGrad, AdaMax. Others are refused,
+    since errors would go where they do not belong: Lion and other signs, Muon, LAMB, a
+    clip of updates, averages of updates, centred RMSProp, AdaBelief, schedule-free. To
+    store moments in codes, put :func:`with_quantized_state` around this wrapper. A step
+    calls ``inner`` three times then, once for single elements. Compilers drop what is
+    computed in vain, but not a callback.
+
+    :func:`madam` needs no such wrapper: it trains quantised leaves natively.
+
+    Args:
+      inner: any optax optimizer.
+      error_feedback: whether to put errors of rounding into the momentum of ``inner``,
+        a field ``mu`` or ``trace`` of its state.
+      rounding: "stochastic", or "nearest" (halves to even).
+      seed: seed of the stochastic rounding.
+
+    Returns:
+      An optimizer for trees that mix arrays and :class:`QuantizedArray`; its updates
+      add to them under ``optax.apply_updates``.
+
+    Raises:
+      ValueError: if ``params`` are missing or do not match, codes have no scale,
+        ``rounding`` is unknown, or error feedback is wrong for ``inner``.
+      TypeError: if ``inner`` is not a gradient transformation, or ``error_feedback``
+        not a bool.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, madax
+      >>> params = madax.quantize_params(jnp.ones((4, 4)), madax.UniformFormat(bits=8))
+      >>> tx = madax.with_quantized_params(optax.adam(0.1))
+      >>> state = tx.init(params)
+      >>> for _ in range(20):
+      ...     updates, state = tx.update(jnp.ones((4, 4)), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{params.dequantize().mean():.1f}")
+      -1.0
+
+    References:
+      Nikdan et al., `ECO: quantized training without full-precision master weights
+      <https://arxiv.org/abs/2601.22101>`_, 2026, for error feedback.
+    """
+    inner = check_inner(inner)
+    if not isinstance(error_feedback, bool):
+        raise TypeError(
+            f"error_feedback must be True or False, got {error_feedback!r}."
+        )
+    check_rounding(rounding)
+    check_seed(seed)
+
+    def init_fn(params):
+        check_code_scales(params)
+        inner_state = inner.init(dequantize_params(params))
+        slope = start(inner, inner_state, params) if error_feedback else None
+        return WithQuantizedParamsState(jnp.zeros([], jnp.int32), inner_state, slope)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        check_state(state, WithQuantizedParamsState)
+        paths, ws, _, treedef = flatten_both(params, updates)
+        values, slope = dequantize_params(params), state.slope
+        before = state.inner_state
+        if error_feedback:
+            check_feedback(inner, params, extra_args)
+            before, slope = limited(inner, before, updates, params, slope, extra_args)
+        proposed, inner_state = inner.update(updates, before, values, **extra_args)
+        us = treedef.flatten_up_to(proposed)
+        keys = leaf_keys(seed, state.count, paths, extra_args.get("layer"))
+        moves = {
+            i: _rounded_sum(ws[i], us[i], key, rounding)
+            for i, key in enumerate(one_a_leaf(keys, len(ws), apart=True))
+            if is_quantized(ws[i])
+        }
+        if error_feedback:
+            inner_state, again = with_errors(
+                inner, before, updates, params, list(moves.values()), extra_args
+            )
+            moves = dict(zip(moves, again, strict=True))
+        for i, move in moves.items():
+            us[i] = as_steps(ws[i], move)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        new_state = WithQuantizedParamsState(count, inner_state, slope)
+        return treedef.unflatten(us), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@partial(jax.jit, static_argnums=3)
+def _rounded_sum(
+    w: QuantizedArray, u: jax.Array, key: jax.Array, rounding: Rounding
+) -> jax.Array:
+    """The step of codes that adds about ``u`` to their values; none if not finite."""
+    steps, value = real_steps(w, u)
+    bits = rounding_bits(rounding, key, w.shape)
+    if bits is not None:
+        # Where the next code is further away than the last, it is taken less often, so
+        # that rounding keeps the mean of the value, not of the code.
+        part = steps - jnp.floor(steps)
+        bend = 0.5 * w.format.curvature(w.codes)
+        steps = steps - rounded(bend * (part * (1 - part)))
+    return step_codes(w, steps, jnp.sign(value), bits)
+
+
+def with_dequantized_params(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Shows a transform the values of parameters in the place of codes.
+
+    Its updates are those of the inner transform, floats. So any direction of optax, or
+    a partition of them, may stand before :func:`scale_by_sign_log` and
+    :func:`lns_quantize`, and train codes natively. Otherwise its state would be made of
+    codes.
+
+    Args:
+      inner: a gradient transformation of gradients to gradients.
+
+    Returns:
+      That for trees that mix arrays and :class:`QuantizedArray`.
+
+    Raises:
+      TypeError: if ``inner`` is not a gradient transformation.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, madax
+      >>> tx = optax.chain(
+      ...     madax.with_dequantized_params(optax.scale_by_adam()),
+      ...     optax.scale_by_learning_rate(0.1),
+      ...     madax.scale_by_sign_log(),
+      ...     madax.clip_log_weights(),
+      ...     madax.lns_quantize(),
+      ... )
+      >>> w = madax.quantize_params(jnp.ones((4, 4)), madax.LogFormat(8))
+      >>> updates, state = tx.update(jnp.ones((4, 4)), tx.init(w), w)
+      >>> bool(jnp.all(optax.apply_updates(w, updates) < w))
+      True
+    """
+    inner = check_inner(inner)
+
+    def init_fn(params):
+        return inner.init(dequantize_params(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if params is not None:
+            params = dequantize_params(params)
+        return inner.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def check_inner(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """The inner transform, to be given extra arguments, if it is one."""
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"inner must be an optax.GradientTransformation, got {inner!r} of type "
+            f"{type(inner).__name__}; pass for example optax.adam(1e-3), and of "
+            "optax.MultiSteps(...) its .gradient_transformation()."
+        )
+    return optax.with_extra_args_support(inner)
