@@ -34,8 +34,9 @@ from IPython.display import Markdown
 
 import benchmarks
 import madax
-from benchmarks import bits, records
-from benchmarks.stall import stall_figure
+from benchmarks.accuracy import bits
+from benchmarks.accuracy.stall import stall_figure
+from benchmarks.lib import records
 
 # %matplotlib inline
 

@@ -34,9 +34,10 @@ import optax
 from IPython.display import Markdown
 
 import benchmarks
-from benchmarks import depth, records
+from benchmarks.accuracy import depth
 from benchmarks.data.photo import photo
-from benchmarks.optimizers import UNTUNED
+from benchmarks.lib import records
+from benchmarks.lib.optimizers import UNTUNED
 from benchmarks.workloads import functional
 from benchmarks.workloads.coordinates import CoordinateMLP, fourier_features
 

@@ -35,8 +35,9 @@ import optax
 from IPython.display import Markdown
 
 import benchmarks
-from benchmarks import lr_sensitivity, no_tuning, records
-from benchmarks.optimizers import OPTIMIZERS
+from benchmarks.accuracy import lr_sensitivity, no_tuning
+from benchmarks.lib import records
+from benchmarks.lib.optimizers import OPTIMIZERS
 from benchmarks.workloads.images import mlp
 
 # %matplotlib inline

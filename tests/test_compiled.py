@@ -16,8 +16,10 @@ import pytest
 from helpers import mostly_nightly
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks import compiled, compiled_report, init, programs, records
-from benchmarks.compilers import compiler, footprint
+from benchmarks.compilers import compiled, compiled_report, programs
+from benchmarks.compilers.chips import compiler, footprint
+from benchmarks.lib import records
+from benchmarks.systems import init
 from madax._leaves import _scalars, _scalars_apart
 
 # For the step on four leaves: StableHLO operations over those of optax.adam, kernels of
