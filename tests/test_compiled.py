@@ -6,7 +6,6 @@ by the first ``init`` comes last.
 """
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import pytest
 from helpers import mostly_nightly
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks import RESULTS
 from benchmarks.compilers import compiled, compiled_report, programs
 from benchmarks.compilers.chips import compiler, footprint
 from benchmarks.lib import records
@@ -294,7 +294,7 @@ def test_chips_without_a_compiler_are_refused(monkeypatch, tmp_path):
 
 def committed(name, table):
     """The records behind each committed table, which must be what they make."""
-    found = sorted((Path(compiled.__file__).parent / "results").rglob(f"{name}.jsonl"))
+    found = sorted(RESULTS.rglob(f"{name}.jsonl"))
     assert found
     for raw in found:
         runs = records.read(raw)

@@ -11,6 +11,7 @@ import pytest
 from helpers import mostly_nightly
 
 import madax
+from benchmarks import RESULTS
 from benchmarks.__main__ import main
 from benchmarks.accuracy import llama, llama_report
 from benchmarks.compilers import chips
@@ -274,9 +275,8 @@ def test_committed_tables_are_those_of_the_records():
         "layerwise": layerwise.layerwise_table,
         "llama": llama_report.llama_table,
     }
-    results = fit.Path(fit.__file__).parent / "results"
     for name, table in tables.items():
-        found = sorted((results / name).rglob(f"{name}.jsonl"))
+        found = sorted((RESULTS / name).rglob(f"{name}.jsonl"))
         assert found
         for raw in found:
             written = raw.with_suffix(".md").read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from benchmarks import RESULTS
 from benchmarks.__main__ import main
 from benchmarks.accuracy import lr_sensitivity
 from benchmarks.lib import analysis, records
@@ -138,9 +139,6 @@ def test_reports_are_those_of_the_records_to_the_digit(resumed, tmp_path, capsys
     line = runs[(runs["optimizer"] == "madam") & (runs["schedule"] == "cosine")]
     best = line.groupby("rate")["error"].median()
     assert f"{best.min():.3g} (" in first and f"at {best.idxmin():g} |" in first
-
-
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def test_committed_tables_are_those_of_the_committed_records(

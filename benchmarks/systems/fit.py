@@ -53,7 +53,7 @@ class Job:
 
     Attributes:
       model: key of ``decoder.SIZES``.
-      chip: key of ``compilers.CHIPS``.
+      chip: key of ``chips.CHIPS``.
       way: key of ``WAYS``.
       length: tokens in a sequence.
       chips: how many; parameters are spread over them all, and each has a sequence.
