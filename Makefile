@@ -35,7 +35,7 @@ test: $(VENV)/.test
 	$(MAKE) $(VENV)/notebook-run
 
 # The quickest of the notebooks, when something that it uses has changed.
-$(VENV)/notebook-run: notebooks/bits.ipynb $(wildcard madax/*.py madax/*/*.py benchmarks/*.py benchmarks/*/*.py)
+$(VENV)/notebook-run: notebooks/bits.ipynb $(shell find madax benchmarks -name "*.py")
 	MADAX_SMOKE=1 $(BIN)/python -m pytest --nbmake $<
 	touch $@
 

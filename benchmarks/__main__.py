@@ -4,29 +4,29 @@ from collections.abc import Sequence
 
 from tyro.extras import SubcommandApp
 
-from benchmarks.bits import bits
-from benchmarks.bounds import bounds
-from benchmarks.choose import choose
-from benchmarks.compiled import compiled
-from benchmarks.demo import demo
-from benchmarks.depth import depth
-from benchmarks.fit import fit
-from benchmarks.init import init
-from benchmarks.large import large
-from benchmarks.layerwise import layerwise
-from benchmarks.llama import llama
-from benchmarks.lns import lns
-from benchmarks.lr_sensitivity import lr_sensitivity
-from benchmarks.memory import memory
-from benchmarks.moments import moments
-from benchmarks.no_tuning import no_tuning
-from benchmarks.pretrained import pretrained
+from benchmarks.accuracy.bits import bits
+from benchmarks.accuracy.bounds import bounds
+from benchmarks.accuracy.choose import choose
+from benchmarks.accuracy.demo import demo
+from benchmarks.accuracy.depth import depth
+from benchmarks.accuracy.llama import llama
+from benchmarks.accuracy.lns import lns
+from benchmarks.accuracy.lr_sensitivity import lr_sensitivity
+from benchmarks.accuracy.moments import moments
+from benchmarks.accuracy.no_tuning import no_tuning
+from benchmarks.accuracy.pretrained import pretrained
+from benchmarks.accuracy.stall import stall
+from benchmarks.accuracy.state import state
+from benchmarks.accuracy.survey import survey
+from benchmarks.accuracy.why import why
+from benchmarks.compilers.compiled import compiled
 from benchmarks.report import report
-from benchmarks.speed import speed
-from benchmarks.stall import stall
-from benchmarks.state import state
-from benchmarks.survey import survey
-from benchmarks.why import why
+from benchmarks.systems.fit import fit
+from benchmarks.systems.init import init
+from benchmarks.systems.large import large
+from benchmarks.systems.layerwise import layerwise
+from benchmarks.systems.memory import memory
+from benchmarks.systems.speed import speed
 
 app = SubcommandApp()
 for command in (

@@ -2,27 +2,27 @@
 
 from pathlib import Path
 
-from benchmarks.bits import bits_report
-from benchmarks.bounds import bounds_report
-from benchmarks.choose import choose_report
-from benchmarks.compiled_report import compiled_report
-from benchmarks.demo import demo_report
-from benchmarks.depth import depth_report
-from benchmarks.fit import fit_report
-from benchmarks.init import init_report
-from benchmarks.large import large_report
-from benchmarks.layerwise import layerwise_report
-from benchmarks.llama_report import llama_report
-from benchmarks.lr_sensitivity import lr_sensitivity_report
-from benchmarks.memory import memory_report
-from benchmarks.moments import hard_report, moments_report
-from benchmarks.no_tuning import no_tuning_report
-from benchmarks.pretrained import pretrained_report
-from benchmarks.speed import speed_report
-from benchmarks.stall import stall_report
-from benchmarks.state import state_report
-from benchmarks.survey import survey_report
-from benchmarks.why import why_report
+from benchmarks.accuracy.bits import bits_report
+from benchmarks.accuracy.bounds import bounds_report
+from benchmarks.accuracy.choose import choose_report
+from benchmarks.accuracy.demo import demo_report
+from benchmarks.accuracy.depth import depth_report
+from benchmarks.accuracy.llama_report import llama_report
+from benchmarks.accuracy.lr_sensitivity import lr_sensitivity_report
+from benchmarks.accuracy.moments import hard_report, moments_report
+from benchmarks.accuracy.no_tuning import no_tuning_report
+from benchmarks.accuracy.pretrained import pretrained_report
+from benchmarks.accuracy.stall import stall_report
+from benchmarks.accuracy.state import state_report
+from benchmarks.accuracy.survey import survey_report
+from benchmarks.accuracy.why import why_report
+from benchmarks.compilers.compiled_report import compiled_report
+from benchmarks.systems.fit import fit_report
+from benchmarks.systems.init import init_report
+from benchmarks.systems.large import large_report
+from benchmarks.systems.layerwise import layerwise_report
+from benchmarks.systems.memory import memory_report
+from benchmarks.systems.speed import speed_report
 
 # For each name of a file of records, the reports that it gives, in its folder.
 REPORTS = {

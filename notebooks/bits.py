@@ -23,7 +23,6 @@
 
 # %%
 import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +31,15 @@ import numpy as np
 import optax
 from IPython.display import Markdown
 
-import benchmarks
 import madax
-from benchmarks import bits, records
-from benchmarks.stall import stall_figure
+from benchmarks import RESULTS
+from benchmarks.accuracy import bits
+from benchmarks.accuracy.stall import stall_figure
+from benchmarks.lib import records
 
 # %matplotlib inline
 
 SMOKE = bool(os.environ.get("MADAX_SMOKE"))
-RESULTS = Path(benchmarks.__path__[0]) / "results"
 
 # %% [markdown]
 # ## Three grids of 5 bits

@@ -24,7 +24,6 @@
 
 # %%
 import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -33,17 +32,17 @@ import numpy as np
 import optax
 from IPython.display import Markdown
 
-import benchmarks
-from benchmarks import depth, records
+from benchmarks import RESULTS
+from benchmarks.accuracy import depth
 from benchmarks.data.photo import photo
-from benchmarks.optimizers import UNTUNED
+from benchmarks.lib import records
+from benchmarks.lib.optimizers import UNTUNED
 from benchmarks.workloads import functional
 from benchmarks.workloads.coordinates import CoordinateMLP, fourier_features
 
 # %matplotlib inline
 
 SMOKE = bool(os.environ.get("MADAX_SMOKE"))
-RESULTS = Path(benchmarks.__path__[0]) / "results" / "quick"
 
 # %% [markdown]
 # ## The records
@@ -52,7 +51,7 @@ RESULTS = Path(benchmarks.__path__[0]) / "results" / "quick"
 # choose from, a decade apart around its default, and the same seeds.
 
 # %%
-runs = records.read(RESULTS / "runs.jsonl")
+runs = records.read(RESULTS / "quick" / "runs.jsonl")
 print("On", runs["environment"].iloc[-1]["device"])
 cells = depth.depth_cells(runs)
 depth.depth_figure(cells)

@@ -25,7 +25,6 @@
 # %%
 import os
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -34,16 +33,16 @@ import numpy as np
 import optax
 from IPython.display import Markdown
 
-import benchmarks
-from benchmarks import lr_sensitivity, no_tuning, records
-from benchmarks.optimizers import OPTIMIZERS
+from benchmarks import RESULTS
+from benchmarks.accuracy import lr_sensitivity, no_tuning
+from benchmarks.lib import records
+from benchmarks.lib.optimizers import OPTIMIZERS
 from benchmarks.workloads.images import mlp
 
 # %matplotlib inline
 
 SMOKE = bool(os.environ.get("MADAX_SMOKE"))
-RESULTS = Path(benchmarks.__path__[0]) / "results" / "quick"
-runs = records.read(RESULTS / "runs.jsonl")
+runs = records.read(RESULTS / "quick" / "runs.jsonl")
 device = runs["environment"].iloc[-1]["device"]
 print(f"{len(runs)} runs, on {device}; workloads:", *runs["workload"].unique()[:8])
 

@@ -7,9 +7,10 @@ import struct
 import numpy as np
 import pytest
 
-from benchmarks import bits, records
 from benchmarks.__main__ import main
+from benchmarks.accuracy import bits
 from benchmarks.data import idx as idx_files
+from benchmarks.lib import records
 from benchmarks.workloads.fashion_mnist import fashion_mnist
 
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import madax
-from benchmarks import candidates
+from benchmarks.lib import candidates
 
 PARAMS = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.array([0.1, -0.2])}
 GRADS = {"w": jnp.array([[0.3, -0.1], [0.2, -0.4]]), "b": jnp.array([1.0, 2.0])}

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from helpers import mostly_nightly
 
-from benchmarks import bounds, choose, moments
 from benchmarks.__main__ import main
-from benchmarks.optimizers import Optimizer, hyperparameters
+from benchmarks.accuracy import bounds, choose, moments
+from benchmarks.lib.optimizers import Optimizer, hyperparameters
 
 
 def cells(errors):

@@ -6,7 +6,6 @@ by the first ``init`` comes last.
 """
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,11 @@ import pytest
 from helpers import mostly_nightly
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks import compiled, compiled_report, init, programs, records
-from benchmarks.compilers import compiler, footprint
+from benchmarks import RESULTS
+from benchmarks.compilers import compiled, compiled_report, programs
+from benchmarks.compilers.chips import compiler, footprint
+from benchmarks.lib import records
+from benchmarks.systems import init
 from madax._core.vectors import _scalars, _scalars_apart
 
 # For the step on four leaves: StableHLO operations over those of optax.adam, kernels of
@@ -292,7 +294,7 @@ def test_chips_without_a_compiler_are_refused(monkeypatch, tmp_path):
 
 def committed(name, table):
     """The records behind each committed table, which must be what they make."""
-    found = sorted((Path(compiled.__file__).parent / "results").rglob(f"{name}.jsonl"))
+    found = sorted(RESULTS.rglob(f"{name}.jsonl"))
     assert found
     for raw in found:
         runs = records.read(raw)

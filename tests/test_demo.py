@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import records
 from benchmarks.__main__ import main
-from benchmarks.demo import MULTIPLIERS, SMOKE, demo_figure, demo_table
-from benchmarks.optimizers import DEMO, OPTIMIZERS, Optimizer, cosine
-from benchmarks.train import Budget, train
+from benchmarks.accuracy.demo import MULTIPLIERS, SMOKE, demo_figure, demo_table
+from benchmarks.lib import records
+from benchmarks.lib.optimizers import DEMO, OPTIMIZERS, Optimizer, cosine
+from benchmarks.lib.train import Budget, train
 from benchmarks.workloads import Workload
 from benchmarks.workloads.digits import digits
 from benchmarks.workloads.images import conv_as_matmul

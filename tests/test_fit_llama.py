@@ -11,18 +11,14 @@ import pytest
 from helpers import mostly_nightly
 
 import madax
-from benchmarks import (
-    compilers,
-    decoder,
-    fit,
-    large,
-    layerwise,
-    llama,
-    llama_report,
-    records,
-)
+from benchmarks import RESULTS
 from benchmarks.__main__ import main
+from benchmarks.accuracy import llama, llama_report
+from benchmarks.compilers import chips
 from benchmarks.data.text import text
+from benchmarks.lib import records
+from benchmarks.models import decoder
+from benchmarks.systems import fit, large, layerwise
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -209,13 +205,13 @@ def test_train_steps_of_fit_are_as_named(way):
     job = fit.Job("tiny", "H100", way, length=32, chips=2)
     step, args = fit.train_step(job, jax.devices())
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
-    used = compilers.footprint(compiled)
+    used = chips.footprint(compiled)
     count = decoder.count(decoder.SIZES["tiny"])
     per_parameter = 2 * used["arguments"] / count
     assert per_parameter == pytest.approx({"adam": 12}.get(way, 2), rel=0.1)
     assert used["peak"] >= used["arguments"]
     if way == "layerwise":
-        sent = compilers.gathered(compiled.as_text())
+        sent = chips.gathered(compiled.as_text())
         assert sent["s8"] >= 256 * 64 and sent.get("bf16", 0) == 0
 
 
@@ -223,8 +219,8 @@ def test_what_does_not_fit_is_read_off_the_error():
     error = RuntimeError(
         "Ran out of memory. Used 20.50G of 15.75G hbm. Exceeded by ..."
     )
-    assert compilers.needed(error) == int(20.5 * 2**30)
-    assert compilers.needed(RuntimeError("Used up")) is None
+    assert chips.needed(error) == int(20.5 * 2**30)
+    assert chips.needed(RuntimeError("Used up")) is None
 
 
 def test_longer_sequences_than_one_that_does_not_fit_are_left_out(tmp_path):
@@ -279,9 +275,8 @@ def test_committed_tables_are_those_of_the_records():
         "layerwise": layerwise.layerwise_table,
         "llama": llama_report.llama_table,
     }
-    results = fit.Path(fit.__file__).parent / "results"
     for name, table in tables.items():
-        found = sorted((results / name).rglob(f"{name}.jsonl"))
+        found = sorted((RESULTS / name).rglob(f"{name}.jsonl"))
         assert found
         for raw in found:
             written = raw.with_suffix(".md").read_text(encoding="utf-8")

@@ -5,11 +5,10 @@ from pathlib import Path
 import jupytext
 import pytest
 
-from benchmarks import __path__ as benchmarks
+from benchmarks import RESULTS
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.py"))
-RESULTS = Path(benchmarks[0]) / "results"
 TABLES = {
     "bits": ["bits/bits.md"],
     "depth": ["quick/depth.md"],

@@ -120,7 +120,7 @@ def printed(tmp_path_factory):
     """What the example prints, in one process of two devices and in two of one."""
 
     def make(path):
-        example = ["-m", "benchmarks.multihost", "--steps", 50]
+        example = ["-m", "benchmarks.systems.multihost", "--steps", 50]
         two = [*example, "--coordinator", address(), "--num-processes", 2]
         lines = processes.finish(
             processes.start(*example, "--num-processes", 1, devices=2),

@@ -2,15 +2,16 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import gpt2, memory, records, speed
+from benchmarks import RESULTS
+from benchmarks.lib import records
+from benchmarks.models import gpt2
+from benchmarks.systems import memory, speed
 
-RESULTS = Path(speed.__file__).parent / "results"
 FEW = ("adam", "native 8, 8-bit v")
 
 

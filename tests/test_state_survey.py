@@ -12,7 +12,7 @@ import pytest
 from helpers import mostly_nightly, raises
 from optax import contrib
 
-from benchmarks import survey
+from benchmarks.accuracy import survey
 from madax import with_quantized_state
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

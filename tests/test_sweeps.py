@@ -15,11 +15,13 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import analysis, lr_sensitivity, records
+from benchmarks import RESULTS
 from benchmarks.__main__ import main
-from benchmarks.optimizers import OPTIMIZERS, UNTUNED, grid
-from benchmarks.profiles import TASKS
-from benchmarks.train import train
+from benchmarks.accuracy import lr_sensitivity
+from benchmarks.lib import analysis, records
+from benchmarks.lib.optimizers import OPTIMIZERS, UNTUNED, grid
+from benchmarks.lib.profiles import TASKS
+from benchmarks.lib.train import train
 
 COMMAND = ["lr-sensitivity", "--profile", "smoke", "--workloads", "mlp", "--out"]
 RUNS = len(OPTIMIZERS) * 2 * 11 * TASKS["smoke"]["mlp"].budget.seeds
@@ -76,7 +78,7 @@ def test_a_killed_sweep_resumes_and_loses_nothing(resumed):
 def test_nothing_is_run_twice(resumed, monkeypatch):
     raw, _ = resumed
     content = raw.read_bytes()
-    monkeypatch.setattr("benchmarks.sweep.train", None)
+    monkeypatch.setattr("benchmarks.lib.sweep.train", None)
     main([*COMMAND, str(raw.parent)])
     assert raw.read_bytes() == content
 
@@ -115,7 +117,7 @@ def test_what_a_benchmark_writes_makes_no_commit_dirty(tmp_path, monkeypatch):
     who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
     for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "a"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    monkeypatch.setattr(records, "__file__", str(folder / "records.py"))
+    monkeypatch.setattr(records, "__file__", str(folder / "lib" / "records.py"))
     raw.unlink()
     commit = records._git_sha()
     assert commit is not None and len(commit) == 40
@@ -137,9 +139,6 @@ def test_reports_are_those_of_the_records_to_the_digit(resumed, tmp_path, capsys
     line = runs[(runs["optimizer"] == "madam") & (runs["schedule"] == "cosine")]
     best = line.groupby("rate")["error"].median()
     assert f"{best.min():.3g} (" in first and f"at {best.idxmin():g} |" in first
-
-
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def test_committed_tables_are_those_of_the_committed_records(

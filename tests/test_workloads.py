@@ -12,9 +12,9 @@ from helpers import mostly_nightly
 from benchmarks.data import cifar, idx, images
 from benchmarks.data.photo import photo
 from benchmarks.data.text import text
-from benchmarks.optimizers import OPTIMIZERS, cosine
-from benchmarks.profiles import TASKS
-from benchmarks.train import Budget, train
+from benchmarks.lib.optimizers import OPTIMIZERS, cosine
+from benchmarks.lib.profiles import TASKS
+from benchmarks.lib.train import Budget, train
 from benchmarks.workloads.gan import _frechet
 
 

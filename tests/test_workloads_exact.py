@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.data import flights
 from benchmarks.data.text import text, words
-from benchmarks.profiles import EIGHT, TASKS, Options
+from benchmarks.lib.profiles import EIGHT, TASKS, Options
 from benchmarks.workloads.diffusion import mix
 from benchmarks.workloads.pinn import exact, heat, residual
 from benchmarks.workloads.policy import (

@@ -1,0 +1,1 @@
+"""How well optimizers train: losses, accuracies, and what they depend on."""

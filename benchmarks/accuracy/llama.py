@@ -1,0 +1,345 @@
+"""Language models in the shape of Llama from scratch, at two bytes a parameter."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from tqdm import tqdm
+
+import madax
+from benchmarks.accuracy.llama_report import BASELINE, best_runs, llama_report
+from benchmarks.data.text import Text, text
+from benchmarks.lib import records
+from benchmarks.lib.choices import check_choices
+from benchmarks.lib.rows import SYMLOG_8, V_8
+from benchmarks.models import decoder
+from benchmarks.systems.fit import quantize
+
+SYMLOG_16 = madax.SymlogFormat(bits=16, linear_range=1 / 3)
+ADAM_RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
+MADAM_RATES = (0.01, 0.015, 0.02, 0.03, 0.05)
+
+
+def _clipped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(1.0), tx)
+
+
+def _adamw(rate: Any) -> optax.GradientTransformation:
+    return _clipped(optax.adamw(rate, weight_decay=0.1))
+
+
+def _madam(
+    rate: Any, b2: float = 0.99, b1: float | None = None
+) -> optax.GradientTransformation:
+    return madax.madam(rate, b2, b1=b1, moment_format=V_8)
+
+
+def _muon_madam(rate: Any) -> optax.GradientTransformation:
+    return madax.muon_madam(rate, b2=0.99, moment_format=V_8)
+
+
+def _codes_adam(rate: Any) -> optax.GradientTransformation:
+    return madax.with_quantized_params(optax.adam(rate))
+
+
+def _adamw_in_3_bytes(rate: Any) -> optax.GradientTransformation:
+    adamw = madax.with_quantized_state(optax.adamw(rate, weight_decay=0.1))
+    return _clipped(madax.with_quantized_params(adamw))
+
+
+def _with_error_feedback(rate: Any) -> optax.GradientTransformation:
+    adamw = madax.with_quantized_params(
+        optax.adamw(rate, weight_decay=0.1), error_feedback=True
+    )
+    return _clipped(madax.with_quantized_state(adamw))
+
+
+def _flash_adamw(rate: Any) -> optax.GradientTransformation:
+    from flashoptim_jax import flash_adamw  # pyrefly: ignore[missing-import]
+
+    # Its kernels are for GPUs; this is the same in plain JAX.
+    flash = flash_adamw(rate, weight_decay=0.1, fused=False)
+
+    def update(updates, state, params=None):
+        after, state = flash.step(params, state, updates)
+        return jax.tree.map(jnp.subtract, after, params), state
+
+    return _clipped(optax.GradientTransformation(flash.init, update))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An optimizer.
+
+    Attributes:
+      make: from a learning rate, or a schedule of it, to the transformation.
+      rates: to choose the best of.
+      format: of the matrices; None for floats.
+      params: dtype of float parameters.
+      p_scale: the bound on codes, as of ``madax.quantize_params``.
+      layerwise: whether codes are trained a layer at a time, which leaves no norm of
+        all gradients to clip.
+    """
+
+    make: Callable[[Any], optax.GradientTransformation]
+    rates: tuple[float, ...]
+    format: madax.Format | None = None
+    params: Any = jnp.float32
+    p_scale: float | None = None
+    layerwise: bool = True
+
+
+ROWS = {
+    BASELINE: Row(_adamw, ADAM_RATES),
+    "madam 8 bits": Row(_madam, MADAM_RATES, SYMLOG_8),
+    "muon_madam 8 bits": Row(_muon_madam, MADAM_RATES, SYMLOG_8),
+    "madam 8 bits, b1": Row(partial(_madam, b1=0.9), MADAM_RATES[1:4], SYMLOG_8),
+    "madam 16 bits": Row(_madam, MADAM_RATES[1:4], SYMLOG_16),
+    "adam on 8 bits": Row(_codes_adam, ADAM_RATES[1:4], SYMLOG_8),
+    "adam on 8 bits, p_scale=10": Row(
+        _codes_adam, ADAM_RATES[1:4], SYMLOG_8, p_scale=10.0
+    ),
+    "AdamW in 3 bytes": Row(
+        _adamw_in_3_bytes, ADAM_RATES[1:4], SYMLOG_8, layerwise=False
+    ),
+    "AdamW in 3 bytes, error feedback": Row(
+        _with_error_feedback, ADAM_RATES[1:4], SYMLOG_8, layerwise=False
+    ),
+    "Adam float32, no clipping": Row(optax.adam, ADAM_RATES[1:4]),
+    "AdamW bfloat16": Row(_adamw, ADAM_RATES[1:4], params=jnp.bfloat16),
+}
+if find_spec("flashoptim_jax") is not None:
+    ROWS["FlashAdamW"] = Row(_flash_adamw, ADAM_RATES[1:4], params=jnp.bfloat16)
+LONG = (
+    BASELINE,
+    "madam 8 bits",
+    "muon_madam 8 bits",
+    "AdamW in 3 bytes",
+    "AdamW in 3 bytes, error feedback",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What to train, and for how long.
+
+    Attributes:
+      layers: of the network.
+      width: features of a token.
+      steps: of the optimizer; the first tenth is a warm-up.
+      evaluations: how often to measure the held-out loss; divides ``steps``.
+      batch: sequences in a step.
+      length: tokens in a sequence.
+      seeds: of the best rate of each row; the others have one.
+      rates: of each row, how many to try at most, the middle ones; unless it is one,
+        others follow until the best is between two.
+      dtype: of weights in the network.
+    """
+
+    layers: int
+    width: int
+    steps: int
+    evaluations: int
+    batch: int
+    length: int
+    seeds: int
+    rates: int = 5
+    dtype: str = "float32"
+
+    @property
+    def size(self) -> decoder.Size:
+        """The network: heads of 32 features, half as many of keys and values."""
+        heads = max(2, self.width // 32)
+        hidden = 8 * self.width // 3 // 8 * 8
+        return decoder.Size(
+            256, self.layers, self.width, hidden, heads, heads // 2, tied=False
+        )
+
+
+PROFILES = {
+    "smoke": Budget(2, 32, 20, 2, 4, 32, seeds=1, rates=1),
+    "quick": Budget(4, 128, 300, 6, 4, 128, seeds=3),
+    "long": Budget(4, 128, 2000, 10, 4, 128, seeds=3, rates=2),
+    "full": Budget(12, 512, 2000, 10, 32, 512, seeds=3, rates=2, dtype="bfloat16"),
+}
+
+
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
+def llama(
+    out: Path | None = None,
+    *,
+    profile: Literal["smoke", "quick", "long", "full"] = "quick",
+    text: tuple[str, ...] = ("pydoc",),
+    rows: tuple[str, ...] = (),
+) -> None:
+    """Train Llama-shaped language models of bytes from scratch, by several optimizers.
+
+    Each has a warm-up and a cosine; its best rate is trained from more seeds. Prints a
+    table and what the models write; draws the held-out loss over steps, and over bytes
+    a parameter. What the records have is not run again.
+
+    Args:
+        out: Folder for llama.jsonl, .md and .png; by default
+            benchmarks/results/llama/ and the profile.
+        profile: smoke takes a minute; quick half an hour a text on one CPU core, long
+            two hours, of five rows; full is for a GPU, of the same rows.
+        text: Texts to train on: pydoc and stdlib, which come with CPython, or paths of
+            files.
+        rows: Names of optimizers; by default all, FlashAdamW where its package is
+            there (``pip install madax[rivals]``); five of the long and full profiles.
+    """
+    check_choices("rows", rows, ROWS)
+    folder = out or Path("benchmarks/results/llama") / profile
+    folder.mkdir(parents=True, exist_ok=True)
+    raw, budget = folder / "llama.jsonl", PROFILES[profile]
+    for source in text:
+        for name in rows or (LONG if profile in ("long", "full") else ROWS):
+            for settings in _tuning(raw, source, name, budget):
+                records.append(raw, settings | train(**settings))
+    print(llama_report(folder))
+    for run in best_runs(records.read(raw)).to_dict("records"):
+        print(f"\n--- {run['name']}, {run['source']}\n{run['sample']}")
+
+
+def _tuning(raw: Path, source: str, name: str, budget: Budget) -> Iterator[dict]:
+    """Yields the missing runs: first of all rates, then other seeds of the best."""
+    fixed = {"source": source, "name": name, "budget": dataclasses.asdict(budget)}
+    rates = ROWS[name].rates
+    count = min(budget.rates, len(rates))
+    first = (len(rates) - count) // 2
+    last = first + count - 1
+    while True:
+        losses = {}
+        for rate in rates[first : last + 1]:
+            settings = fixed | {"rate": rate, "seed": 0}
+            if not records.find(raw, settings):
+                yield settings
+            # A loss that is not finite is null in the records.
+            loss = records.find(raw, settings)[0]["loss"]
+            losses[rate] = np.inf if loss is None else loss
+        best = min(losses, key=lambda rate: losses[rate])
+        if budget.rates > 1 and best == rates[first] and first > 0:
+            first -= 1
+        elif budget.rates > 1 and best == rates[last] and last < len(rates) - 1:
+            last += 1
+        else:
+            break
+    for seed in range(1, budget.seeds):
+        settings = fixed | {"rate": best, "seed": seed}
+        if not records.find(raw, settings):
+            yield settings
+
+
+def train(
+    source: str, name: str, budget: dict[str, Any], rate: float, seed: int
+) -> dict[str, Any]:
+    """Trains once; returns the held-out nats per byte, their curve and a sample."""
+    begin = time.perf_counter()
+    chosen, row, data = Budget(**budget), ROWS[name], text(source)
+    params, init, step = _start(chosen, row, rate, seed)
+    state = jax.jit(init)(params)
+    kept = sum(x.nbytes for x in jax.tree.leaves((params, state)))
+    count = decoder.count(chosen.size)
+    train_tokens, tests = jnp.asarray(data.train), jnp.asarray(_tests(data, chosen))
+
+    @partial(jax.jit, donate_argnums=0)
+    def advance(carry, starts):
+        def one(carry, starts):
+            window = starts[:, None] + jnp.arange(chosen.length + 1)
+            *carry, loss = step(*carry, train_tokens[window].astype(jnp.int32))
+            return tuple(carry), loss
+
+        return jax.lax.scan(one, carry, starts)
+
+    @jax.jit
+    def evaluate(params):
+        weights = madax.dequantize_params(params, chosen.dtype)
+        measure = partial(decoder.whole_loss, chosen.size, weights)
+        return jax.lax.map(measure, tests).mean()
+
+    rng = np.random.default_rng(seed)
+    last = len(data.train) - chosen.length - 1
+    shape = (chosen.evaluations, chosen.steps // chosen.evaluations, chosen.batch)
+    carry, curve = (params, state), {"step": [], "train": [], "loss": []}
+    with tqdm(total=chosen.steps, desc=f"{name}, {rate:g}", unit="step") as bar:
+        for starts in rng.integers(0, last, shape):
+            carry, losses = advance(carry, starts)
+            curve["step"].append(bar.n + len(starts))
+            curve["train"].append(float(losses.mean()))
+            curve["loss"].append(float(evaluate(carry[0])))
+            bar.set_postfix(loss=f"{curve['loss'][-1]:.3f}", refresh=False)
+            bar.update(len(starts))
+    return {
+        "text": data.name,
+        "parameters": count,
+        "bytes_per_parameter": kept / count,
+        "loss": curve["loss"][-1],
+        "curve": curve,
+        "sample": _sample(chosen, carry[0], data),
+        "wall_s": round(time.perf_counter() - begin, 1),
+    }
+
+
+def _start(budget: Budget, row: Row, rate: float, seed: int) -> Any:
+    """Returns parameters, and the functions that start and take a step."""
+    warm_up = budget.steps // 10
+    tx = row.make(optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, budget.steps))
+    floats = jax.jit(partial(decoder.init, budget.size))(jax.random.key(seed))
+    if row.format is None:
+        params = optax.tree.cast(floats, row.params)
+    else:
+        coded = partial(quantize, format=row.format, p_scale=row.p_scale)
+        params = jax.jit(coded)(floats)
+    if row.format is None or not row.layerwise:
+        return params, tx.init, partial(_ordinary, budget, tx)
+    run = madax.layerwise(
+        tx,
+        decoder.embed,
+        partial(decoder.layer, budget.size),
+        decoder.loss,
+        dtype=jnp.dtype(budget.dtype),
+    )
+    return params, run.init, run.step
+
+
+def _ordinary(budget: Budget, tx: Any, params: Any, state: Any, batch: Any) -> Any:
+    def loss(params):
+        # Mixed precision as usual: float32 parameters, cast for the network.
+        weights = madax.dequantize_params(params, jnp.dtype(budget.dtype))
+        return decoder.whole_loss(budget.size, weights, batch)
+
+    value, grads = madax.value_and_grad(loss)(params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+
+def _tests(data: Text, budget: Budget) -> np.ndarray:
+    """Returns what is held out, 64 batches at most: (batches, batch, length + 1)."""
+    room = budget.batch * (budget.length + 1)
+    batches = min(64, len(data.test) // room)
+    tokens = data.test[: batches * room].reshape(batches, budget.batch, -1)
+    return tokens.astype(np.int32)
+
+
+def _sample(budget: Budget, params: Any, data: Text, count: int = 160) -> str:
+    """Returns how a model goes on with the text that is held out."""
+    weights = madax.dequantize_params(params, jnp.float32)
+
+    def write(window, key):
+        scores = decoder.logits(budget.size, weights, window[None])[0]
+        token = jax.random.categorical(key, scores / 0.8)
+        return jnp.append(window[1:], token), token
+
+    window = jnp.asarray(data.test[: budget.length], jnp.int32)
+    keys = jax.random.split(jax.random.key(0), count)
+    _, tokens = jax.jit(partial(jax.lax.scan, write))(window, keys)
+    return bytes(np.asarray(tokens, np.uint8)).decode("utf-8", errors="replace")

@@ -1,0 +1,1 @@
+"""What the benchmarks share: records, tables, figures, training and sweeps."""
