@@ -35,7 +35,7 @@ test: $(VENV)/.test
 	$(MAKE) $(VENV)/notebook-run
 
 # The quickest of the notebooks, when something that it uses has changed.
-$(VENV)/notebook-run: notebooks/bits.ipynb $(wildcard madax/*.py benchmarks/*.py)
+$(VENV)/notebook-run: notebooks/bits.ipynb $(wildcard madax/*.py madax/*/*.py benchmarks/*.py)
 	MADAX_SMOKE=1 $(BIN)/python -m pytest --nbmake $<
 	touch $@
 
@@ -79,7 +79,7 @@ test-matrix: test-floor test-wheel
 test-nightly: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile -m nightly tests
 	$(BIN)/python -m pytest -n auto -m "" --hypothesis-profile nightly \
-		tests/test_fuzz.py tests/test_fuzz_meshes.py tests/test_properties.py
+		tests/search
 	MADAX_SMOKE=1 $(BIN)/python -m pytest -n auto --nbmake notebooks/*.ipynb
 	$(MAKE) test-floor
 

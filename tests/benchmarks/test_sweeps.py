@@ -39,7 +39,7 @@ def killed(tmp_path_factory):
     raw = out / "runs.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks", *COMMAND, str(out)],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -139,7 +139,7 @@ def test_reports_are_those_of_the_records_to_the_digit(resumed, tmp_path, capsys
     assert f"{best.min():.3g} (" in first and f"at {best.idxmin():g} |" in first
 
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def test_committed_tables_are_those_of_the_committed_records(
