@@ -79,7 +79,7 @@ test-matrix: test-floor test-wheel
 test-nightly: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile -m nightly tests
 	$(BIN)/python -m pytest -n auto -m "" --hypothesis-profile nightly \
-		tests/test_fuzz.py tests/test_fuzz_meshes.py tests/test_properties.py
+		tests/search
 	MADAX_SMOKE=1 $(BIN)/python -m pytest -n auto --nbmake notebooks/*.ipynb
 	$(MAKE) test-floor
 

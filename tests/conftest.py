@@ -2,30 +2,16 @@
 
 Each file has one subject, which its first lines state:
 
-- formulas: ``test_formats``, ``test_moments``, ``test_rounding``, ``test_numerics``,
-  ``test_oracle``, ``test_bbit_lns``, ``test_weight_decay``, ``test_orthogonal``,
-  ``test_derivatives``, ``test_fake_quantize``, ``test_diagnostics*`` compare one part
-  each with NumPy in float64, much of it in ``oracle.py``;
-- trees of real models, and what is read out of them: ``test_leaf_kinds``;
-- searches: ``test_fuzz`` has random trees, formats and hyperparameters, every step
-  checked by an oracle; ``test_fuzz_meshes`` has random layouts, ``test_properties``
-  what holds for every weight;
-- mistakes and faults: ``test_bad_input*``, ``test_faults``, ``test_dtypes``,
-  ``test_init``;
-- codes: ``test_quantize*``, ``test_codes_as_weights``, ``test_array_functions``,
-  ``test_trees_of_codes``, ``test_grad``, ``test_native``, ``test_with_quantized_*``,
-  ``test_freezing``, ``test_saving``, ``test_*layer*``; ``test_state_survey`` has every
-  optimizer of optax with an 8-bit state;
-- programs: ``test_*meshes``, ``test_shard_map``, ``test_many_weights``,
-  ``test_processes``, ``test_same_bits``, ``test_lowering`` show that a mesh, other
-  processes and other compilers get the same bits; ``test_compiled`` bounds what
-  compilers make of a step;
-- around it: ``test_wrappers*``, ``test_optax_suite``, ``test_flax*``,
-  ``test_linen_codes``, ``test_checkpoint*``, ``test_training``, ``test_growth``;
-- pages: ``test_readme``, ``test_docs``;
-- benchmarks/: ``test_demo``, ``test_sweeps``, ``test_workloads``, ``test_hub``, ...
+- ``unit/`` has a folder for each of madax: formulas against NumPy in float64, mistakes,
+  faults, dtypes;
+- ``search/``: random trees, formats, hyperparameters and layouts, judged by an oracle;
+- ``programs/``: a mesh, other processes and other compilers get the same bits, and
+  compilers make no more of a step than they did;
+- ``integration/``: Flax, optax's wrappers and own tests, checkpoints, whole trainings;
+- ``benchmarks/``, ``pages/``: what those folders hold runs, and says what is so;
+- ``lib/``: what several files need. ``oracle`` has the formulas in plain NumPy,
+  ``processes`` starts processes.
 
-``helpers.py`` has what several of them need, ``processes.py`` starts processes.
 All tests have eight CPU devices; arrays are on the first unless they are put elsewhere.
 
 ``make test`` runs before every commit, in about seven minutes on two cores. It

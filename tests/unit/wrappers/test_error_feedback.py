@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 import pytest
+from helpers import normal
 
 import madax
 from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
-from tests import oracle
-from tests.helpers import normal
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

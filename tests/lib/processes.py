@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 TIMEOUT = 600
 
 
@@ -15,10 +15,11 @@ def start(*args: object, devices: int = 1) -> subprocess.Popen:
     """Starts Python on that many CPU devices; its output, and errors, are pipes."""
     own = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     jax = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(
         [sys.executable, *map(str, args)],
         cwd=ROOT,
-        env=own | jax,
+        env=own | jax | path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

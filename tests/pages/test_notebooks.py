@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import RESULTS
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.py"))
 TABLES = {
     "bits": ["bits/bits.md"],

@@ -16,7 +16,8 @@ import pytest
 from helpers import FORMATS, enable_x64, jitted_step, mostly_nightly, step
 
 import madax
-from madax import MomentFormat, SymlogFormat, UniformFormat, _numerics
+from madax import MomentFormat, SymlogFormat, UniformFormat
+from madax._core import numerics
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*beyond p_scale")
 
@@ -75,7 +76,7 @@ def random_numbers(*shape, seed=0):
 @compiled_otherwise
 def test_other_compilers_round_a_product_before_a_sum_and_ours_does_not(how):
     a, b, c = random_numbers(3, 10_000)
-    f, g = lambda a, b, c: a * b + c, lambda a, b, c: _numerics.rounded(a * b) + c
+    f, g = lambda a, b, c: a * b + c, lambda a, b, c: numerics.rounded(a * b) + c
     twice_rounded = (a * b + c).tobytes()
     assert bits_of(compiled(f, a, b, c, how=how)(a, b, c)) == [twice_rounded]
     assert bits_of(compiled(f, a, b, c)(a, b, c)) != [twice_rounded]
@@ -89,7 +90,7 @@ def test_rounded_is_the_identity(dtype):
     info = np.finfo(dtype)
     x = np.array([0.0, -0.0, 1.5, -2.5, info.tiny, info.max, info.min, np.inf, -np.inf])
     with enable_x64(dtype == np.float64):
-        got = jax.jit(_numerics.rounded)(jnp.asarray(x, dtype))
+        got = jax.jit(numerics.rounded)(jnp.asarray(x, dtype))
     assert got.dtype == dtype
     assert np.asarray(got).tobytes() == x.astype(dtype).tobytes()
 
@@ -100,7 +101,7 @@ FUNCTIONS = ("exp", "expm1", "log", "log1p", "sinh", "arcsinh")
 @compiled_otherwise
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions(name, how):
-    f, x = getattr(_numerics, name), random_numbers(100_000)
+    f, x = getattr(numerics, name), random_numbers(100_000)
     x = np.abs(x) if name.startswith("log") else np.clip(x, -80, 80)
     # What goes in may be a product, and what comes out a term of a sum.
     g, k = lambda x, k: f(x * k) + k, np.float32(0.7)

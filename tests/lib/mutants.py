@@ -2,8 +2,8 @@
 
 ::
 
-    python tests/mutants.py           # all of them: an hour or two
-    python tests/mutants.py clip 12   # those of a file, or of a number
+    python tests/lib/mutants.py           # all of them: an hour or two
+    python tests/lib/mutants.py clip 12   # those of a file, or of a number
 
 Each is tried on a copy: by the files most likely to find it, and what is then alive, at
 the end, by all of ``make test``. It is an error if a text to change is not there.
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 # file of madax: (text that is there once, what it becomes, test files to try first)
 MUTANTS = {
@@ -445,7 +445,7 @@ def main(words):
         files = [
             str(path.relative_to(ROOT))
             for word in likely.split()
-            for path in sorted((ROOT / "tests").glob(f"test_{word}*.py"))
+            for path in sorted((ROOT / "tests").rglob(f"test_{word}*.py"))
         ]
         found = first_failure(*mutant, *files)
         print(number, mutant, f"killed by {found}" if found else "...")

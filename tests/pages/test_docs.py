@@ -12,7 +12,7 @@ from helpers import examples_of_flax, run_examples
 
 import madax
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = {
     str(path.relative_to(DOCS)): path.read_text(encoding="utf-8")

@@ -41,7 +41,7 @@ def killed(tmp_path_factory):
     raw = out / "runs.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks", *COMMAND, str(out)],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -12,7 +12,7 @@ import madax
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 @examples_of_flax
@@ -29,7 +29,7 @@ def test_the_readme_is_short():
 
 
 def test_results_are_those_of_the_records():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     rows = re.findall(
         r"^\| .*\]\((docs/results/.*?)\).*? (\|.*)\|$", README, re.MULTILINE
     )
@@ -66,6 +66,6 @@ def test_help_opens_with_a_readable_signature():
 
 
 def test_local_links_lead_somewhere():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (root / target).exists(), target
