@@ -34,7 +34,7 @@ _FED_BACK = madax.with_quantized_params(optax.adam(1e-3), error_feedback=True)
 # With rows that take too long to be timed as well.
 OPTIMIZERS = ROWS | {
     "madam, floor, b1": Row(madax.madam(floor=1.0, b1=0.9)),
-    "lns_madam": Row(madax.lns_madam()),
+    "lns_madam": Row(madax.papers.lns_madam()),
     "native 8 adam, error feedback": Row(_FED_BACK, LOG_8, grads=jnp.bfloat16),
     "native 8 adam, 8-bit state, error feedback": Row(
         madax.with_quantized_state(_FED_BACK), LOG_8, grads=jnp.bfloat16

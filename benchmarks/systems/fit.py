@@ -236,7 +236,7 @@ def functions(size: decoder.Size, way: Way, tx: Any, gather: Any = None) -> Any:
 
 def quantize(
     params: decoder.Params,
-    format: madax.Format = SYMLOG_8,
+    format: madax.formats.Format = SYMLOG_8,
     p_scale: float | None = None,
 ) -> decoder.Params:
     """Returns the matrices as codes, with one scale per layer."""

@@ -40,9 +40,9 @@ class ScaleBySecondMomentState(NamedTuple):
       v: second moment, a tree like the parameters: float32 or wider, or the codes
         of ``moment_format``.
       m: first moment, likewise; None unless ``b1`` is given.
-      window: ``{moment_format: where the codes lie}``, a
-        :class:`madax.MomentWindow`; None without ``moment_format``. The key is there
-        so that a checkpoint of other codes does not fit.
+      window: ``{moment_format: where the codes lie}``; None without
+        ``moment_format``. The key is there so that a checkpoint of other codes does not
+        fit.
     """
 
     count: jax.Array

@@ -193,7 +193,7 @@ def with_dequantized_params(
     Example:
       >>> import jax.numpy as jnp, optax, madax
       >>> tx = optax.chain(
-      ...     madax.with_dequantized_params(optax.scale_by_adam()),
+      ...     madax.wrappers.with_dequantized_params(optax.scale_by_adam()),
       ...     optax.scale_by_learning_rate(0.1),
       ...     madax.scale_by_sign_log(),
       ...     madax.clip_log_weights(),

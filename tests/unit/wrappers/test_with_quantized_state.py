@@ -555,7 +555,10 @@ def test_bad_input():
         update(made, with_quantized_state(adam, MomentFormat(9)))
     with raises(ValueError, "the optimizer state has the tree structure"):
         update(made, with_quantized_state(optax.sgd(0.1, momentum=0.9)))
-    window = {k: madax.StateWindow(*(x[:1] for x in w)) for k, w in made.window.items()}
+    window = {
+        k: madax.formats._moment_codec.StateWindow(*(x[:1] for x in w))
+        for k, w in made.window.items()
+    }
     with raises(ValueError, "has 2 leaves of codes, but windows of shape (1,)"):
         update(made._replace(window=window), with_quantized_state(adam))
     with raises(TypeError, "state must be a WithQuantizedStateState, got tuple"):
