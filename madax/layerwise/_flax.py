@@ -180,17 +180,15 @@ def _check_alike(modules: dict[str, nnx.Module]) -> None:
         differs = _split(module).graph != graph
         # Functions that are equal may be told apart by their addresses in a text.
         facts, found = (_facts(x, differs) for x in (modules[first], module))
-        for path in [*facts, *found]:
+        why = ["the structure of its parts differs"] if differs else []
+        for path in reversed([*facts, *found]):
             a, b = facts.get(path, "missing"), found.get(path, "missing")
             if a != b:
-                raise ValueError(
-                    f"model.{name} must be like model.{first}, but its {path} is {b} "
-                    f"and not {a}; pass layers that differ with the ends."
-                )
-        if differs:
+                why = [f"its {path} is {b} and not {a}"]
+        if why:
             raise ValueError(
-                f"model.{name} must be like model.{first}, but the structure of its "
-                "parts differs; pass layers that differ with the ends."
+                f"model.{name} must be like model.{first}, but {why[0]}; pass layers "
+                "that differ with the ends."
             )
 
 

@@ -15,13 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from madax._core.names import ENDS, LAYERS
-from madax._core.shards import (
-    axes_returned,
-    barrier,
-    manual_axes,
-    spread,
-    varying,
-)
+from madax._core.shards import axes_returned, barrier, manual_axes, spread, varying
 from madax._core.types import Tree
 from madax.codes._quantize import dequantize_params
 from madax.layerwise._checks import (
