@@ -61,8 +61,8 @@ FIELDS = {
     ),
     "linear_range": (lambda x: SymlogFormat(8, x), (0, -1, 9e-7, 1100, INF, NAN)),
     # The argument is called so here, whatever the format calls it.
-    "base_precision": (
-        lambda x: madax.bbit_madam(base_precision=x),
+    "base_step": (
+        lambda x: madax.bbit_madam(base_step=x),
         (0, -1e-3, 0.02, NAN),
     ),
 }
