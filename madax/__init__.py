@@ -61,9 +61,11 @@ def __dir__() -> list[str]:
 if not _TYPE_CHECKING:  # A type checker would accept any name.
 
     def __getattr__(name):
+        states = ("AddDecayedLogWeights", "ClipLogWeights", "ScaleBySignLog")
+        known = "Geometry" if name.removesuffix("State") in states else name
         for room in (transforms, papers, wrappers, formats):
-            if name in room.__all__:
-                place = f"{room.__name__}.{name}"
+            if known in room.__all__:
+                place = f"{room.__name__}.{known}"
                 raise AttributeError(f"madax.{name} is {place} since 0.3.")
         if name in ("Layerwise", "MomentWindow", "SplitLayers", "StateWindow"):
             raise AttributeError(

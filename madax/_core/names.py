@@ -1,5 +1,6 @@
 """The names of the leaves of a tree: their paths, with slashes."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,3 +36,13 @@ def flatten_named(
     with_path, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     paths = path_names([path for path, _ in with_path])
     return paths, [leaf for _, leaf in with_path], treedef
+
+
+def is_part(paths: Sequence[str]) -> bool:
+    """Whether a tree of these paths is a part that ``layerwise`` shows an optimizer.
+
+    It calls ``init`` with the ends alone, with one layer alone, and once with the whole
+    tree. Warnings about a tree are for the whole tree.
+    """
+    parts = rf"{ENDS}(/|$)", rf"{LAYERS}(/\D|$)"
+    return any(all(re.match(part, path) for path in paths) for part in parts)

@@ -120,8 +120,8 @@ def nodes_of(state: Any, kinds: Any) -> list[Any]:
     return [node for node in nodes if isinstance(node, kinds)]
 
 
-def per_leaf(vector: jax.Array, leaves: Sequence[Any]) -> list[Any]:
-    """Spreads one scalar per float leaf over all leaves; None for quantised ones.
+def places_of_floats(vector: jax.Array, leaves: Sequence[Any]) -> list[int]:
+    """The places of the float leaves, of which ``vector`` has an entry each.
 
     Raises:
       ValueError: if ``vector`` was made for other leaves.
@@ -132,6 +132,12 @@ def per_leaf(vector: jax.Array, leaves: Sequence[Any]) -> list[Any]:
             f"the optimizer state was made for {sum(vector.shape)} float leaves, but "
             f"params has {len(floats)}; call init again with these params."
         )
+    return floats
+
+
+def per_leaf(vector: jax.Array, leaves: Sequence[Any]) -> list[Any]:
+    """Spreads one scalar per float leaf over all leaves; None for quantised ones."""
+    floats = places_of_floats(vector, leaves)
     scalars: list[Any] = [None] * len(leaves)
     for i, scalar in zip(floats, one_a_leaf(vector, len(floats)), strict=True):
         scalars[i] = scalar

@@ -27,7 +27,7 @@ from madax._core.numerics import relative_to
 from madax._core.vectors import awaited
 from madax.codes._array import QuantizedArray, is_quantized
 from madax.codes._leaves import widen
-from madax.codes._scales import root_mean_square, share_beyond
+from madax.codes._scales import bound_on_weights, root_mean_square, share_beyond
 from madax.formats._base import Format
 
 # The warnings about leaves.
@@ -296,7 +296,7 @@ def _encode(
     rms = root_mean_square(w, axes, keepdims=True)
     peak = jnp.max(jnp.abs(w), axis=axes, keepdims=True, initial=0)
     if scale is None:
-        bound = jnp.maximum(3 * rms, peak) if p_scale is None else p_scale * rms
+        bound = bound_on_weights(p_scale, rms, peak)
         # A channel of zeros takes the scale of the other channels.
         scale = jnp.where(rms == 0, jnp.max(bound, initial=0), bound)
     scale = jnp.reshape(scale, jnp.shape(scale) or (1,) * w.ndim).astype(jnp.float32)

@@ -6,7 +6,7 @@ weights.
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,29 +56,16 @@ def float_leaf_sizes(params: Any) -> tuple[list[str], jax.Array, jax.Array]:
     return paths, rms, peaks
 
 
-class InitialScales(NamedTuple):
-    """What is kept of the float leaves at init, in vectors with one entry per leaf.
+def bound_on_weights(
+    p_scale: jax.typing.ArrayLike | None, rms: jax.Array, peak: jax.Array
+) -> jax.Array:
+    """The bound on weights of a root mean square and a max; one that clips no weight.
 
-    Attributes:
-      paths: the leaves' paths.
-      rms0: their scales: root mean squares, or what stands in for that of a leaf that
-        is all zeros.
-      zero_init: which are all zeros.
-      peak0: their largest magnitudes.
+    With a ``p_scale`` it is the bound of the paper, which may clip some.
     """
-
-    paths: list[str]
-    rms0: jax.Array
-    zero_init: jax.Array
-    peak0: jax.Array
-
-
-def initial_scales(params: Any, zero_init_scale: jax.typing.ArrayLike) -> InitialScales:
-    """The scales of the float leaves; raises what :func:`float_leaf_sizes` does."""
-    paths, rms, peaks = float_leaf_sizes(params)
-    zero_init = rms == 0
-    scales = jnp.where(zero_init, jnp.asarray(zero_init_scale, rms.dtype), rms)
-    return InitialScales(paths, scales, zero_init, peaks)
+    if p_scale is None:
+        return jnp.maximum(3 * rms, peak)
+    return jnp.where(rms == 0, 0, p_scale * rms).astype(rms.dtype)  # not inf * 0
 
 
 def check_code_scales(params: Any) -> None:

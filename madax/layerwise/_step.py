@@ -326,8 +326,8 @@ class _Run:
             norms = carry.norms
             if self.has_aux:
                 norms = norms.at[i].set(norm(g_layer))
-            g_layer, before = whole(g_layer, jnp.zeros_like), join(mine, shared)
-            stored, after = self.update({LAYERS: stored}, g_layer, before, layer=i)
+            g_layer, old = whole(g_layer, jnp.zeros_like), join(mine, shared)
+            stored, after = self.update({LAYERS: stored}, g_layer, old, madax_layer=i)
             layers, after = write(carry.layers, stored, i), split(after)
             return _Carry(layers, own, after[0], after[1], g_x, norms)
 

@@ -2,7 +2,6 @@
 
 from madax.wrappers._quantized_params import (
     WithQuantizedParamsState,
-    with_dequantized_params,
     with_quantized_params,
 )
 from madax.wrappers._quantized_state import (
@@ -13,7 +12,6 @@ from madax.wrappers._quantized_state import (
 __all__ = [
     "WithQuantizedParamsState",
     "WithQuantizedStateState",
-    "with_dequantized_params",
     "with_quantized_params",
     "with_quantized_state",
 ]

@@ -96,7 +96,7 @@ BAD = {
         "g_bound": POSITIVE,
         "zero_init_scale": NOT_NEGATIVE,
         "bits": [0, 16],
-        "base_precision": [0, 0.02, np.nan],
+        "base_step": [0, 0.02, np.nan],
     },
     madax.papers.lns_madam: {
         "learning_rate": NOT_NEGATIVE,

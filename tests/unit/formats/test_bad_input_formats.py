@@ -60,9 +60,8 @@ FIELDS = {
         (0, 1, 0.5, -10, 1e35, INF, NAN),
     ),
     "linear_range": (lambda x: SymlogFormat(8, x), (0, -1, 9e-7, 1100, INF, NAN)),
-    # The argument is called so here, whatever the format calls it.
-    "base_precision": (
-        lambda x: madax.papers.bbit_madam(base_precision=x),
+    "base_step of bbit_madam": (
+        lambda x: madax.papers.bbit_madam(base_step=x),
         (0, -1e-3, 0.02, NAN),
     ),
 }
@@ -71,6 +70,7 @@ FIELDS = {
 @pytest.mark.parametrize("name", FIELDS)
 def test_fields(name):
     make, wrong = FIELDS[name]
+    name, *_ = name.split()
     for value in wrong:
         got = re.escape(f"got {value}")
         raises(ValueError, rf"^{name} must be in \[.*\] .*{got}", partial(make, value))

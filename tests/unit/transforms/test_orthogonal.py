@@ -375,7 +375,7 @@ def test_any_direction_before_sign_log_and_in_a_partition_of_codes():
         madax.clip_log_weights(),
         madax.lns_quantize(rounding="nearest"),
     )
-    codes = optax.chain(madax.wrappers.with_dequantized_params(direction), *tail)
+    codes = optax.chain(madax.transforms.with_dequantized_params(direction), *tail)
     g = grads_of(1)[0]
     new, state = carried_on(codes, params, codes.init(params), g)
     mu = state[0].inner_states["adam"].inner_state.mu["mlp"]["w"]
@@ -415,7 +415,7 @@ def test_bad_input():
     with raises(ValueError, "learning_rate must satisfy"):
         muon_madam(-0.1)
     with raises(TypeError, "inner must be an optax.GradientTransformation"):
-        madax.wrappers.with_dequantized_params(optax.adam)
+        madax.transforms.with_dequantized_params(optax.adam)
     with raises(ValueError, "updates and state.m must have the same tree structure"):
         ORTHOGONAL.update(jnp.ones((2, 2)), ORTHOGONAL.init({"a": jnp.ones((2, 2))}))
     with raises(TypeError, "state must be a ScaleByOrthogonalMomentumState"):
