@@ -18,7 +18,7 @@ from madax._core.checks import (
 from madax._core.numerics import within
 from madax._core.vectors import awaited, known_values
 from madax.codes._array import is_quantized
-from madax.codes._leaves import flatten, flatten_both, largest_weight, per_leaf, widen
+from madax.codes._leaves import flatten, flatten_both, per_leaf, widen
 from madax.codes._scales import share_beyond
 from madax.transforms._geometry import Geometry, Leaf, geometry_at_init, leaf_bounds
 
@@ -144,7 +144,7 @@ def clipped(
 def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
     """Shortens ``u`` so that ``|w + u| <= bound``; otherwise leaves it alone."""
     x = widen(w)
-    bound = jnp.minimum(bound, largest_weight(jnp.result_type(w))).astype(x.dtype)
+    bound = bound.astype(x.dtype)
     # A bound is NaN if a traced p_scale is out of range. The weights show it.
     u = jnp.where(bound >= 0, u.astype(x.dtype), jnp.nan)
     return within(u, -bound - x, bound - x)

@@ -70,7 +70,7 @@ def step(tx, grads, state, params):
 def moment_values(state):
     """The trees v and m of a state of ``scale_by_second_moment``, as floats."""
     if state.window is None:
-        return state.v, state.m
+        return state.nu, state.mu
     ((name, window),) = state.window.items()
     fmt = MomentFormat(int(re.search(r"bits=(\d+)", name)[1]))
     octaves = list(window.octave.reshape(-1))
@@ -84,8 +84,8 @@ def moment_values(state):
         ]
         return treedef.unflatten(values)
 
-    m = None if state.m is None else decode(state.m, fmt.m_grid, 1)
-    return decode(state.v, fmt.v_grid, np.float32(window.scale)), m
+    m = None if state.mu is None else decode(state.mu, fmt.m_grid, 1)
+    return decode(state.nu, fmt.v_grid, np.float32(window.scale)), m
 
 
 # It is compiled once for each optimizer and tree of shapes.
