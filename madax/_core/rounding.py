@@ -84,6 +84,7 @@ def random_bits(key: jax.Array, shape: Sequence[int]) -> jax.Array:
     for axis, size in enumerate(shape[:-1]):
         if size > 1:
             stride = np.uint32(math.prod(shape[axis + 1 : -1]) % 2**32)
+            # may fuse: integers
             row += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
     column = jnp.zeros(shape, jnp.uint32)
     if shape:

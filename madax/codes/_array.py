@@ -331,7 +331,7 @@ def _index_scale(scale: Any, shape: tuple[int, ...], index: Any) -> Any:
     """What ``broadcast_to(scale, shape)[index]`` holds, in a shape that broadcasts."""
     if np.size(scale) == 1:
         return jnp.reshape(scale, ())
-    scale = jnp.reshape(scale, (1,) * (len(shape) - np.ndim(scale)) + np.shape(scale))
+    scale = jnp.reshape(scale, (*[1] * (len(shape) - np.ndim(scale)), *np.shape(scale)))
     index = index if isinstance(index, tuple) else (index,)
     if any(jnp.issubdtype(jnp.result_type(i), bool) for i in index if _is_array(i)):
         return jnp.broadcast_to(scale, shape)[index]

@@ -4,6 +4,7 @@ All of it has the same bits on one device and on a mesh, and at any scale of the
 weights.
 """
 
+import operator
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 
 from madax._core.checks import leaf_name
 from madax._core.derivatives import with_derivative
-from madax._core.numerics import rounded
+from madax._core.numerics import normal_reciprocal, rounded
 from madax._core.vectors import awaited, entries, known_values
 from madax.codes._array import is_quantized
 from madax.codes._leaves import flatten, widen
@@ -207,6 +208,4 @@ def split_peak(
     # A power of two was a tie, which goes to either side, depending on its exponent.
     power = jnp.where(2 * power <= largest, 2 * power, power)
     peak = jnp.where(largest == 0, 1, jnp.maximum(power, info.tiny))
-    # The reciprocal of the largest floats would underflow.
-    shrink = jnp.where(peak > 1, 0.125, 1.0).astype(x.dtype)
-    return peak, (x * shrink) / (peak * shrink)
+    return peak, operator.truediv(*normal_reciprocal(x, peak))
