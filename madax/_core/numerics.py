@@ -47,12 +47,12 @@ def rounded(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
-def plus_product(c: ArrayLike, a: ArrayLike, b: ArrayLike) -> jax.Array:
+def plus_product(c: jax.Array | float, a: ArrayLike, b: ArrayLike) -> jax.Array:
     """``c + a * b``, rounded twice in every program; float32 or float64."""
     return c + rounded(jnp.asarray(a * b))
 
 
-def minus_product(c: ArrayLike, a: ArrayLike, b: ArrayLike) -> jax.Array:
+def minus_product(c: jax.Array | float, a: ArrayLike, b: ArrayLike) -> jax.Array:
     """``c - a * b``, rounded twice in every program; float32 or float64."""
     return c - rounded(jnp.asarray(a * b))
 

@@ -15,16 +15,16 @@ from madax._core.checks import (
     check_non_negative,
     check_positive,
     check_state,
+    in_percent,
     leaf_name,
-    shares,
     warn_of_leaves,
 )
 from madax._core.leaf_kinds import read_leaves
 from madax._core.numerics import within
 from madax._core.vectors import awaited, known_values
 from madax.codes._array import is_quantized
-from madax.codes._leaves import flatten, flatten_both, largest_weight, per_leaf, widen
-from madax.codes._scales import initial_scales, share_beyond
+from madax.codes._leaves import flatten, flatten_both, max_weight, per_leaf, widen
+from madax.codes._scales import fraction_above, initial_scales
 
 
 class ClipLogWeightsState(NamedTuple):
@@ -160,7 +160,7 @@ def _are_vectors(paths: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
 def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
     """Shortens ``u`` so that ``|w + u| <= bound``; otherwise leaves it alone."""
     x = widen(w)
-    bound = jnp.minimum(bound, largest_weight(jnp.result_type(w))).astype(x.dtype)
+    bound = jnp.minimum(bound, max_weight(jnp.result_type(w))).astype(x.dtype)
     # A bound is NaN if a traced p_scale is out of range. The weights show it.
     u = jnp.where(bound >= 0, u.astype(x.dtype), jnp.nan)
     return within(u, -bound - x, bound - x)
@@ -175,10 +175,10 @@ def _warn_of_clipped_leaves(params: Any, bounds: jax.Array, peaks: jax.Array) ->
         leaf for leaf in zip(paths, leaves, strict=True) if not is_quantized(leaf[1])
     ]
     clipped = [
-        (leaf_name("params", path), awaited(share_beyond(w, bound)))
+        (leaf_name("params", path), awaited(fraction_above(w, bound)))
         for (path, w), bound, too_far in zip(
             floats, known_values(bounds), beyond, strict=True
         )
         if too_far
     ]
-    warn_of_leaves(shares(clipped), CLIPPED, stacklevel=3)
+    warn_of_leaves(in_percent(clipped), CLIPPED, stacklevel=3)

@@ -26,7 +26,7 @@ from madax._core.rounding import (
 )
 from madax._core.vectors import one_a_leaf
 from madax.codes._array import QuantizedArray, is_quantized
-from madax.codes._leaves import flatten_both, largest_weight, per_leaf, widen
+from madax.codes._leaves import flatten_both, max_weight, per_leaf, widen
 from madax.codes._scales import initial_scales
 from madax.formats._base import Format
 from madax.transforms._clip import weight_bounds
@@ -262,7 +262,7 @@ def _step_in_dtype(w: jax.Array, u: jax.Array, bits: jax.Array | None) -> jax.Ar
     steps = (x + u) * per_unit
     whole = jnp.floor(steps)
     steps = whole + round_steps(steps - whole, bits).astype(x.dtype)
-    largest = largest_weight(dtype)
+    largest = max_weight(dtype)
     target = jnp.clip(steps * spacing, -largest, largest)
     to_target = jnp.clip(target - x, -largest, largest)
     return straight_through(u, to_target).astype(dtype)
@@ -277,7 +277,7 @@ def _step_on_grid(
 ) -> jax.Array:
     """The update that takes ``w`` to a grid point near ``w + u``."""
     dtype = jnp.result_type(w)
-    largest = largest_weight(dtype)  # float16 may not reach as far as the scale
+    largest = max_weight(dtype)  # float16 may not reach as far as the scale
     x = widen(w)
     u, scale = u.astype(x.dtype), scale.astype(x.dtype)
     x, step, moved = (relative_to(scale, v) for v in (x, u, x + u))
