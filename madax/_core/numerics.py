@@ -30,6 +30,7 @@ _EXPM1_SERIES = (0.00138825213, 0.00836652052, 0.0416672006, 0.166665435, 0.4999
 _LOG_A, _LOG_B, _LOG_C = 0.6691226031125902, 1.783942858941192, 0.29873072158667374
 # ln 2 in two parts of 16 bits. An exponent has 8, so its products with them are exact.
 _LN2_HIGH, _LN2_LOW = 0.693145751953125, 1.4286197256296873e-06
+_Function = Callable[[jax.Array], jax.Array]
 _MANTISSA, _BIAS = 23, 127
 _SQRT_HALF = 0x3F3504F3  # sqrt(1/2) as a float32 pattern
 
@@ -64,12 +65,24 @@ def straight_through(value: jax.Array, stored: jax.Array) -> jax.Array:
     return stored
 
 
-def _differentiated(derivative: Callable[[jax.Array, jax.Array], jax.Array]):
-    """Gives a function its derivative, a function of its value and its argument.
+def _elementary(wide: _Function, derivative: Callable[..., jax.Array]):
+    """Decorates a function of float32 arrays; ``wide`` is the function for others.
 
-    JAX would get it wrong, because integer operations on patterns have no derivative.
+    The derivative is a function of the value and the argument. JAX would get it wrong,
+    because integer operations on patterns have no derivative.
     """
-    return with_derivative(lambda tangents, ans, x: tangents[0] * derivative(ans, x))
+
+    def rule(tangents, ans, x):
+        return tangents[0] * derivative(ans, x)
+
+    def decorate(function: _Function) -> _Function:
+        @functools.wraps(function)
+        def elementary(x):
+            return function(x) if x.dtype == jnp.float32 else wide(x)
+
+        return with_derivative(rule)(elementary)
+
+    return decorate
 
 
 def _over_root_rule(tangents, ans, x, v):
@@ -107,27 +120,20 @@ def within(x: jax.Array, low: ArrayLike, high: ArrayLike) -> jax.Array:
     )
 
 
-@_differentiated(lambda ans, x: ans + 1)
+@_elementary(jnp.expm1, lambda ans, x: ans + 1)
 def expm1(x: jax.Array) -> jax.Array:
-    """``exp(x) - 1``, float32 to a relative error of 3e-7; saturates at ``expm1(88)``.
-
-    Wider arrays go to the functions of ``jnp``, here and below.
-    """
-    if x.dtype != jnp.float32:
-        return jnp.expm1(x)
+    """``exp(x) - 1``, float32 to a relative error of 3e-7; saturates at expm1(88)."""
     power, e = _reduced_expm1(x)
     return power * e + (power - 1)  # may fuse: exact, power is a power of two
 
 
-@_differentiated(lambda ans, x: ans + 1)
+@_elementary(jnp.expm1, lambda ans, x: ans + 1)
 def fast_expm1(x: jax.Array) -> jax.Array:
     """:func:`expm1` for x in [-80, 80], whose last bits may differ between programs.
 
     Leaves that are floats use it. It takes half the time of :func:`expm1` on CPU,
     because products may be fused with sums, and nothing is divided.
     """
-    if x.dtype != jnp.float32:
-        return jnp.expm1(x)
     exponent = round_to_int(x * (1 / math.log(2)))
     # may fuse: for speed; then r is exact, but for the rounding of log(2) by 2e-9.
     r = x - exponent.astype(jnp.float32) * math.log(2)
@@ -137,29 +143,23 @@ def fast_expm1(x: jax.Array) -> jax.Array:
     return power * (r + r * r * series) + (power - 1)  # may fuse: for speed
 
 
-@_differentiated(lambda ans, x: ans)
+@_elementary(jnp.exp, lambda ans, x: ans)
 def exp(x: jax.Array) -> jax.Array:
     """``exp(x)``, float32 to a relative error of 3e-7; clamps ``x`` to [-87, 88]."""
-    if x.dtype != jnp.float32:
-        return jnp.exp(x)
     power, e = _reduced_expm1(x)
     return power * (1 + e)
 
 
-@_differentiated(lambda ans, x: 1 / x)
+@_elementary(jnp.log, lambda ans, x: 1 / x)
 def log(x: jax.Array) -> jax.Array:
     """``log(x)``, float32 to 3e-7, relative or absolute; -88 for 0 <= x < 2**-126."""
-    if x.dtype != jnp.float32:
-        return jnp.log(x)
     exponent, mantissa = _exponent_and_mantissa(x)
     return _log(exponent, mantissa - 1)
 
 
-@_differentiated(lambda ans, x: 1 / (1 + x))
+@_elementary(jnp.log1p, lambda ans, x: 1 / (1 + x))
 def log1p(x: jax.Array) -> jax.Array:
     """``log(1 + x)``, float32 to a relative error of 3e-7; -88 for ``x = -1``."""
-    if x.dtype != jnp.float32:
-        return jnp.log1p(x)
     x = rounded(x)
     exponent, mantissa = _exponent_and_mantissa(1 + x)
     return _log(exponent, jnp.where(exponent == 0, x, mantissa - 1))
@@ -179,11 +179,10 @@ def log_change(x: jax.Array, u: jax.Array) -> jax.Array:
     return _log(exponent, jnp.where(small, ratio, mantissa - 1))
 
 
-@_differentiated(lambda ans, x: jnp.sqrt(1 + ans * ans))  # may fuse: a derivative
+# may fuse: a derivative
+@_elementary(jnp.sinh, lambda ans, x: jnp.sqrt(1 + ans * ans))
 def sinh(x: jax.Array) -> jax.Array:
     """The hyperbolic sine, float32 to a relative error of 3e-7 for |x| < 88."""
-    if x.dtype != jnp.float32:
-        return jnp.sinh(x)
     magnitude, _ = sinh_and_decay(jnp.abs(x))
     return jnp.where(x < 0, -magnitude, magnitude)
 
@@ -195,11 +194,10 @@ def sinh_and_decay(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return 0.5 * plus_product(e, e, decay), decay
 
 
-@_differentiated(lambda ans, x: 1 / jnp.sqrt(1 + x * x))  # may fuse: a derivative
+# may fuse: a derivative
+@_elementary(jnp.arcsinh, lambda ans, x: 1 / jnp.sqrt(1 + x * x))
 def arcsinh(x: jax.Array) -> jax.Array:
     """The inverse of sinh, to a relative error of 3e-7; saturates at |x| = 1e18."""
-    if x.dtype != jnp.float32:
-        return jnp.arcsinh(x)
     magnitude = log1p(expm1_arcsinh(jnp.abs(x)))
     return jnp.where(x < 0, -magnitude, magnitude)
 

@@ -1,7 +1,6 @@
 """Parameters that are codes of a number format, in the place of floats."""
 
 import dataclasses
-import math
 import operator
 import sys
 from collections.abc import Callable, Iterator
@@ -35,7 +34,8 @@ ptp ravel real repeat reshape round searchsorted sort squeeze std sum swapaxes t
 tobytes tolist trace transpose var view
 """.split()  # noqa: SIM905
 _OF_CODES = """
-committed device devices is_deleted is_fully_addressable is_fully_replicated sharding
+committed device devices is_deleted is_fully_addressable is_fully_replicated ndim
+sharding size
 """.split()  # noqa: SIM905
 
 
@@ -58,8 +58,9 @@ def _by_value(operation: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, *others: operation(self.dequantize(), *others)
 
 
-def _reflected(operation: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, other: operation(other, self.dequantize())
+def _both_ways(operation: Callable[..., Any]) -> tuple[Callable, Callable]:
+    """The methods of an operator with the codes on its left, and on its right."""
+    return _by_value(operation), lambda self, x: operation(x, self.dequantize())
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -128,16 +129,6 @@ class QuantizedArray(metaclass=_InErrors):
     def shape(self) -> tuple[int, ...]:
         """Shape of the array."""
         return self.codes.shape
-
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -231,22 +222,14 @@ class QuantizedArray(metaclass=_InErrors):
     def __bool__(self) -> bool:
         return bool(self.dequantize())
 
-    __add__ = _by_value(operator.add)
-    __sub__ = _by_value(operator.sub)
-    __mul__ = _by_value(operator.mul)
-    __truediv__ = _by_value(operator.truediv)
-    __floordiv__ = _by_value(operator.floordiv)
-    __mod__ = _by_value(operator.mod)
-    __pow__ = _by_value(operator.pow)
-    __matmul__ = _by_value(operator.matmul)
-    __radd__ = _reflected(operator.add)
-    __rsub__ = _reflected(operator.sub)
-    __rmul__ = _reflected(operator.mul)
-    __rtruediv__ = _reflected(operator.truediv)
-    __rfloordiv__ = _reflected(operator.floordiv)
-    __rmod__ = _reflected(operator.mod)
-    __rpow__ = _reflected(operator.pow)
-    __rmatmul__ = _reflected(operator.matmul)
+    __add__, __radd__ = _both_ways(operator.add)
+    __sub__, __rsub__ = _both_ways(operator.sub)
+    __mul__, __rmul__ = _both_ways(operator.mul)
+    __truediv__, __rtruediv__ = _both_ways(operator.truediv)
+    __floordiv__, __rfloordiv__ = _both_ways(operator.floordiv)
+    __mod__, __rmod__ = _both_ways(operator.mod)
+    __pow__, __rpow__ = _both_ways(operator.pow)
+    __matmul__, __rmatmul__ = _both_ways(operator.matmul)
     __neg__ = _by_value(operator.neg)
     __pos__ = _by_value(operator.pos)
     __abs__ = _by_value(operator.abs)

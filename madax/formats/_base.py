@@ -39,6 +39,9 @@ class Format(ABC):
 
     bits: int
 
+    # The integer dtype of a step between two codes; no field, as it has no annotation.
+    step_dtype = jnp.dtype(jnp.int32)
+
     def __post_init__(self) -> None:
         check_format_bits(self.bits)
 
@@ -51,11 +54,6 @@ class Format(ABC):
     def storage_dtype(self) -> jnp.dtype:
         """The integer dtype that holds a code: int8 or int16."""
         return jnp.dtype(jnp.int8 if self.bits <= 8 else jnp.int16)
-
-    @property
-    def step_dtype(self) -> jnp.dtype:
-        """The integer dtype of a step between two codes: int32."""
-        return jnp.dtype(jnp.int32)
 
     @property
     @abstractmethod
