@@ -21,6 +21,14 @@ CLIPPED = (
 )
 
 
+def type_error(name: str, wanted: str, value: object, remedy: str) -> TypeError:
+    """The error for an argument of the wrong type."""
+    kind = type(value).__name__
+    return TypeError(
+        f"{name} must be {wanted}, got {value!r} of type {kind}; {remedy}."
+    )
+
+
 def is_float(x: ArrayLike | jax.ShapeDtypeStruct) -> bool:
     """Whether a leaf, or the shape of one, is real and floating."""
     return jnp.issubdtype(jnp.result_type(x), jnp.floating)
@@ -51,10 +59,7 @@ def check_number(
     else:
         known = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not known:
-        raise TypeError(
-            f"{name} must be a number, got {value!r} of type "
-            f"{type(value).__name__}; {remedy}."
-        )
+        raise type_error(name, "a number", value, remedy)
     if np.shape(value) != ():
         raise ValueError(
             f"{name} must be a scalar, got an array of shape {np.shape(value)}; "
@@ -122,20 +127,16 @@ def check_positive(
     name: str, value: Number, default: float | None, *, finite: bool = False
 ) -> Number:
     """Raises unless ``value`` is positive, and ``finite`` if so."""
-    if finite:
-        valid, rule = lambda x: (x > 0) & (x < math.inf), f"0 < {name} < inf"
-    else:
-        valid, rule = lambda x: x > 0, f"{name} > 0"
-    return check_number(name, value, valid, rule, default)
+    rule = f"0 < {name} < inf" if finite else f"{name} > 0"
+    return check_number(
+        name, value, lambda x: (x > 0) & ((x < math.inf) | (not finite)), rule, default
+    )
 
 
 def check_function(name: str, value: object, remedy: str) -> None:
     """Raises unless ``value`` can be called."""
     if not callable(value):
-        raise TypeError(
-            f"{name} must be a function, got {value!r} of type "
-            f"{type(value).__name__}; {remedy}."
-        )
+        raise type_error(name, "a function", value, remedy)
 
 
 def check_where(where: object) -> None:
@@ -187,11 +188,8 @@ def check_float_leaf(tree_name: str, path: str, leaf: object) -> None:
     if not isinstance(
         leaf, (jax.Array, np.ndarray, np.generic, float, jax.ShapeDtypeStruct)
     ):
-        raise TypeError(
-            f"{where} must be a floating-point array, got {leaf!r} of type "
-            f"{type(leaf).__name__}; train only the arrays, with optax.masked or "
-            "optax.partition."
-        )
+        remedy = "train only the arrays, with optax.masked or optax.partition"
+        raise type_error(where, "a floating-point array", leaf, remedy)
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or jnp.issubdtype(dtype, np.number):  # not an array of strings
         dtype = jnp.result_type(leaf)
@@ -213,11 +211,11 @@ def check_format_field(
 ) -> None:
     """Raises unless a static number of a format is a float in its range."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        raise TypeError(
-            f"{name} must be a number known before tracing, got {value!r} of type "
-            f"{type(value).__name__}; pass a float ({unit}), and name it in the "
-            "static_args of optax.inject_hyperparams."
+        remedy = (
+            f"pass a float ({unit}), and name it in the static_args of "
+            "optax.inject_hyperparams"
         )
+        raise type_error(name, "a number known before tracing", value, remedy)
     # Messages print bounds with six digits, and a bound as printed is accepted.
     if not min * (1 - 1e-5) <= value <= max * (1 + 1e-5):
         raise ValueError(f"{name} must be in [{min:g}, {max:g}] ({unit}), got {value}.")
@@ -226,10 +224,8 @@ def check_format_field(
 def check_bits(bits: object, min: int, max: int, reason: str) -> None:
     """Raises unless ``bits`` is an int in its range, for the ``reason`` given."""
     if isinstance(bits, bool) or not isinstance(bits, int):
-        raise TypeError(
-            f"bits must be an int, got {bits!r} of type {type(bits).__name__}; "
-            f"formats are static, pass {min} to {max}."
-        )
+        remedy = f"formats are static, pass {min} to {max}"
+        raise type_error("bits", "an int", bits, remedy)
     if not min <= bits <= max:
         raise ValueError(f"bits must be in {min} to {max}, got {bits}; {reason}.")
 
@@ -239,11 +235,8 @@ def check_instance(
 ) -> None:
     """Raises unless ``value`` is an instance of ``kind``, or None where allowed."""
     if not (isinstance(value, kind) or (or_none and value is None)):
-        none = "None or " if or_none else ""
-        raise TypeError(
-            f"{name} must be {none}a madax.{kind.__name__}, got {value!r} of type "
-            f"{type(value).__name__}."
-        )
+        wanted = f"{'None or ' if or_none else ''}a madax.{kind.__name__}"
+        raise type_error(name, wanted, value, "see its fields in the documentation")
 
 
 def check_seed(seed: object) -> None:
@@ -254,10 +247,8 @@ def check_seed(seed: object) -> None:
         or np.shape(seed) != ()
         or not jnp.issubdtype(jnp.result_type(seed), jnp.integer)
     ):
-        raise TypeError(
-            f"seed must be an integer, got {seed!r} of type {type(seed).__name__}; "
-            "pass an int, not a jax.random key (default: 0)."
-        )
+        remedy = "pass an int, not a jax.random key (default: 0)"
+        raise type_error("seed", "an integer", seed, remedy)
 
 
 def check_state(state: object, kind: type) -> None:

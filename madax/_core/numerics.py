@@ -122,7 +122,7 @@ def within(x: jax.Array, low: ArrayLike, high: ArrayLike) -> jax.Array:
 
 @_elementary(jnp.expm1, lambda ans, x: ans + 1)
 def expm1(x: jax.Array) -> jax.Array:
-    """``exp(x) - 1``, float32 to a relative error of 3e-7; saturates at expm1(88)."""
+    """``exp(x) - 1``, float32 to a relative error of 3e-7; saturates at x = 88."""
     power, e = _reduced_expm1(x)
     return power * e + (power - 1)  # may fuse: exact, power is a power of two
 

@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias, TypeGuard
 
 import jax
@@ -202,26 +202,16 @@ class QuantizedArray(metaclass=_InErrors):
     def __len__(self) -> int:
         return len(self.codes)
 
-    def __iter__(self) -> Iterator[jax.Array]:
-        return iter(self.dequantize())
-
-    def __jax_array__(self) -> jax.Array:
-        return self.dequantize()
-
     def __array__(self, dtype=None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("values of codes are always new: leave copy=False out.")
         return np.asarray(self.dequantize(), dtype)
 
-    def __int__(self) -> int:
-        return int(self.dequantize())
-
-    def __float__(self) -> float:
-        return float(self.dequantize())
-
-    def __bool__(self) -> bool:
-        return bool(self.dequantize())
-
+    __jax_array__ = dequantize
+    __iter__ = _by_value(iter)
+    __int__ = _by_value(int)
+    __float__ = _by_value(float)
+    __bool__ = _by_value(bool)
     __add__, __radd__ = _both_ways(operator.add)
     __sub__, __rsub__ = _both_ways(operator.sub)
     __mul__, __rmul__ = _both_ways(operator.mul)
@@ -304,7 +294,7 @@ def _index_scale(scale: jax.Array, shape: tuple[int, ...], index: Any) -> jax.Ar
         return jnp.reshape(scale, ())
     scale = jnp.reshape(scale, (*[1] * (len(shape) - np.ndim(scale)), *np.shape(scale)))
     index = index if isinstance(index, tuple) else (index,)
-    if any(jnp.issubdtype(jnp.result_type(i), bool) for i in index if _is_array(i)):
+    if any(getattr(i, "dtype", type(i)) in (bool, np.bool_) for i in index):
         return jnp.broadcast_to(scale, shape)[index]
     missing = len(shape) - sum(i is not None and i is not Ellipsis for i in index)
     where = next((n for n, i in enumerate(index) if i is Ellipsis), len(index))
@@ -319,10 +309,6 @@ def _index_axis(index: Any, scales: int, size: int) -> Any:
     if scales == size:
         return index
     return slice(None) if isinstance(index, slice) else jnp.zeros_like(index)
-
-
-def _is_array(index: object) -> bool:
-    return not (index is None or index is Ellipsis or isinstance(index, slice))
 
 
 def _fit(codes: object, scale: object, format: Format) -> bool:

@@ -131,8 +131,12 @@ def quantize_params(
             f"{listed(map(repr, paths))}; pass a where(path, leaf) that selects some."
         )
     coded = {i: _code_leaf(paths[i], leaves[i], format, p_scale, axes) for i in chosen}
-    new = dict(enumerate(map(_copied, leaves))) | _usable_codes(coded)
-    return merge(treedef.unflatten(new.values()))
+    new = _usable_codes(paths, leaves, coded)
+    return merge(
+        treedef.unflatten(
+            [new[i] if i in new else _copied(leaf) for i, leaf in enumerate(leaves)]
+        )
+    )
 
 
 def dequantize_params(params: optax.Params, dtype: DTypeLike | None = None) -> Any:
@@ -189,15 +193,6 @@ class _Facts(NamedTuple):
     max_ratio: jax.Array
 
 
-class _Coded(NamedTuple):
-    """A leaf and its codes; without facts if it is codes of the format already."""
-
-    name: str
-    leaf: Leaf
-    codes: QuantizedArray
-    facts: _Facts | None
-
-
 def _copied(tree: Tree) -> Tree:
     """The arrays of a tree in new buffers, so that these may be donated."""
     return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, tree)
@@ -225,7 +220,8 @@ def _code_leaf(
     format: Format,
     p_scale: ArrayLike | None,
     channel_axes: Sequence[int],
-) -> _Coded:
+) -> tuple[QuantizedArray, _Facts | None]:
+    """The codes of a leaf; without facts if it is codes of the format already."""
     name, scale = leaf_name("params", path), None
     if isinstance(leaf.codes if is_quantized(leaf) else leaf, jax.ShapeDtypeStruct):
         raise TypeError(
@@ -236,7 +232,7 @@ def _code_leaf(
     if not is_quantized(leaf):
         check_float_leaf("params", path, leaf)
     elif leaf.format == format:
-        return _Coded(name, leaf, leaf, None)
+        return leaf, None
     elif p_scale is None and not channel_axes:
         scale = leaf.scale
     rank = np.ndim(leaf)
@@ -253,7 +249,7 @@ def _code_leaf(
     )
     if isinstance(scale, jax.core.Tracer):
         scale = jnp.where((scale > 0) & (scale < jnp.inf), scale, jnp.nan)
-    return _Coded(name, leaf, QuantizedArray(codes, scale, format), facts)
+    return QuantizedArray(codes, scale, format), facts
 
 
 def _values(leaf: Tree) -> jax.Array:
@@ -291,20 +287,23 @@ def _encode(
     return code.astype(format.storage_dtype), scale, facts
 
 
-def _usable_codes(coded: dict[int, _Coded]) -> dict[int, QuantizedArray]:
-    """The new codes, except those of leaves that are all zeros.
+def _usable_codes(
+    paths: Sequence[str],
+    leaves: Sequence[Leaf],
+    coded: dict[int, tuple[QuantizedArray, _Facts | None]],
+) -> dict[int, QuantizedArray]:
+    """The new codes by the places of leaves, without the leaves that are all zeros.
 
-    Raises, or warns, of leaves that do not suit the format.
+    Warns of leaves that do not suit the format, and raises if they are not finite.
     """
-    new = {i: each.codes for i, each in coded.items() if each.facts is not None}
+    new = {i: codes for i, (codes, facts) in coded.items() if facts is not None}
+    facts_of = {i: facts for i, (_, facts) in coded.items() if facts is not None}
     known = {
-        i: facts
-        for i, (*_, facts) in coded.items()
-        if facts is not None and not isinstance(facts.max, jax.core.Tracer)
+        i: f for i, f in facts_of.items() if not isinstance(f.max, jax.core.Tracer)
     }
     zeros, clipped, lossy = [], [], []
     for i, facts in jax.device_get(known).items():  # all at once
-        name, leaf, q, _ = coded[i]
+        name, leaf, q = leaf_name("params", paths[i]), leaves[i], new[i]
         if facts.min_scale > 0 and facts.max_scale < np.inf:
             # A weight that is above the scale by a rounding is no outlier.
             if facts.max_relative > 1 + 1e-5:

@@ -22,7 +22,7 @@ from madax.codes._leaves import flatten, widen
 
 
 def float_leaf_sizes(params: optax.Params) -> tuple[list[str], jax.Array, jax.Array]:
-    """The paths of the float leaves, their root mean squares, and largest magnitudes.
+    """The paths of float leaves; vectors of root mean squares and of max magnitudes.
 
     Raises:
       TypeError: if ``params`` holds shapes (``jax.ShapeDtypeStruct``), or floats of
@@ -47,7 +47,11 @@ def float_leaf_sizes(params: optax.Params) -> tuple[list[str], jax.Array, jax.Ar
                 "codes, made by quantize_params."
             )
     paths = [path for path, _ in floats]
-    rms, peaks = _leaf_sizes([leaf for _, leaf in floats])
+    sizes = [awaited(_leaf_size(leaf)) for _, leaf in floats]
+    if sizes:
+        rms, peaks = map(jnp.stack, zip(*sizes, strict=True))
+    else:
+        rms, peaks = jnp.ones(entries(0), np.float32), jnp.zeros(entries(0), np.float32)
     for path, value in zip(paths, known_values(rms), strict=False):
         if not np.isfinite(value):
             raise ValueError(
@@ -109,14 +113,6 @@ def check_code_scales(params: optax.Params) -> None:
 @jax.jit
 def _usable(scale: jax.Array) -> jax.Array:
     return jnp.all((scale > 0) & (scale < jnp.inf))
-
-
-def _leaf_sizes(leaves: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Vectors of the root mean squares and maxima of arrays, float32 or wider."""
-    if not leaves:
-        return jnp.ones(entries(0), jnp.float32), jnp.zeros(entries(0), jnp.float32)
-    rms, peaks = zip(*(awaited(_leaf_size(w)) for w in leaves), strict=True)
-    return jnp.stack(rms), jnp.stack(peaks)
 
 
 # Leaves of one shape share a program, and the host reads nothing between leaves.
