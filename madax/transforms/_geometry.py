@@ -10,7 +10,7 @@ import optax
 
 from madax._core.checks import check_non_negative
 from madax._core.leaf_kinds import read_leaves
-from madax.codes._leaves import largest_weight, places_of_floats
+from madax.codes._leaves import max_weight, places_of_floats
 from madax.codes._scales import bound_on_weights, float_leaf_sizes
 
 # A leaf of parameters: an array, or a QuantizedArray, which has what arrays have.
@@ -83,7 +83,7 @@ def leaf_bounds(
         vectors = np.array([readings[i].kind == "vector" for i in floats])
         # The size of a vector at init, or of zeros, says nothing about the size to be.
         bounds = jnp.where(vectors | (geometry.peak0 == 0), jnp.inf, bounds)
-    ends = [largest_weight(jnp.result_type(leaves[i])) for i in floats]
+    ends = [max_weight(jnp.result_type(leaves[i])) for i in floats]
     return jnp.minimum(bounds, np.array(ends, bounds.dtype))
 
 

@@ -9,7 +9,7 @@ import pytest
 from helpers import enable_x64, mostly_nightly, step
 
 import madax
-from madax.codes._scales import share_beyond
+from madax.codes._scales import fraction_above
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
@@ -221,5 +221,5 @@ def test_an_axis_of_any_length_has_an_init_and_a_step(count):
             state = jax.eval_shape(tx.init, params)
             updates, _ = jax.eval_shape(tx.update, w, state, params)
             assert updates.shape == shape
-        share = jax.eval_shape(share_beyond, w, jax.ShapeDtypeStruct((), jnp.float32))
+        share = jax.eval_shape(fraction_above, w, jax.ShapeDtypeStruct((), jnp.float32))
         assert share.shape == ()

@@ -113,7 +113,7 @@ def test_a_step_of_codes_follows_the_formula(fmt):
     if isinstance(fmt, LogFormat):
         steps = d / fmt.base_step
     elif isinstance(fmt, SymlogFormat):
-        steps = d / fmt.step
+        steps = d / fmt.spacing
     else:
         steps = np.where(codes == 0, d, codes * np.expm1(np.sign(codes) * d))
     room = np.abs(codes + steps) < fmt.levels - 1
