@@ -21,6 +21,7 @@ from madax.papers._bbit_madam import bbit_madam
 from madax.papers._fake_quantize import fake_quantize
 from madax.papers._lns_madam import lns_madam
 from madax.transforms._clip import ClipLogWeightsState, clip_log_weights
+from madax.transforms._dequantized import with_dequantized_params
 from madax.transforms._lns_quantize import LnsQuantizeState, lns_quantize
 from madax.transforms._orthogonal import (
     MatrixDimensionNumbers,
@@ -38,7 +39,6 @@ from madax.transforms._weight_decay import (
 )
 from madax.wrappers._quantized_params import (
     WithQuantizedParamsState,
-    with_dequantized_params,
     with_quantized_params,
 )
 from madax.wrappers._quantized_state import (

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 # The warning about leaves with outliers, without their names and shares.
 CLIPPED = (
@@ -215,6 +216,16 @@ def check_instance(name: str, value: Any, kind: type, *, or_none: bool = True) -
         raise TypeError(
             f"{name} must be {none}a madax.{kind.__name__}, got {value!r} of type "
             f"{type(value).__name__}."
+        )
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a gradient transformation of optax."""
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation, got {value!r} of type "
+            f"{type(value).__name__}; pass for example optax.adam(1e-3), and of "
+            "optax.MultiSteps(...) its .gradient_transformation()."
         )
 
 

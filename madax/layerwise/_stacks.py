@@ -156,8 +156,8 @@ def _shared(tx: Any, one: Any, from_values: Sequence[bool], keys: set[int]) -> s
         def new_state(mapped, common):
             grads, params, own = mapped
             state = treedef.unflatten([x for _, x in sorted({**own, **common}.items())])
-            layer = jnp.int32(0)
-            return tx.update({LAYERS: grads}, state, {LAYERS: params}, layer=layer)[1]
+            extra = {"madax_layer": jnp.int32(0)}
+            return tx.update({LAYERS: grads}, state, {LAYERS: params}, **extra)[1]
 
         found = depends_on(new_state, (_gradients(one), one, own), common)
         left = {i for i in shared if not found[i]}

@@ -315,7 +315,7 @@ class _Run:
             grads, g = self.average(pull, (read(kept, i), g))
             norms = norms.at[i].set(_norm(grads)) if self.has_aux else norms
             grads, before = whole(grads, jnp.zeros_like), join(mine, common)
-            stored, after = self.update({LAYERS: stored}, grads, before, layer=i)
+            stored, after = self.update({LAYERS: stored}, grads, before, madax_layer=i)
             mine, after = split(after)
             return write(layers, stored, i), own, mine, after, g, norms
 

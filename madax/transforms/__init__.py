@@ -1,6 +1,7 @@
 """The transforms that :func:`madax.madam` and its relatives are chains of."""
 
 from madax.transforms._clip import ClipLogWeightsState, clip_log_weights
+from madax.transforms._dequantized import with_dequantized_params
 from madax.transforms._lns_quantize import LnsQuantizeState, lns_quantize
 from madax.transforms._orthogonal import (
     MatrixDimensionNumbers,
@@ -31,4 +32,5 @@ __all__ = [
     "scale_by_orthogonal_momentum",
     "scale_by_second_moment",
     "scale_by_sign_log",
+    "with_dequantized_params",
 ]

@@ -16,7 +16,7 @@ from madax._core.checks import (
     check_seed,
     check_state,
 )
-from madax._core.numerics import relative_to, straight_through, within
+from madax._core.numerics import relative_to, straight_through
 from madax._core.rounding import (
     Rounding,
     check_rounding,
@@ -25,9 +25,10 @@ from madax._core.rounding import (
     rounding_bits,
 )
 from madax._core.vectors import one_a_leaf
-from madax.codes._array import QuantizedArray, is_quantized
+from madax.codes._array import is_quantized
 from madax.codes._leaves import flatten_both, largest_weight, per_leaf, widen
 from madax.codes._scales import initial_scales
+from madax.codes._steps import as_steps, moved_codes, step_codes
 from madax.formats._base import Format
 from madax.transforms._clip import weight_bounds
 
@@ -133,12 +134,14 @@ def lns_quantize(
         scale = jnp.minimum(scale, jnp.finfo(scale.dtype).max)
         return LnsQuantizeState(count, scale)
 
-    def update_fn(updates, state, params=None, *, layer=None, count=None, **extra_args):
+    def update_fn(
+        updates, state, params=None, *, madax_layer=None, count=None, **extra_args
+    ):
         del extra_args
         check_state(state, LnsQuantizeState)
         paths, ws, us, treedef = flatten_both(params, updates)
         steps = state.count if count is None else count
-        keys = one_a_leaf(leaf_keys(seed, steps, paths, layer), len(ws))
+        keys = one_a_leaf(leaf_keys(seed, steps, paths, madax_layer), len(ws))
         scales = _scales(state, format, ws)
         leaves = zip(ws, us, scales, keys, strict=True)
         out = [_step_leaf(*leaf, format, rounding) for leaf in leaves]
@@ -177,62 +180,6 @@ def _step_leaf(
     if format is not None:
         return _step_on_grid(w, u, scale, format, bits)
     return _step_in_dtype(w, u, bits)
-
-
-def step_codes(
-    w: QuantizedArray,
-    steps: jax.Array,
-    sign: jax.Array,
-    bits: jax.Array | None,
-) -> jax.Array:
-    """Rounds a real-valued number of codes to the step that ``w`` will take.
-
-    Args:
-      w: the quantised leaf.
-      steps: real-valued steps, in codes.
-      sign: numbers of the sign that the weights will have.
-      bits: random bits of the leaf's shape; None to round to nearest.
-
-    Returns:
-      The step, int32, which :func:`as_steps` makes an update of.
-    """
-    new = moved_codes(w.codes, w.format, steps, sign, bits)
-    return new - w.codes.astype(jnp.int32)
-
-
-def real_steps(w: QuantizedArray, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The real-valued number of codes that adds ``u`` to the values of a leaf.
-
-    Args:
-      w: the quantised leaf.
-      u: what to add; 0 counts for what is not finite.
-
-    Returns:
-      The steps, and the values after them, relative to the scale; float32.
-    """
-    u = relative_to(w.scale, jnp.where(jnp.isfinite(u), widen(u), 0))
-    return w.format.add_step(w.codes, u), w.format.decode(w.codes) + u
-
-
-def as_steps(w: Any, step: Any) -> Any:
-    """The step as an update; that of a quantised leaf becomes a QuantizedArray."""
-    # This cannot be in a compiled function: what marks an update there is a Python
-    # value.
-    return QuantizedArray.steps(step, w.format) if is_quantized(w) else step
-
-
-def moved_codes(
-    codes: jax.Array,
-    format: Format,
-    steps: jax.Array,
-    sign: jax.Array,
-    bits: jax.Array | None,
-) -> jax.Array:
-    """The codes, int32, after real-valued ``steps`` are rounded and saturated."""
-    beyond = 2 * format.levels + 1  # further than any two codes are apart
-    steps = jnp.where(jnp.isfinite(steps), within(steps, -beyond, beyond), 0)
-    whole = round_steps(steps, bits)
-    return format.saturate(codes.astype(jnp.int32) + whole, sign)
 
 
 def _step_in_dtype(w: jax.Array, u: jax.Array, bits: jax.Array | None) -> jax.Array:

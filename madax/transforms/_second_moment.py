@@ -124,7 +124,7 @@ def scale_by_second_moment(
             m = treedef.unflatten([zeros_like(w, m_dtype) for w in leaves])
         return ScaleBySecondMomentState(jnp.zeros([], jnp.int32), v, m, window)
 
-    def update_fn(updates, state, params=None, *, layer=None, **extra_args):
+    def update_fn(updates, state, params=None, *, madax_layer=None, **extra_args):
         del params, extra_args
         check_state(state, ScaleBySecondMomentState)
         paths, vs, treedef = flatten_named(state.v)
@@ -144,7 +144,9 @@ def scale_by_second_moment(
         else:
             names = ("",) if b1 is None else ("", "/m")
             keys = [
-                leaf_keys(seed, state.count, [path + name for path in paths], layer)
+                leaf_keys(
+                    seed, state.count, [path + name for path in paths], madax_layer
+                )
                 for name in names
             ]
             storages, window = coded_moments(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from madax._core.checks import check_seed, check_state
+from madax._core.checks import check_seed, check_state, check_transformation
 from madax._core.numerics import rounded
 from madax._core.rounding import Rounding, check_rounding, leaf_keys, rounding_bits
 from madax._core.vectors import one_a_leaf
@@ -17,7 +17,7 @@ from madax.codes._array import QuantizedArray, is_quantized
 from madax.codes._leaves import flatten_both
 from madax.codes._quantize import dequantize_params
 from madax.codes._scales import check_code_scales
-from madax.transforms._lns_quantize import as_steps, real_steps, step_codes
+from madax.codes._steps import as_steps, real_steps, step_codes
 from madax.wrappers._error_feedback import limited, start, with_errors
 from madax.wrappers._feedback_checks import check_feedback
 
@@ -111,7 +111,8 @@ def with_quantized_params(
       Nikdan et al., `ECO: quantized training without full-precision master weights
       <https://arxiv.org/abs/2601.22101>`_, 2026, for error feedback.
     """
-    inner = check_inner(inner)
+    check_transformation("inner", inner)
+    inner = optax.with_extra_args_support(inner)
     if not isinstance(error_feedback, bool):
         raise TypeError(
             f"error_feedback must be True or False, got {error_feedback!r}."
@@ -135,7 +136,7 @@ def with_quantized_params(
             before, slope = limited(inner, before, updates, params, slope, extra_args)
         proposed, inner_state = inner.update(updates, before, values, **extra_args)
         us = treedef.flatten_up_to(proposed)
-        keys = leaf_keys(seed, state.count, paths, extra_args.get("layer"))
+        keys = leaf_keys(seed, state.count, paths, extra_args.get("madax_layer"))
         moves = {
             i: _rounded_sum(ws[i], us[i], key, rounding)
             for i, key in enumerate(one_a_leaf(keys, len(ws), apart=True))
@@ -169,60 +170,3 @@ def _rounded_sum(
         bend = 0.5 * w.format.curvature(w.codes)
         steps = steps - rounded(bend * (part * (1 - part)))
     return step_codes(w, steps, jnp.sign(value), bits)
-
-
-def with_dequantized_params(
-    inner: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """Shows a transform the values of parameters in the place of codes.
-
-    Its updates are those of the inner transform, floats. So any direction of optax, or
-    a partition of them, may stand before :func:`scale_by_sign_log` and
-    :func:`lns_quantize`, and train codes natively. Otherwise its state would be made of
-    codes.
-
-    Args:
-      inner: a gradient transformation of gradients to gradients.
-
-    Returns:
-      That for trees that mix arrays and :class:`QuantizedArray`.
-
-    Raises:
-      TypeError: if ``inner`` is not a gradient transformation.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, madax
-      >>> tx = optax.chain(
-      ...     madax.with_dequantized_params(optax.scale_by_adam()),
-      ...     optax.scale_by_learning_rate(0.1),
-      ...     madax.scale_by_sign_log(),
-      ...     madax.clip_log_weights(),
-      ...     madax.lns_quantize(),
-      ... )
-      >>> w = madax.quantize_params(jnp.ones((4, 4)), madax.LogFormat(8))
-      >>> updates, state = tx.update(jnp.ones((4, 4)), tx.init(w), w)
-      >>> bool(jnp.all(optax.apply_updates(w, updates) < w))
-      True
-    """
-    inner = check_inner(inner)
-
-    def init_fn(params):
-        return inner.init(dequantize_params(params))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        if params is not None:
-            params = dequantize_params(params)
-        return inner.update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def check_inner(inner: Any) -> optax.GradientTransformationExtraArgs:
-    """The inner transform, to be given extra arguments, if it is one."""
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(
-            f"inner must be an optax.GradientTransformation, got {inner!r} of type "
-            f"{type(inner).__name__}; pass for example optax.adam(1e-3), and of "
-            "optax.MultiSteps(...) its .gradient_transformation()."
-        )
-    return optax.with_extra_args_support(inner)

@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from madax._core.checks import check_instance, check_seed, check_state
+from madax._core.checks import (
+    check_instance,
+    check_seed,
+    check_state,
+    check_transformation,
+)
 from madax._core.names import ENDS, LAYERS
 from madax._core.rounding import Rounding, check_rounding, leaf_keys
 from madax._core.vectors import entries, one_a_leaf
@@ -27,7 +32,6 @@ from madax.formats._moment_codec import (
     started,
 )
 from madax.formats._moments import MomentFormat
-from madax.wrappers._quantized_params import check_inner
 from madax.wrappers._state_roles import StateLeaves, is_float, state_leaves, unfit
 
 # Smaller leaves save little, and the noise of a few codes would hurt them.
@@ -140,7 +144,8 @@ def with_quantized_state(
       >>> print(mu["w"].dtype, mu["b"].dtype)
       uint8 float32
     """
-    inner = check_inner(inner)
+    check_transformation("inner", inner)
+    inner = optax.with_extra_args_support(inner)
     check_instance("moment_format", moment_format, MomentFormat, or_none=False)
     if where is not None and not callable(where):
         raise TypeError(
@@ -198,8 +203,8 @@ def quantized_state(
         like = state_leaves(inner, updates if params is None else params)
         leaves = jax.tree.leaves(state.inner_state)
         name, dtypes = _stored_dtypes(codec, state, like)
-        names, layer = [_name(like.paths[i]) for i in dtypes], extra_args.get("layer")
-        keys = leaf_keys(seed, state.count, names, layer)
+        names = [_name(like.paths[i]) for i in dtypes]
+        keys = leaf_keys(seed, state.count, names, extra_args.get("madax_layer"))
         parts = one_a_leaf((state.window[name], keys), len(dtypes), apart=True)
         windows = [window for window, _ in parts]
         codes = [leaves[i] for i in dtypes]
