@@ -2,9 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
+
+# Any pytree, where it is not one of parameters (optax.Params) or gradients.
+Tree: TypeAlias = Any
 
 # The two parts of the parameters that :func:`madax.layerwise` trains.
 ENDS, LAYERS = "ends", "layers"

@@ -73,9 +73,7 @@ class MomentCodec:
         value = to_pattern(window.scale * value)
         # Zero and the sign are chosen in the pattern, after the product. So no compiler
         # fuses that with a sum that the inner optimizer has it in.
-        return from_pattern(
-            jnp.where(code > 0, value, 0) | sign << (32 - self.bits)
-        )
+        return from_pattern(jnp.where(code > 0, value, 0) | sign << (32 - self.bits))
 
     @partial(jax.jit, static_argnums=0, static_argnames="at_start")
     def follow(
@@ -120,7 +118,9 @@ class MomentCodec:
         fraction, _ = fraction_and_exponent(window.scale * factor)
         scale = jnp.where(factor >= _MIN_FACTOR, fraction, window.scale)
         squares = jnp.where(signed, 1, 2)
-        limit = jnp.maximum(mean + squares * _REACH, self._top(window) + squares * _RISE)
+        limit = jnp.maximum(
+            mean + squares * _REACH, self._top(window) + squares * _RISE
+        )
         top = to_pattern(relative_to(scale, max_size)) >> MANTISSA
         octaves = self._octaves(signed)
         # It ends above the octave of the max magnitude.
@@ -142,7 +142,7 @@ class MomentCodec:
         before: jax.typing.ArrayLike,
         fits: jax.Array,
         window: MomentWindow,
-        key: jax.Array | None,
+        key: jax.Array,
         rounding: Rounding,
     ) -> jax.Array:
         """The codes of the new values of a leaf where those fit, else of those before.
@@ -176,7 +176,7 @@ class MomentCodec:
         window = MomentWindow(jnp.int32(1), jnp.float32(1), jnp.bool(False))
         window = self.follow(new, 0.0, window, at_start=True)
         fits = self.fits(new, window)
-        return self.encode(new, 0.0, fits, window, None, "nearest"), window
+        return self.encode(new, 0.0, fits, window, jnp.uint32(0), "nearest"), window
 
     def _grid(self, window: MomentWindow) -> tuple[MomentGrid, jax.Array, jax.Array]:
         """The grid of magnitudes, its max code, and what is added to them."""
@@ -196,7 +196,7 @@ class MomentCodec:
         """The bit of codes that is a sign; 0 if there is none."""
         return jnp.where(window.signed, 1 << (self.bits - 1), 0)
 
-    def _octaves(self, signed: jax.Array | None) -> jax.Array:
+    def _octaves(self, signed: jax.Array) -> jax.Array:
         return jnp.where(signed, self.octaves, UNSIGNED_OCTAVES)
 
     def _top(self, window: MomentWindow) -> jax.Array:
@@ -239,15 +239,14 @@ def _extremes(x: jax.Array, factor: jax.Array) -> _Extremes:
 def _extremes_at_once(x: jax.Array, factor: jax.Array) -> _Extremes:
     """The same as one operation, without which CPUs compute the values for each."""
 
-    def either(a: _Extremes, b: _Extremes) -> _Extremes:
+    def either(a, b):
         reduce = jnp.minimum, jnp.maximum, jnp.minimum, jnp.add, jnp.add
-        return _Extremes(*(f(*pair) for f, *pair in zip(reduce, a, b, strict=True)))
+        return tuple(f(*pair) for f, *pair in zip(reduce, a, b, strict=True))
 
-    start = _Extremes(*map(np.float32, (0, 0, 1)), np.int32(0), np.int32(0))
+    start = *map(np.float32, (0, 0, 1)), np.int32(0), np.int32(0)
     size = jnp.abs(x)
-    factors = jnp.broadcast_to(factor, x.shape)
-    values = _Extremes(x, size, factors, *_exponents(size))
-    return jax.lax.reduce(values, start, either, tuple(range(x.ndim)))
+    values = x, size, jnp.broadcast_to(factor, x.shape), *_exponents(size)
+    return _Extremes(*jax.lax.reduce(values, start, either, tuple(range(x.ndim))))
 
 
 def _exponents(size: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from madax._core.names import Tree
 from madax._core.numerics import BIAS, MANTISSA, from_pattern, to_pattern
 
 # Octaves of a moment without a sign. A moment with a sign goes as the gradient, not as
@@ -34,7 +35,7 @@ class MomentWindow(NamedTuple):
 
     octave: jax.Array
     scale: jax.Array
-    signed: jax.Array | None = None
+    signed: Tree = None
 
 
 def window_start(octave: jax.Array, octaves: jax.typing.ArrayLike) -> jax.Array:

@@ -60,9 +60,7 @@ class SecondMoment(NamedTuple):
 class FloatMoments:
     """The moments of a leaf, stored as they are."""
 
-    def add_square(
-        self, nu: jax.Array, g: jax.Array, rate: jax.Array
-    ) -> SecondMoment:
+    def add_square(self, nu: jax.Array, g: jax.Array, rate: jax.Array) -> SecondMoment:
         """The second moment after a gradient."""
         counted = g * g < jnp.inf
         nu = jnp.where(counted, moving_average(nu, g * g, rate), nu)
@@ -226,9 +224,7 @@ class CodedMoments:
     nu_key: jax.Array
     mu_key: jax.Array | None = None
 
-    def add_square(
-        self, nu: jax.Array, g: jax.Array, rate: jax.Array
-    ) -> SecondMoment:
+    def add_square(self, nu: jax.Array, g: jax.Array, rate: jax.Array) -> SecondMoment:
         """Like that of floats, but values are over the unit of nu."""
         del rate
         old = self.codec.nu_grid(self.before).lowered(self.octaves)

@@ -10,7 +10,7 @@ import optax
 
 from madax._core.checks import check_state
 from madax._core.rounding import Rounding
-from madax.formats._moments import MomentFormat
+from madax.formats._moment_format import MomentFormat
 from madax.optimizers._chain import from_direction
 from madax.transforms._second_moment import (
     ScaleBySecondMomentState,

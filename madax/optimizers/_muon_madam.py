@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +14,8 @@ from madax._core.checks import check_decay
 from madax._core.names import flatten_named
 from madax._core.rounding import Rounding
 from madax.codes._array import is_quantized
-from madax.formats._moment_codec import Codec
-from madax.formats._moments import MomentFormat
+from madax.formats._moment_codec import MomentCodec
+from madax.formats._moment_format import MomentFormat
 from madax.optimizers._chain import from_direction
 from madax.transforms._orthogonal import (
     Matrices,
@@ -112,22 +114,29 @@ def muon_madam(
     """
     check_matrices(matrices)
     b1 = check_decay("b1", b1, 0.95)
-    normalized = scale_by_second_moment(b2, moment_format=moment_format, seed=seed)
+    # Only a momentum has octaves to choose.
+    second = moment_format and dataclasses.replace(moment_format, octaves=None)
+    normalized = scale_by_second_moment(b2, moment_format=second, seed=seed)
 
+    @functools.cache
     def orthogonal(axes):
         tx = orthogonal_momentum(b1, lambda paths, leaves: axes)
         if moment_format is None:
             return tx
         # A momentum that is used as a whole needs no more than 8 octaves.
-        codec = Codec(moment_format, octaves=8)
-        return quantized_state(tx, codec, lambda _, x: range(len(x.paths)), seed=seed)
+        codec = MomentCodec(moment_format.bits, moment_format.octaves or 8)
+
+        def everything(_, leaves):
+            return range(len(leaves.paths))
+
+        return quantized_state(tx, codec, everything, seed=seed, known_as="m")
 
     # Axes are read from the whole tree, because each part sees only its own leaves.
     def parted(tree):
         paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
         axes = read_axes(paths, leaves, matrices)
         labels = ["other" if found is None else "matrix" for found in axes]
-        matrix = orthogonal([found for found in axes if found is not None])
+        matrix = orthogonal(tuple(found for found in axes if found is not None))
         return optax.partition(
             {"matrix": matrix, "other": normalized}, treedef.unflatten(labels)
         )

@@ -21,11 +21,9 @@ from madax._core.numerics import (
     exp,
     expm1,
     log1p,
-    moving_average,
     over_root,
 )
-from madax._core.rounding import leaf_keys, random_bits
-from madax._core.vectors import one_a_leaf
+from madax._core.rounding import leaf_keys
 from madax.codes._leaves import compute_dtype, flatten, flatten_like, zeros_like
 from madax.formats._moment_format import MomentFormat
 from madax.formats._moment_grid import check_made_for
@@ -149,9 +147,7 @@ def scale_by_second_moment(
                 )
                 for name in names
             ]
-            storages, window = coded_moments(
-                codec, window, vs, rate, state.count, keys
-            )
+            storages, window = coded_moments(codec, window, vs, rate, state.count, keys)
             # E[1 / sqrt(v)] is (1 + 3/8 of the relative variance of v) / sqrt(E[v]).
             # The newest share of v has not been rounded yet.
             noise = codec.rounding_variance * (1 - rate / bias) ** 2

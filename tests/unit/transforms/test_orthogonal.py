@@ -311,7 +311,12 @@ def test_moments_of_eight_bits_hardly_turn_the_direction():
         return jax.lax.scan(one, tx.init(gs[0]), gs)[1][-1]
 
     exact = directions(ORTHOGONAL, gs)
-    stored = directions(madax.with_quantized_state(ORTHOGONAL, octaves=8), gs)
+    stored = directions(
+        madax.with_quantized_state(
+            ORTHOGONAL, moment_format=madax.MomentFormat(8, octaves=8)
+        ),
+        gs,
+    )
     assert float(jnp.mean(exact * stored)) > 0.9
 
 
