@@ -19,7 +19,7 @@ from madax.codes._array import is_quantized
 from madax.codes._leaves import (
     flatten,
     flatten_like,
-    largest_weight,
+    max_weight,
     nodes_of,
     per_leaf,
     widen,
@@ -279,7 +279,7 @@ def _by_path(
 def _is_at_bound(w: Tree, bounds: Sequence[jax.Array]) -> jax.Array:
     if is_quantized(w):
         return jnp.abs(w.codes) == w.format.levels
-    bound = reduce(jnp.minimum, bounds, largest_weight(jnp.result_type(w)))
+    bound = reduce(jnp.minimum, bounds, max_weight(jnp.result_type(w)))
     return jnp.abs(widen(w)) >= (1 - 2**-6) * bound
 
 

@@ -3,9 +3,12 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
+
+# Any pytree, where it is not one of parameters (optax.Params) or gradients.
+Tree: TypeAlias = Any
 
 # The two parts of the parameters that :func:`madax.layerwise` trains.
 ENDS, LAYERS = "ends", "layers"
@@ -14,8 +17,8 @@ ENDS, LAYERS = "ends", "layers"
 def path_names(paths: Sequence[jax.tree_util.KeyPath]) -> list[str]:
     """The paths of all leaves of a tree, with slashes: ``Dense_0/kernel``.
 
-    Flax puts arrays in boxes: variables of nnx, and partitioned ones of linen. Each is
-    a node with a single child, ``value``, which is left out of the path.
+    Flax puts arrays in boxes: variables of nnx, and partitioned ones of linen. Each box
+    is a node with a single child, ``value``, which is left out of the path.
     """
     below = Counter(path[:i] for path in paths for i in range(len(path)))
     value = jax.tree_util.GetAttrKey("value")
@@ -30,8 +33,8 @@ def path_names(paths: Sequence[jax.tree_util.KeyPath]) -> list[str]:
 
 
 def flatten_named(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[list[str], list[Any], Any]:
+    tree: Tree, is_leaf: Callable[[Tree], bool] | None = None
+) -> tuple[list[str], list[Tree], jax.tree_util.PyTreeDef]:
     """Flattens any tree into the names of its paths, leaves and treedef."""
     with_path, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     paths = path_names([path for path, _ in with_path])

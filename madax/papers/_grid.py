@@ -18,7 +18,7 @@ from madax._core.checks import (
 from madax._core.numerics import relative_to, straight_through
 from madax._core.rounding import Rounding, check_rounding, leaf_keys, rounding_bits
 from madax._core.vectors import one_a_leaf
-from madax.codes._leaves import flatten_both, largest_weight, per_leaf, widen
+from madax.codes._leaves import flatten_both, max_weight, per_leaf, widen
 from madax.codes._steps import moved_codes
 from madax.formats._base import Format
 from madax.optimizers._chain import from_direction
@@ -175,7 +175,7 @@ def _update_of_floats(
 ) -> jax.Array:
     bits = rounding_bits(rounding, key, jnp.shape(u))
     dtype = jnp.result_type(w)
-    largest = largest_weight(dtype)  # float16 may not reach as far as the scale
+    largest = max_weight(dtype)  # float16 may not reach as far as the scale
     x = widen(w)
     u, scale = u.astype(x.dtype), scale.astype(x.dtype)
     x, step, moved = (relative_to(scale, v) for v in (x, u, x + u))

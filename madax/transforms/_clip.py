@@ -11,15 +11,15 @@ from madax._core.checks import (
     check_non_negative,
     check_positive,
     check_state,
+    in_percent,
     leaf_name,
-    shares,
     warn_of_leaves,
 )
 from madax._core.numerics import within
 from madax._core.vectors import awaited, known_values
 from madax.codes._array import is_quantized
-from madax.codes._leaves import flatten, flatten_both, largest_weight, per_leaf, widen
-from madax.codes._scales import share_beyond
+from madax.codes._leaves import flatten, flatten_both, per_leaf, widen
+from madax.codes._scales import fraction_above
 from madax.transforms._geometry import Geometry, Leaf, geometry_at_init, leaf_bounds
 
 
@@ -120,13 +120,13 @@ def with_first_bound(
     beyond = known_values(geometry.peak0 > bounds * (1 + 1e-5))  # not by a rounding
     floats = [x for x in zip(paths, leaves, strict=True) if not is_quantized(x[1])]
     clipped = [
-        (leaf_name("params", path), awaited(share_beyond(w, bound)))
+        (leaf_name("params", path), awaited(fraction_above(w, bound)))
         for (path, w), bound, too_far in zip(
             floats, known_values(bounds), beyond, strict=False
         )
         if too_far
     ]
-    warn_of_leaves(shares(clipped), CLIPPED, stacklevel=stacklevel + 1)
+    warn_of_leaves(in_percent(clipped), CLIPPED, stacklevel=stacklevel + 1)
     return geometry._replace(bound=bounds)
 
 
@@ -144,7 +144,7 @@ def clipped(
 def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
     """Shortens ``u`` so that ``|w + u| <= bound``; otherwise leaves it alone."""
     x = widen(w)
-    bound = jnp.minimum(bound, largest_weight(jnp.result_type(w))).astype(x.dtype)
+    bound = bound.astype(x.dtype)
     # A bound is NaN if a traced p_scale is out of range. The weights show it.
     u = jnp.where(bound >= 0, u.astype(x.dtype), jnp.nan)
     return within(u, -bound - x, bound - x)

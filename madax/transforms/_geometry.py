@@ -10,7 +10,7 @@ import optax
 
 from madax._core.checks import check_non_negative
 from madax._core.leaf_kinds import read_leaves
-from madax.codes._leaves import places_of_floats
+from madax.codes._leaves import max_weight, places_of_floats
 from madax.codes._scales import bound_on_weights, float_leaf_sizes
 
 # A leaf of parameters: an array, or a QuantizedArray, which has what arrays have.
@@ -29,9 +29,8 @@ class Geometry(NamedTuple):
       rms0: root mean square of each leaf at init, or ``zero_init_scale`` where the leaf
         was all zeros.
       peak0: max magnitude in each leaf at init; 0 if the leaf was all zeros.
-      bound: the bound on the magnitudes of each leaf in the last step, inf for a leaf
-        that is free to grow up to the max of its dtype; None in the state of transforms
-        that have no bound.
+      bound: the bound on the magnitudes of each leaf in the last step, for a free leaf
+        the max of its dtype; None in the state of transforms that have no bound.
     """
 
     rms0: jax.Array
@@ -77,12 +76,15 @@ def leaf_bounds(
     """The bound on the magnitudes of each float leaf, given all leaves of the tree."""
     floats = places_of_floats(geometry.rms0, leaves)
     bounds = bound_on_weights(p_scale, geometry.rms0, geometry.peak0)
-    if p_scale is not None or not floats:
+    if not floats:
         return bounds
-    readings = read_leaves(paths, map(np.shape, leaves))
-    vectors = np.array([readings[i].kind == "vector" for i in floats])
-    # The size at init of a vector, or of zeros, says nothing about the size to come.
-    return jnp.where(vectors | (geometry.peak0 == 0), jnp.inf, bounds)
+    if p_scale is None:
+        readings = read_leaves(paths, map(np.shape, leaves))
+        vectors = np.array([readings[i].kind == "vector" for i in floats])
+        # The size of a vector at init, or of zeros, says nothing about the size to be.
+        bounds = jnp.where(vectors | (geometry.peak0 == 0), jnp.inf, bounds)
+    ends = [max_weight(jnp.result_type(leaves[i])) for i in floats]
+    return jnp.minimum(bounds, np.array(ends, bounds.dtype))
 
 
 def grid_scales(p_scale: jax.typing.ArrayLike | None, geometry: Geometry) -> jax.Array:

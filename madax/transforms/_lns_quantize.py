@@ -19,7 +19,7 @@ from madax._core.rounding import (
 )
 from madax._core.vectors import one_a_leaf
 from madax.codes._array import is_quantized
-from madax.codes._leaves import flatten_both, largest_weight, widen
+from madax.codes._leaves import flatten_both, max_weight, widen
 from madax.codes._scales import float_leaf_sizes
 from madax.codes._steps import as_steps, step_codes
 from madax.transforms._geometry import Leaf
@@ -151,7 +151,7 @@ def _step_in_dtype(w: jax.Array, u: jax.Array, bits: jax.Array | None) -> jax.Ar
     steps = (x + u) * per_unit
     whole = jnp.floor(steps)
     steps = whole + round_steps(steps - whole, bits).astype(x.dtype)
-    largest = largest_weight(dtype)
+    largest = max_weight(dtype)
     target = jnp.clip(steps * spacing, -largest, largest)
     to_target = jnp.clip(target - x, -largest, largest)
     return straight_through(u, to_target).astype(dtype)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from madax._core.names import Tree
 from madax._core.numerics import rounded
 from madax._core.shards import barrier
 from madax._core.vectors import entries, one_a_leaf
@@ -37,8 +38,18 @@ class Slopes(NamedTuple):
     momentum: list[jax.Array]
 
 
-def start(
-    inner: optax.GradientTransformationExtraArgs, state: Any, params: Any
+class DifferentiatedStep(NamedTuple):
+    """The updates of a step, the state after it, and its derivatives."""
+
+    updates: optax.Updates
+    state: optax.OptState
+    slopes: Slopes
+
+
+def zero_slopes(
+    inner: optax.GradientTransformationExtraArgs,
+    state: optax.OptState,
+    params: optax.Params,
 ) -> jax.Array:
     """The slopes before the first step: zeros, one for each leaf of codes.
 
@@ -53,14 +64,14 @@ def start(
     return jnp.zeros(entries(len(places)), jnp.float32)
 
 
-def limited(
+def limited_momentum(
     inner: optax.GradientTransformationExtraArgs,
-    state: Any,
-    grads: Any,
-    params: Any,
+    state: optax.OptState,
+    grads: optax.Updates,
+    params: optax.Params,
     before: jax.Array | None,
-    extra_args: dict[str, Any],
-) -> tuple[Any, jax.Array]:
+    extra_args: dict[str, Tree],
+) -> tuple[optax.OptState, jax.Array]:
     """The state before a step, with a momentum that fits the learning rate.
 
     A momentum that makes up for errors at a low rate would be far too large at a high
@@ -76,7 +87,7 @@ def limited(
       state: its state.
       grads: the gradients.
       params: the parameters, of which some are codes.
-      before: the last slopes that were not zero; at first, those from :func:`start`.
+      before: the last slopes that were not zero; at first :func:`zero_slopes`.
       extra_args: extra arguments of the update.
 
     Returns:
@@ -96,7 +107,7 @@ def limited(
         jax.eval_shape(inner.init, single),
     )
     zeros = jax.tree.map(lambda w, g: jnp.zeros_like(w, g.dtype), single, grads)
-    *_, slopes = step_with_slopes(inner, ones, zeros, single, places, extra_args)
+    slopes = differentiated_step(inner, ones, zeros, single, places, extra_args).slopes
 
     ms, after = find_momentum(state, params, places), []
     for i, last in enumerate(one_a_leaf(before, len(places), apart=True)):
@@ -110,15 +121,15 @@ def limited(
     return state, jnp.stack(after) if after else before
 
 
-def step_with_slopes(
+def differentiated_step(
     inner: optax.GradientTransformationExtraArgs,
-    state: Any,
-    grads: Any,
-    params: Any,
+    state: optax.OptState,
+    grads: optax.Updates,
+    params: optax.Params,
     places: Sequence[int],
-    extra_args: dict[str, Any],
-) -> tuple[Any, Any, Slopes]:
-    """Takes a step, and its derivatives with respect to the previous momentum.
+    extra_args: dict[str, Tree],
+) -> DifferentiatedStep:
+    """A step, and its derivatives with respect to the momentum before it.
 
     Args:
       inner: an optimizer whose momentum acts on each element alone.
@@ -127,9 +138,6 @@ def step_with_slopes(
       params: the values of the parameters.
       places: the places of the leaves of codes, in flatten order.
       extra_args: extra arguments of the update.
-
-    Returns:
-      Updates, the new state, and the derivatives.
     """
     treedef = jax.tree.structure(params)
 
@@ -143,17 +151,17 @@ def step_with_slopes(
     ms = find_momentum(state, params, places)
     ones = [jnp.ones_like(m) for m in ms]
     _, slopes, (updates, after) = jax.jvp(step, (ms,), (ones,), has_aux=True)
-    return updates, after, slopes
+    return DifferentiatedStep(updates, after, slopes)
 
 
-def with_errors(
+def state_with_errors(
     inner: optax.GradientTransformationExtraArgs,
-    state: Any,
-    grads: Any,
-    params: Any,
+    state: optax.OptState,
+    grads: optax.Updates,
+    params: optax.Params,
     moves: Sequence[jax.Array],
-    extra_args: dict[str, Any],
-) -> tuple[Any, list[jax.Array]]:
+    extra_args: dict[str, Tree],
+) -> tuple[optax.OptState, list[jax.Array]]:
     """The state after a step, with its rounding errors in the momentum.
 
     On CPUs the step is taken a second time, after the new codes are stored. A kernel
@@ -179,20 +187,20 @@ def with_errors(
         gs[i], ws[i], codes = _computed_first((gs[i], ws[i], codes))
         new.append(codes)
     grads, values = map(treedef.unflatten, (gs, ws))
-    updates, state, slopes = step_with_slopes(
+    updates, state, slopes = differentiated_step(
         inner, state, grads, dequantize_params(values), places, extra_args
     )
     us, ws = treedef.flatten_up_to(updates), [ws[i] for i in places]
     ms = find_momentum(state, params, places)
     leaves = zip(ws, [us[i] for i in places], new, ms, *slopes, strict=True)
     # An optimizer that stores the momentum as codes reads it in several kernels.
-    ms = [_computed_first(_with_error(*leaf)) for leaf in leaves]
+    ms = [_computed_first(_momentum_with_error(*leaf)) for leaf in leaves]
     pairs = zip(ws, new, strict=True)
     moves = [codes.astype(jnp.int32) - w.codes.astype(jnp.int32) for w, codes in pairs]
     return with_momentum(state, params, places, ms), moves
 
 
-def _computed_first(x: Any) -> Any:
+def _computed_first(x: Tree) -> Tree:
     """A tree of arrays, which CPUs store before they go on.
 
     Other compilers make one kernel for all results of a leaf, and keep no floats.
@@ -201,7 +209,7 @@ def _computed_first(x: Any) -> Any:
 
 
 @jax.jit
-def _with_error(
+def _momentum_with_error(
     w: QuantizedArray,
     u: jax.Array,
     codes: jax.Array,
@@ -226,6 +234,6 @@ def _with_error(
     return jnp.where(ok, after, m)
 
 
-def _single(leaf: Any) -> jax.Array:
+def _single(leaf: jax.Array | QuantizedArray) -> jax.Array:
     """A one, as an array of the rank and dtype of a leaf."""
     return jnp.ones((1,) * leaf.ndim, leaf.dtype)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from madax._core.checks import leaf_name
-from madax._core.names import flatten_named
-from madax._core.tracing import dependences
+from madax._core.names import Tree, flatten_named
+from madax._core.tracing import Shapes, dependences, shapes_of
 from madax.codes._leaves import flatten
 from madax.codes._quantize import dequantize_params
 from madax.wrappers._momentum import find_momentum, places_of_codes, with_momentum
 
 
 def check_feedback(
-    inner: optax.GradientTransformationExtraArgs, params: Any, extra_args: Any
+    inner: optax.GradientTransformationExtraArgs,
+    params: optax.Params,
+    extra_args: dict[str, Tree],
 ) -> None:
     """Raises a ValueError if errors do not belong in the momentum of ``inner``.
 
@@ -26,11 +27,8 @@ def check_feedback(
     nothing else that ``inner`` keeps depends on it.
     """
     paths, places = flatten(params)[0], places_of_codes(params)
-    shapes = jax.eval_shape(lambda x: x, (dequantize_params(params), extra_args))
-    shapes, treedef = jax.tree.flatten(shapes)
-    # Shapes and dtypes alone: shardings need not be hashable.
-    kinds = tuple((x.shape, x.dtype) for x in shapes)
-    reason = _why_not(inner, treedef, kinds, tuple(places))
+    shapes = jax.eval_shape(lambda p, x: (dequantize_params(p), x), params, extra_args)
+    reason = _reason_against(inner, shapes_of(shapes), tuple(places))
     if reason is not None:
         place, text = reason
         raise ValueError(
@@ -41,11 +39,13 @@ def check_feedback(
 
 
 @lru_cache(maxsize=64)
-def _why_not(
-    inner: Any, treedef: Any, kinds: Any, places: tuple[int, ...]
+def _reason_against(
+    inner: optax.GradientTransformationExtraArgs,
+    shapes: Shapes,
+    places: tuple[int, ...],
 ) -> tuple[int, str] | None:
     """The place of a leaf that may not get errors, and the reason; traced once."""
-    params, extra_args = treedef.unflatten([jax.ShapeDtypeStruct(*x) for x in kinds])
+    params, extra_args = shapes.tree()
     state = jax.eval_shape(inner.init, params)
     ms = find_momentum(state, params, places)
     count = len(jax.tree.leaves(params))
@@ -82,7 +82,7 @@ def _why_not(
     return None
 
 
-def _inexact(state: Any) -> dict[str, Any]:
+def _inexact(state: optax.OptState) -> dict[str, jax.Array]:
     """The leaves of a state that have derivatives, by their paths."""
     paths, leaves, _ = flatten_named(state)
     return {

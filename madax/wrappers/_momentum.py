@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import optax
 from optax import tree_utils
 
 from madax._core.checks import leaf_name
+from madax._core.names import Tree
 from madax.codes._array import is_quantized
 from madax.codes._leaves import flatten
 
@@ -18,7 +18,9 @@ from madax.codes._leaves import flatten
 _NAMES = ("mu", "trace")
 
 
-def find_momentum(state: Any, params: Any, places: Sequence[int]) -> list[jax.Array]:
+def find_momentum(
+    state: optax.OptState, params: optax.Params, places: Sequence[int]
+) -> list[jax.Array]:
     """The momentum that the state of an optimizer has for each leaf of codes.
 
     Raises:
@@ -39,16 +41,19 @@ def find_momentum(state: Any, params: Any, places: Sequence[int]) -> list[jax.Ar
         if not jnp.issubdtype(found[0].dtype, jnp.floating):
             raise ValueError(
                 "error_feedback=True needs a momentum of floats, but inner has a "
-                f"momentum of {name} with dtype {found[0].dtype}; put "
-                "with_quantized_state around with_quantized_params, not inside it."
+                f"momentum of {name} with dtype {found[0].dtype}; pass moment_format "
+                "to with_quantized_params instead of with_quantized_state inside it."
             )
         momenta += found
     return momenta
 
 
 def with_momentum(
-    state: Any, params: Any, places: Sequence[int], ms: Sequence[Any]
-) -> Any:
+    state: optax.OptState,
+    params: optax.Params,
+    places: Sequence[int],
+    ms: Sequence[jax.Array | None],
+) -> optax.OptState:
     """The state of an optimizer with another momentum for the leaves of codes."""
     treedef = jax.tree.structure(params, is_leaf=is_quantized)
     for name, path, leaves in _fields(state, params):
@@ -62,15 +67,17 @@ def with_momentum(
     return state
 
 
-def _fields(state: Any, params: Any) -> list[tuple[str, Any, list[Any]]]:
+def _fields(
+    state: optax.OptState, params: optax.Params
+) -> list[tuple[str, jax.tree_util.KeyPath, list[Tree]]]:
     """The names, paths and leaves of fields that hold a momentum of all parameters.
 
-    Only a field counts whose value is a tree like the parameters: one of those may be
+    Only a field counts whose value is a tree like the parameters: a parameter may be
     called "mu", too.
     """
     treedef = jax.tree.structure(params, is_leaf=is_quantized)
 
-    def leaves_of(value: Any) -> list[Any]:
+    def leaves_of(value: Tree) -> list[Tree]:
         try:
             return treedef.flatten_up_to(value)
         except (ValueError, TypeError):
@@ -90,6 +97,6 @@ def _fields(state: Any, params: Any) -> list[tuple[str, Any, list[Any]]]:
     ]
 
 
-def places_of_codes(params: Any) -> list[int]:
+def places_of_codes(params: optax.Params) -> list[int]:
     """The places of the leaves of codes, in flatten order."""
     return [i for i, w in enumerate(flatten(params)[1]) if is_quantized(w)]

@@ -145,7 +145,7 @@ def test_lns_madam_is_the_base_2_model(bits, gamma, rate, storage):
     """log2|w| in units of 1 / gamma octaves; a rate is in octaves."""
     fmt = LogFormat.from_gamma(bits, gamma)
     schedule, model_rate = falling(*rate) if isinstance(rate, tuple) else (rate, None)
-    tx = madax.papers.lns_madam(schedule, fmt)
+    tx = madax.papers.lns_madam(schedule, format=fmt)
     magnitudes = 2 ** (bits - 1) - 1
     k = lambda t: gamma * (model_rate(t) if model_rate else rate)
     check(tx, fmt, magnitudes, np.log(2) / gamma, k, storage)
