@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from madax._core.checks import (
@@ -45,13 +44,13 @@ _LOSSY = (
 
 
 def quantize_params(
-    params: optax.Params,
+    params: Tree,
     format: Format,
     *,
     where: Callable[[str, Any], bool] | None = None,
     p_scale: ArrayLike | None = None,
     channel_axis: int | tuple[int, ...] | None = None,
-) -> Any:
+) -> Tree:
     r"""Replaces leaves of a parameter tree by codes of a number format.
 
     .. math:: \text{scale} = \max(3\, \mathrm{rms}(w), \max |w|), \qquad
@@ -139,7 +138,7 @@ def quantize_params(
     )
 
 
-def dequantize_params(params: optax.Params, dtype: DTypeLike | None = None) -> Any:
+def dequantize_params(params: Tree, dtype: DTypeLike | None = None) -> Tree:
     """The parameters as floating-point arrays, for the model to use.
 
     Args:

@@ -361,5 +361,7 @@ if __name__ == "__main__":
 
 
 def test_a_key_that_would_be_read_as_a_dtype_is_refused():
-    with pytest.raises(ValueError, match="'a:bfloat16', which would be read as one of"):
+    with pytest.raises(
+        ValueError, match="'a:bfloat16', which would be read as an array"
+    ):
         madax.to_flat_dict({"a:bfloat16": np.zeros(3, np.uint16)})
