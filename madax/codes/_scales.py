@@ -90,8 +90,8 @@ def check_code_scales(params: optax.Params) -> None:
     for path, ok in jax.device_get(known).items():  # all at once
         if not ok:
             raise ValueError(
-                f"{leaf_name('params', path)} (or one of its channels) holds codes "
-                "without a scale: the weights were all zeros or not finite. "
+                f"{leaf_name('params', path)} holds codes without a scale, as a "
+                "whole or in a channel: the weights were all zeros or not finite. "
                 "Initialise them with finite values that are not all zero, or leave "
                 "them out with where; quantize_params says so outside of jax.jit."
             )
