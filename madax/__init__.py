@@ -20,7 +20,7 @@ from madax.optimizers._muon_madam import muon_madam
 from madax.papers._bbit_madam import bbit_madam
 from madax.papers._fake_quantize import fake_quantize
 from madax.papers._lns_madam import lns_madam
-from madax.transforms._clip import ClipLogWeightsState, clip_log_weights
+from madax.transforms._clip import clip_log_weights
 from madax.transforms._dequantized import with_dequantized_params
 from madax.transforms._lns_quantize import LnsQuantizeState, lns_quantize
 from madax.transforms._orthogonal import (
@@ -32,11 +32,8 @@ from madax.transforms._second_moment import (
     ScaleBySecondMomentState,
     scale_by_second_moment,
 )
-from madax.transforms._sign_log import ScaleBySignLogState, scale_by_sign_log
-from madax.transforms._weight_decay import (
-    AddDecayedLogWeightsState,
-    add_decayed_log_weights,
-)
+from madax.transforms._sign_log import scale_by_sign_log
+from madax.transforms._weight_decay import add_decayed_log_weights
 from madax.wrappers._quantized_params import (
     WithQuantizedParamsState,
     with_quantized_params,
@@ -52,8 +49,6 @@ except _metadata.PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "AddDecayedLogWeightsState",
-    "ClipLogWeightsState",
     "Format",
     "Layerwise",
     "LnsQuantizeState",
@@ -64,7 +59,6 @@ __all__ = [
     "QuantizedArray",
     "ScaleByOrthogonalMomentumState",
     "ScaleBySecondMomentState",
-    "ScaleBySignLogState",
     "SplitLayers",
     "SymlogFormat",
     "UniformFormat",

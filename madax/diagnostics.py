@@ -21,15 +21,15 @@ from madax.codes._array import is_quantized
 from madax.codes._leaves import (
     flatten,
     flatten_like,
-    largest_weight,
+    max_weight,
     nodes_of,
     per_leaf,
     widen,
 )
 from madax.codes._quantize import dequantize_params
 from madax.codes._scales import split_peak
-from madax.transforms._clip import ClipLogWeightsState, leaf_bounds
-from madax.transforms._lns_quantize import LnsQuantizeState
+from madax.papers._grid import QuantizeToGridState
+from madax.transforms._geometry import Geometry
 from madax.transforms._matrix_table import MatrixTable, matrix_table
 from madax.transforms._orthogonal import Matrices
 from madax.transforms._skipped import count_skipped
@@ -90,23 +90,22 @@ def relative_update_size(params: Any, updates: Any) -> dict[str, jax.Array]:
     return _by_path(lambda w, u: _relative_norm(u, w), params, updates)
 
 
-def fraction_at_bound(
-    params: Any, state: Any, p_scale: jax.typing.ArrayLike | None = None
-) -> dict[str, jax.Array]:
+def fraction_at_bound(params: Any, state: Any) -> dict[str, jax.Array]:
     r"""The fraction of weights at their bound, leaf by leaf.
 
     A float weight counts as at the bound when it is within a fraction of
-    :math:`2^{-6}` of it, which any dtype can tell; a quantised one when its code is the
-    largest. The bound is the one in ``clip_log_weights``, which for a free leaf is the
-    largest number of the dtype, or the end of a grid, if that is lower.
+    :math:`2^{-6}` of the bound, which any dtype can tell; a quantised weight when its
+    code is the max. The bound is the bound of the last step, as ``clip_log_weights``
+    had it, which for a free leaf is the max of the dtype, or the end of a grid, if that
+    is lower.
 
     Outside of ``jax.jit`` a warning names the leaves half of whose weights or more are
     at their bound, because they may be unable to grow. In a matrix a quarter is usual.
 
     Args:
       params: tree of floating-point or quantised arrays.
-      state: optimizer state that holds one ``ClipLogWeightsState`` for ``params``.
-      p_scale: the optimizer's ``p_scale``.
+      state: optimizer state that holds the bounds of ``params``, as the state of
+        :func:`madam` does, or of a chain with ``clip_log_weights``.
 
     Returns:
       A scalar in [0, 1] for each leaf.
@@ -122,21 +121,17 @@ def fraction_at_bound(
       >>> print(f"{madax.diagnostics.fraction_at_bound(after, state)['w']:.2f}")
       0.33
     """
-    if p_scale is not None:
-        check_positive("p_scale", p_scale, None)
-    found = nodes_of(state, ClipLogWeightsState)
+    found = [g.bound for g in nodes_of(state, Geometry) if g.bound is not None]
     paths, leaves, _ = flatten(params)
     floats = sum(not is_quantized(leaf) for leaf in leaves)
-    if len(found) != 1 or found[0].rms0.shape != entries(floats):
+    if len(found) != 1 or found[0].shape != entries(floats):
         raise ValueError(
-            f"state must hold one ClipLogWeightsState for the {floats} leaves of "
-            f"floats in params, got {[s.rms0.shape for s in found]}; pass the state of "
-            "madam, and with optax.masked or optax.partition only its share of the "
-            "params."
+            f"state must hold the bounds of the {floats} leaves of floats in params, "
+            f"got bounds of shapes {[bound.shape for bound in found]}; pass the state "
+            "of madam, and with optax.masked or optax.partition its part of params."
         )
-    bounds = [leaf_bounds(p_scale, found[0], paths, leaves)]
-    grids = [grid.scale for grid in nodes_of(state, LnsQuantizeState)]
-    bounds += [per_leaf(scale, leaves) for scale in grids if scale is not None]
+    found += [grid.scale for grid in nodes_of(state, QuantizeToGridState)]
+    bounds = [per_leaf(bound, leaves) for bound in found]
     fractions = {
         path: _fraction(_is_at_bound(w, own))
         for path, w, *own in zip(paths, leaves, *bounds, strict=True)
@@ -361,7 +356,7 @@ def _by_path(fn: Callable[..., Any], params: Any, other: Any) -> dict[str, Any]:
 def _is_at_bound(w: Any, bounds: Sequence[Any]) -> jax.Array:
     if is_quantized(w):
         return jnp.abs(w.codes) == w.format.levels
-    bound = reduce(jnp.minimum, bounds, largest_weight(jnp.result_type(w)))
+    bound = reduce(jnp.minimum, bounds, max_weight(jnp.result_type(w)))
     return jnp.abs(widen(w)) >= (1 - 2**-6) * bound
 
 

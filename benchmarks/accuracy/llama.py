@@ -40,7 +40,7 @@ def _adamw(rate: Any) -> optax.GradientTransformation:
 def _madam(
     rate: Any, b2: float = 0.99, b1: float | None = None
 ) -> optax.GradientTransformation:
-    return madax.madam(rate, b2, b1=b1, moment_format=V_8)
+    return madax.madam(rate, b2=b2, b1=b1, moment_format=V_8)
 
 
 def _muon_madam(rate: Any) -> optax.GradientTransformation:

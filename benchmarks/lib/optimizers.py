@@ -210,7 +210,7 @@ UNTUNED = {
     "madam floor b1": Optimizer(partial(madax.madam, floor=1.0, b1=0.9), 0.01),
     **{
         f"{bits}-bit madam of the paper": Optimizer(
-            partial(madax.bbit_madam, bits=bits, base_precision=precision), 0.01
+            partial(madax.bbit_madam, bits=bits, base_step=precision), 0.01
         )
         for bits, precision in ((12, 0.001), (10, 0.005), (8, 0.01))
     },

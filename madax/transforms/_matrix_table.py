@@ -1,7 +1,5 @@
 """How a tree is read by :func:`madax.muon_madam`, as a dict that prints as a table."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,6 @@
 """Direction: the gradient over the root of its second moment."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -39,19 +38,35 @@ class ScaleBySecondMomentState(NamedTuple):
     """State of :func:`scale_by_second_moment`.
 
     Attributes:
-      count: number of steps taken, int32 scalar.
-      v: second moment, a tree like the parameters: float32 or wider, or the codes
-        of ``moment_format``.
-      m: first moment, likewise; None unless ``b1`` is given.
-      window: ``{moment_format: where the codes lie}``, a
-        ``MomentWindow``; None without ``moment_format``. The key is there so that a
-        checkpoint of other codes does not fit.
+      count: number of steps taken, int32 scalar; None in the state of :func:`madam`,
+        which counts its steps once.
+      mu: first moment, a tree like the parameters: float32 or wider, or the codes of
+        ``moment_format``; None unless ``b1`` is given.
+      nu: second moment, likewise.
+      window: ``{moment_format: where the codes lie}``; None without ``moment_format``.
+        The key is there so that a checkpoint of other codes does not fit.
     """
 
-    count: jax.Array
-    v: Any
-    m: Any
+    count: Any
+    mu: Any
+    nu: optax.Params
     window: Any
+
+
+class Direction(NamedTuple):
+    """A transformation of gradients to directions, for a caller that counts the steps.
+
+    So the optimizers have one count, and XLA sees that all roundings hash the same
+    numbers.
+
+    Attributes:
+      init: ``state = init(params)``.
+      update: ``directions, state = update(updates, state, params, count=count,
+        madax_layer=layer)``, with the count before the step.
+    """
+
+    init: Callable[[optax.Params], Any]
+    update: Callable[..., Any]
 
 
 def scale_by_second_moment(
@@ -65,8 +80,9 @@ def scale_by_second_moment(
 
     .. math::
 
-      v_t &= b_2 v_{t-1} + (1 - b_2) g_t^2, \qquad \hat v_t = v_t / (1 - b_2^t) \\
-      \hat g_t &= g_t / \sqrt{\hat v_t}, \qquad 0/0 := 0
+      \nu_t &= b_2 \nu_{t-1} + (1 - b_2) g_t^2, \qquad
+        \hat\nu_t = \nu_t / (1 - b_2^t) \\
+      \hat g_t &= g_t / \sqrt{\hat\nu_t}, \qquad 0/0 := 0
 
     There is no epsilon: :math:`\hat g` does not depend on the gradient's scale,
     and :math:`|\hat g| \le 1/\sqrt{1 - b_2}` (31.6 by default). With ``b1``, a
@@ -105,6 +121,31 @@ def scale_by_second_moment(
       With ``b1``, the direction of Cornford et al., `Brain-like learning with
       exponentiated gradients <https://doi.org/10.1101/2024.10.25.620272>`_, 2024.
     """
+    tx = second_moment(b2, b1=b1, moment_format=moment_format, seed=seed)
+
+    def init_fn(params):
+        return tx.init(params)._replace(count=jnp.zeros([], jnp.int32))
+
+    def update_fn(updates, state, params=None, *, madax_layer=None, **extra_args):
+        del extra_args
+        check_state(state, ScaleBySecondMomentState)
+        directions, new_state = tx.update(
+            updates, state, params, count=state.count, madax_layer=madax_layer
+        )
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return directions, new_state._replace(count=count)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def second_moment(
+    b2: jax.typing.ArrayLike,
+    *,
+    b1: jax.typing.ArrayLike | None = None,
+    moment_format: MomentFormat | None = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> Direction:
+    """As :func:`scale_by_second_moment`, for a caller that counts the steps."""
     b2, b1 = check_decay("b2", b2, 0.999), check_b1(b1)
     check_seed(seed)
     check_instance("moment_format", moment_format, MomentFormat)
@@ -116,38 +157,36 @@ def scale_by_second_moment(
         if codec is not None:
             v_dtype, m_dtype = codec.format.dtype, codec.mu_dtype
             window = {repr(moment_format): codec.start(len(leaves))}
-        v = treedef.unflatten([zeros_like(w, v_dtype) for w in leaves])
-        m = None
+        nu = treedef.unflatten([zeros_like(w, v_dtype) for w in leaves])
+        mu = None
         if b1 is not None:
-            m = treedef.unflatten([zeros_like(w, m_dtype) for w in leaves])
-        return ScaleBySecondMomentState(jnp.zeros([], jnp.int32), v, m, window)
+            mu = treedef.unflatten([zeros_like(w, m_dtype) for w in leaves])
+        return ScaleBySecondMomentState(None, mu, nu, window)
 
-    def update_fn(updates, state, params=None, *, madax_layer=None, **extra_args):
-        del params, extra_args
+    def update_fn(updates, state, params=None, *, count, madax_layer=None):
+        del params
         check_state(state, ScaleBySecondMomentState)
-        paths, vs, treedef = flatten_named(state.v)
-        gs = flatten_like(updates, treedef, "state.v", paths, vs)
-        ms = [None] * len(vs) if b1 is None else treedef.flatten_up_to(state.m)
+        paths, vs, treedef = flatten_named(state.nu)
+        gs = flatten_like(updates, treedef, "state.nu", paths, vs)
+        ms = [None] * len(vs) if b1 is None else treedef.flatten_up_to(state.mu)
         ((made_for, window),) = (state.window or {None: None}).items()
         check_made_for(None if codec is None else repr(moment_format), made_for)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        rate, bias = decay_rate(b2), _bias_correction(b2, count)
-        # The root of v is still to be divided by its own correction and by that of its
-        # unit.
+        steps = jnp.asarray(optax.safe_increment(count))
+        rate, bias = decay_rate(b2), _bias_correction(b2, steps)
+        # The root of v is still to be divided by its own correction and by the
+        # correction of its unit.
         correction = jnp.sqrt(bias)
         if b1 is not None:
-            correction /= _bias_correction(b1, count)
+            correction /= _bias_correction(b1, steps)
         if codec is None or window is None or not vs:
             storages = [FloatMoments()] * len(vs)
         else:
             names = ("",) if b1 is None else ("", "/m")
             keys = [
-                leaf_keys(
-                    seed, state.count, [path + name for path in paths], madax_layer
-                )
+                leaf_keys(seed, count, [path + name for path in paths], madax_layer)
                 for name in names
             ]
-            storages, window = coded_moments(codec, window, vs, rate, state.count, keys)
+            storages, window = coded_moments(codec, window, vs, rate, count, keys)
             # E[1 / sqrt(v)] is (1 + 3/8 of the relative variance of v) / sqrt(E[v]).
             # The newest share of v has not been rounded yet.
             noise = codec.rounding_variance * (1 - rate / bias) ** 2
@@ -159,12 +198,12 @@ def scale_by_second_moment(
         directions, vs, ms = ([leaf[i] for leaf in stepped] for i in range(3))
         if codec is not None:
             window = {repr(moment_format): window}
-        v = treedef.unflatten(vs)
-        m = None if b1 is None else treedef.unflatten(ms)
-        new_state = ScaleBySecondMomentState(count, v, m, window)
+        nu = treedef.unflatten(vs)
+        mu = None if b1 is None else treedef.unflatten(ms)
+        new_state = state._replace(mu=mu, nu=nu, window=window)
         return treedef.unflatten(directions), new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return Direction(init_fn, update_fn)
 
 
 # Leaves of the same shape share a program, which is traced and lowered once.

@@ -3,8 +3,6 @@
 Public as :func:`madax.diagnostics.count_skipped`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax
@@ -56,10 +54,10 @@ def count_skipped(
     paths, leaves, _ = flatten(grads, "grads")
     by_path = dict(zip(paths, map(widen, leaves), strict=True))
     skipped = {path: ~jnp.isfinite(jnp.square(g)) for path, g in by_path.items()}
-    kinds = ScaleBySecondMomentState, ScaleByOrthogonalMomentumState
+    kinds = (ScaleBySecondMomentState, ScaleByOrthogonalMomentumState)
     found = []
     for node in nodes_of(state, kinds):
-        tree = node.v if isinstance(node, ScaleBySecondMomentState) else node.m
+        tree = node.nu if isinstance(node, ScaleBySecondMomentState) else node.mu
         names, moments, _ = flatten_named(tree)
         found += [(*leaf, node) for leaf in zip(names, moments, strict=True)]
     shapes = {path: np.shape(moment) for path, moment, _ in found}

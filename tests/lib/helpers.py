@@ -71,7 +71,7 @@ def step(tx, grads, state, params):
 def moment_values(state):
     """The trees v and m of a state of ``scale_by_second_moment``, as floats."""
     if state.window is None:
-        return state.v, state.m
+        return state.nu, state.mu
     ((name, window),) = state.window.items()
     codec = SecondMomentCodec(MomentFormat(int(re.search(r"bits=(\d+)", name)[1])))
     octaves = list(window.octave.reshape(-1))
@@ -85,8 +85,8 @@ def moment_values(state):
         ]
         return treedef.unflatten(values)
 
-    m = None if state.m is None else decode(state.m, codec.mu_grid, 1)
-    return decode(state.v, codec.nu_grid, np.float32(window.scale)), m
+    m = None if state.mu is None else decode(state.mu, codec.mu_grid, 1)
+    return decode(state.nu, codec.nu_grid, np.float32(window.scale)), m
 
 
 # It is compiled once for each optimizer and tree of shapes.

@@ -145,7 +145,7 @@ def quantized(tree, weights):
 
 def moments(state):
     """The leaves of each of them, in the order of the parameters."""
-    found = [jax.tree.leaves(x) for x in (state[0].v, state[0].m)]
+    found = [jax.tree.leaves(x) for x in (state.direction.nu, state.direction.mu)]
     return [leaves for leaves in found if leaves]
 
 

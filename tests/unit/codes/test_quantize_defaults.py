@@ -192,7 +192,7 @@ def test_paths_are_the_same_in_every_tree():
     bad = jax.tree.map(lambda x: np.full(x.shape, np.nan), state)
     with pytest.raises(ValueError, match=r"params\['attention/key/bias'\] holds"):
         madax.madam().init(bad)
-    with pytest.raises(ValueError, match=r"state\.v\['attention/key/bias'\]"):
+    with pytest.raises(ValueError, match=r"state\.nu\['attention/key/bias'\]"):
         tx = madax.scale_by_second_moment()
         tx.update(jax.tree.map(lambda x: x[..., None], state), tx.init(state))
 

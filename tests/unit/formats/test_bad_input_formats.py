@@ -68,9 +68,8 @@ FIELDS = {
         (0, 1, 0.5, -10, 1e35, INF, NAN),
     ),
     "linear_range": (lambda x: SymlogFormat(8, x), (0, -1, 9e-7, 1100, INF, NAN)),
-    # The argument is called so here, whatever the format calls it.
-    "base_precision": (
-        lambda x: madax.bbit_madam(base_precision=x),
+    "base_step of bbit_madam": (
+        lambda x: madax.bbit_madam(base_step=x),
         (0, -1e-3, 0.02, NAN),
     ),
 }
@@ -79,6 +78,7 @@ FIELDS = {
 @pytest.mark.parametrize("name", FIELDS)
 def test_fields(name):
     make, wrong = FIELDS[name]
+    name = name.split()[0]
     for value in wrong:
         got = re.escape(f"got {value}")
         raises(ValueError, rf"^{name} must be in \[.*\] .*{got}", partial(make, value))
@@ -154,7 +154,7 @@ def test_dequantize_params(dtype):
 
 # --- transforms -----------------------------------------------------------------------
 
-GRID = partial(madax.lns_quantize, FMT)
+GRID = partial(madax.papers.quantize_to_grid, FMT)
 WRAP = partial(madax.with_quantized_params, optax.sgd(0.1))
 MOMENT = partial(madax.scale_by_second_moment, moment_format=MomentFormat(8))
 MADAM, LNS, WRAPPED = madax.madam, madax.lns_madam, madax.with_quantized_params
@@ -173,8 +173,8 @@ BAD_MAKE = [
     (TypeError, "seed must be .*None", MADAM, {"seed": None}),
     (TypeError, "seed must be .*'0'", WRAP, {"seed": "0"}),
     (TypeError, "seed must be .*1.0", MOMENT, {"seed": 1.0}),
-    (TypeError, "format must be .*8", madax.lns_quantize, {"format": 8}),
-    (TypeError, "format must .*Moment", madax.lns_quantize, {"format": MomentFormat()}),
+    (TypeError, "format must be .*8", GRID.func, {"format": 8}),
+    (TypeError, "format must .*Moment", GRID.func, {"format": MomentFormat()}),
     (TypeError, "format must be .*'int8'", LNS, {"format": "int8"}),
     (TypeError, "format must be", LNS, {"format": None}),
     (TypeError, "moment_format must be .*LogFormat", MADAM, {"moment_format": FMT}),

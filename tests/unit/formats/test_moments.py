@@ -53,7 +53,7 @@ def encode(kind, fmt, x, octave, bits):
 
 def stored_v(fmt, state):
     (window,) = state.window.values()
-    return window.scale * decode("v", fmt, state.v, window.octave[0])
+    return window.scale * decode("v", fmt, state.nu, window.octave[0])
 
 
 def lowest_v(window):
@@ -207,8 +207,8 @@ def test_gradient_scale_is_invisible(bits):
     for exponent in (-20, -19, -13, 1, 2, 19, 20):
         scaled, scaled_directions = run(grads * np.float32(2.0**exponent))
         np.testing.assert_array_equal(directions, scaled_directions)
-        np.testing.assert_array_equal(plain.v, scaled.v)
-        np.testing.assert_array_equal(plain.m, scaled.m)
+        np.testing.assert_array_equal(plain.nu, scaled.nu)
+        np.testing.assert_array_equal(plain.mu, scaled.mu)
         np.testing.assert_array_equal(placed(scaled), placed(plain) + 2 * exponent)
 
 
@@ -228,7 +228,7 @@ def test_v_never_returns_to_zero(bits):
     grads[800:] = 1e-6
     run = runner(b2=0.9, moment_format=MomentFormat(bits))
     state, directions = run(jnp.asarray(grads))
-    assert np.all(np.asarray(state.v) >= 1)
+    assert np.all(np.asarray(state.nu) >= 1)
     assert np.all(np.isfinite(directions))
     # After the pause a gradient is a gradient again, once the octaves have followed.
     assert np.all(np.asarray(directions[830:]) > 0.1)
@@ -243,8 +243,8 @@ def test_the_least_v_is_no_trap_and_moves_nothing_by_itself():
     for g in grads:
         direction, state = update(jnp.asarray(g), state)
         np.testing.assert_array_equal(np.asarray(direction) != 0, g != 0)
-        assert state.v[2] == 0
-    assert state.v[0] > 200 and state.v[1] == 0
+        assert state.nu[2] == 0
+    assert state.nu[0] > 200 and state.nu[1] == 0
 
 
 def test_a_gradient_that_is_a_number_of_numpy_overflows_without_a_warning():
@@ -268,7 +268,7 @@ def test_a_gradient_that_is_not_finite_is_added_to_no_moment(bits):
     state, update = tx.init(jnp.zeros(50)), jax.jit(tx.update)
 
     def moments(state):
-        v, m = stored_v(fmt, state), decode("m", fmt, state.m, placed(state)[0])
+        v, m = stored_v(fmt, state), decode("m", fmt, state.mu, placed(state)[0])
         return np.asarray(v)[bad], np.asarray(m)[bad]
 
     for i, g in enumerate(grads):
@@ -294,7 +294,7 @@ def test_codes_track_float_moments_in_distribution(bits, spread):
     exact, wanted = runner(**options)(grads)
     fmt = SecondMomentCodec(MomentFormat(bits))
     state, got = runner(moment_format=fmt.format, seed=1, **options)(grads)
-    ratio = np.asarray(stored_v(fmt, state) / exact.v, np.float64)
+    ratio = np.asarray(stored_v(fmt, state) / exact.nu, np.float64)
     assert abs(ratio.mean() - 1) < SIGMAS * ratio.std() / np.sqrt(ratio.size) + 2e-3
     assert ratio.std() < spread
     np.testing.assert_allclose(
@@ -413,7 +413,7 @@ def test_directions_are_those_of_float_moments_under_hard_conditions(name):
         off = np.abs(np.asarray(got) / want - 1)
         assert np.max(np.delete(off, [2, 3])) < 0.1, bits
         assert np.mean(off[10:]) < 0.04, bits
-        assert np.mean(np.asarray(state.v) == 2**bits - 1) < 1e-3
+        assert np.mean(np.asarray(state.nu) == 2**bits - 1) < 1e-3
 
 
 @pytest.mark.nightly
@@ -444,7 +444,7 @@ def test_a_warm_up_after_a_last_layer_of_zeros():
         updates, state = tx.update(g, state, params)
         size = lambda d: jnp.mean(jnp.clip(jnp.abs(d), 0, 10))
         sizes = jax.tree.map(lambda *d: jnp.stack(list(map(size, d))), got, want)
-        top = jax.tree.map(lambda v: jnp.mean(v == 255), state[0].v)
+        top = jax.tree.map(lambda v: jnp.mean(v == 255), state.direction.nu)
         carry = optax.apply_updates(params, updates), state, exact_state
         return carry, (sizes, top, jnp.max(jnp.abs(g["hidden"][0])))
 

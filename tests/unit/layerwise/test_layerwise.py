@@ -142,14 +142,14 @@ def test_layerwise_equals_the_ordinary_step(name):
 
 def assert_same_moments(stacks, whole):
     for part in ("ends", "layers"):
-        found, expected = stacks[part][0], whole[0]
-        expected = {"v": expected.v[part], "m": expected.m[part]}
-        found = {"v": found.v[part], "m": found.m[part]}
+        found, expected = stacks[part].direction, whole.direction
+        expected = {"nu": expected.nu[part], "mu": expected.mu[part]}
+        found = {"nu": found.nu[part], "mu": found.mu[part]}
         if part == "layers":
             found = {k: [one(v, i) for i in range(DEPTH)] for k, v in found.items()}
         assert different(found, expected) == []
-    assert stacks["layers"][0].count == whole[0].count
-    (window,) = stacks["layers"][0].window.values()
+    assert stacks["layers"].count == whole.count
+    (window,) = stacks["layers"].direction.window.values()
     assert window.octave.shape == (DEPTH, 2) and window.scale.shape == ()
 
 

@@ -127,7 +127,7 @@ def test_bbit_madam_is_the_integer_model(bits, spacing, rate, storage):
         k = lambda t: max(1, round(model_rate(t)))
     else:
         learning_rate, k = rate * spacing, lambda t: rate
-    tx = madax.bbit_madam(learning_rate, bits=bits, base_precision=spacing)
+    tx = madax.bbit_madam(learning_rate, bits=bits, base_step=spacing)
     fmt = LogFormat(bits + 1, spacing)
     assert fmt.levels == 2**bits - 1
     check(tx, fmt, 2**bits - 1, spacing, k, storage)
@@ -145,7 +145,7 @@ def test_lns_madam_is_the_base_2_model(bits, gamma, rate, storage):
     """log2|w| in units of 1 / gamma octaves; a rate is in octaves."""
     fmt = LogFormat.from_gamma(bits, gamma)
     schedule, model_rate = falling(*rate) if isinstance(rate, tuple) else (rate, None)
-    tx = madax.lns_madam(schedule, fmt)
+    tx = madax.lns_madam(schedule, format=fmt)
     magnitudes = 2 ** (bits - 1) - 1
     k = lambda t: gamma * (model_rate(t) if model_rate else rate)
     check(tx, fmt, magnitudes, np.log(2) / gamma, k, storage)
@@ -173,7 +173,7 @@ def test_schedules_and_injected_rates(make):
     w, g = jnp.array([[1.0, -2.0, 0.5]]), jnp.array([[3.0, -3.0, 1.0]])
     fixed = make(0.02)
     expected, _ = fixed.update(g, fixed.init(w), w)
-    static = ("bits", "base_precision") if make is madax.bbit_madam else ()
+    static = ("bits", "base_step") if make is madax.bbit_madam else ()
     injected = optax.inject_hyperparams(make, static_args=static)(0.02)
     for tx in (make(lambda count: 0.02 / (1 + count)), injected):
         updates, _ = jax.jit(tx.update)(g, tx.init(w), w)
