@@ -9,8 +9,8 @@ from madax.codes._quantize import dequantize_params, quantize_params
 from madax.codes._saving import from_flat_dict, to_flat_dict
 from madax.formats._base import Format
 from madax.formats._log import LogFormat
-from madax.formats._moment_codec import StateWindow
-from madax.formats._moments import MomentFormat, MomentWindow
+from madax.formats._moment_format import MomentFormat
+from madax.formats._moment_grid import MomentWindow
 from madax.formats._symlog import SymlogFormat
 from madax.formats._uniform import UniformFormat
 from madax.layerwise._split import SplitLayers, split_layers
@@ -60,7 +60,6 @@ __all__ = [
     "ScaleByOrthogonalMomentumState",
     "ScaleBySecondMomentState",
     "SplitLayers",
-    "StateWindow",
     "SymlogFormat",
     "UniformFormat",
     "WithQuantizedParamsState",

@@ -52,15 +52,15 @@ def _codes_adam(rate: Any) -> optax.GradientTransformation:
 
 
 def _adamw_in_3_bytes(rate: Any) -> optax.GradientTransformation:
-    adamw = madax.with_quantized_state(optax.adamw(rate, weight_decay=0.1))
-    return _clipped(madax.with_quantized_params(adamw))
+    adamw = optax.adamw(rate, weight_decay=0.1)
+    return _clipped(madax.with_quantized_params(adamw, moment_format=V_8))
 
 
 def _with_error_feedback(rate: Any) -> optax.GradientTransformation:
-    adamw = madax.with_quantized_params(
-        optax.adamw(rate, weight_decay=0.1), error_feedback=True
+    adamw = optax.adamw(rate, weight_decay=0.1)
+    return _clipped(
+        madax.with_quantized_params(adamw, moment_format=V_8, error_feedback=True)
     )
-    return _clipped(madax.with_quantized_state(adamw))
 
 
 def _flash_adamw(rate: Any) -> optax.GradientTransformation:

@@ -84,7 +84,7 @@ ROWS = {
         madax.with_quantized_params(optax.adam(1e-3)), LOG_8, grads=jnp.bfloat16
     ),
     "native 8 adam, 8-bit state": Row(
-        madax.with_quantized_params(madax.with_quantized_state(optax.adam(1e-3))),
+        madax.with_quantized_params(optax.adam(1e-3), moment_format=V_8),
         LOG_8,
         grads=jnp.bfloat16,
     ),

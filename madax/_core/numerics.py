@@ -31,8 +31,19 @@ _LOG_A, _LOG_B, _LOG_C = 0.6691226031125902, 1.783942858941192, 0.29873072158667
 # ln 2 in two parts of 16 bits. An exponent has 8, so its products with them are exact.
 _LN2_HIGH, _LN2_LOW = 0.693145751953125, 1.4286197256296873e-06
 _Function = Callable[[jax.Array], jax.Array]
-_MANTISSA, _BIAS = 23, 127
+# float32: a sign, 8 bits of exponent with this bias, 23 bits of fraction.
+MANTISSA, BIAS = 23, 127
 _SQRT_HALF = 0x3F3504F3  # sqrt(1/2) as a float32 pattern
+
+
+def to_pattern(x: jax.Array) -> jax.Array:
+    """The bits of a float32 as an int32."""
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def from_pattern(pattern: jax.Array) -> jax.Array:
+    """The float32 that has the bits of an int32."""
+    return jax.lax.bitcast_convert_type(pattern, jnp.float32)
 
 
 @with_derivative(lambda tangents, ans, x: tangents[0])
@@ -229,8 +240,8 @@ def round_to_int(x: jax.Array) -> jax.Array:
     NaN and overflow.
     """
     rounder = jnp.float32(1.5 * 2**23)
-    bits = jax.lax.bitcast_convert_type(x + rounder, jnp.int32)
-    return bits - jax.lax.bitcast_convert_type(rounder, jnp.int32)
+    bits = to_pattern(x + rounder)
+    return bits - to_pattern(rounder)
 
 
 def relative_to(scale: jax.Array, x: jax.Array) -> jax.Array:
@@ -263,15 +274,14 @@ def _reduced_expm1(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _power_of_two(n: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type((n + _BIAS) << _MANTISSA, jnp.float32)
+    return from_pattern((n + BIAS) << MANTISSA)
 
 
 def _exponent_and_mantissa(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The integer k and m in [sqrt(1/2), sqrt(2)), x = 2**k m; -127 and 1 for 0."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    exponent = (bits - _SQRT_HALF) >> _MANTISSA
-    pattern = bits - (exponent << _MANTISSA)
-    return exponent, jax.lax.bitcast_convert_type(pattern, jnp.float32)
+    bits = to_pattern(x)
+    exponent = (bits - _SQRT_HALF) >> MANTISSA
+    return exponent, from_pattern(bits - (exponent << MANTISSA))
 
 
 def _log(exponent: jax.Array, f: jax.Array) -> jax.Array:

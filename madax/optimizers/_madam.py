@@ -5,7 +5,7 @@ import optax
 
 from madax._core.moved import by_name
 from madax._core.rounding import Rounding
-from madax.formats._moments import MomentFormat
+from madax.formats._moment_format import MomentFormat
 from madax.optimizers._chain import from_direction
 from madax.transforms._second_moment import second_moment
 from madax.transforms._weight_decay import Mask

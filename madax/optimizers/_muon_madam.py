@@ -1,5 +1,8 @@
 """Muon's direction for matrices, Madam's for the rest; multiplicative steps for all."""
 
+import dataclasses
+import functools
+
 import jax
 import optax
 
@@ -8,8 +11,8 @@ from madax._core.moved import by_name
 from madax._core.names import flatten_named
 from madax._core.rounding import Rounding
 from madax.codes._array import is_quantized
-from madax.formats._moment_codec import Codec
-from madax.formats._moments import MomentFormat
+from madax.formats._moment_codec import MomentCodec
+from madax.formats._moment_format import MomentFormat
 from madax.optimizers._chain import from_direction
 from madax.transforms._orthogonal import (
     Matrices,
@@ -116,15 +119,22 @@ def muon_madam(
     """
     check_matrices(matrices)
     b1 = check_decay("b1", b1, 0.95)
-    other = second_moment(b2, moment_format=moment_format, seed=seed)
+    # Only a momentum has octaves to choose.
+    second = moment_format and dataclasses.replace(moment_format, octaves=None)
+    other = second_moment(b2, moment_format=second, seed=seed)
 
+    @functools.cache
     def orthogonal(axes):
         tx = orthogonal_momentum(b1, lambda paths, leaves: axes)
         if moment_format is None:
             return tx
         # A momentum that is used as a whole needs no more than 8 octaves.
-        codec = Codec(moment_format, octaves=8)
-        return quantized_state(tx, codec, lambda _, x: range(len(x.paths)), seed=seed)
+        codec = MomentCodec(moment_format.bits, moment_format.octaves or 8)
+
+        def everything(_, leaves):
+            return range(len(leaves.paths))
+
+        return quantized_state(tx, codec, everything, seed=seed, known_as="m")
 
     # Axes are read from the whole tree, because each part sees only its own leaves.
     def parted(tree, count=None):
@@ -137,7 +147,7 @@ def muon_madam(
         paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
         axes = read_axes(paths, leaves, matrices)
         labels = ["other" if found is None else "matrix" for found in axes]
-        matrix = orthogonal([found for found in axes if found is not None])
+        matrix = orthogonal(tuple(found for found in axes if found is not None))
         counted = optax.GradientTransformationExtraArgs(other_init, other_update)
         return optax.partition(
             {"matrix": matrix, "other": counted}, treedef.unflatten(labels)

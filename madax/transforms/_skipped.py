@@ -12,7 +12,8 @@ import numpy as np
 from madax._core.names import flatten_named
 from madax._core.numerics import decay_rate
 from madax.codes._leaves import flatten, nodes_of, widen
-from madax.formats._moments import MomentFormat, is_fast
+from madax.formats._moment_format import MomentFormat
+from madax.formats._second_moment_codec import SecondMomentCodec, is_fast
 from madax.transforms._orthogonal import ScaleByOrthogonalMomentumState
 from madax.transforms._second_moment import ScaleBySecondMomentState
 
@@ -72,6 +73,6 @@ def count_skipped(
             ((format, _),) = node.window.items()
             bits = int(format.removesuffix(")").partition("=")[2])
             # The largest code stands for all values beyond the octaves.
-            beyond = moment == MomentFormat(bits).highest_v
+            beyond = moment == SecondMomentCodec(MomentFormat(bits)).max_nu
             skipped[path] |= beyond & ~is_fast(decay_rate(b2))
     return {path: jnp.sum(x).astype(jnp.int32) for path, x in skipped.items()}

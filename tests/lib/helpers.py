@@ -12,6 +12,7 @@ from flax import nnx
 
 import madax
 from madax import LogFormat, MomentFormat, SymlogFormat, UniformFormat
+from madax.formats._second_moment_codec import SecondMomentCodec
 
 FORMATS = {
     "log8": LogFormat.from_dynamic_range(8, 100),
@@ -72,7 +73,7 @@ def moment_values(state):
     if state.window is None:
         return state.nu, state.mu
     ((name, window),) = state.window.items()
-    fmt = MomentFormat(int(re.search(r"bits=(\d+)", name)[1]))
+    codec = SecondMomentCodec(MomentFormat(int(re.search(r"bits=(\d+)", name)[1])))
     octaves = list(window.octave.reshape(-1))
 
     def decode(tree, grid, unit):
@@ -84,8 +85,8 @@ def moment_values(state):
         ]
         return treedef.unflatten(values)
 
-    m = None if state.mu is None else decode(state.mu, fmt.m_grid, 1)
-    return decode(state.nu, fmt.v_grid, np.float32(window.scale)), m
+    m = None if state.mu is None else decode(state.mu, codec.mu_grid, 1)
+    return decode(state.nu, codec.nu_grid, np.float32(window.scale)), m
 
 
 # It is compiled once for each optimizer and tree of shapes.

@@ -48,6 +48,14 @@ def test_bits(make):
 
 def test_bits_too_few():
     raises(ValueError, "bits must be in 8 to 16, got 7", lambda: MomentFormat(7))
+    for octaves in (5, 8.0, True):
+        pattern = f"octaves must be 2, 4, 8, 16, 32 or None, got {octaves}"
+        raises(ValueError, pattern, partial(MomentFormat, 8, octaves))
+    pattern = (
+        r"is MomentFormat\(bits=9, octaves=8\), but .* pass MomentFormat\(bits=9\)"
+    )
+    make = partial(madax.madam, moment_format=MomentFormat(9, octaves=8))
+    raises(ValueError, pattern, make)
     make = lambda: LogFormat.from_dynamic_range(2, 10)
     raises(ValueError, "bits must be in 3 to 16, got 2", make)
 
