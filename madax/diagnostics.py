@@ -25,7 +25,7 @@ from madax.codes._leaves import (
     widen,
 )
 from madax.codes._quantize import dequantize_params
-from madax.codes._scales import split_peak
+from madax.codes._scales import split_max
 from madax.papers._grid import QuantizeToGridState
 from madax.transforms._geometry import Geometry
 from madax.transforms._matrix_table import matrices
@@ -284,7 +284,7 @@ def _fraction(condition: jax.Array) -> jax.Array:
 
 def _relative_norm(u: jax.Array, w: jax.Array) -> jax.Array:
     """The norm of ``u`` over the norm of ``w``; 0/0 is 0."""
-    (peak_u, u), (peak_w, w) = split_peak(u), split_peak(w)
+    (peak_u, u), (peak_w, w) = split_max(u), split_max(w)
     ratio = jnp.squeeze(peak_u / peak_w)
     zero = jnp.all(u == 0)
     return jnp.where(

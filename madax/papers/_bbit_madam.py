@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from madax._core.checks import check_format_field, check_learning_rate
+from madax._core.checks import check_learning_rate
 from madax._core.moved import by_name
-from madax.formats._log import LogFormat, base_step_range
+from madax.formats._log import LogFormat
 from madax.optimizers._chain import map_rate
 from madax.papers._grid import grid_madam
 
@@ -81,7 +81,6 @@ def bbit_madam(
             f"bits must be an int in 1 to 15, got {bits!r} (default: 12); formats are "
             "static, name it in the static_args of optax.inject_hyperparams."
         )
-    check_format_field("base_step", base_step, *base_step_range(bits + 1), "nats")
     format = LogFormat(bits + 1, base_step)
 
     def whole_codes(rate):
