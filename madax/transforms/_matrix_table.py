@@ -1,11 +1,12 @@
 """How a tree is read by :func:`madax.muon_madam`, as a dict that prints as a table."""
 
 import math
-from typing import Any
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 import numpy as np
 
+from madax._core.names import Tree
 from madax.codes._array import is_quantized
 from madax.codes._leaves import flatten
 from madax.transforms._orthogonal import Matrices, check_matrices, in_order, read_axes
@@ -14,7 +15,7 @@ from madax.transforms._orthogonal import Matrices, check_matrices, in_order, rea
 class MatrixTable(dict[str, tuple[int, int, int] | None]):
     """For each path None, or (matrices in the stack, rows, columns)."""
 
-    def __init__(self, readings: Any, storage: list[tuple[Any, str]]):
+    def __init__(self, readings: Iterable, storage: list[tuple[Tree, str]]):
         super().__init__(readings)
         self._storage = storage
 
@@ -29,7 +30,7 @@ class MatrixTable(dict[str, tuple[int, int, int] | None]):
         return "\n".join(lines)
 
 
-def matrix_table(params: Any, matrices: Matrices | None) -> MatrixTable:
+def matrix_table(params: Tree, matrices: Matrices | None) -> MatrixTable:
     """What :func:`madax.diagnostics.matrices` returns."""
     check_matrices(matrices)
     paths, leaves, _ = flatten(params)
