@@ -118,9 +118,10 @@ def with_first_bound(
     if p_scale is not None:
         beyond = known_values(geometry.peak0 > bounds * (1 + 1e-5))  # not by a rounding
         floats = [x for x in zip(paths, leaves, strict=True) if not is_quantized(x[1])]
+        each = zip(floats, known_values(bounds), beyond, strict=False)
         found = [
             (leaf_name("params", path), awaited(fraction_above(w, bound)))
-            for (path, w), bound, clips in zip(floats, bounds, beyond, strict=False)
+            for (path, w), bound, clips in each
             if clips
         ]
         warn_of_leaves(in_percent(found), CLIPPED, stacklevel=stacklevel + 1)
