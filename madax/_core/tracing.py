@@ -32,18 +32,11 @@ Dependence = dict[int, bool]
 
 
 class JaxprReader(abc.ABC, Generic[T]):
-    """Reads jaxprs, into nested ones. A subclass says what is known of each value.
-
-    Attributes:
-      reads_loops: whether the bodies of loops are read; otherwise a loop is an
-        operation like any other.
-    """
-
-    reads_loops = True
+    """Reads jaxprs, into nested ones. A subclass says what is known of each value."""
 
     @abc.abstractmethod
     def constant(self, x: jax.typing.ArrayLike) -> T:
-        """What is known of a constant."""
+        """What is known of a constant; of NaN, nothing."""
 
     @abc.abstractmethod
     def operation(self, eqn: core.JaxprEqn, args: list[T]) -> list[T]:
@@ -52,6 +45,11 @@ class JaxprReader(abc.ABC, Generic[T]):
     @abc.abstractmethod
     def one_of(self, values: Sequence[T], chosen_by: Sequence[T] = ()) -> T:
         """What is known of one of several values."""
+
+    def looped(self, values: list[T], goes_on: Callable[[], list[T]]) -> list[T]:
+        """What is known of values after a round of a loop that ``goes_on`` or ends."""
+        del goes_on
+        return values
 
     def read(self, jaxpr: core.Jaxpr | core.ClosedJaxpr, args: Sequence[T]) -> list[T]:
         """What is known of the results of a jaxpr, from its arguments."""
@@ -70,17 +68,22 @@ class JaxprReader(abc.ABC, Generic[T]):
 
     def _results(self, eqn: core.JaxprEqn, args: list[T]) -> list[T]:
         name, params = eqn.primitive.name, eqn.params
-        is_loop = name in ("while", "scan")
         if name == "optimization_barrier":
             return args
         if name == "cond":
             each = [self.read(branch, args[1:]) for branch in params["branches"]]
             return [self.one_of(found, args[:1]) for found in zip(*each, strict=True)]
-        if name == "while" and self.reads_loops:
+        if name == "while":
             n, m = params["cond_nconsts"], params["body_nconsts"]
-            body, consts = params["body_jaxpr"], args[n : n + m]
-            return self._loop(lambda x: self.read(body, consts + x), args[n + m :])
-        if name == "scan" and self.reads_loops:
+            test, body = params["cond_jaxpr"], params["body_jaxpr"]
+            return self._loop(
+                lambda x: self.looped(
+                    self.read(body, args[n : n + m] + x),
+                    lambda: self.read(test, args[:n] + x),
+                ),
+                args[n + m :],
+            )
+        if name == "scan":
             body = params["jaxpr"]
             # What is stacked has an axis more outside. It comes last: xs after
             # constants and carries, ys after carries.
@@ -91,13 +94,15 @@ class JaxprReader(abc.ABC, Generic[T]):
                     zip(eqn.invars, body.jaxpr.invars, strict=True),
                 )
             )
-            consts, stacked = args[: first - carries], args[first:]
-            start = args[first - carries : first]
+            consts, start = args[: first - carries], args[first - carries : first]
             start += [self.constant(np.nan)] * (len(eqn.outvars) - carries)
             return self._loop(
-                lambda x: self.read(body, consts + x[:carries] + stacked), start
+                lambda x: self.looped(
+                    self.read(body, consts + x[:carries] + args[first:]), list
+                ),
+                start,
             )
-        for inside in () if is_loop else params.values():
+        for inside in params.values():
             if isinstance(inside, core.Jaxpr | core.ClosedJaxpr) and len(
                 getattr(inside, "jaxpr", inside).invars
             ) == len(args):
@@ -122,28 +127,31 @@ def shape_of(x: core.Var | core.Literal) -> tuple[int, ...]:
 class _Dependences(JaxprReader[Dependence]):
     """Which inputs a value depends on."""
 
-    reads_loops = False
-
     def constant(self, x: jax.typing.ArrayLike) -> Dependence:
         return {}
 
     def operation(self, eqn: core.JaxprEqn, args: list[Dependence]) -> list[Dependence]:
-        elementwise = eqn.primitive.name in _ELEMENTWISE
-        results = []
-        for out in eqn.outvars:
-            shapes = [shape_of(atom) == shape_of(out) for atom in eqn.invars]
-            results.append(
-                _union(
-                    found if elementwise and same else _mixed(found)
-                    for found, same in zip(args, shapes, strict=True)
-                )
+        is_elementwise = eqn.primitive.name in _ELEMENTWISE
+        return [
+            _union(
+                found
+                if is_elementwise and shape_of(x) == shape_of(out)
+                else _mixed(found)
+                for found, x in zip(args, eqn.invars, strict=True)
             )
-        return results
+            for out in eqn.outvars
+        ]
 
     def one_of(
         self, values: Sequence[Dependence], chosen_by: Sequence[Dependence] = ()
     ) -> Dependence:
         return _union([*map(_mixed, chosen_by), *values])
+
+    def looped(
+        self, values: list[Dependence], goes_on: Callable[[], list[Dependence]]
+    ) -> list[Dependence]:
+        # A round of a scan sees some elements of what it is given.
+        return [_mixed(self.one_of([value], goes_on())) for value in values]
 
 
 def _mixed(found: Dependence) -> Dependence:
@@ -161,14 +169,8 @@ def _union(parts: Iterable[Dependence]) -> Dependence:
 def dependences(fn: Callable[..., Tree], *args: Tree) -> list[Dependence]:
     """For each leaf of ``fn(*args)``, the leaves of ``args`` it depends on.
 
-    Args:
-      fn: a function of trees of arrays.
-      args: its arguments, or their shapes.
-
-    Returns:
-      A dict for each leaf of the result: the places of the input leaves in flatten
-      order, and whether each element depends on no more than the element of the same
-      place in that input.
+    A dict has the places of these leaves in flatten order, and whether each element
+    depends on no more than the element of the same place.
     """
     closed = jax.make_jaxpr(fn)(*args)
     inputs = [{i: True} for i in range(len(closed.jaxpr.invars))]
@@ -176,14 +178,10 @@ def dependences(fn: Callable[..., Tree], *args: Tree) -> list[Dependence]:
 
 
 class Shapes(NamedTuple):
-    """The structure, shapes and dtypes of a tree: hashable, to look traces up by.
+    """The structure and leaves of a tree of shapes: hashable, to look traces up by.
 
-    Shardings are left out, since they need not be hashable.
-
-    Attributes:
-      treedef: the structure.
-      leaves: the shapes and dtypes of leaves.
-      float_dtype: the dtype of JAX's floats, on which what is traced depends, too.
+    There are no shardings, which need not be hashable, but there is the dtype of JAX's
+    floats, on which traces depend, too.
     """
 
     treedef: jax.tree_util.PyTreeDef
@@ -191,7 +189,6 @@ class Shapes(NamedTuple):
     float_dtype: np.dtype
 
     def tree(self) -> Tree:
-        """The tree of shapes."""
         return self.treedef.unflatten(self.leaves)
 
 
@@ -205,30 +202,6 @@ def shapes_of(tree: Tree) -> Shapes:
 def depends_on(
     fn: Callable[[Tree, Tree], Tree], mapped: Tree, fixed: Tree
 ) -> list[bool]:
-    """For each leaf of ``fn(mapped, fixed)``, whether it depends on ``mapped``.
-
-    ``vmap`` knows: what does not is not batched. Nothing is run.
-    """
-    found: list[bool] = []
-
-    @jax.custom_batching.custom_vmap
-    def look(leaves):
-        return leaves
-
-    @look.def_vmap
-    def _(axis_size, batched, leaves):
-        del axis_size
-        found.extend(batched[0])
-        return leaves, batched[0]
-
-    def run(mapped, fixed):
-        return look(jax.tree.leaves(fn(mapped, fixed)))
-
-    def two(x):
-        return jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
-
-    mapped = jax.tree.map(two, mapped)
-    if not jax.tree.leaves(mapped):
-        return [False] * len(jax.eval_shape(run, mapped, fixed))
-    out = jax.eval_shape(jax.vmap(run, in_axes=(0, None)), mapped, fixed)
-    return found or [False] * len(out)
+    """For each leaf of ``fn(mapped, fixed)``, whether it depends on ``mapped``."""
+    inputs = range(len(jax.tree.leaves(mapped)))
+    return [any(i in inputs for i in x) for x in dependences(fn, mapped, fixed)]

@@ -86,13 +86,9 @@ class MomentCodec:
     ) -> MomentWindow:
         """Where the codes of the new values of a leaf lie.
 
-        Args:
-          new: the values, floating.
-          before: the values before, float32, which stay where new ones are not finite.
-          window: where their codes lay.
-          at_start: whether the values are constants, as zeros are. XLA reduces
-            constants while it compiles, which takes it minutes if three reductions are
-            one.
+        The values ``before``, float32, stay where new ones are not finite. With
+        ``at_start`` the values are constants, as zeros are: XLA reduces constants while
+        it compiles, which takes it minutes if three reductions are one.
         """
         x = new.astype(jnp.float32)
         x = jnp.where(jnp.isfinite(x), x, before)
@@ -145,16 +141,7 @@ class MomentCodec:
         key: jax.Array,
         rounding: Rounding,
     ) -> jax.Array:
-        """The codes of the new values of a leaf where those fit, else of those before.
-
-        Args:
-          new: the new values, floating.
-          before: the values before, float32.
-          fits: which new values fit.
-          window: where the codes lie.
-          key: the key of the leaf for stochastic rounding.
-          rounding: how to round.
-        """
+        """The codes of the new values of a leaf where they fit, else of former ones."""
         x = jnp.where(fits, new.astype(jnp.float32), before)
         grid, max_code, offset = self._grid(window)
         bits = rounding_bits(rounding, key, new.shape)
@@ -208,21 +195,13 @@ class MomentCodec:
 
 
 class _Extremes(NamedTuple):
-    """Reductions of a leaf, none of which depends on another.
+    """Reductions of a leaf, none of which depends on another."""
 
-    Attributes:
-      min_value: the min value; 0 at most.
-      max_size: the max magnitude.
-      min_factor: the min factor of a value to the one before; 1 at most.
-      exponents: the sum of biased exponents, without their low bits.
-      count: the number of values that are not zero.
-    """
-
-    min_value: jax.Array
+    min_value: jax.Array  # 0 at most
     max_size: jax.Array
-    min_factor: jax.Array
-    exponents: jax.Array
-    count: jax.Array
+    min_factor: jax.Array  # of a value to the one before; 1 at most
+    exponents: jax.Array  # the sum of biased exponents, without their low bits
+    count: jax.Array  # the number of values that are not zero
 
 
 def _extremes(x: jax.Array, factor: jax.Array) -> _Extremes:

@@ -53,10 +53,8 @@ def fraction_and_exponent(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def check_made_for(wanted: str | None, made_for: str | None) -> None:
     """Raises unless a state was made for the format of its optimizer.
 
-    Args:
-      wanted: the ``repr`` of the format; None for floats.
-      made_for: the key of the window in the state: the ``repr`` of a format, followed
-        by dtypes perhaps; None if there is no window.
+    That is the ``repr`` of the format, or None for floats. The key of a window in the
+    state has it, followed by dtypes perhaps.
     """
     if made_for != wanted and not f"{made_for}".startswith(f"{wanted}, "):
         raise ValueError(

@@ -40,19 +40,12 @@ _FASTEST = 0.25
 
 
 class SecondMoment(NamedTuple):
-    """A second moment after a gradient.
-
-    Attributes:
-      stored: as it is stored.
-      exact: its values before rounding.
-      counted: the elements whose gradient counts.
-      moved: the elements that move weights: 0/0 does not.
-    """
+    """A second moment after a gradient."""
 
     stored: jax.Array
-    exact: jax.Array
-    counted: jax.Array
-    moved: jax.Array
+    exact: jax.Array  # before rounding
+    counted: jax.Array  # where the gradient counts
+    moved: jax.Array  # where weights move: 0/0 does not
 
 
 @jax.tree_util.register_dataclass
@@ -76,11 +69,7 @@ class FloatMoments:
 
 @dataclasses.dataclass(frozen=True)
 class SecondMomentCodec:
-    """The grids of a second moment nu, and of a first moment mu beside it.
-
-    Raises:
-      ValueError: if the format has ``octaves``.
-    """
+    """The grids of a second moment nu, and of a first moment mu beside it."""
 
     format: MomentFormat
 
@@ -100,9 +89,8 @@ class SecondMomentCodec:
     def rounding_variance(self) -> float:
         """Relative variance of a nu that many gradients have been added to.
 
-        Half the mean spacing of the codes relative to their values: each gradient adds
-        a variance of its fraction of nu times the spacing, and the decay halves the
-        sum.
+        It is half the mean relative spacing of codes: each gradient adds a variance of
+        its fraction of nu times the spacing, and the decay halves the sum.
         """
         return 0.5 * 0.7213 * 2.0 ** -(self.format.bits - 6)
 
@@ -148,17 +136,17 @@ class SecondMomentCodec:
         octaves: jax.typing.ArrayLike,
         fast: jax.typing.ArrayLike,
     ) -> jax.Array:
-        """The min octaves in a step, moved to suit the codes if they are due.
+        """The min octaves in a step, moved to suit the codes of one leaf or more.
 
         Args:
-          octave: the ones before, int32, shape (number of leaves,).
+          octave: the min octaves before, int32, shape (number of leaves,).
           count: number of steps taken before this one.
-          nus: the codes of each leaf's nu before, one leaf at least.
-          octaves: by how many the decay of the unit of nu lowers its values.
-          fast: whether they are due in every step, as :func:`is_fast` tells.
+          nus: the codes of each leaf's nu before.
+          octaves: the number by which the decay of the unit of nu lowers its values.
+          fast: whether a move is due in every step, as :func:`is_fast` tells.
 
         Returns:
-          The new ones; 0 for a leaf whose codes are all zero.
+          The new octaves; 0 for a leaf whose codes are all zero.
         """
 
         def suitable():
@@ -202,25 +190,14 @@ def decayed(scale: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CodedMoments:
-    """The moments of a leaf, stored as codes.
-
-    Attributes:
-      codec: the codec.
-      before: the min octave of nu before the step.
-      after: the min octave of nu after the step.
-      octaves: what the decay of the unit of nu has lowered its values by since.
-      max_counted: the max code of nu with which a gradient counts.
-      fraction: of a squared gradient in nu, in the unit of nu after the step.
-      nu_key: the key of the leaf for nu.
-      mu_key: the key of the leaf for mu; None without a first moment.
-    """
+    """The moments of a leaf, stored as codes."""
 
     codec: SecondMomentCodec = dataclasses.field(metadata={"static": True})
-    before: jax.Array
-    after: jax.Array
-    octaves: jax.Array
-    max_counted: jax.Array
-    fraction: jax.Array
+    before: jax.Array  # the min octave of nu before the step
+    after: jax.Array  # and after it
+    octaves: jax.Array  # which the decay of the unit of nu lowers its values by
+    max_counted: jax.Array  # the max code of nu with which a gradient counts
+    fraction: jax.Array  # of a squared gradient in nu, in the unit after the step
     nu_key: jax.Array
     mu_key: jax.Array | None = None
 

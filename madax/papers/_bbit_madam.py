@@ -6,9 +6,9 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from madax._core.checks import check_bits, check_format_field, check_learning_rate
+from madax._core.checks import check_bits, check_learning_rate
 from madax._core.moved import by_name
-from madax.formats._log import LogFormat, base_step_range
+from madax.formats._log import LogFormat
 from madax.optimizers._chain import map_rate
 from madax.papers._grid import grid_madam
 
@@ -67,7 +67,7 @@ def bbit_madam(
     Example:
       >>> import jax.numpy as jnp, optax, madax
       >>> w = jnp.array([[1.0, -2.0]])
-      >>> tx = madax.bbit_madam(learning_rate=0.01, bits=12, base_step=0.001)
+      >>> tx = madax.papers.bbit_madam(learning_rate=0.01, bits=12, base_step=0.001)
       >>> updates, _ = tx.update(jnp.array([[5.0, 5.0]]), tx.init(w), w)
       >>> print(jnp.log(optax.apply_updates(w, updates) / w).round(3))
       [[-0.01  0.01]]
@@ -78,7 +78,6 @@ def bbit_madam(
     """
     learning_rate = check_learning_rate(learning_rate, 0.01)
     check_bits(bits, 1, 15, "with the sign, a code has 16 bits at most")
-    check_format_field("base_step", base_step, *base_step_range(bits + 1), "nats")
     format = LogFormat(bits + 1, base_step)
 
     def whole_codes(rate):

@@ -25,11 +25,7 @@ from madax.codes._quantize import dequantize_params
 from madax.codes._scales import check_code_scales
 from madax.codes._steps import as_steps, real_steps, step_codes
 from madax.formats._moment_format import MomentFormat
-from madax.wrappers._error_feedback import (
-    limited_momentum,
-    state_with_errors,
-    zero_slopes,
-)
+from madax.wrappers._error_feedback import ErrorFeedback, zero_slopes
 from madax.wrappers._feedback_checks import check_feedback
 from madax.wrappers._quantized_state import Where, check_where, with_quantized_state
 
@@ -191,11 +187,10 @@ def _quantized_params(
         paths, ws, _, treedef = flatten_both(params, updates)
         values, slope = dequantize_params(params), state.slope
         before = state.inner_state
+        feedback = ErrorFeedback(inner, updates, params, extra_args)
         if error_feedback:
             check_feedback(inner, params, extra_args)
-            before, slope = limited_momentum(
-                inner, before, updates, params, slope, extra_args
-            )
+            before, slope = feedback.limited_momentum(before, slope)
         proposed, inner_state = inner.update(updates, before, values, **extra_args)
         us = treedef.flatten_up_to(proposed)
         keys = leaf_keys(seed, state.count, paths, extra_args.get("madax_layer"))
@@ -205,9 +200,8 @@ def _quantized_params(
             if is_quantized(ws[i])
         }
         if error_feedback:
-            inner_state, again = state_with_errors(
-                inner, before, updates, params, list(moves.values()), extra_args
-            )
+            moved = list(moves.values())
+            inner_state, again = feedback.state_with_errors(before, moved)
             moves = dict(zip(moves, again, strict=True))
         for i, move in moves.items():
             us[i] = as_steps(ws[i], move)

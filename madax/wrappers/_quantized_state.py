@@ -67,11 +67,10 @@ def with_quantized_state(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Stores the moments of an optimizer as codes of 8 to 16 bits.
 
-    In every step the codes are decoded, the inner optimizer makes its update from the
-    values and makes new values, and these are encoded. Adam then has two bytes of state
-    per parameter instead of eight. For parameters that are codes, pass
-    ``moment_format`` to :func:`with_quantized_params` instead: a parameter then takes
-    three bytes in all.
+    In every step the codes are decoded, the inner optimizer makes its update and new
+    values, and these are encoded. Adam then has two bytes of state per parameter
+    instead of eight. For parameters that are codes, pass ``moment_format`` to
+    :func:`with_quantized_params` instead: a parameter then takes three bytes in all.
 
     - A leaf of the state that has a negative value is stored with a sign and 32
       octaves, any other leaf without a sign and with 64. So nothing depends on the name
@@ -79,15 +78,15 @@ def with_quantized_state(
     - The octaves are placed below the max of the leaf in every step, so moments may
       grow or fall by any factor.
     - Adam divides each element by its own size, so small elements need their digits,
-      too. SGD and Muon use a momentum as a whole: with ``MomentFormat(8, octaves=8)``
-      it has two digits more, and values are evenly spaced below a 64th of the max.
+      too. SGD and Muon use a momentum as a whole: ``MomentFormat(8, octaves=8)`` gives
+      it two digits more, and evenly spaced values below a 64th of the max.
     - In a leaf without negative values, a positive value stays positive: below the
       octaves, as from gradients of 1e-9 of the max, it gets the min code. So Adam never
       divides by a zero that was positive before.
     - The decay of such a leaf is exact: the factor that all its elements have in common
-      goes into a scale. Then :math:`\nu` has a relative variance of about
-      :math:`0.36 / 2^{\text{bits} - 6}`, as in :class:`MomentFormat`, which makes
-      :math:`1/\sqrt\nu` too large by 3.4 % on average for 8 bits.
+      goes into a scale. The relative variance of :math:`\nu` from its rounding is that
+      of :class:`MomentFormat`, which makes :math:`1/\sqrt\nu` too large by 3.4 % on
+      average for 8 bits.
     - The octaves do not follow a few elements that are far too large: they reach 20
       above the mean of a leaf with a sign, 40 above the mean of other leaves, and rise
       by 4 or 8 a step beyond. An element above them, or one that is not finite, keeps
@@ -177,17 +176,11 @@ def quantized_state(
     seed: jax.typing.ArrayLike = 0,
     known_as: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Like :func:`with_quantized_state`, for leaves of the state that are chosen.
+    """Like :func:`with_quantized_state`, with any codec and any choice of leaves.
 
-    Args:
-      inner: the optimizer.
-      codec: how values become codes.
-      choose: a function from the shapes of parameters and the leaves of the state to
-        the indices of the leaves that are stored.
-      rounding: the rounding of codes.
-      seed: seed of the stochastic rounding.
-      known_as: what random bits depend on in the place of the path of the state, so
-        that its fields may be renamed.
+    ``choose`` returns the indices of the leaves to store, from the shapes of parameters
+    and the leaves of the state. Random bits depend on ``known_as`` in the place of the
+    path of the state, so that its fields may be renamed.
     """
 
     # Eager steps would spend a quarter of their time on this.
@@ -222,23 +215,22 @@ def quantized_state(
         windows, keys = ([part[k] for part in parts] for k in (0, 1))
         codes = [leaves[i] for i in dtypes]
 
-        def inner_step(codes: Sequence[jax.Array], params: Tree) -> _InnerStep:
-            before: list[jax.Array] = [
-                codec.decode(*one) for one in zip(codes, windows, strict=True)
-            ]
-            now = list(leaves)
+        def decoded(codes: Sequence[jax.Array]) -> list[jax.Array]:
+            return [codec.decode(*one) for one in zip(codes, windows, strict=True)]
+
+        def inner_step(before: list[jax.Array], params: Tree) -> tuple[Tree, Tree]:
+            now = dict(enumerate(leaves))
             for (i, dtype), value in zip(dtypes.items(), before, strict=True):
                 now[i] = value.astype(dtype)
-            inner_updates, inner_state = inner.update(
-                updates, like.treedef.unflatten(now), params, **extra_args
-            )
-            return _InnerStep(inner_updates, before, *jax.tree.flatten(inner_state))
+            inner_state = like.treedef.unflatten(now.values())
+            return inner.update(updates, inner_state, params, **extra_args)
 
         # New codes need the new windows, and those need all of the new values. To keep
         # the values until then would take more memory than codes save.
-        first = inner_step(codes, params)
-        new = [first.after[i] for i in dtypes]
-        following = map(codec.follow, new, first.before, windows)
+        before = decoded(codes)
+        new = jax.tree.leaves(inner_step(before, params)[1])
+        new = [new[i] for i in dtypes]
+        following = map(codec.follow, new, before, windows)
         # One barrier per leaf: a single barrier would make XLA finish the first step of
         # all leaves before the second.
         again = [_computed_again(one) for one in zip(codes, following, strict=True)]
@@ -249,13 +241,14 @@ def quantized_state(
             params,
             is_leaf=is_quantized,
         )
-        second = inner_step(codes, params)
-        after = second.after
+        before = decoded(codes)
+        inner_updates, inner_state = inner_step(before, params)
+        after, treedef = jax.tree.flatten(inner_state)
         fits = _kept_elements(
             codec, like, after, dict(zip(dtypes, following, strict=True))
         )
         stored = dict(
-            zip(dtypes, zip(second.before, following, keys, strict=True), strict=True)
+            zip(dtypes, zip(before, following, keys, strict=True), strict=True)
         )
         for i, fit in fits.items():
             if i in stored:
@@ -263,29 +256,13 @@ def quantized_state(
                 after[i] = codec.encode(after[i], value, fit, window, key, rounding)
             else:
                 after[i] = jnp.where(fit, after[i], leaves[i])
-        return second.updates, WithQuantizedStateState(
+        return inner_updates, WithQuantizedStateState(
             jnp.asarray(optax.safe_increment(state.count)),
-            second.treedef.unflatten(after),
+            treedef.unflatten(after),
             {_window_name(codec, [*dtypes.values()]): stack_windows(following)},
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-class _InnerStep(NamedTuple):
-    """A step of the inner optimizer.
-
-    Attributes:
-      updates: its updates.
-      before: the values of the stored leaves before it, float32.
-      after: all leaves of the state after it, not encoded.
-      treedef: the structure of that state.
-    """
-
-    updates: optax.Updates
-    before: list[jax.Array]
-    after: list[jax.Array]
-    treedef: jax.tree_util.PyTreeDef
 
 
 def _computed_again(x: Tree) -> Tree:
@@ -322,10 +299,8 @@ def _chosen(
                 f"{leaves.shapes[i].dtype}, but only floating leaves can be stored as "
                 "codes; leave it out."
             )
-    if not chosen:
-        return []
     try:
-        reasons = reasons_for_floats(inner, params, leaves)
+        reasons = reasons_for_floats(inner, params, leaves) if chosen else {}
     except Exception as error:
         if where is not None:
             return chosen
@@ -333,15 +308,13 @@ def _chosen(
             "with_quantized_state tells by tracing inner.update which leaves of its "
             f"state it may store, but that failed: {error}; use where to name them."
         ) from error
-    if where is None:
-        return [i for i in chosen if i not in reasons]
-    for i in chosen:
+    for i in chosen if where is not None else ():
         if i in reasons:
             raise ValueError(
                 f"where chooses {leaves.paths[i]!r} of the state, which codes would "
                 f"ruin, since {reasons[i]}; leave it out."
             )
-    return chosen
+    return [i for i in chosen if i not in reasons]
 
 
 def _kept_elements(
@@ -372,9 +345,8 @@ def _kept_elements(
 def _window_name(codec: MomentCodec, dtypes: Sequence[jnp.dtype]) -> str:
     """The name of the codes, with the dtypes of the values if not all are float32."""
     names = [jnp.dtype(dtype).name for dtype in dtypes]
-    return ", ".join(
-        [repr(codec.format)] + [" ".join(names)] * (not set(names) <= {"float32"})
-    )
+    others = f", {' '.join(names)}" if set(names) - {"float32"} else ""
+    return f"{codec.format}{others}"
 
 
 def _stored_dtypes(
@@ -382,12 +354,8 @@ def _stored_dtypes(
 ) -> dict[int, jnp.dtype]:
     """By the indices of stored leaves, their dtypes for the optimizer.
 
-    The state was made with these dtypes, whatever parameters and gradients have now.
-
-    Args:
-      codec: of the optimizer.
-      state: the state, which must be of this optimizer.
-      like: the leaves of the state of the inner optimizer.
+    The state, which must be of this optimizer, was made with these dtypes, whatever
+    parameters and gradients have now.
     """
     ((name, window),) = state.window.items()
     wanted = repr(codec.format)

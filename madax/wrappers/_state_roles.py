@@ -6,13 +6,12 @@ the difference of two moments. Nothing is run: the jaxpr of a step is read, of s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend import core
 
 from madax._core.names import Tree, flatten_named
 from madax._core.tracing import depends_on
@@ -42,28 +41,21 @@ class StateLeaves(NamedTuple):
     copies: list[bool]
 
 
-def state_leaves(
-    inner: optax.GradientTransformation, params: optax.Params
-) -> StateLeaves:
+def state_leaves(inner: optax.GradientTransformation, params: Tree) -> StateLeaves:
     """The leaves of the state that ``inner`` has for ``params``, arrays or shapes."""
     params = jax.eval_shape(lambda params: params, params)
     paths, shapes, treedef = flatten_named(jax.eval_shape(inner.init, params))
     copies = depends_on(lambda params, _: inner.init(params), params, ())
     names, ws, _ = flatten_named(params, is_leaf=is_quantized)
     shape_of = {name: w.shape for name, w in zip(names, ws, strict=True)}
-
-    def parameter(path: str) -> str | None:
+    parameters, owners = [], []
+    for path, leaf in zip(paths, shapes, strict=True):
         ends = [name for name in names if not name or f"/{path}".endswith(f"/{name}")]
-        return max(ends, key=len, default=None)
-
-    parameters = [parameter(path) for path in paths]
-    # A factored moment may have the shape of a bias, but not its path.
-    owners = [
-        name
-        if name in shape_of and shape_of[name] == leaf.shape and is_float(leaf)
-        else None
-        for name, leaf in zip(parameters, shapes, strict=True)
-    ]
+        name = max(ends, key=len) if ends else None
+        # A factored moment may have the shape of a bias, but not its path.
+        is_moment = name is not None and shape_of[name] == leaf.shape and is_float(leaf)
+        parameters.append(name)
+        owners.append(name if is_moment else None)
     return StateLeaves(paths, shapes, treedef, parameters, owners, copies)
 
 
@@ -72,16 +64,9 @@ def is_float(leaf: jax.ShapeDtypeStruct) -> bool:
 
 
 def reasons_for_floats(
-    inner: optax.GradientTransformationExtraArgs,
-    params: optax.Params,
-    leaves: StateLeaves,
+    inner: optax.GradientTransformationExtraArgs, params: Tree, leaves: StateLeaves
 ) -> dict[int, str]:
     """Why some leaves of a state must not be stored as codes, by their indices.
-
-    Args:
-      inner: the optimizer.
-      params: the parameters, arrays or shapes.
-      leaves: the leaves of its state.
 
     Raises:
       Exception: what the update of ``inner`` raises, if it cannot be traced.
@@ -128,11 +113,8 @@ def reasons_for_floats(
     return reasons
 
 
-# --- reading a step -------------------------------------------------------------------
-
-
 class _ReadStep(NamedTuple):
-    """The updates of a step, its new leaves of the state, and what was found."""
+    """What is known of the updates of a step, and of its new leaves of the state."""
 
     updates: list[Value]
     new: list[Value]
@@ -140,9 +122,7 @@ class _ReadStep(NamedTuple):
 
 
 def _read_step(
-    inner: optax.GradientTransformationExtraArgs,
-    params: optax.Params,
-    leaves: StateLeaves,
+    inner: optax.GradientTransformationExtraArgs, params: Tree, leaves: StateLeaves
 ) -> _ReadStep:
     grads = jax.eval_shape(dequantize_params, params)
     state = leaves.treedef.unflatten(leaves.shapes)
@@ -159,7 +139,14 @@ def _read_step(
         extra = {"value": value, "grad": grads, "value_fn": value_fn}
         return step(grads, params, state, **extra, obj_fn=value_fn)
 
-    closed, out = _first_traced((step, line_search), grads, params, state)
+    trace = functools.partial(jax.make_jaxpr, return_shape=True)
+    try:
+        closed, out = trace(step)(grads, params, state)
+    except (TypeError, ValueError) as error:
+        try:
+            closed, out = trace(line_search)(grads, params, state)
+        except (TypeError, ValueError):
+            raise error from None
     given = [Value(frozenset({GRADS})) for _ in jax.tree.leaves(grads)]
     given += [Value(frozenset({PARAMS})) for _ in jax.tree.leaves(params)]
     for i, leaf in enumerate(leaves.shapes):
@@ -170,16 +157,3 @@ def _read_step(
     values = reader.read(closed, given)
     updates = len(jax.tree.leaves(out[0]))
     return _ReadStep(values[:updates], values[updates:], reader)
-
-
-def _first_traced(
-    steps: Sequence[Callable[..., Tree]], *args: Tree
-) -> tuple[core.ClosedJaxpr, Tree]:
-    """The jaxpr of the first of some functions that takes arguments, and its shapes."""
-    errors = []
-    for step in steps:
-        try:
-            return jax.make_jaxpr(step, return_shape=True)(*args)
-        except (TypeError, ValueError) as error:
-            errors.append(error)
-    raise errors[0]

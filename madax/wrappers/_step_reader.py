@@ -142,18 +142,15 @@ def _sum(a: Value, b: Value) -> Value:
         known = leaf in first or leaf not in a.parts
         if known and (leaf in second or leaf not in b.parts):
             linear[leaf] = first.get(leaf, 0.0) + second.get(leaf, 0.0)
+    constants = [x.constant for x in (a, b) if x.constant is not None]
     signed = a.signed | b.signed
     signed |= frozenset() if b.positive else a.parts
     signed |= frozenset() if a.positive else b.parts
     return _together((a, b))._replace(
         linear=frozenset(linear.items()),
         signed=signed,
-        constant=_added(a.constant, b.constant),
+        constant=sum(constants) if len(constants) == 2 else None,
     )
-
-
-def _added(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a + b
 
 
 def _is_positive(eqn: core.JaxprEqn, name: str, args: list[Value]) -> bool:
@@ -172,11 +169,11 @@ def _is_positive(eqn: core.JaxprEqn, name: str, args: list[Value]) -> bool:
 
 def _together(values: Sequence[Value]) -> Value:
     """What is known of any function of several values."""
-    parts, summed, signed = (
-        _union(getattr(x, name) for x in values)
-        for name in ("parts", "summed", "signed")
+    return Value(
+        _union(x.parts for x in values),
+        _union(x.summed for x in values),
+        signed=_union(x.signed for x in values),
     )
-    return Value(parts, summed, signed=signed)
 
 
 def _union(sets: Iterable[Leaves]) -> Leaves:
