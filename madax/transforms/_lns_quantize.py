@@ -56,9 +56,8 @@ def lns_quantize(
 
     The random numbers are a hash of the seed, the step, the path of a leaf and the
     place of the weight in it. Under ``jax.vmap`` over models, all models share
-    them, unless the seed is mapped over, too. The extra argument ``madax_layer`` of
-    ``update``, an integer, is the index of a layer in a stack, for whoever trains one
-    layer of the stack at a time, as :func:`layerwise` does.
+    them, unless the seed is mapped over, too. Whoever trains one layer of a stack at a
+    time, as :func:`layerwise` does, gives ``update`` its index as ``madax_layer``.
 
     JAX's derivative of a step, as for a learned learning rate, is the derivative of the
     step before it was rounded. Codes are integers and have no derivative.

@@ -57,16 +57,11 @@ class ScaleBySecondMomentState(NamedTuple):
 class Direction(NamedTuple):
     """A transformation of gradients to directions, for a caller that counts the steps.
 
-    So the optimizers have one count, and XLA sees that all roundings hash the same
-    numbers.
-
-    Attributes:
-      init: ``state = init(params)``.
-      update: ``directions, state = update(updates, state, params, count=count,
-        madax_layer=layer)``, with the count before the step.
+    ``update`` is given the ``count`` before the step, by name. So the optimizers have
+    one count, and XLA sees that all roundings hash the same numbers.
     """
 
-    init: Callable[[Tree], Tree]
+    init: Callable[..., Tree]
     update: Callable[..., Tree]
 
 
@@ -158,11 +153,12 @@ def second_moment(
         if codec is not None:
             v_dtype, m_dtype = codec.format.dtype, codec.mu_dtype
             window = {repr(moment_format): codec.start(len(leaves))}
-        nu = treedef.unflatten([zeros_like(w, v_dtype) for w in leaves])
-        mu = None
-        if b1 is not None:
-            mu = treedef.unflatten([zeros_like(w, m_dtype) for w in leaves])
-        return ScaleBySecondMomentState(None, mu, nu, window)
+
+        def zeros(dtype):
+            return treedef.unflatten([zeros_like(w, dtype) for w in leaves])
+
+        mu = None if b1 is None else zeros(m_dtype)
+        return ScaleBySecondMomentState(None, mu, zeros(v_dtype), window)
 
     def update_fn(updates, state, params=None, *, count, madax_layer=None):
         del params
