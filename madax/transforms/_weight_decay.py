@@ -8,7 +8,7 @@ import optax
 
 from madax._core.checks import check_non_negative, check_state
 from madax._core.moved import by_name
-from madax._core.numerics import relative_to, rounded
+from madax._core.numerics import plus_product, relative_to
 from madax.codes._leaves import flatten_both, per_leaf, widen
 from madax.transforms._geometry import (
     Geometry,
@@ -97,7 +97,7 @@ def decayed(
     weight_decay: jax.typing.ArrayLike, d: jax.Array, step: jax.Array
 ) -> jax.Array:
     """The direction ``d`` of a leaf plus the decay, given its relative step."""
-    return widen(d) + rounded(jnp.asarray(weight_decay * step))
+    return plus_product(widen(d), weight_decay, step)
 
 
 def relative_steps(ws: Sequence[Leaf], floors: jax.Array) -> list[jax.Array]:
