@@ -66,7 +66,7 @@ def bbit_madam(
     Example:
       >>> import jax.numpy as jnp, optax, madax
       >>> w = jnp.array([[1.0, -2.0]])
-      >>> tx = madax.bbit_madam(learning_rate=0.01, bits=12, base_step=0.001)
+      >>> tx = madax.papers.bbit_madam(learning_rate=0.01, bits=12, base_step=0.001)
       >>> updates, _ = tx.update(jnp.array([[5.0, 5.0]]), tx.init(w), w)
       >>> print(jnp.log(optax.apply_updates(w, updates) / w).round(3))
       [[-0.01  0.01]]
