@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-# A Python number or a scalar array, traced or not.
-Number: TypeAlias = Any
+from madax._core.types import Number
 
 # The warning about leaves with outliers, without their names and fractions.
 CLIPPED = (

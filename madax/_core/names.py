@@ -3,13 +3,10 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
 
 import jax
 
-# Any pytree. Public signatures say Tree also for parameters, because the forward
-# references of optax.Params do not resolve in other modules.
-Tree: TypeAlias = Any
+from madax._core.types import Tree
 
 # The two parts of the parameters that :func:`madax.layerwise` trains.
 ENDS, LAYERS = "ends", "layers"

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from madax._core.checks import leaf_name
-from madax._core.names import Tree, flatten_named
+from madax._core.names import flatten_named
 from madax._core.tracing import Shapes, dependences, shapes_of
+from madax._core.types import Tree
 from madax.codes._quantize import dequantize_params
 from madax.wrappers._momentum import CodedLeaves, coded_leaves
 

@@ -11,7 +11,8 @@ import optax
 from optax import tree_utils
 
 from madax._core.checks import leaf_name
-from madax._core.names import Tree, flatten_named
+from madax._core.names import flatten_named
+from madax._core.types import Tree
 from madax.codes._array import is_quantized
 
 # What optax calls the momentum of an optimizer.
