@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from madax._core.checks import is_float
 from madax._core.names import Tree, flatten_named
 from madax._core.tracing import depends_on
 from madax.codes._array import is_quantized
@@ -57,10 +58,6 @@ def state_leaves(inner: optax.GradientTransformation, params: Tree) -> StateLeav
         parameters.append(name)
         owners.append(name if is_moment else None)
     return StateLeaves(paths, shapes, treedef, parameters, owners, copies)
-
-
-def is_float(leaf: jax.ShapeDtypeStruct) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def reasons_for_floats(
