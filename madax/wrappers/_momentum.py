@@ -1,7 +1,4 @@
-"""The momentum in the state of an optimizer: found, replaced, and checked for use.
-
-Which optimizers error feedback is for is told by tracing a step of them.
-"""
+"""The momentum in the state of an optimizer: found, replaced, and checked for use."""
 
 from __future__ import annotations
 
@@ -25,24 +22,14 @@ _NAMES = ("mu", "trace")
 
 
 class CodedLeaves(NamedTuple):
-    """The leaves of codes among all leaves of the parameters, in flatten order.
+    """The leaves of codes among all leaves of the parameters, in flatten order."""
 
-    Attributes:
-      treedef: the structure of the parameters, in which codes are leaves.
-      paths: the paths of all leaves.
-      places: the places of the leaves of codes.
-    """
-
-    treedef: jax.tree_util.PyTreeDef
-    paths: tuple[str, ...]
-    places: tuple[int, ...]
+    treedef: jax.tree_util.PyTreeDef  # the structure, in which codes are leaves
+    paths: tuple[str, ...]  # of all leaves
+    places: tuple[int, ...]  # of the leaves of codes
 
     def momentum(self, state: optax.OptState) -> list[jax.Array]:
-        """The momentum that the state of an optimizer has for each leaf of codes.
-
-        Raises:
-          ValueError: if there is none, more than one, or one of codes.
-        """
+        """The one momentum, of floats, that a state has for each leaf of codes."""
         fields, names, momenta = self._momenta(state), " or ".join(_NAMES), []
         for i in self.places:
             found = [leaves[i] for *_, leaves in fields]
@@ -83,9 +70,9 @@ class CodedLeaves(NamedTuple):
     ) -> list[tuple[str, jax.tree_util.KeyPath, list[Tree]]]:
         """The names, paths and leaves of fields that hold a momentum of all parameters.
 
-        Only a field counts whose value is a tree like the parameters: a parameter may
-        be called "mu", too. Instead of a leaf, SM3 has a list of vectors.
+        Their values are trees like the parameters: a parameter may be called "mu", too.
         """
+        # Instead of a leaf, SM3 has a list of vectors.
         kinds = (optax.MaskedNode, jax.Array, jax.ShapeDtypeStruct)
         fields = []
         for name in _NAMES:
