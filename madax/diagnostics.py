@@ -1,21 +1,19 @@
-"""What a multiplicative update does to a network: small, pure, jit-friendly.
+"""What an update does to a network: small pure functions that ``jax.jit`` compiles.
 
-Every function returns scalars, or small vectors, keyed by the path of a leaf
-(``"Dense_0/kernel"``), ready for a logger. Leaves may be floating-point arrays or
-quantised ones, which count by their values.
+Each returns scalars, or small vectors, by the path of a leaf (``"Dense_0/kernel"``),
+ready for a logger. Leaves may be floats or codes, which count by their values.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from madax._core.checks import check_positive, leaf_name, warn_of_leaves
+from madax._core.types import Tree
 from madax._core.vectors import entries, known_values
 from madax.codes._array import is_quantized
 from madax.codes._leaves import (
@@ -27,11 +25,10 @@ from madax.codes._leaves import (
     widen,
 )
 from madax.codes._quantize import dequantize_params
-from madax.codes._scales import split_peak
+from madax.codes._scales import split_max
 from madax.papers._grid import QuantizeToGridState
 from madax.transforms._geometry import Geometry
-from madax.transforms._matrix_table import MatrixTable, matrix_table
-from madax.transforms._orthogonal import Matrices
+from madax.transforms._matrix_table import matrices
 from madax.transforms._skipped import count_skipped
 
 _STUCK = (
@@ -43,7 +40,6 @@ _STUCK = (
 __all__ = [
     "code_occupancy",
     "count_skipped",
-    "descent_bound",
     "fraction_at_bound",
     "fraction_sign_changed",
     "fraction_zero",
@@ -53,8 +49,8 @@ __all__ = [
 ]
 
 
-def relative_update_size(params: Any, updates: Any) -> dict[str, jax.Array]:
-    r"""The size of an update relative to the weights, leaf by leaf.
+def relative_update_size(params: Tree, updates: Tree) -> dict[str, jax.Array]:
+    r"""The norm of an update over the norm of the weights, leaf by leaf.
 
     .. math:: \|u\| / \|w\|
 
@@ -78,19 +74,18 @@ def relative_update_size(params: Any, updates: Any) -> dict[str, jax.Array]:
 
     # An update of codes is a number of codes; its size is how far the values move.
     def in_values(w, u):
-        if not (is_quantized(w) and is_quantized(u)):
-            return u
-        return optax.apply_updates(w, u) - w
+        codes = is_quantized(w) and is_quantized(u)
+        return optax.apply_updates(w, u) - w if codes else u
 
-    structures = [
+    before, after = (
         jax.tree.structure(t, is_leaf=is_quantized) for t in (params, updates)
-    ]
-    if structures[0] == structures[1]:
+    )
+    if before == after:
         updates = jax.tree.map(in_values, params, updates, is_leaf=is_quantized)
     return _by_path(lambda w, u: _relative_norm(u, w), params, updates)
 
 
-def fraction_at_bound(params: Any, state: Any) -> dict[str, jax.Array]:
+def fraction_at_bound(params: Tree, state: Tree) -> dict[str, jax.Array]:
     r"""The fraction of weights at their bound, leaf by leaf.
 
     A float weight counts as at the bound when it is within a fraction of
@@ -145,7 +140,7 @@ def fraction_at_bound(params: Any, state: Any) -> dict[str, jax.Array]:
     return fractions
 
 
-def fraction_zero(params: Any) -> dict[str, jax.Array]:
+def fraction_zero(params: Tree) -> dict[str, jax.Array]:
     """The fraction of weights that are exactly zero, leaf by leaf.
 
     Args:
@@ -165,8 +160,8 @@ def fraction_zero(params: Any) -> dict[str, jax.Array]:
     return _by_path(lambda w, _: _fraction(w == 0), params, params)
 
 
-def fraction_sign_changed(params: Any, previous: Any) -> dict[str, jax.Array]:
-    """The fraction of weights whose sign differs from an earlier one's.
+def fraction_sign_changed(params: Tree, previous: Tree) -> dict[str, jax.Array]:
+    """The fraction of weights whose sign differs from an earlier step.
 
     Args:
       params: tree of floating-point or quantised arrays.
@@ -190,7 +185,7 @@ def fraction_sign_changed(params: Any, previous: Any) -> dict[str, jax.Array]:
 
 
 def log_weight_histogram(
-    params: Any, *, bins: int = 60, lowest: float = -15.0, highest: float = 5.0
+    params: Tree, *, bins: int = 60, lowest: float = -15.0, highest: float = 5.0
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     r"""Histograms of :math:`\ln|w|`, leaf by leaf.
 
@@ -201,8 +196,9 @@ def log_weight_histogram(
       highest: upper edge of the last bin, in nats.
 
     Returns:
-      The counts, shape (bins,) for each leaf, and the bin edges, shape (bins + 1,).
-      Zeros are in no bin; magnitudes beyond the edges are in the first or last.
+      The counts, int32, shape (bins,) for each leaf, and the bin edges, shape
+      (bins + 1,). Zeros are in no bin; magnitudes beyond the edges are in the first or
+      last bin.
 
     Raises:
       ValueError: if the edges are not in order, or ``bins`` is not positive.
@@ -234,11 +230,10 @@ def log_weight_histogram(
     return _by_path(histogram, params, params), edges
 
 
-def code_occupancy(params: Any) -> dict[str, jax.Array]:
-    """How many weights each code has, for every quantised leaf.
+def code_occupancy(params: Tree) -> dict[str, jax.Array]:
+    """The number of weights that each code has, for every quantised leaf.
 
-    The number of counts that are not zero is the number of levels that a leaf uses. The
-    entropy of the counts is the number of bits per weight that it needs.
+    The entropy of the counts is the number of bits per weight that a leaf needs.
 
     Args:
       params: tree of floating-point or quantised arrays.
@@ -268,81 +263,9 @@ def code_occupancy(params: Any) -> dict[str, jax.Array]:
     }
 
 
-def matrices(params: Any, matrices: Matrices | None = None) -> MatrixTable:
-    """How :func:`madax.muon_madam` reads a tree: which leaves are which matrices.
-
-    Args:
-      params: tree of floating-point or quantised arrays, or of their shapes.
-      matrices: the optimizer's ``matrices``.
-
-    Returns:
-      For each path None, for a leaf that takes the direction of Madam, or (matrices in
-      the stack, rows, columns), in the order of the leaf's own axes. The dict prints as
-      a table.
-
-    Raises:
-      ValueError: if ``matrices`` gives axes that a leaf does not have.
-      TypeError: if a leaf is not real floating.
-
-    Example:
-      >>> import jax.numpy as jnp, madax
-      >>> query = {"kernel": jnp.ones((64, 4, 16)), "bias": jnp.ones((4, 16))}
-      >>> madax.diagnostics.matrices({"query": query})
-      leaf          shape        storage  direction
-      query/bias    (4, 16)      float32  Madam
-      query/kernel  (64, 4, 16)  float32  1 of 64 x 64
-    """
-    return matrix_table(params, matrices)
-
-
-def descent_bound(params: Any, grads: Any) -> jax.Array:
-    r"""The rate below which a multiplicative sign step is sure to descend.
-
-    .. math::
-
-      \eta < \Bigl(1 + \min_l \cos\gamma_l\Bigr)^{1/L} - 1, \qquad
-      \cos\gamma_l = \frac{\langle |g_l|, |w_l| \rangle}{\|g_l\|\,\|w_l\|}
-
-    under deep relative trust, for :math:`w \leftarrow w - \eta |w|
-    \mathrm{sign}(g)`. A diagnostic of how steep the ground is, not a schedule.
-
-    Args:
-      params: tree of floating-point or quantised arrays; each leaf counts as a
-        layer, so pass only the weight matrices to follow the paper.
-      grads: gradients; same structure and shapes.
-
-    Returns:
-      The bound, in nats per step, a float32 scalar. Leaves whose weights or
-      gradients are all zero do not count; 0 if none counts.
-
-    Raises:
-      ValueError: if the trees do not match.
-
-    Example:
-      >>> import jax.numpy as jnp, madax
-      >>> params = {"w1": jnp.ones((2, 2)), "w2": jnp.ones(2)}
-      >>> grads = {"w1": jnp.full((2, 2), 1e-6), "w2": jnp.full(2, -5.0)}
-      >>> print(f"{madax.diagnostics.descent_bound(params, grads):.4f}")  # 2**0.5 - 1
-      0.4142
-
-    References:
-      Bernstein et al., `Learning compositional functions via multiplicative
-      weight updates <https://arxiv.org/abs/2006.14560>`_, 2020, Theorem 1.
-    """
-
-    def cosine(w, g):
-        (_, w), (_, g) = split_peak(w), split_peak(g)
-        product = jnp.sum(jnp.abs(w * g)) / jnp.sqrt(jnp.sum(w * w))
-        return product / jnp.sqrt(jnp.sum(g * g)) if w.size else jnp.nan
-
-    cosines = _by_path(cosine, params, grads)
-    cosines = jnp.asarray([*cosines.values(), jnp.nan])
-    layers = jnp.sum(~jnp.isnan(cosines))
-    bound = jnp.expm1(jnp.log1p(jnp.nanmin(cosines)) / layers)
-    return jnp.where(layers > 0, bound, 0).astype(jnp.float32)
-
-
-def _by_path(fn: Callable[..., Any], params: Any, other: Any) -> dict[str, Any]:
+def _by_path(
+    fn: Callable[[jax.Array, jax.Array], jax.Array], params: Tree, other: Tree
+) -> dict[str, jax.Array]:
     """``{path: fn(leaf of params, leaf of other)}``, in float32 or wider."""
     paths, leaves, treedef = flatten(dequantize_params(params))
     other = dequantize_params(other)
@@ -353,7 +276,7 @@ def _by_path(fn: Callable[..., Any], params: Any, other: Any) -> dict[str, Any]:
     }
 
 
-def _is_at_bound(w: Any, bounds: Sequence[Any]) -> jax.Array:
+def _is_at_bound(w: Tree, bounds: Sequence[jax.Array]) -> jax.Array:
     if is_quantized(w):
         return jnp.abs(w.codes) == w.format.levels
     bound = reduce(jnp.minimum, bounds, max_weight(jnp.result_type(w)))
@@ -365,10 +288,21 @@ def _fraction(condition: jax.Array) -> jax.Array:
 
 
 def _relative_norm(u: jax.Array, w: jax.Array) -> jax.Array:
-    """The norm of ``u`` over that of ``w``; 0/0 is 0."""
-    (peak_u, u), (peak_w, w) = split_peak(u), split_peak(w)
+    """The norm of ``u`` over the norm of ``w``; 0/0 is 0."""
+    (peak_u, u), (peak_w, w) = split_max(u), split_max(w)
     ratio = jnp.squeeze(peak_u / peak_w)
     zero = jnp.all(u == 0)
     return jnp.where(
         zero, 0, ratio * jnp.sqrt(jnp.sum(u * u)) / jnp.sqrt(jnp.sum(w * w))
     )
+
+
+if not TYPE_CHECKING:  # A type checker would accept any name.
+
+    def __getattr__(name):
+        if name == "descent_bound":
+            raise AttributeError(
+                "madax.diagnostics.descent_bound is gone since 0.3: no rate was chosen "
+                "by it; log relative_update_size instead."
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -92,7 +92,7 @@ class Row:
 
     make: Callable[[Any], optax.GradientTransformation]
     rates: tuple[float, ...]
-    format: madax.Format | None = None
+    format: madax.formats.Format | None = None
     params: Any = jnp.float32
     p_scale: float | None = None
     layerwise: bool = True

@@ -33,7 +33,7 @@ from benchmarks.systems import memory
 # With rows that take too long to be timed as well.
 OPTIMIZERS = ROWS | {
     "madam, floor, b1": Row(madax.madam(floor=1.0, b1=0.9)),
-    "lns_madam": Row(madax.lns_madam()),
+    "lns_madam": Row(madax.papers.lns_madam()),
     "native 8 adam, error feedback": Row(
         madax.with_quantized_params(optax.adam(1e-3), error_feedback=True),
         LOG_8,

@@ -141,8 +141,9 @@ def check_function(name: str, value: object, remedy: str) -> None:
 
 def check_where(where: object) -> None:
     """Raises unless ``where``, which chooses leaves, is None or a function."""
-    if where is not None:
-        check_function("where", where, "pass one of (path, leaf)")
+    if not (where is None or callable(where)):
+        wanted = "a function of (path, leaf)"
+        raise type_error("where", wanted, where, "pass one, or None for the default")
 
 
 def check_float_dtype(dtype: DTypeLike | None) -> None:

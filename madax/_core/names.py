@@ -7,7 +7,8 @@ from typing import Any, TypeAlias
 
 import jax
 
-# Any pytree, where it is not one of parameters (optax.Params) or gradients.
+# Any pytree. Public signatures say Tree also for parameters, because the forward
+# references of optax.Params do not resolve in other modules.
 Tree: TypeAlias = Any
 
 # The two parts of the parameters that :func:`madax.layerwise` trains.

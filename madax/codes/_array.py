@@ -116,12 +116,7 @@ class QuantizedArray(metaclass=_InErrors):
 
     @classmethod
     def steps(cls, delta: jax.Array, format: Format) -> "QuantizedArray":
-        """The update by which ``optax.apply_updates`` adds ``delta`` to codes.
-
-        Args:
-          delta: steps of codes, any integer dtype, the shape of the codes.
-          format: the number format.
-        """
+        """The update by which ``optax.apply_updates`` adds integers to codes."""
         no_scale: Any = False
         return cls(delta.astype(format.step_dtype), no_scale, format)
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from madax._core.checks import (
@@ -45,13 +44,13 @@ _LOSSY = (
 
 
 def quantize_params(
-    params: optax.Params,
+    params: Tree,
     format: Format,
     *,
     where: Callable[[str, Any], bool] | None = None,
     p_scale: ArrayLike | None = None,
     channel_axis: int | tuple[int, ...] | None = None,
-) -> Any:
+) -> Tree:
     r"""Replaces leaves of a parameter tree by codes of a number format.
 
     .. math:: \text{scale} = \max(3\, \mathrm{rms}(w), \max |w|), \qquad
@@ -123,8 +122,8 @@ def quantize_params(
         )
     tree, merge = _split_module(params)
     paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
-    where = where or _is_weight(paths, leaves)
-    chosen = [i for i, leaf in enumerate(leaves) if where(paths[i], leaf)]
+    chosen = map(where, paths, leaves) if where else _are_weights(paths, leaves)
+    chosen = [i for i, is_chosen in enumerate(chosen) if is_chosen]
     if not chosen:
         raise ValueError(
             "where (or its default) selected no leaf of params, whose paths are "
@@ -139,7 +138,7 @@ def quantize_params(
     )
 
 
-def dequantize_params(params: optax.Params, dtype: DTypeLike | None = None) -> Any:
+def dequantize_params(params: Tree, dtype: DTypeLike | None = None) -> Tree:
     """The parameters as floating-point arrays, for the model to use.
 
     Args:
@@ -176,21 +175,13 @@ def dequantize_params(params: optax.Params, dtype: DTypeLike | None = None) -> A
 
 
 class _Facts(NamedTuple):
-    """The scalars that tell whether a leaf and a format suit each other.
+    """The scalars that tell whether a leaf and a format suit each other."""
 
-    Attributes:
-      max: max magnitude of the weights.
-      min_scale: min of the scales.
-      max_scale: max of the scales.
-      max_relative: max magnitude of the weights, relative to their scale.
-      max_ratio: max ratio of a scale and the root mean square of its weights.
-    """
-
-    max: jax.Array
+    max: jax.Array  # max magnitude of the weights
     min_scale: jax.Array
     max_scale: jax.Array
-    max_relative: jax.Array
-    max_ratio: jax.Array
+    max_relative: jax.Array  # max magnitude of the weights, relative to their scale
+    max_ratio: jax.Array  # max ratio of a scale to the root mean square of its weights
 
 
 def _copied(tree: Tree) -> Tree:
@@ -198,20 +189,20 @@ def _copied(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, tree)
 
 
-def _is_weight(
-    paths: Sequence[str], leaves: Sequence[Leaf]
-) -> Callable[[str, Leaf], bool]:
-    """The default of ``where``."""
-    readings = zip(paths, read_leaves(paths, map(np.shape, leaves)), strict=True)
-    vectors = {path for path, reading in readings if reading.kind == "vector"}
-
+def _are_weights(paths: Sequence[str], leaves: Sequence[Tree]) -> list[bool]:
+    """The default of ``where`` for each leaf."""
     # Below 16 elements, codes hardly save more bytes than the scale takes. A leaf that
     # is no array has no axes, so it is not asked for a dtype.
-    def is_weight(path, leaf):
-        large = np.ndim(leaf) >= 2 and np.size(leaf) >= 16
-        return is_quantized(leaf) or (large and is_float(leaf) and path not in vectors)
-
-    return is_weight
+    return [
+        is_quantized(leaf)
+        or (
+            (np.ndim(leaf) >= 2 and np.size(leaf) >= 16 and is_float(leaf))
+            and reading.kind != "vector"
+        )
+        for leaf, reading in zip(
+            leaves, read_leaves(paths, map(np.shape, leaves)), strict=True
+        )
+    ]
 
 
 def _code_leaf(
@@ -269,19 +260,19 @@ def _encode(
     """The codes of a leaf, their scale (if it is not given), and the facts."""
     w = widen(w)
     rms = root_mean_square(w, axes, keepdims=True)
-    peak = jnp.max(jnp.abs(w), axis=axes, keepdims=True, initial=0)
+    max = jnp.max(jnp.abs(w), axis=axes, keepdims=True, initial=0)
     if scale is None:
-        bound = bound_on_weights(p_scale, rms, peak)
+        bound = bound_on_weights(p_scale, rms, max)
         # A channel of zeros takes the scale of the other channels.
         scale = jnp.where(rms == 0, jnp.max(bound, initial=0), bound)
     scale = jnp.reshape(scale, jnp.shape(scale) or (1,) * w.ndim).astype(jnp.float32)
     x = relative_to(jnp.where(scale > 0, scale, 1), w)
     code = format.nearest(x).astype(jnp.int32)
     facts = _Facts(
-        jnp.max(peak, initial=0),
+        jnp.max(max, initial=0),
         jnp.min(scale, initial=jnp.inf),
         jnp.max(scale, initial=0),
-        jnp.max(peak / jnp.where(scale > 0, scale, 1), initial=0),
+        jnp.max(max / jnp.where(scale > 0, scale, 1), initial=0),
         jnp.max(scale / jnp.where(rms > 0, rms, jnp.inf), initial=0),
     )
     return code.astype(format.storage_dtype), scale, facts

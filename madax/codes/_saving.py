@@ -110,34 +110,26 @@ def _restored(
     name: str, codes: jax.Array, scale: jax.Array, format: Format
 ) -> QuantizedArray:
     """Codes and their scale from a file, checked; errors call them ``name``."""
-    if codes.dtype != format.storage_dtype or scale.dtype != jnp.float32:
-        raise ValueError(
-            f"{name} has codes of {codes.dtype} and a scale of {scale.dtype}, but for "
-            f"{format!r} they must be {format.storage_dtype} and float32; pass the "
-            "arrays that were saved."
-        )
     axes = zip(scale.shape[::-1], codes.shape[::-1], strict=False)
-    if len(scale.shape) > len(codes.shape) or any(
-        n not in (1, size) for n, size in axes
-    ):
-        raise ValueError(
-            f"{name} has codes of shape {codes.shape}, but a scale of shape "
-            f"{scale.shape}, whose axes must be 1 or as long as the axes of the codes; "
-            "pass the arrays that were saved."
+    is_here = _is_here(codes) and _is_here(scale)
+    if codes.dtype != format.storage_dtype or scale.dtype != jnp.float32:
+        wrong = (
+            f"codes of {codes.dtype} and a scale of {scale.dtype}, but for {format!r} "
+            f"they must be {format.storage_dtype} and float32"
         )
-    if _is_here(codes) and _is_here(scale):
-        # The magnitude of -128 is no int8.
-        if np.any((codes > format.levels) | (codes < -format.levels)):
-            raise ValueError(
-                f"{name} has codes beyond {format.levels}, the max of {format!r}; pass "
-                "the arrays that were saved."
-            )
-        if not np.all((scale > 0) & (scale < np.inf)):
-            raise ValueError(
-                f"{name} has a scale that is not positive and finite; pass the arrays "
-                "that were saved."
-            )
-    return QuantizedArray(codes, scale, format)
+    elif len(scale.shape) > len(codes.shape) or any(n not in (1, m) for n, m in axes):
+        wrong = (
+            f"codes of shape {codes.shape}, but a scale of shape {scale.shape}, whose "
+            "axes must be 1 or as long as the axes of the codes"
+        )
+    # The magnitude of -128 is no int8.
+    elif is_here and np.any((codes > format.levels) | (codes < -format.levels)):
+        wrong = f"codes beyond {format.levels}, the max of {format!r}"
+    elif is_here and not np.all((scale > 0) & (scale < np.inf)):
+        wrong = "a scale that is not positive and finite"
+    else:
+        return QuantizedArray(codes, scale, format)
+    raise ValueError(f"{name} has {wrong}; pass the arrays that were saved.")
 
 
 def _is_here(x: Any) -> bool:

@@ -48,27 +48,30 @@ def float_leaf_sizes(params: optax.Params) -> tuple[list[str], jax.Array, jax.Ar
     paths = [path for path, _ in floats]
     sizes = [awaited(_leaf_size(leaf)) for _, leaf in floats]
     if sizes:
-        rms, peaks = map(jnp.stack, zip(*sizes, strict=True))
+        rms, maxima = map(jnp.stack, zip(*sizes, strict=True))
     else:
-        rms, peaks = jnp.ones(entries(0), np.float32), jnp.zeros(entries(0), np.float32)
+        rms, maxima = (
+            jnp.ones(entries(0), np.float32),
+            jnp.zeros(entries(0), np.float32),
+        )
     for path, value in zip(paths, known_values(rms), strict=False):
         if not np.isfinite(value):
             raise ValueError(
                 f"{leaf_name('params', path)} holds a NaN or an infinity (root "
                 f"mean square {value}); initialise it with finite values."
             )
-    return paths, rms, peaks
+    return paths, rms, maxima
 
 
 def bound_on_weights(
-    p_scale: jax.typing.ArrayLike | None, rms: jax.Array, peak: jax.Array
+    p_scale: jax.typing.ArrayLike | None, rms: jax.Array, max: jax.Array
 ) -> jax.Array:
-    """The bound on weights of a root mean square and a max; one that clips no weight.
+    """The bound on weights of a root mean square and a max; it clips no weight.
 
-    With a ``p_scale`` it is the bound of the paper, which may clip some.
+    With a number for ``p_scale`` it is the bound of the paper, which may clip weights.
     """
     if p_scale is None:
-        return jnp.maximum(3 * rms, peak)
+        return jnp.maximum(3 * rms, max)
     return jnp.where(rms == 0, 0, p_scale * rms).astype(rms.dtype)  # not inf * 0
 
 
@@ -87,8 +90,8 @@ def check_code_scales(params: optax.Params) -> None:
     for path, ok in jax.device_get(known).items():  # all at once
         if not ok:
             raise ValueError(
-                f"{leaf_name('params', path)} (or one of its channels) holds codes "
-                "without a scale: the weights were all zeros or not finite. "
+                f"{leaf_name('params', path)} holds codes without a scale, as a "
+                "whole or in a channel: the weights were all zeros or not finite. "
                 "Initialise them with finite values that are not all zero, or leave "
                 "them out with where; quantize_params says so outside of jax.jit."
             )
@@ -139,11 +142,11 @@ def _root_mean_square_over(axes: tuple[int, ...]) -> Callable[[jax.Array], jax.A
 
     @with_derivative(rule)
     def root_mean_square(w):
-        peak, relative = split_peak(jnp.abs(w), axes)
+        unit, relative = split_max(jnp.abs(w), axes)
         mean = (relative / 2) ** 2
         for axis in axes:
-            mean = _orderless_mean(mean, axis) if w.size else jnp.full_like(peak, 0.25)
-        return jnp.where(jnp.isfinite(peak), peak * (2 * jnp.sqrt(mean)), jnp.nan)
+            mean = _orderless_mean(mean, axis) if w.size else jnp.full_like(unit, 0.25)
+        return jnp.where(jnp.isfinite(unit), unit * (2 * jnp.sqrt(mean)), jnp.nan)
 
     return root_mean_square
 
@@ -173,7 +176,7 @@ def _orderless_mean(x: jax.Array, axis: int) -> jax.Array:
     return total / float(count)  # JAX takes no int of more than 32 bits
 
 
-def split_peak(
+def split_max(
     x: jax.Array, axes: Sequence[int] | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """A magnitude and ``x`` relative to it, in [-2, 2], whose squares do not overflow.
@@ -186,5 +189,5 @@ def split_peak(
     power = jax.lax.reduce_precision(0.75 * max, info.nexp, 0)
     # A power of two was a tie, which is rounded up or down, depending on its exponent.
     power = jnp.where(2 * power <= max, 2 * power, power)
-    peak = jnp.where(max == 0, 1, jnp.maximum(power, info.tiny))
-    return peak, operator.truediv(*normal_reciprocal(x, peak))
+    unit = jnp.where(max == 0, 1, jnp.maximum(power, info.tiny))
+    return unit, operator.truediv(*normal_reciprocal(x, unit))

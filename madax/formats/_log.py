@@ -20,11 +20,6 @@ _MAX_SPAN = 80.0
 _RANGE, _WIDE_RANGE = 100, 10_000
 
 
-def base_step_range(bits: int) -> tuple[float, float]:
-    """The bounds on the spacing of log codes, in nats."""
-    return _MIN_SPACING, _MAX_SPAN / levels_of(bits)
-
-
 @dataclasses.dataclass(frozen=True)
 class LogFormat(Format):
     r"""Logarithmic number system (LNS): codes are equally spaced in log|w|.

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from madax._core.checks import check_format_field, check_learning_rate
+from madax._core.checks import check_learning_rate
 from madax._core.moved import by_name
-from madax.formats._log import LogFormat, base_step_range
+from madax.formats._log import LogFormat
 from madax.optimizers._chain import map_rate
 from madax.papers._grid import grid_madam
 
@@ -66,7 +66,7 @@ def bbit_madam(
     Example:
       >>> import jax.numpy as jnp, optax, madax
       >>> w = jnp.array([[1.0, -2.0]])
-      >>> tx = madax.bbit_madam(learning_rate=0.01, bits=12, base_step=0.001)
+      >>> tx = madax.papers.bbit_madam(learning_rate=0.01, bits=12, base_step=0.001)
       >>> updates, _ = tx.update(jnp.array([[5.0, 5.0]]), tx.init(w), w)
       >>> print(jnp.log(optax.apply_updates(w, updates) / w).round(3))
       [[-0.01  0.01]]
@@ -81,7 +81,6 @@ def bbit_madam(
             f"bits must be an int in 1 to 15, got {bits!r} (default: 12); formats are "
             "static, name it in the static_args of optax.inject_hyperparams."
         )
-    check_format_field("base_step", base_step, *base_step_range(bits + 1), "nats")
     format = LogFormat(bits + 1, base_step)
 
     def whole_codes(rate):

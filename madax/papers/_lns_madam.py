@@ -60,7 +60,7 @@ def lns_madam(
     Example:
       >>> import jax.numpy as jnp, optax, madax
       >>> w = jnp.array([[1.0, -2.0]])
-      >>> tx = madax.lns_madam(learning_rate=0.5)
+      >>> tx = madax.papers.lns_madam(learning_rate=0.5)
       >>> updates, _ = tx.update(jnp.array([[5.0, 5.0]]), tx.init(w), w)
       >>> print(jnp.log2(optax.apply_updates(w, updates) / w).round(2))
       [[-0.5  0.5]]

@@ -24,7 +24,7 @@ _ITERATIONS = 5
 _AMISS = (
     "it is not clear which axes are rows and columns, so these leaves take the "
     "direction of Madam; pass matrices(path, leaf), which returns a "
-    "madax.MatrixDimensionNumbers of the axes, or None."
+    "madax.transforms.MatrixDimensionNumbers of the axes, or None."
 )
 
 
@@ -40,7 +40,7 @@ class MatrixDimensionNumbers(NamedTuple):
     Example:
       >>> import madax
       >>> # A stack of layers on axis 1: width, layers, heads, features of a head.
-      >>> query = madax.MatrixDimensionNumbers(reduction_axis=0, output_axis=(2, 3))
+      >>> query = madax.transforms.MatrixDimensionNumbers(0, output_axis=(2, 3))
     """
 
     reduction_axis: int | Sequence[int] = 0
@@ -107,7 +107,7 @@ def scale_by_orthogonal_momentum(
 
     Example:
       >>> import jax.numpy as jnp, madax
-      >>> tx = madax.scale_by_orthogonal_momentum()
+      >>> tx = madax.transforms.scale_by_orthogonal_momentum()
       >>> w = jnp.ones((2, 2))
       >>> g = jnp.array([[1e-6, 0.0], [0.0, -3e-6]])
       >>> direction, _ = tx.update(g, tx.init(w))
@@ -283,8 +283,8 @@ def check_matrices(matrices: Any) -> None:
         raise TypeError(
             f"matrices must be a function of (path, leaf), got {matrices!r} of type "
             f"{type(matrices).__name__}; it tells how leaves are matrices: use for "
-            "example lambda path, leaf: madax.MatrixDimensionNumbers(0, 1) if "
-            "leaf.ndim == 2 else None."
+            "example lambda path, leaf: madax.transforms.MatrixDimensionNumbers(0, 1) "
+            "if leaf.ndim == 2 else None."
         )
 
 
@@ -298,8 +298,8 @@ def _checked(path: str, shape: tuple[int, ...], axes: Any) -> Axes | None:
     except AttributeError as error:
         raise TypeError(
             f"matrices returned {axes!r} for {name}; it must be None or "
-            "madax.MatrixDimensionNumbers(reduction_axis, output_axis), which names "
-            "the axes themselves, not how many there are."
+            "madax.transforms.MatrixDimensionNumbers(reduction_axis, output_axis), "
+            "which names the axes themselves, not how many there are."
         ) from error
     rank, groups = len(shape), [np.atleast_1d(x).tolist() for x in fields]
     named = [i for group in groups for i in group]

@@ -65,7 +65,7 @@ def add_decayed_log_weights(
 
     Example:
       >>> import jax.numpy as jnp, optax, madax
-      >>> tx = madax.add_decayed_log_weights(0.1)
+      >>> tx = madax.transforms.add_decayed_log_weights(0.1)
       >>> w = jnp.array([2.0, -0.5, 0.0])
       >>> direction, _ = tx.update(jnp.zeros(3), tx.init(w), w)
       >>> print(direction)

@@ -193,7 +193,7 @@ def test_a_free_leaf_ends_at_the_largest_number_of_its_dtype():
     assert jax.jit(diagnostics.fraction_at_bound)(after, state)["bias"] == 1
 
 
-@pytest.mark.parametrize("make", [madax.bbit_madam, madax.lns_madam])
+@pytest.mark.parametrize("make", [madax.papers.bbit_madam, madax.papers.lns_madam])
 def test_a_grid_bounds_every_leaf(make):
     """Its largest magnitude is the bound, and counts as such."""
     params = {"bias": jnp.zeros(4), "kernel": jnp.ones((4, 4))}

@@ -23,8 +23,8 @@ W = np.float32(rng.normal(size=N))
 GRADS = [np.float32(rng.normal(size=N) * np.exp(rng.normal(size=N))) for _ in range(3)]
 OPTIMIZERS = {
     "madam": madax.madam(0.02),
-    "bbit_madam": madax.bbit_madam(0.02),
-    "lns_madam": madax.lns_madam(2**-5),
+    "bbit_madam": madax.papers.bbit_madam(0.02),
+    "lns_madam": madax.papers.lns_madam(2**-5),
 }
 
 

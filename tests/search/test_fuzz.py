@@ -703,7 +703,9 @@ def take_steps(tree, optimizer, seed, mode, steps):
         for token, w in zip(tokens, leaves_of(params), strict=True):
             if token.kind == "codes":
                 check_quantized(token, w)
-        tx = getattr(madax, name)(learning_rate, **kw)
+        tx = getattr(madax if name == "madam" else madax.papers, name)(
+            learning_rate, **kw
+        )
         state = tx.init(params)
         step = jax.jit(run_step, static_argnums=0) if mode == "jit" else run_step
         oracle = Oracle(rule, params)

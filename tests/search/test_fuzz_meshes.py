@@ -109,7 +109,7 @@ def train(tree, optimizer, seed, mesh=None):
     On the mesh, or else on one device.
     """
     name, learning_rate, kw, _ = optimizer
-    tx = getattr(madax, name)(learning_rate, **kw)
+    tx = getattr(madax if name == "madam" else madax.papers, name)(learning_rate, **kw)
 
     def put(xs):
         one = jax.devices()[0]

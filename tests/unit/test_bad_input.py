@@ -92,7 +92,7 @@ BAD = {
         "floor": NOT_NEGATIVE,
         "zero_init_scale": NOT_NEGATIVE,
     },
-    madax.bbit_madam: {
+    madax.papers.bbit_madam: {
         "learning_rate": NOT_NEGATIVE,
         "b2": DECAY,
         "p_scale": FINITE,
@@ -101,7 +101,7 @@ BAD = {
         "bits": [0, 16],
         "base_step": [0, 0.02, np.nan],
     },
-    madax.lns_madam: {
+    madax.papers.lns_madam: {
         "learning_rate": NOT_NEGATIVE,
         "b2": DECAY,
         "p_scale": FINITE,
@@ -135,8 +135,8 @@ TREE = {"a": {"kernel": W}, "b": jnp.ones((2, 3))}
 
 TRANSFORMS = {
     "madam": madax.madam(b1=0.9),
-    "bbit_madam": madax.bbit_madam(),
-    "lns_madam": madax.lns_madam(),
+    "bbit_madam": madax.papers.bbit_madam(),
+    "lns_madam": madax.papers.lns_madam(),
     "second_moment": madax.scale_by_second_moment(),
     "sign_log": madax.scale_by_sign_log(),
     "clip": madax.clip_log_weights(),

@@ -193,42 +193,7 @@ def test_log_weight_histogram_checks_its_arguments(options, error, message):
         diagnostics.log_weight_histogram(tree(0), **options)
 
 
-# The cosine of each counted leaf, by hand, and then (1 + min)^(1/L) - 1.
-DESCENT = {
-    "aligned": ([[1, 1]], [[2, 2]], 1.0),
-    "signs do not matter": ([[1, -1]], [[-3, 3]], 1.0),
-    "3-4-5": ([[3, 4]], [[1, 0]], 0.6),
-    "orthogonal": ([[1, 0]], [[0, 1]], 0.0),
-    "two layers": ([[3, 4], [1, 1]], [[1, 0], [1, 1]], np.sqrt(1.6) - 1),
-    "three layers": ([[3, 4]] * 3, [[1, 0], [0, 1], [3, 4]], 1.6 ** (1 / 3) - 1),
-    "zero weights": ([[3, 4], [0, 0]], [[1, 0], [1, 1]], 0.6),
-    "zero gradients": ([[3, 4], [1, 1]], [[0, 1], [0, 0]], 0.8),
-    "all zero": ([[0, 0]], [[0, 0]], 0.0),
-    "empty beside": ([[3, 4], []], [[1, 0], []], 0.6),
-    "no leaves": ([], [], 0.0),
-    "tiny gradients": ([[3, 4]], [[1e-30, 0]], 0.6),
-    "huge gradients": ([[3, 4]], [[1e30, 0]], 0.6),
-    "huge weights": ([[3e30, 4e30]], [[1, 0]], 0.6),
-    "tiny weights": ([[3e-30, 4e-30]], [[1, 0]], 0.6),
-    "largest floats": ([[3e38, 3e38]], [[3e38, 3e38]], 1.0),
-}
-
-
-@pytest.mark.parametrize("name", DESCENT)
-def test_descent_bound_by_hand(compiled, name):
-    params, grads, want = DESCENT[name]
-    params, grads = ([np.float32(x) for x in tree] for tree in (params, grads))
-    got = compiled(diagnostics.descent_bound)(params, grads)
-    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
-    assert got.shape == ()
-    assert got.dtype == jnp.float32
-
-
-TWO_TREES = [
-    diagnostics.relative_update_size,
-    diagnostics.fraction_sign_changed,
-    diagnostics.descent_bound,
-]
+TWO_TREES = [diagnostics.relative_update_size, diagnostics.fraction_sign_changed]
 
 
 @pytest.mark.parametrize("function", TWO_TREES)
@@ -254,7 +219,6 @@ ONE_TREE = {
         lambda p: diagnostics.relative_update_size(p, p)["b"],
         1.0,
     ),
-    "descent_bound": (lambda p: diagnostics.descent_bound(p, p), 1.0),
 }
 
 

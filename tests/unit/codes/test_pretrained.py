@@ -37,8 +37,8 @@ def relative_error(q, w):
 
 ALIASES = {
     "madam": madax.madam,
-    "bbit_madam": madax.bbit_madam,
-    "lns_madam": madax.lns_madam,
+    "bbit_madam": madax.papers.bbit_madam,
+    "lns_madam": madax.papers.lns_madam,
 }
 
 

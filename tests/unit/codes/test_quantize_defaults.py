@@ -304,8 +304,8 @@ def test_a_dead_channel_has_the_scale_of_the_others(fmt, channel_axis):
 
 MAKERS = {
     "madam": madax.madam(),
-    "bbit_madam": madax.bbit_madam(),
-    "lns_madam": madax.lns_madam(),
+    "bbit_madam": madax.papers.bbit_madam(),
+    "lns_madam": madax.papers.lns_madam(),
     "sign_log": madax.scale_by_sign_log(),
     "wrapped": madax.with_quantized_params(optax.adam(0.1)),
 }

@@ -383,7 +383,9 @@ def test_the_report_is_a_dict_that_prints_as_a_table():
         "layers/wi/kernel": shape((D, L, F), jnp.float32),
     }
     rule = lambda path, leaf: (
-        madax.MatrixDimensionNumbers(0, 2) if path == "layers/wi/kernel" else None
+        madax.transforms.MatrixDimensionNumbers(0, 2)
+        if path == "layers/wi/kernel"
+        else None
     )
     found = madax.diagnostics.matrices(tree)
     assert found["conv/kernel"] == (1, 72, 16) and found["embed/embedding"] is None

@@ -69,7 +69,7 @@ FIELDS = {
     ),
     "linear_range": (lambda x: SymlogFormat(8, x), (0, -1, 9e-7, 1100, INF, NAN)),
     "base_step of bbit_madam": (
-        lambda x: madax.bbit_madam(base_step=x),
+        lambda x: madax.papers.bbit_madam(base_step=x),
         (0, -1e-3, 0.02, NAN),
     ),
 }
@@ -157,7 +157,7 @@ def test_dequantize_params(dtype):
 GRID = partial(madax.papers.quantize_to_grid, FMT)
 WRAP = partial(madax.with_quantized_params, optax.sgd(0.1))
 MOMENT = partial(madax.scale_by_second_moment, moment_format=MomentFormat(8))
-MADAM, LNS, WRAPPED = madax.madam, madax.lns_madam, madax.with_quantized_params
+MADAM, LNS, WRAPPED = madax.madam, madax.papers.lns_madam, madax.with_quantized_params
 A_KEY, RAW_KEY = jax.random.key(0), jnp.zeros(2, jnp.uint32)
 
 BAD_MAKE = [
@@ -278,4 +278,4 @@ BAD_FAKE = [
 @pytest.mark.parametrize("case", BAD_FAKE, ids=lambda case: case[1])
 def test_fake_quantize(case):
     kind, pattern, args, kwargs = case
-    raises(kind, pattern, lambda: madax.fake_quantize(*args, **kwargs))
+    raises(kind, pattern, lambda: madax.papers.fake_quantize(*args, **kwargs))

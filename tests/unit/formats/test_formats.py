@@ -228,7 +228,7 @@ def test_constructors_numbers():
     assert fmt.spacing == pytest.approx(math.asinh(3) / 127)
     assert fmt.dynamic_range == pytest.approx(3 / math.sinh(math.asinh(3) / 127))
     assert UniformFormat(8).dynamic_range == 127
-    assert isinstance(fmt, madax.Format)
+    assert isinstance(fmt, madax.formats.Format)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

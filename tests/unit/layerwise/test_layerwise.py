@@ -265,6 +265,22 @@ def test_no_second_stack_is_made():
     assert used.temp_size_in_bytes < 0.9 * count
 
 
+def test_by_default_codes_decode_to_float32_and_floats_stay():
+    params = weights(FORMATS["symlog8"])
+    params["layers"]["gain"] = params["layers"]["gain"].astype(jnp.float16)
+    seen = {}
+
+    def of_layer(w, x):
+        seen.update(gain=w["gain"].dtype, codes=w["mlp"]["w"].dtype)
+        return x
+
+    init, step = madax.layerwise(madax.madam(), embed, of_layer, loss)
+    state = jax.eval_shape(init, params)
+    params, *_ = jax.eval_shape(step, params, state, batches()[0])
+    assert seen == {"gain": jnp.float16, "codes": jnp.float32}
+    assert params["layers"]["gain"].dtype == jnp.float16
+
+
 # --- what is refused ------------------------------------------------------------------
 
 GLOBAL = {

@@ -120,7 +120,11 @@ def test_rms_of_float16_weights_is_not_computed_in_float16():
 
 @pytest.mark.parametrize(
     "tx",
-    [madax.madam(0.1), madax.madam(0.1, rounding="nearest"), madax.bbit_madam(0.1)],
+    [
+        madax.madam(0.1),
+        madax.madam(0.1, rounding="nearest"),
+        madax.papers.bbit_madam(0.1),
+    ],
     ids=["stochastic", "nearest", "grid"],
 )
 def test_numbers_of_python_are_leaves_without_jit_too(tx):
@@ -167,7 +171,7 @@ def test_numbers_of_numpy_in_x64_mode_train_as_those_of_python(dtype):
         assert_alike(got, trained(madax.madam, SCALARS, float, seed=3), rtol)
         few = ("learning_rate", "b2", "p_scale", "g_bound", "zero_init_scale")
         got, want = (
-            trained(madax.bbit_madam, few, kind) for kind in (np.float64, float)
+            trained(madax.papers.bbit_madam, few, kind) for kind in (np.float64, float)
         )
         assert_alike(got, want, rtol)
 

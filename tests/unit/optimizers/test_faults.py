@@ -37,8 +37,8 @@ MADAMS = {
     "b1_floor": partial(madax.madam, b1=0.9, floor=1.0),
     "nearest": partial(madax.madam, rounding="nearest"),
     "moments8": partial(madax.madam, b1=0.9, moment_format=MomentFormat(8)),
-    "bbit_madam": madax.bbit_madam,
-    "lns_madam": madax.lns_madam,
+    "bbit_madam": madax.papers.bbit_madam,
+    "lns_madam": madax.papers.lns_madam,
 }
 WRAPPED = {
     "wrapped_sgd": lambda lr: madax.with_quantized_params(optax.sgd(lr)),
@@ -401,7 +401,7 @@ def test_a_decay_rate_in_16_bits_is_refused(dtype):
         for init in (tx.init, jax.jit(tx.init)):
             with raises(TypeError, name, *words):
                 init(params)
-    for make in (madax.bbit_madam, madax.lns_madam):
+    for make in (madax.papers.bbit_madam, madax.papers.lns_madam):
         with raises(TypeError, "b2", *words):
             make(b2=jnp.asarray(0.5, dtype))
     with raises(TypeError, "b1", *words):
@@ -539,7 +539,7 @@ def test_weights_cross_the_whole_dtype(dtype, p_scale):
 
 
 @every_dtype
-@pytest.mark.parametrize("make", [madax.bbit_madam, madax.lns_madam])
+@pytest.mark.parametrize("make", [madax.papers.bbit_madam, madax.papers.lns_madam])
 def test_a_grid_that_reaches_beyond_the_dtype_ends_with_it(make, dtype):
     largest = next_to_largest(dtype)
     w = jnp.asarray([largest, -largest, largest / 4], dtype)

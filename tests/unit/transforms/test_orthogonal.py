@@ -16,12 +16,8 @@ from jax.sharding import PartitionSpec as P
 from test_meshes import different, enter, make_mesh
 
 import madax
-from madax import (
-    MatrixDimensionNumbers,
-    MomentFormat,
-    muon_madam,
-    scale_by_orthogonal_momentum,
-)
+from madax import MomentFormat, muon_madam
+from madax.transforms import MatrixDimensionNumbers, scale_by_orthogonal_momentum
 from madax.transforms._orthogonal import orthogonalized
 
 ORTHOGONAL = scale_by_orthogonal_momentum()

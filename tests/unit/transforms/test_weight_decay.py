@@ -222,7 +222,9 @@ def test_decay_of_the_gradient_is_normalised_away():
     np.testing.assert_allclose(decoupled[1] / w, np.exp(-0.001 * STEPS), rtol=1e-5)
 
 
-@pytest.mark.parametrize("make", [madax.madam, madax.add_decayed_log_weights])
+@pytest.mark.parametrize(
+    "make", [madax.madam, madax.transforms.add_decayed_log_weights]
+)
 @pytest.mark.parametrize(
     ("value", "kind"), [(-0.1, ValueError), (np.nan, ValueError), ("0.1", TypeError)]
 )

@@ -556,7 +556,8 @@ def test_bad_input():
     with raises(ValueError, "the optimizer state has the tree structure"):
         update(made, with_quantized_state(optax.sgd(0.1, momentum=0.9)))
     window = {
-        k: madax.MomentWindow(*(x[:1] for x in w)) for k, w in made.window.items()
+        k: madax.formats._moment_grid.MomentWindow(*(x[:1] for x in w))
+        for k, w in made.window.items()
     }
     with raises(ValueError, "has 2 leaves of codes, but windows of shape (1,)"):
         update(made._replace(window=window), with_quantized_state(adam))
