@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from madax._core.types import Number
+# A Python number or a scalar array, traced or not.
+Number: TypeAlias = Any
 
 # The warning about leaves with outliers, without their names and fractions.
 CLIPPED = (

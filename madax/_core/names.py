@@ -3,10 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 
-from madax._core.types import Tree
+# A pytree: of arrays, of their shapes, or a state. Public signatures have it also for
+# parameters, because typing.get_type_hints does not find the type of optax.Params.
+Tree: TypeAlias = Any
 
 # The two parts of the parameters that :func:`madax.layerwise` trains.
 ENDS, LAYERS = "ends", "layers"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 
-from madax._core.types import Tree
+from madax._core.names import Tree
 
 
 def manual_axes() -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from madax._core.types import Tree
+from madax._core.names import Tree
 
 # Operations of which each output element depends on one element of every operand of
 # that shape. Any other operation counts as one that mixes elements.

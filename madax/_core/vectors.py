@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madax._core.types import Tree
+from madax._core.names import Tree
 
 
 def entries(leaves: int) -> tuple[int, ...]:

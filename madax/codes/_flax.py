@@ -11,7 +11,7 @@ import flax
 import jax
 from flax import nnx
 
-from madax._core.types import Tree
+from madax._core.names import Tree
 from madax.codes._array import is_quantized
 from madax.codes._probes import probed, probes_of, without_probes
 

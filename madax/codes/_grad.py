@@ -10,7 +10,7 @@ import jax
 from jax.typing import DTypeLike
 
 from madax._core.checks import check_float_dtype, check_function
-from madax._core.types import Tree
+from madax._core.names import Tree
 from madax.codes._array import AFTER_IMPORT, is_quantized
 from madax.codes._probes import probed, probes_of, without_probes
 

@@ -18,8 +18,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from madax._core.checks import check_float_leaf, leaf_name
-from madax._core.names import flatten_named
-from madax._core.types import Tree
+from madax._core.names import Tree, flatten_named
 from madax._core.vectors import entries, one_a_leaf
 from madax.codes._array import Leaf, is_quantized
 

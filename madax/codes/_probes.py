@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from madax._core.names import Tree
 from madax._core.numerics import straight_through
-from madax._core.types import Tree
 from madax.codes._array import Leaf, QuantizedArray, is_quantized
 from madax.codes._leaves import zeros_like
 from madax.formats._base import Format

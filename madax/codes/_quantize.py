@@ -24,9 +24,8 @@ from madax._core.checks import (
     warn_of_leaves,
 )
 from madax._core.leaf_kinds import read_leaves
-from madax._core.names import flatten_named
+from madax._core.names import Tree, flatten_named
 from madax._core.numerics import relative_to
-from madax._core.types import Tree
 from madax._core.vectors import awaited
 from madax.codes._array import Leaf, QuantizedArray, is_quantized
 from madax.codes._leaves import widen

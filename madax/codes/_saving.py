@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madax._core.names import flatten_named
-from madax._core.types import Tree
+from madax._core.names import Tree, flatten_named
 from madax.codes._array import AFTER_IMPORT, Leaf, QuantizedArray, is_quantized
 from madax.formats._base import Format, parse_format
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from madax._core.names import Tree
 from madax._core.numerics import BIAS, MANTISSA, from_pattern, to_pattern
-from madax._core.types import Tree
 
 # Octaves of a moment without a sign. A moment with a sign goes as the gradient, not as
 # its square: half as many cover the same range.

@@ -20,9 +20,8 @@ from madax._core.checks import (
     check_state,
     warn_of_leaves,
 )
-from madax._core.names import is_part
+from madax._core.names import Tree, is_part
 from madax._core.rounding import Rounding, check_rounding, leaf_keys
-from madax._core.types import Tree
 from madax._core.vectors import one_a_leaf
 from madax.codes._array import Leaf, is_quantized
 from madax.codes._leaves import flatten, flatten_both, per_leaf

@@ -14,8 +14,8 @@ from madax._core.checks import (
     leaf_name,
     warn_of_leaves,
 )
+from madax._core.names import Tree
 from madax._core.numerics import within
-from madax._core.types import Tree
 from madax._core.vectors import awaited, known_values
 from madax.codes._array import Leaf, is_quantized
 from madax.codes._leaves import flatten, per_leaf, widen

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from madax._core.checks import check_state
 from madax._core.leaf_kinds import read_leaves
-from madax._core.types import Tree
+from madax._core.names import Tree
 from madax.codes._leaves import flatten_both, max_weight, places_of_floats
 from madax.codes._scales import bound_on_weights, float_leaf_sizes
 

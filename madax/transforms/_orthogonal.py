@@ -13,9 +13,8 @@ from jax.typing import ArrayLike
 
 from madax._core.checks import check_decay, check_state, leaf_name, warn_of_leaves
 from madax._core.leaf_kinds import Axes, read_leaves
-from madax._core.names import flatten_named, is_part
+from madax._core.names import Tree, flatten_named, is_part
 from madax._core.numerics import decay_rate, moving_average, relative_to
-from madax._core.types import Tree
 from madax.codes._array import is_quantized
 from madax.codes._leaves import flatten, flatten_like, zeros_like
 from madax.codes._scales import root_mean_square

@@ -15,7 +15,7 @@ from madax._core.checks import (
     check_seed,
     check_state,
 )
-from madax._core.names import flatten_named
+from madax._core.names import Tree, flatten_named
 from madax._core.numerics import (
     decay_rate,
     exp,
@@ -24,7 +24,6 @@ from madax._core.numerics import (
     over_root,
 )
 from madax._core.rounding import leaf_keys
-from madax._core.types import Tree
 from madax.codes._leaves import compute_dtype, flatten, flatten_like, zeros_like
 from madax.formats._moment_format import MomentFormat
 from madax.formats._moment_grid import check_made_for

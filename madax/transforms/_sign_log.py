@@ -8,8 +8,8 @@ import optax
 from jax.typing import ArrayLike
 
 from madax._core.checks import check_non_negative, warn_of_leaves
+from madax._core.names import Tree
 from madax._core.numerics import fast_expm1, within
-from madax._core.types import Tree
 from madax._core.vectors import known_values
 from madax.codes._array import Leaf, QuantizedArray
 from madax.codes._leaves import compute_dtype, per_leaf, widen

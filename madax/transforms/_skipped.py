@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madax._core.names import flatten_named
+from madax._core.names import Tree, flatten_named
 from madax._core.numerics import decay_rate
-from madax._core.types import Tree
 from madax.codes._leaves import flatten, nodes_of, widen
 from madax.formats._moment_format import MomentFormat
 from madax.formats._second_moment_codec import SecondMomentCodec, is_fast

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from madax._core.checks import check_non_negative
+from madax._core.checks import Number, check_non_negative
 from madax._core.moved import by_name
+from madax._core.names import Tree
 from madax._core.numerics import plus_product, relative_to
-from madax._core.types import Number, Tree
 from madax.codes._array import Leaf, QuantizedArray
 from madax.codes._leaves import per_leaf, widen
 from madax.transforms._geometry import (

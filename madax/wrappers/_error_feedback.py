@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from madax._core.names import Tree
 from madax._core.numerics import rounded
 from madax._core.shards import barrier
-from madax._core.types import Tree
 from madax._core.vectors import entries, one_a_leaf
 from madax.codes._array import QuantizedArray, is_quantized
 from madax.codes._leaves import widen

@@ -12,9 +12,8 @@ import optax
 from optax import tree_utils
 
 from madax._core.checks import leaf_name
-from madax._core.names import flatten_named
+from madax._core.names import Tree, flatten_named
 from madax._core.tracing import Shapes, dependences, shapes_of
-from madax._core.types import Tree
 from madax.codes._array import is_quantized
 from madax.codes._quantize import dequantize_params
 

@@ -16,9 +16,9 @@ from madax._core.checks import (
     check_state,
     check_transformation,
 )
+from madax._core.names import Tree
 from madax._core.numerics import minus_product
 from madax._core.rounding import Rounding, check_rounding, leaf_keys, rounding_bits
-from madax._core.types import Tree
 from madax._core.vectors import one_a_leaf
 from madax.codes._array import QuantizedArray, is_quantized
 from madax.codes._leaves import flatten_both

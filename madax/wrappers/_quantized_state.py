@@ -20,10 +20,10 @@ from madax._core.checks import (
     is_float,
 )
 from madax._core.moved import by_name
+from madax._core.names import Tree
 from madax._core.rounding import Rounding, check_rounding, leaf_keys
 from madax._core.shards import barrier
 from madax._core.tracing import Shapes, shapes_of
-from madax._core.types import Tree
 from madax._core.vectors import entries, one_a_leaf
 from madax.codes._array import is_quantized
 from madax.formats._moment_codec import MomentCodec, stack_windows

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from madax._core.checks import is_float
-from madax._core.names import flatten_named
+from madax._core.names import Tree, flatten_named
 from madax._core.tracing import depends_on
-from madax._core.types import Tree
 from madax.codes._array import is_quantized
 from madax.codes._quantize import dequantize_params
 from madax.wrappers._step_reader import FACTORS, GRADS, PARAMS, StepReader, Value
