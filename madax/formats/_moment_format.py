@@ -21,17 +21,16 @@ class MomentFormat:
     - A second moment ``nu`` has 64 octaves and no sign; a first moment ``mu`` has a
       sign and 32 octaves, which is the same range of gradients. The other bits are
       digits: two of them in 8 bits.
-    - The octaves follow the max of ``nu`` in each leaf, up and down. They are moved in
-      each of the first 8 steps, and in every 8th step after that. An element whose
-      ``nu`` jumps above them, as by a gradient of 700 times the max of its leaf, is
-      skipped until they have followed, like an element that is not finite. With a decay
-      rate below 0.75 the octaves are moved in every step, and only elements that are
-      not finite are skipped.
+    - The octaves follow the max of ``nu`` in each leaf, in each of the first 8 steps
+      and in every 8th after that. An element whose ``nu`` jumps above them, as by a
+      gradient of 700 times the max of its leaf, is skipped until they have followed,
+      like an element that is not finite. With a decay rate below 0.75 they follow in
+      every step, and only elements that are not finite are skipped.
     - The decay of ``nu`` is exact. It goes into a scale that all leaves share, so
       ``nu`` is rounded only where a gradient adds to it.
-    - No element is trapped at zero. The min code of ``nu`` is a number below the
-      octaves, which stands for what gradients of up to 1e-8 of the max leave. An
-      element that has had no gradient has this code, too, and does not move.
+    - No element is trapped at zero: the min code of ``nu`` is a number below the
+      octaves, for what gradients of up to 1e-8 of the max leave. An element that has
+      had no gradient has this code, too, and does not move.
     - After many steps, rounding has given ``nu`` a relative variance of about
       :math:`0.36 / 2^{b}`, with :math:`b = \text{bits} - 6` digits, for any decay rate
       near 1. That would make :math:`1/\sqrt\nu` too large on average, by 3.4 % for 8

@@ -22,15 +22,14 @@ class MomentWindow(NamedTuple):
     """Where the codes of moments lie: one entry per stored leaf, in flatten order.
 
     Attributes:
-      octave: biased exponent of the min octave of each leaf, int32, shape (number of
-        stored leaves,), or () if there are none; of :func:`scale_by_second_moment` it
-        is that of the second moment, and 0 before the first gradient.
-      scale: unit of the values, float32 in [1, 2): of the same shape for
-        :func:`with_quantized_state`, a scalar for the second moments of
+      octave: biased exponent of the min octave, int32, shape (number of stored
+        leaves,), or () if there are none. In :func:`scale_by_second_moment` it is that
+        of the second moment, and 0 before the first gradient.
+      scale: unit of the values, float32 in [1, 2), same shape; a scalar in
         :func:`scale_by_second_moment`. What all elements decay by goes here, rather
         than into codes, which would be rounded.
-      signed: whether a bit of the codes is a sign, bool, the shape of ``octave``; None
-        for :func:`scale_by_second_moment`, whose second moments have no sign.
+      signed: whether a bit of the codes is a sign, bool, same shape; None in
+        :func:`scale_by_second_moment`.
     """
 
     octave: jax.Array
@@ -51,10 +50,9 @@ def fraction_and_exponent(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def check_made_for(wanted: str | None, made_for: str | None) -> None:
-    """Raises unless a state was made for the format of its optimizer.
+    """Raises unless a state was made for a format, by its ``repr``; None for floats.
 
-    That is the ``repr`` of the format, or None for floats. The key of a window in the
-    state has it, followed by dtypes perhaps.
+    In the key of a window, dtypes may follow the format.
     """
     if made_for != wanted and not f"{made_for}".startswith(f"{wanted}, "):
         raise ValueError(
@@ -96,15 +94,11 @@ class MomentGrid(NamedTuple):
         return from_pattern(jnp.where(code > 0, self.pattern(code), 0))
 
     def encode(self, x: jax.Array, bits: jax.Array) -> jax.Array:
-        """The codes of values, stochastically rounded, outside of the grid perhaps.
+        """The codes of values, int32, stochastically rounded; negative below the grid.
 
         Args:
           x: values, float32, not negative, not NaN.
-          bits: random bits, uint32, of which the low ones are used, one for each bit
-            that is cut.
-
-        Returns:
-          The codes, int32; negative if the values are below the grid.
+          bits: random bits, uint32: a low one is used for each bit that is cut.
         """
         # The noise takes the place of the bits that are cut.
         noise = bits.astype(jnp.int32) & ((1 << self.shift) - 1)

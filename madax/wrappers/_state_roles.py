@@ -6,13 +6,13 @@ the difference of two moments. Nothing is run: the jaxpr of a step is read, of s
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from madax._core.checks import is_float
 from madax._core.names import Tree, flatten_named
 from madax._core.tracing import depends_on
 from madax.codes._array import is_quantized
@@ -24,9 +24,6 @@ class StateLeaves(NamedTuple):
     """The leaves of the state of an optimizer, by their index in flatten order.
 
     Attributes:
-      paths: their names.
-      shapes: their shapes and dtypes.
-      treedef: the structure of the state.
       parameters: the end of a path that is the path of a parameter; None without one.
       owners: the path of the parameter that a leaf is a moment of: it also has the
         shape of the parameter, and is floating. None for other leaves.
@@ -59,10 +56,6 @@ def state_leaves(inner: optax.GradientTransformation, params: Tree) -> StateLeav
     return StateLeaves(paths, shapes, treedef, parameters, owners, copies)
 
 
-def is_float(leaf: jax.ShapeDtypeStruct) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
 def reasons_for_floats(
     inner: optax.GradientTransformationExtraArgs, params: Tree, leaves: StateLeaves
 ) -> dict[int, str]:
@@ -71,7 +64,8 @@ def reasons_for_floats(
     Raises:
       Exception: what the update of ``inner`` raises, if it cannot be traced.
     """
-    updates, new, reader = _read_step(inner, params, leaves)
+    reader, values = _read_step(inner, params, leaves)
+    updates, new = values[: -len(leaves.paths)], values[-len(leaves.paths) :]
     decay = {i: c for i, value in enumerate(new) for k, c in value.linear if k == i}
     reasons = {i: "it starts from parameters" for i, x in enumerate(leaves.copies) if x}
 
@@ -113,17 +107,10 @@ def reasons_for_floats(
     return reasons
 
 
-class _ReadStep(NamedTuple):
-    """What is known of the updates of a step, and of its new leaves of the state."""
-
-    updates: list[Value]
-    new: list[Value]
-    reader: StepReader
-
-
 def _read_step(
     inner: optax.GradientTransformationExtraArgs, params: Tree, leaves: StateLeaves
-) -> _ReadStep:
+) -> tuple[StepReader, list[Value]]:
+    """The reader of a step, and what it knows of all leaves of (updates, new state)."""
     grads = jax.eval_shape(dequantize_params, params)
     state = leaves.treedef.unflatten(leaves.shapes)
 
@@ -139,12 +126,11 @@ def _read_step(
         extra = {"value": value, "grad": grads, "value_fn": value_fn}
         return step(grads, params, state, **extra, obj_fn=value_fn)
 
-    trace = functools.partial(jax.make_jaxpr, return_shape=True)
     try:
-        closed, out = trace(step)(grads, params, state)
+        closed = jax.make_jaxpr(step)(grads, params, state)
     except (TypeError, ValueError) as error:
         try:
-            closed, out = trace(line_search)(grads, params, state)
+            closed = jax.make_jaxpr(line_search)(grads, params, state)
         except (TypeError, ValueError):
             raise error from None
     given = [Value(frozenset({GRADS})) for _ in jax.tree.leaves(grads)]
@@ -154,6 +140,4 @@ def _read_step(
         is_number = leaf.ndim == 0  # a count or a rate
         given.append(Value(part, linear=linear, multiple=part, positive=is_number))
     reader = StepReader(i for i, x in enumerate(leaves.owners) if x is not None)
-    values = reader.read(closed, given)
-    updates = len(jax.tree.leaves(out[0]))
-    return _ReadStep(values[:updates], values[updates:], reader)
+    return reader, reader.read(closed, given)

@@ -32,40 +32,29 @@ Leaves = frozenset[int]
 
 
 class Value(NamedTuple):
-    """What the reader knows of a value in a step.
+    """What the reader knows of a value in a step."""
 
-    Attributes:
-      parts: what it depends on: indices of leaves, ``GRADS``, ``PARAMS``
-        and ``FACTORS``.
-      summed: the leaves that it depends on by a sum over elements, as a norm does.
-      linear: ``(leaf, c)`` if it is c times the leaf and something independent of it.
-      signed: the leaves to which something was added that may be negative.
-      multiple: the leaves that it is a product of.
-      positive: whether it has no negative values.
-      constant: its value, if it is the same number in every step.
-    """
-
+    # What it depends on: indices of leaves, GRADS, PARAMS and FACTORS.
     parts: Leaves = frozenset()
+    # The leaves that it depends on by a sum over elements, as a norm does.
     summed: Leaves = frozenset()
+    # (leaf, c) if it is c times the leaf and something independent of it.
     linear: frozenset[tuple[int, float]] = frozenset()
+    # The leaves to which something was added that may be negative.
     signed: Leaves = frozenset()
-    multiple: Leaves = frozenset()
-    positive: bool = False
-    constant: float | None = None
+    multiple: Leaves = frozenset()  # the leaves that it is a product of
+    positive: bool = False  # whether it has no negative values
+    constant: float | None = None  # its value, if that is the same in every step
 
 
 class StepReader(JaxprReader[Value]):
-    """Reads a step, and collects what it does with moments.
-
-    Attributes:
-      moments: the leaves of a state that belong to parameters.
-      mixed: ``("the difference of", leaves)``, and likewise for other operations.
-      rooted: the leaves of which a root is taken, element by element.
-    """
+    """Reads a step, and collects what it does with the moments of parameters."""
 
     def __init__(self, moments: Iterable[int]) -> None:
         self.moments = frozenset(moments)
+        # ("the difference of", leaves), and likewise for other operations.
         self.mixed: list[tuple[str, Leaves]] = []
+        # The leaves of which a root is taken, element by element.
         self.rooted: Leaves = frozenset()
 
     def constant(self, x: jax.typing.ArrayLike) -> Value:
