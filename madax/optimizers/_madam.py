@@ -1,7 +1,7 @@
 """Madam: multiplicative steps along the gradient over the root of its second moment."""
 
-import jax
 import optax
+from jax.typing import ArrayLike
 
 from madax._core.moved import by_name
 from madax._core.rounding import Rounding
@@ -15,17 +15,17 @@ from madax.transforms._weight_decay import Mask
 def madam(
     learning_rate: optax.ScalarOrSchedule = 0.01,
     *,
-    b1: jax.typing.ArrayLike | None = None,
-    b2: jax.typing.ArrayLike = 0.999,
-    p_scale: jax.typing.ArrayLike | None = None,
-    g_bound: jax.typing.ArrayLike = 10.0,
-    floor: jax.typing.ArrayLike = 0.0,
-    zero_init_scale: jax.typing.ArrayLike = 0.1,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    b1: ArrayLike | None = None,
+    b2: ArrayLike = 0.999,
+    p_scale: ArrayLike | None = None,
+    g_bound: ArrayLike = 10.0,
+    floor: ArrayLike = 0.0,
+    zero_init_scale: ArrayLike = 0.1,
+    weight_decay: ArrayLike = 0.0,
     mask: Mask | None = None,
     moment_format: MomentFormat | None = None,
     rounding: Rounding = "stochastic",
-    seed: jax.typing.ArrayLike = 0,
+    seed: ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Madam, the paper's multiplicative rule made safe for any network.
 

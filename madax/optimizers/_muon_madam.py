@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 
-import jax
 import optax
+from jax.typing import ArrayLike
 
 from madax._core.checks import check_decay
 from madax._core.moved import by_name
@@ -30,18 +30,18 @@ from madax.wrappers._quantized_state import quantized_state
 def muon_madam(
     learning_rate: optax.ScalarOrSchedule = 0.03,
     *,
-    b1: jax.typing.ArrayLike = 0.95,
-    b2: jax.typing.ArrayLike = 0.999,
-    p_scale: jax.typing.ArrayLike | None = None,
-    g_bound: jax.typing.ArrayLike = 10.0,
+    b1: ArrayLike = 0.95,
+    b2: ArrayLike = 0.999,
+    p_scale: ArrayLike | None = None,
+    g_bound: ArrayLike = 10.0,
     matrices: Matrices | None = None,
-    floor: jax.typing.ArrayLike = 1.0,
-    zero_init_scale: jax.typing.ArrayLike = 0.1,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    floor: ArrayLike = 1.0,
+    zero_init_scale: ArrayLike = 0.1,
+    weight_decay: ArrayLike = 0.0,
     mask: Mask | None = None,
     moment_format: MomentFormat | None = None,
     rounding: Rounding = "stochastic",
-    seed: jax.typing.ArrayLike = 0,
+    seed: ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon for matrices, Madam for everything else, with multiplicative steps.
 

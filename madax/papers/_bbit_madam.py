@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
-from madax._core.checks import check_learning_rate
+from madax._core.checks import check_bits, check_learning_rate
 from madax._core.moved import by_name
 from madax.formats._log import LogFormat
 from madax.optimizers._chain import map_rate
@@ -18,10 +19,10 @@ def bbit_madam(
     *,
     bits: int = 12,
     base_step: float = 0.001,
-    b2: jax.typing.ArrayLike = 0.999,
-    p_scale: jax.typing.ArrayLike | None = None,
-    g_bound: jax.typing.ArrayLike = 10.0,
-    zero_init_scale: jax.typing.ArrayLike = 0.1,
+    b2: ArrayLike = 0.999,
+    p_scale: ArrayLike | None = None,
+    g_bound: ArrayLike = 10.0,
+    zero_init_scale: ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""B-bit Madam: Madam on a grid of log-spaced weights, with nearest rounding.
 
@@ -76,11 +77,7 @@ def bbit_madam(
       weight updates <https://arxiv.org/abs/2006.14560>`_, 2020, Section 5.
     """
     learning_rate = check_learning_rate(learning_rate, 0.01)
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 15:
-        raise ValueError(
-            f"bits must be an int in 1 to 15, got {bits!r} (default: 12); formats are "
-            "static, name it in the static_args of optax.inject_hyperparams."
-        )
+    check_bits(bits, 1, 15, "with the sign, a code has 16 bits at most")
     format = LogFormat(bits + 1, base_step)
 
     def whole_codes(rate):

@@ -1,28 +1,30 @@
 """Simulated low precision of weights: floats whose values are on a grid."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from madax._core.checks import (
+    Number,
     check_instance,
     check_non_negative,
-    check_positive,
     check_seed,
     check_state,
 )
 from madax._core.numerics import relative_to, straight_through
 from madax._core.rounding import Rounding, check_rounding, leaf_keys, rounding_bits
 from madax._core.vectors import one_a_leaf
+from madax.codes._array import Leaf
 from madax.codes._leaves import flatten_both, max_weight, per_leaf, widen
 from madax.codes._steps import moved_codes
 from madax.formats._base import Format
 from madax.optimizers._chain import from_direction
-from madax.transforms._geometry import Leaf, geometry_at_init, grid_scales
+from madax.transforms._clip import check_p_scale
+from madax.transforms._geometry import geometry_at_init, grid_scales
 from madax.transforms._lns_quantize import rounded_update
 from madax.transforms._second_moment import second_moment
 
@@ -44,9 +46,9 @@ def quantize_to_grid(
     format: Format,
     *,
     rounding: Rounding = "stochastic",
-    seed: jax.typing.ArrayLike = 0,
-    p_scale: jax.typing.ArrayLike | None = None,
-    zero_init_scale: jax.typing.ArrayLike = 0.1,
+    seed: ArrayLike = 0,
+    p_scale: ArrayLike | None = None,
+    zero_init_scale: ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rounds updates so that weights stay on the grid of a number format.
 
@@ -95,7 +97,7 @@ def quantize_to_grid(
     check_instance("format", format, Format, or_none=False)
     check_rounding(rounding)
     check_seed(seed)
-    p_scale = _check_p_scale(p_scale)
+    p_scale = check_p_scale(p_scale, finite=True)
     zero_init_scale = check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
@@ -110,7 +112,7 @@ def quantize_to_grid(
         keys = one_a_leaf(leaf_keys(seed, state.count, paths, madax_layer), len(ws))
         leaves = zip(ws, us, keys, per_leaf(state.scale, ws), strict=True)
         us = [
-            update_to_grid(*leaf, format=format, rounding=rounding) for leaf in leaves
+            _update_to_grid(*leaf, format=format, rounding=rounding) for leaf in leaves
         ]
         count = jnp.asarray(optax.safe_increment(state.count))
         return treedef.unflatten(us), QuantizeToGridState(count, state.scale)
@@ -122,57 +124,46 @@ def grid_madam(
     learning_rate: optax.ScalarOrSchedule,
     format: Format,
     *,
-    b2: jax.typing.ArrayLike,
-    p_scale: jax.typing.ArrayLike | None,
-    g_bound: jax.typing.ArrayLike,
-    zero_init_scale: jax.typing.ArrayLike,
-    alias: Callable[..., optax.GradientTransformation],
+    b2: ArrayLike,
+    p_scale: ArrayLike | None,
+    **options: Number,
 ) -> optax.GradientTransformationExtraArgs:
     """Madam on a grid with nearest rounding; the learning rate is in nats."""
     return from_direction(
         second_moment(b2),
         learning_rate,
-        p_scale=_check_p_scale(p_scale),
-        g_bound=g_bound,
+        p_scale=check_p_scale(p_scale, finite=True),
         floor=0.0,
-        zero_init_scale=zero_init_scale,
         rounding="nearest",
-        alias=alias,
-        to_grid=partial(update_to_grid, format=format, rounding="nearest"),
+        to_grid=partial(_update_to_grid, format=format, rounding="nearest"),
+        **options,
     )
 
 
-def _check_p_scale(p_scale: jax.typing.ArrayLike | None) -> jax.typing.ArrayLike | None:
-    # A grid has a max value, so its scale is finite.
-    if p_scale is None:
-        return None
-    return check_positive("p_scale", p_scale, None, finite=True)
-
-
-def update_to_grid(
+def _update_to_grid(
     w: Leaf,
     u: jax.Array,
     key: jax.Array,
-    scale: jax.Array | None,
-    *,
+    scale: Number,
     format: Format,
     rounding: Rounding,
 ) -> Leaf:
-    """The update of a leaf that takes it to a grid point near ``w + u``."""
+    """The update of a leaf that ends on the grid, which codes have of their own."""
     if scale is None:
         return rounded_update(w, u, key, rounding)
-    return _update_of_floats(w, u, key, scale, format, rounding)
+    return _float_to_grid(w, u, key, scale, format, rounding)
 
 
 @partial(jax.jit, static_argnums=(4, 5))
-def _update_of_floats(
-    w: jax.Array,
+def _float_to_grid(
+    w: Number,
     u: jax.Array,
     key: jax.Array,
     scale: jax.Array,
     format: Format,
     rounding: Rounding,
 ) -> jax.Array:
+    """The update that takes ``w`` to a grid point near ``w + u``."""
     bits = rounding_bits(rounding, key, jnp.shape(u))
     dtype = jnp.result_type(w)
     largest = max_weight(dtype)  # float16 may not reach as far as the scale

@@ -2,8 +2,8 @@
 
 import math
 
-import jax
 import optax
+from jax.typing import ArrayLike
 
 from madax._core.checks import check_instance, check_learning_rate
 from madax._core.moved import by_name
@@ -20,10 +20,10 @@ def lns_madam(
     learning_rate: optax.ScalarOrSchedule = 2**-7,
     *,
     format: Format = _UPDATE_GRID,
-    b2: jax.typing.ArrayLike = 0.999,
-    p_scale: jax.typing.ArrayLike | None = None,
-    g_bound: jax.typing.ArrayLike = 10.0,
-    zero_init_scale: jax.typing.ArrayLike = 0.1,
+    b2: ArrayLike = 0.999,
+    p_scale: ArrayLike | None = None,
+    g_bound: ArrayLike = 10.0,
+    zero_init_scale: ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LNS-Madam: Madam in base 2, its weights kept on a multi-base log grid.
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from madax._core.checks import check_seed, check_state
 from madax._core.moved import by_name
@@ -18,11 +19,10 @@ from madax._core.rounding import (
     rounding_bits,
 )
 from madax._core.vectors import one_a_leaf
-from madax.codes._array import is_quantized
+from madax.codes._array import Leaf, QuantizedArray
 from madax.codes._leaves import flatten_both, max_weight, widen
 from madax.codes._scales import float_leaf_sizes
 from madax.codes._steps import as_steps, step_codes
-from madax.transforms._geometry import Leaf
 
 
 class LnsQuantizeState(NamedTuple):
@@ -40,7 +40,7 @@ _GRID = "use madax.papers.quantize_to_grid, which simulates codes of floats"
 
 @by_name("format", format=_GRID, p_scale=_GRID, zero_init_scale=_GRID)
 def lns_quantize(
-    *, rounding: Rounding = "stochastic", seed: jax.typing.ArrayLike = 0
+    *, rounding: Rounding = "stochastic", seed: ArrayLike = 0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rounds updates so that weights stay on the grid of their codes, or their dtype.
 
@@ -119,7 +119,7 @@ def rounded_update(w: Leaf, u: jax.Array, key: jax.Array, rounding: Rounding) ->
 @partial(jax.jit, static_argnums=3)
 def _rounded(w: Leaf, u: jax.Array, key: jax.Array, rounding: Rounding) -> jax.Array:
     bits = rounding_bits(rounding, key, jnp.shape(u))
-    if is_quantized(w):
+    if isinstance(w, QuantizedArray):
         return step_codes(w, u, w.codes.astype(jnp.int32), bits)
     return _step_in_dtype(w, u, bits)
 

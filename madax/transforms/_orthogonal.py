@@ -3,16 +3,17 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from madax._core.checks import check_decay, check_state, leaf_name, warn_of_leaves
 from madax._core.leaf_kinds import Axes, read_leaves
-from madax._core.names import flatten_named, is_part
+from madax._core.names import Tree, flatten_named, is_part
 from madax._core.numerics import decay_rate, moving_average, relative_to
 from madax.codes._array import is_quantized
 from madax.codes._leaves import flatten, flatten_like, zeros_like
@@ -49,7 +50,7 @@ class MatrixDimensionNumbers(NamedTuple):
 
 # The axes of a leaf, given its path and an object with its shape and dtype; None if it
 # is not a matrix.
-Matrices = Callable[[str, Any], MatrixDimensionNumbers | None]
+Matrices = Callable[[str, Tree], MatrixDimensionNumbers | None]
 
 
 class ScaleByOrthogonalMomentumState(NamedTuple):
@@ -59,11 +60,11 @@ class ScaleByOrthogonalMomentumState(NamedTuple):
       mu: momentum, a tree like the parameters, float32 or wider.
     """
 
-    mu: optax.Params
+    mu: Tree
 
 
 def scale_by_orthogonal_momentum(
-    b1: jax.typing.ArrayLike = 0.95,
+    b1: ArrayLike = 0.95,
     *,
     matrices: Matrices | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -122,7 +123,7 @@ def scale_by_orthogonal_momentum(
     b1 = check_decay("b1", b1, 0.95)
     check_matrices(matrices)
 
-    def axes_of(paths: Sequence[str], leaves: Sequence[Any]) -> list[Axes]:
+    def axes_of(paths: Sequence[str], leaves: Sequence[Tree]) -> list[Axes]:
         axes = []
         found = read_axes(paths, leaves, matrices, others=True)
         for path, leaf, each in zip(paths, leaves, found, strict=True):
@@ -139,8 +140,8 @@ def scale_by_orthogonal_momentum(
 
 
 def orthogonal_momentum(
-    b1: jax.typing.ArrayLike,
-    axes_of: Callable[[Sequence[str], Sequence[Any]], Sequence[Axes]],
+    b1: ArrayLike,
+    axes_of: Callable[[Sequence[str], Sequence[Tree]], Sequence[Axes]],
 ) -> optax.GradientTransformationExtraArgs:
     """As :func:`scale_by_orthogonal_momentum`, checked, with the axes of all leaves."""
 
@@ -210,7 +211,7 @@ def _as_matrices(
     if sharding.mesh.explicit_axes and hasattr(jax.sharding, "auto_axes"):
         # Explicit types tell no layout for the product of a matrix with itself, so the
         # compiler chooses one, as on a mesh of Auto axes.
-        run: Any = jax.sharding.auto_axes(
+        run: Tree = jax.sharding.auto_axes(
             lambda x: _as_matrices(fn, x, axes), out_sharding=sharding
         )
         return run(x)
@@ -239,7 +240,7 @@ def in_order(
 
 def read_axes(
     paths: Sequence[str],
-    leaves: Sequence[Any],
+    leaves: Sequence[Tree],
     matrices: Matrices | None,
     *,
     others: bool = False,
@@ -261,13 +262,13 @@ def read_axes(
     return [r.axes if others or r.kind == "matrix" else None for r in readings]
 
 
-def warn_of_unknown(params: Any, *, stacklevel: int) -> None:
+def warn_of_unknown(params: Tree, *, stacklevel: int) -> None:
     """Warns of leaves that the default cannot read."""
     paths, leaves, _ = flatten_named(params, is_leaf=is_quantized)
     if is_part(paths):
         return
     shapes = [np.shape(leaf) for leaf in leaves]
-    found: dict[Any, str] = {}  # one of layers that are alike
+    found: dict[tuple[str, tuple[int, ...]], str] = {}  # one of layers that are alike
     for path, shape, reading in zip(
         paths, shapes, read_leaves(paths, shapes), strict=True
     ):
@@ -277,7 +278,7 @@ def warn_of_unknown(params: Any, *, stacklevel: int) -> None:
     warn_of_leaves(list(found.values()), _AMISS, stacklevel=stacklevel + 1)
 
 
-def check_matrices(matrices: Any) -> None:
+def check_matrices(matrices: object) -> None:
     """Raises unless ``matrices`` is None or a function."""
     if matrices is not None and not callable(matrices):
         raise TypeError(
@@ -288,7 +289,7 @@ def check_matrices(matrices: Any) -> None:
         )
 
 
-def _checked(path: str, shape: tuple[int, ...], axes: Any) -> Axes | None:
+def _checked(path: str, shape: tuple[int, ...], axes: Tree) -> Axes | None:
     """The axes that a user gave, counted from 0, if the leaf has them."""
     if axes is None:
         return None

@@ -1,11 +1,12 @@
 """Direction: the gradient over the root of its second moment."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from madax._core.checks import (
     check_b1,
@@ -14,7 +15,7 @@ from madax._core.checks import (
     check_seed,
     check_state,
 )
-from madax._core.names import flatten_named
+from madax._core.names import Tree, flatten_named
 from madax._core.numerics import (
     decay_rate,
     exp,
@@ -47,10 +48,10 @@ class ScaleBySecondMomentState(NamedTuple):
         The key is there so that a checkpoint of other codes does not fit.
     """
 
-    count: Any
-    mu: Any
-    nu: optax.Params
-    window: Any
+    count: Tree
+    mu: Tree
+    nu: Tree
+    window: Tree
 
 
 class Direction(NamedTuple):
@@ -65,16 +66,16 @@ class Direction(NamedTuple):
         madax_layer=layer)``, with the count before the step.
     """
 
-    init: Callable[[optax.Params], Any]
-    update: Callable[..., Any]
+    init: Callable[[Tree], Tree]
+    update: Callable[..., Tree]
 
 
 def scale_by_second_moment(
-    b2: jax.typing.ArrayLike = 0.999,
+    b2: ArrayLike = 0.999,
     *,
-    b1: jax.typing.ArrayLike | None = None,
+    b1: ArrayLike | None = None,
     moment_format: MomentFormat | None = None,
-    seed: jax.typing.ArrayLike = 0,
+    seed: ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Normalises each gradient element by the root of its second moment.
 
@@ -139,11 +140,11 @@ def scale_by_second_moment(
 
 
 def second_moment(
-    b2: jax.typing.ArrayLike,
+    b2: ArrayLike,
     *,
-    b1: jax.typing.ArrayLike | None = None,
+    b1: ArrayLike | None = None,
     moment_format: MomentFormat | None = None,
-    seed: jax.typing.ArrayLike = 0,
+    seed: ArrayLike = 0,
 ) -> Direction:
     """As :func:`scale_by_second_moment`, for a caller that counts the steps."""
     b2, b1 = check_decay("b2", b2, 0.999), check_b1(b1)
@@ -214,7 +215,7 @@ def _step(
     m: jax.Array | None,
     g: jax.Array,
     rate: jax.Array,
-    b1_rate: Any,
+    b1_rate: Tree,
     correction: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The direction of a leaf, and its moments as they are stored from then on."""
@@ -229,7 +230,7 @@ def _step(
     return over_root(g, value), v, m
 
 
-def _bias_correction(decay: Any, count: jax.Array) -> jax.Array:
+def _bias_correction(decay: ArrayLike, count: jax.Array) -> jax.Array:
     """``1 - decay**count``, without the cancellation that loses digits near 1."""
     rate = decay_rate(decay)
     return jnp.where(jnp.isnan(rate), rate, -expm1(count * log1p(-rate)))
