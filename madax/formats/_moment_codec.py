@@ -114,6 +114,7 @@ class MomentCodec:
         fraction, _ = fraction_and_exponent(window.scale * factor)
         scale = jnp.where(factor >= _MIN_FACTOR, fraction, window.scale)
         squares = jnp.where(signed, 1, 2)
+        # may fuse: integers
         limit = jnp.maximum(
             mean + squares * _REACH, self._top(window) + squares * _RISE
         )

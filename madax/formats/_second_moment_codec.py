@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from madax._core.numerics import BIAS, MANTISSA, moving_average, rounded
+from madax._core.numerics import BIAS, MANTISSA, minus_product, moving_average
 from madax._core.rounding import random_bits
 from madax._core.shards import over_shards
 from madax._core.vectors import entries, one_a_leaf
@@ -165,7 +165,7 @@ def is_fast(rate: jax.Array) -> jax.Array:
 def decayed(scale: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``(1 - rate) * scale`` in [1, 2) or NaN, and the octaves that it falls by."""
     # Beyond 100 octaves nothing is left of any nu, and the scale would underflow.
-    product = jnp.maximum(scale - rounded(rate * scale), 2.0**-100)
+    product = jnp.maximum(minus_product(scale, rate, scale), 2.0**-100)
     fraction, exponent = fraction_and_exponent(product)
     return jnp.where(jnp.isnan(product), product, fraction), -exponent
 

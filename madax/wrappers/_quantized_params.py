@@ -17,7 +17,7 @@ from madax._core.checks import (
     check_where,
 )
 from madax._core.names import Tree
-from madax._core.numerics import rounded
+from madax._core.numerics import minus_product
 from madax._core.rounding import Rounding, check_rounding, leaf_keys, rounding_bits
 from madax._core.vectors import one_a_leaf
 from madax.codes._array import QuantizedArray, is_quantized
@@ -205,5 +205,5 @@ def _rounded_sum(
         # that rounding keeps the mean of the value, not of the code.
         part = steps - jnp.floor(steps)
         bend = 0.5 * w.format.curvature(w.codes)
-        steps = steps - rounded(bend * (part * (1 - part)))
+        steps = minus_product(steps, bend, part * (1 - part))
     return step_codes(w, steps, jnp.sign(value), bits)

@@ -21,6 +21,7 @@ from test_meshes import EXACT_ADAM, different, enter, make_mesh
 
 import madax
 from madax import MomentFormat, with_quantized_state
+from madax.formats._moment_grid import MomentWindow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -599,10 +600,7 @@ def test_bad_input():
         update(made._replace(window={OF_0_2: window}), with_quantized_state(adam))
     with raises(ValueError, "the optimizer state has the tree structure"):
         update(made, with_quantized_state(optax.sgd(0.1, momentum=0.9)))
-    window = {
-        k: madax.formats._moment_grid.MomentWindow(*(x[:1] for x in w))
-        for k, w in made.window.items()
-    }
+    window = {k: MomentWindow(*(x[:1] for x in w)) for k, w in made.window.items()}
     with raises(ValueError, "has 2 leaves of codes, but windows of shape (1,)"):
         update(made._replace(window=window), with_quantized_state(adam))
     with raises(TypeError, "state must be a WithQuantizedStateState, got tuple"):
