@@ -87,8 +87,8 @@ def with_quantized_state(
       rise a few steps.
     - In a leaf without negative values, a positive value stays positive, so Adam never
       divides by a zero that was positive before. Its decay is exact: the factor that
-      all elements have in common goes into a scale. The relative variance of
-      :math:`\nu` from its rounding is that of :class:`MomentFormat`, which makes
+      all elements have in common goes into a scale. Rounding gives :math:`\nu` the
+      relative variance that :class:`MomentFormat` has, which makes
       :math:`1/\sqrt\nu` too large by 3.4 % on average for 8 bits.
 
     Without ``where``, a leaf is stored if it is floating, has 4096 elements or more and
@@ -121,7 +121,7 @@ def with_quantized_state(
       seed: seed of the stochastic rounding.
 
     Returns:
-      An optimizer, whose updates are those of the inner one.
+      An optimizer with the updates of the inner one.
 
     Raises:
       ValueError: if ``rounding`` is unknown, the state is not of this optimizer,
@@ -257,9 +257,9 @@ def quantized_state(
 
 
 def _computed_again(x: Tree) -> Tree:
-    """A tree of arrays; what follows from it is computed again, for less memory.
+    """A tree of arrays, from which results are computed again, for less memory.
 
-    TPUs keep what is there: arithmetic is their bound.
+    TPUs keep results: arithmetic is their bound.
     """
     return jax.lax.platform_dependent(x, tpu=lambda x: x, default=barrier)
 
@@ -329,7 +329,7 @@ def _stored_dtypes(
     leaves, found = jax.tree.flatten(state.inner_state)
     if found != like.treedef:
         raise ValueError(
-            f"the optimizer state has the tree structure {found}, but that of inner is "
+            f"the optimizer state has the tree structure {found}, but inner has "
             f"{like.treedef}; call init again."
         )
     stored = [
