@@ -88,8 +88,8 @@ def accuracy(model):
 # ## Madam in place of Adam
 #
 # `madax.muon_madam` is an `optax.GradientTransformation`: Muon for matrices, Madam for
-# everything else. Its learning rate is relative: at 0.03 a typical step changes a weight
-# by 3 %. Start there, and decay it.
+# everything else. Its learning rate is relative: at 0.03 a typical step changes a
+# weight by 3 %. Start there, and decay it.
 
 # %%
 model = Net(nnx.Rngs(0))
