@@ -140,8 +140,8 @@ def _step_in_dtype(w: jax.Array, u: jax.Array, bits: jax.Array | None) -> jax.Ar
     pattern = jax.lax.bitcast_convert_type(
         jnp.maximum(jnp.abs(x + u), finest), jnp.int32
     )
-    # The pattern of a power of two, lowered to the spacing; that of its reciprocal then
-    # takes no division.
+    # The pattern of a power of two, lowered to the spacing. The pattern of the
+    # reciprocal then takes no division.
     spacing = (pattern & 0x7F800000) - (info.nmant << 23)
     per_unit = jax.lax.bitcast_convert_type((254 << 23) - spacing, x.dtype)
     spacing = jax.lax.bitcast_convert_type(spacing, x.dtype)
@@ -150,7 +150,7 @@ def _step_in_dtype(w: jax.Array, u: jax.Array, bits: jax.Array | None) -> jax.Ar
     steps = (x + u) * per_unit
     whole = jnp.floor(steps)
     steps = whole + round_steps(steps - whole, bits).astype(x.dtype)
-    largest = max_weight(dtype)
-    target = jnp.clip(steps * spacing, -largest, largest)
-    to_target = jnp.clip(target - x, -largest, largest)
+    limit = max_weight(dtype)
+    target = jnp.clip(steps * spacing, -limit, limit)
+    to_target = jnp.clip(target - x, -limit, limit)
     return straight_through(u, to_target).astype(dtype)

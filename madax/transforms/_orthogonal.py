@@ -138,7 +138,7 @@ def scale_by_orthogonal_momentum(
 
 
 def orthogonal_momentum(
-    b1: ArrayLike, axes_of: Callable[..., Sequence[Axes]]
+    b1: ArrayLike, axes_of: Callable[..., Sequence[Tree]]
 ) -> optax.GradientTransformationExtraArgs:
     """As :func:`scale_by_orthogonal_momentum`, checked, with the axes of all leaves."""
 
@@ -169,10 +169,10 @@ def orthogonal_momentum(
 # Matrices of the same shape are traced once.
 @jax.jit
 def orthogonalized(x: jax.Array) -> jax.Array:
-    """The matrices of orthogonal rows or columns nearest to ``x``, (..., rows, columns).
+    """The matrices of orthogonal rows or columns nearest to matrices of any scale.
 
-    They have a root mean square of 1, but zeros stay zeros. They are approached in five
-    Newton-Schulz steps.
+    They have a root mean square of 1, but zeros stay zeros. Five Newton-Schulz steps
+    approach them. The shape is (..., rows, columns).
     """
     rows, columns = x.shape[-2:]
     x = _over(root_mean_square(x, (-2, -1), keepdims=True), x)

@@ -185,7 +185,7 @@ def second_moment(
             ]
             storages, window = coded_moments(codec, window, vs, rate, count, keys)
             # E[1 / sqrt(v)] is (1 + 3/8 of the relative variance of v) / sqrt(E[v]).
-            # The newest share of v has not been rounded yet.
+            # The newest part of v has not been rounded yet.
             noise = codec.rounding_variance * (1 - rate / bias) ** 2
             correction *= exp(-0.375 * noise) / jnp.sqrt(window.scale)
 
