@@ -22,9 +22,9 @@ from madax._core.numerics import (
 from madax._core.rounding import Rounding, rounding_bits
 from madax._core.shards import over_shards
 from madax._core.vectors import entries
-from madax.formats._moment_format import MomentFormat
-from madax.formats._moment_grid import (
+from madax.formats._moment_format import (
     UNSIGNED_OCTAVES,
+    MomentFormat,
     MomentGrid,
     MomentWindow,
     fraction_and_exponent,

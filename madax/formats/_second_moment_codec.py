@@ -15,10 +15,10 @@ from madax._core.numerics import BIAS, MANTISSA, minus_product, moving_average
 from madax._core.rounding import random_bits
 from madax._core.shards import over_shards
 from madax._core.vectors import entries, one_a_leaf
-from madax.formats._moment_format import MomentFormat
-from madax.formats._moment_grid import (
+from madax.formats._moment_format import (
     SIGNED_OCTAVES,
     UNSIGNED_OCTAVES,
+    MomentFormat,
     MomentGrid,
     MomentWindow,
     fraction_and_exponent,

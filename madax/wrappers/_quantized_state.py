@@ -27,8 +27,12 @@ from madax._core.tracing import Shapes, shapes_of
 from madax._core.vectors import entries, one_a_leaf
 from madax.codes._array import is_quantized
 from madax.formats._moment_codec import MomentCodec, stack_windows
-from madax.formats._moment_format import MomentFormat
-from madax.formats._moment_grid import SIGNED_OCTAVES, MomentWindow, check_made_for
+from madax.formats._moment_format import (
+    SIGNED_OCTAVES,
+    MomentFormat,
+    MomentWindow,
+    check_made_for,
+)
 from madax.wrappers._state_roles import StateLeaves, reasons_for_floats, state_leaves
 
 # Smaller leaves save little, and the noise of a few codes would hurt them.

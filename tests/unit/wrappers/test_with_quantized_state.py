@@ -21,7 +21,7 @@ from test_meshes import EXACT_ADAM, different, enter, make_mesh
 
 import madax
 from madax import MomentFormat, with_quantized_state
-from madax.formats._moment_grid import MomentWindow
+from madax.formats._moment_format import MomentWindow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
