@@ -54,7 +54,7 @@ def test_names_mentioned_exist():
 
 def test_every_public_name_is_documented_with_an_example():
     spaces = (madax, *(getattr(madax, name) for name in NAMESPACES))
-    for space, name in [(space, name) for space in spaces for name in space.__all__]:
+    for space, name in [(room, name) for room in spaces for name in room.__all__]:
         documented = getattr(space, name)
         is_tuple = hasattr(documented, "_fields")  # of states, and of what is returned
         assert documented.__doc__
