@@ -72,8 +72,7 @@ def clip_log_weights(
       :class:`Geometry`.
 
     Raises:
-      ValueError: if an argument is out of range, ``params`` are missing or do not
-        match.
+      ValueError: if an argument is out of range, or ``params`` do not match.
       TypeError: if an argument is not a number, or a leaf is not real floating.
 
     Example:

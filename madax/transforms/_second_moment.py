@@ -56,16 +56,11 @@ class ScaleBySecondMomentState(NamedTuple):
 class Direction(NamedTuple):
     """A transformation of gradients to directions, for a caller that counts the steps.
 
-    So the optimizers have one count, and XLA sees that all roundings hash the same
-    numbers.
-
-    Attributes:
-      init: ``state = init(params)``.
-      update: ``directions, state = update(updates, state, params, count=count,
-        madax_layer=layer)``, with the count before the step.
+    ``update`` is given the ``count`` before the step, by name. So the optimizers have
+    one count, and XLA sees that all roundings hash the same numbers.
     """
 
-    init: Callable[[Tree], Tree]
+    init: Callable[..., Tree]
     update: Callable[..., Tree]
 
 
@@ -157,11 +152,12 @@ def second_moment(
         if codec is not None:
             v_dtype, m_dtype = codec.format.dtype, codec.mu_dtype
             window = {repr(moment_format): codec.start(len(leaves))}
-        nu = treedef.unflatten([zeros_like(w, v_dtype) for w in leaves])
-        mu = None
-        if b1 is not None:
-            mu = treedef.unflatten([zeros_like(w, m_dtype) for w in leaves])
-        return ScaleBySecondMomentState(None, mu, nu, window)
+
+        def zeros(dtype):
+            return treedef.unflatten([zeros_like(w, dtype) for w in leaves])
+
+        mu = None if b1 is None else zeros(m_dtype)
+        return ScaleBySecondMomentState(None, mu, zeros(v_dtype), window)
 
     def update_fn(updates, state, params=None, *, count, madax_layer=None):
         del params
@@ -188,7 +184,7 @@ def second_moment(
             ]
             storages, window = coded_moments(codec, window, vs, rate, count, keys)
             # E[1 / sqrt(v)] is (1 + 3/8 of the relative variance of v) / sqrt(E[v]).
-            # The newest share of v has not been rounded yet.
+            # The newest part of v has not been rounded yet.
             noise = codec.rounding_variance * (1 - rate / bias) ** 2
             correction *= exp(-0.375 * noise) / jnp.sqrt(window.scale)
 

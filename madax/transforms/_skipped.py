@@ -70,7 +70,7 @@ def count_skipped(
         elif node.window is not None:
             ((format, _),) = node.window.items()
             bits = int(format.removesuffix(")").partition("=")[2])
-            # The largest code stands for all values beyond the octaves.
+            # The max code stands for all values beyond the octaves.
             beyond = moment == SecondMomentCodec(MomentFormat(bits)).max_nu
             skipped[path] |= beyond & ~is_fast(decay_rate(b2))
     return {path: jnp.sum(x).astype(jnp.int32) for path, x in skipped.items()}
