@@ -11,7 +11,9 @@ import tyro
 from matplotlib.figure import Figure
 
 from benchmarks.lib import records
-from benchmarks.lib.optimizers import FORMATS, Optimizer, cosine, stored
+from benchmarks.lib.contender import Contender, points
+from benchmarks.lib.formats import FORMATS
+from benchmarks.lib.optimizers import stored
 from benchmarks.lib.profiles import Options, Profile
 from benchmarks.lib.style import markdown, save
 from benchmarks.lib.sweep import Sweep, run_missing
@@ -93,7 +95,7 @@ def bits(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
         settings = dataclasses.asdict(budget) | {"schedule": "cosine to zero"}
         if shrink > 1:
             settings["shrink"] = shrink
-        for name, storage, optimizer in rows():
+        for name, storage, contender in rows():
             if options.profile == "smoke" and storage.format not in SMOKE:
                 continue
             fixed = {
@@ -101,7 +103,7 @@ def bits(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
                 "grid": repr(FORMATS.get(storage.format)),
                 "settings": settings,
             }
-            sweep = Sweep(name, optimizer, cosine([optimizer.rate]))
+            sweep = Sweep(name, contender, points(contender.rates))
             run_missing(raw, fixed, workload, sweep, budget)
     bits_report(options.folder)
 
@@ -115,7 +117,7 @@ def bits_report(folder: Path) -> None:
     print(table)
 
 
-def rows() -> Iterator[tuple[str, Storage, Optimizer]]:
+def rows() -> Iterator[tuple[str, Storage, Contender]]:
     """Yields every optimizer with every way to store its weights."""
     for storage in STORAGES:
         how = partial(

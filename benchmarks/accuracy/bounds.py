@@ -1,9 +1,8 @@
 """What the bound on weights does: on all leaves, on matrices alone, on none."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -12,35 +11,14 @@ import pandas as pd
 import tyro
 
 import madax
-from benchmarks.accuracy.state import EIGHT, quantize
 from benchmarks.lib.analysis import change, medians, number, spread
-from benchmarks.lib.optimizers import Optimizer, cosine
+from benchmarks.lib.contender import Contender, points
+from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8
 from benchmarks.lib.profiles import TASKS, Options
 from benchmarks.lib.style import markdown, report
 from benchmarks.lib.sweep import Sweep, run_all
 
 RATES = (0.01, 0.03)
-
-
-class Row(NamedTuple):
-    """What is bounded.
-
-    Attributes:
-      make: schedule to the transformation.
-      against: the row it is compared with; None for the first of its kind.
-      codes: whether matrices are stored in 8 bits.
-    """
-
-    make: Callable[[optax.Schedule], optax.GradientTransformation]
-    against: str | None = None
-    codes: bool = False
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The row as the training loop takes it."""
-        if not self.codes:
-            return Optimizer(self.make, RATES[-1])
-        return Optimizer(self.make, RATES[-1], quantize)
 
 
 def _vectors_bounded(rate: optax.Schedule) -> optax.GradientTransformation:
@@ -54,23 +32,17 @@ def _vectors_bounded(rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.partition(both, labels)
 
 
-ROWS = {
-    "all bounded": Row(_vectors_bounded),
-    "matrices bounded": Row(
-        lambda rate: madax.muon_madam(rate, floor=1.0), "all bounded"
+floored = partial(madax.muon_madam, floor=1.0)
+on_codes = partial(madax.muon_madam, moment_format=MOMENTS_8)
+CONTENDERS = {
+    "all bounded": Contender(_vectors_bounded),
+    "matrices bounded": Contender(floored, against="all bounded"),
+    "none bounded": Contender(
+        partial(floored, p_scale=float("inf")), against="all bounded"
     ),
-    "none bounded": Row(
-        lambda rate: madax.muon_madam(rate, floor=1.0, p_scale=float("inf")),
-        "all bounded",
-    ),
-    "8 bits, all bounded": Row(
-        lambda rate: madax.muon_madam(rate, p_scale=3.0, moment_format=EIGHT),
-        codes=True,
-    ),
-    "8 bits, matrices bounded": Row(
-        lambda rate: madax.muon_madam(rate, moment_format=EIGHT),
-        "8 bits, all bounded",
-        codes=True,
+    "8 bits, all bounded": Contender(partial(on_codes, p_scale=3.0), format=SYMLOG_8),
+    "8 bits, matrices bounded": Contender(
+        on_codes, format=SYMLOG_8, against="8 bits, all bounded"
     ),
 }
 
@@ -81,7 +53,7 @@ def bounds(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     `muon_madam` in floats and on codes of 8 bits, whose range is their bound, at two
     rates on every workload, with the same seeds.
     """
-    sweeps = [Sweep(name, row.optimizer, cosine(RATES)) for name, row in ROWS.items()]
+    sweeps = [Sweep(name, row, points(RATES)) for name, row in CONTENDERS.items()]
     tasks = options.tasks(list(TASKS[options.profile]))
     run_all(options.folder / "bounds.jsonl", options, tasks, sweeps)
     bounds_report(options.folder)
@@ -106,7 +78,7 @@ def bounds_table(runs: pd.DataFrame) -> str:
     lines = []
     for workload, rate in dict.fromkeys(key[:2] for key in found):
         line = {"workload": workload, "rate": number(rate)}
-        for name, row in ROWS.items():
+        for name, row in CONTENDERS.items():
             cell = found.get((workload, rate, name))
             base = found.get((workload, rate, row.against))
             if cell is None:

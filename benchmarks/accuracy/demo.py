@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.lib import records
-from benchmarks.lib.optimizers import DEMO, cosine
+from benchmarks.lib.contender import points
+from benchmarks.lib.optimizers import DEMO
 from benchmarks.lib.style import STYLES, legend, markdown, save
 from benchmarks.lib.train import Budget, train
 from benchmarks.systems.cost import cost
@@ -39,10 +40,10 @@ def demo(out: Path = Path("benchmarks/results/demo"), *, smoke: bool = False) ->
     raw.unlink(missing_ok=True)
 
     workload = digits()
-    for name, optimizer in DEMO.items():
-        measured = cost(workload, optimizer)
-        rates = [optimizer.rate * multiplier for multiplier in MULTIPLIERS]
-        for run in train(workload, optimizer, cosine(rates), budget, label=name):
+    for name, contender in DEMO.items():
+        measured = cost(workload, contender)
+        rates = [contender.rate * multiplier for multiplier in MULTIPLIERS]
+        for run in train(workload, contender, points(rates), budget, label=name):
             settings = dataclasses.asdict(budget) | {"schedule": "cosine to zero"}
             fixed = {"workload": workload.name, "optimizer": name, "settings": settings}
             place = {"multiplier": MULTIPLIERS[rates.index(run["rate"])]}

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.lib import records
 from benchmarks.lib.analysis import DEPTH, edges_text, medians
-from benchmarks.lib.optimizers import UNTUNED, cosine, grid
+from benchmarks.lib.contender import grid, points
+from benchmarks.lib.optimizers import UNTUNED
 from benchmarks.lib.profiles import Options
 from benchmarks.lib.style import STYLES, legend, markdown, save
 from benchmarks.lib.sweep import Sweep, run_all
@@ -25,7 +26,7 @@ def depth(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     The rates are a decade apart, around the default rate, with a cosine to zero.
     """
     sweeps = [
-        Sweep(name, UNTUNED[name], cosine(grid(UNTUNED[name].rate, steps=1, below=2)))
+        Sweep(name, UNTUNED[name], points(grid(UNTUNED[name].rate, steps=1, below=2)))
         for name in NAMES
     ]
     run_all(options.raw, options, options.depths(), sweeps)

@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from benchmarks.lib import records
 from benchmarks.lib.analysis import edges_text, medians, ratios, regrets, spread
 from benchmarks.lib.analysis import workloads as of_workloads
-from benchmarks.lib.optimizers import OPTIMIZERS, grid
+from benchmarks.lib.contender import Schedule, grid, points
+from benchmarks.lib.optimizers import OPTIMIZERS
 from benchmarks.lib.profiles import Options
 from benchmarks.lib.style import STYLES, legend, markdown, save
 from benchmarks.lib.sweep import Sweep, run_all
 
-SCHEDULES = ("constant", "cosine")
+SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
 
 # The paper's own numbers, from the notebook beside its code (make-plots/plot.ipynb of
 # jxbz/madam): accuracy in percent, and for the GAN and Wikitext what is an error.
@@ -60,15 +61,7 @@ def lr_sensitivity(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
 def sweeps() -> list[Sweep]:
     """Returns what to run on every workload."""
     return [
-        Sweep(
-            name,
-            row,
-            [
-                {"rate": rate, "schedule": schedule}
-                for schedule in SCHEDULES
-                for rate in grid(row.rate)
-            ],
-        )
+        Sweep(name, row, points(grid(row.rate), SCHEDULES))
         for name, row in OPTIMIZERS.items()
     ]
 

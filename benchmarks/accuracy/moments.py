@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 import madax
 from benchmarks.lib import records
 from benchmarks.lib.analysis import change, medians, spread
-from benchmarks.lib.optimizers import Optimizer, cosine
+from benchmarks.lib.contender import Contender, points
 from benchmarks.lib.profiles import TASKS, Options, Profile
 from benchmarks.lib.style import STYLES, legend, markdown, report
 from benchmarks.lib.sweep import Sweep, run_all
@@ -71,18 +71,16 @@ def moments(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
                 records.append(raw, fixed | off(name, bits, steps))
     hard_report(options.folder)
 
-    sweeps = [Sweep("float32", _optimizer(None), cosine([RATE]))]
-    sweeps += [Sweep(f"{b} bits", _optimizer(b), cosine([RATE])) for b in BITS]
+    sweeps = [_sweep("float32", None)]
+    sweeps += [_sweep(f"{b} bits", madax.MomentFormat(b)) for b in BITS]
     tasks = options.tasks(list(TASKS[options.profile]))
     run_all(options.folder / "moments.jsonl", options, tasks, sweeps)
     moments_report(options.folder)
 
 
-def _optimizer(bits: int | None) -> Optimizer:
-    stored = None if bits is None else madax.MomentFormat(bits)
-    return Optimizer(
-        partial(madax.madam, floor=1.0, b1=0.9, moment_format=stored), RATE
-    )
+def _sweep(name: str, stored: madax.MomentFormat | None) -> Sweep:
+    madam = partial(madax.madam, floor=1.0, b1=0.9, moment_format=stored)
+    return Sweep(name, Contender(madam), points([RATE]))
 
 
 def off(name: str, bits: int, steps: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from benchmarks.lib.analysis import (
     regrets,
 )
 from benchmarks.lib.analysis import workloads as of_workloads
+from benchmarks.lib.contender import points
 from benchmarks.lib.optimizers import UNTUNED
 from benchmarks.lib.profiles import Options
 from benchmarks.lib.style import STYLES, legend, markdown, save
@@ -52,7 +53,7 @@ def no_tuning(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
 def sweeps(options: Options) -> list[Sweep]:
     """Returns what to run on every workload."""
     return [
-        Sweep(name, row, [{"rate": row.rate, "schedule": s} for s in row.schedules])
+        Sweep(name, row, points(row.rates, row.schedules))
         for name, row in UNTUNED.items()
         if options.profile != "smoke" or name in DRAWN
     ]

@@ -13,6 +13,7 @@ import pandas as pd
 
 import madax
 from benchmarks.lib import records
+from benchmarks.lib.steps import apply
 from benchmarks.lib.style import markdown, report
 from benchmarks.lib.train import Budget, data_order
 from benchmarks.workloads import Workload
@@ -136,8 +137,7 @@ def train(
         params, state = carry
         batch = workload.batch(workload.train, indices, jax.random.key(0))
         grads = jax.grad(workload.loss)(madax.dequantize_params(params), batch)
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
+        return apply(tx, params, state, grads), None
 
     def run(params, order):
         return jax.lax.scan(step, (params, tx.init(params)), order)[0][0]

@@ -6,18 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pandas as pd
 from matplotlib.figure import Figure
 
 import madax
 from benchmarks.lib import records
+from benchmarks.lib.formats import LOG_8, LOG_16
+from benchmarks.lib.steps import apply
 from benchmarks.lib.style import save
 
 STEPS = 10
 RATES = np.logspace(-4, -1, 13)
-LOG_8 = madax.LogFormat.from_dynamic_range(bits=8, ratio=100)
-LOG_16 = madax.LogFormat.from_dynamic_range(bits=16, ratio=1000)
 STORAGES = {
     # name: (how weights are stored, how their steps are rounded)
     "bfloat16, nearest": (lambda w: w.astype(jnp.bfloat16), "nearest"),
@@ -79,8 +78,7 @@ def moved(params: Any, rate: float, rounding: Any) -> float:
     @jax.jit
     def step(params, state):
         grads = jnp.sign(madax.dequantize_params(params, jnp.float32))
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        return apply(tx, params, state, grads)
 
     start, state = params, tx.init(params)
     for _ in range(STEPS):

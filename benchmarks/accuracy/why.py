@@ -1,20 +1,19 @@
 """Why does Madam lag where it does? One factor at a time."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated
 
 import optax
 import pandas as pd
 import tyro
 
 import madax
-from benchmarks.accuracy.state import EIGHT, eight_bit
 from benchmarks.lib import candidates
 from benchmarks.lib.analysis import at_best, change, medians, number
-from benchmarks.lib.optimizers import FORMATS, Optimizer, Schedule, as_trained
+from benchmarks.lib.contender import Contender, points
+from benchmarks.lib.formats import FORMATS, MOMENTS_8, SYMLOG_8, eight_bit_state
 from benchmarks.lib.profiles import LONG, Options
 from benchmarks.lib.style import markdown, report
 from benchmarks.lib.sweep import Sweep, run_all
@@ -51,35 +50,6 @@ FEW = (
 )
 
 
-class Factor(NamedTuple):
-    """One thing that is not as in the base.
-
-    Attributes:
-      make: schedule to the transformation.
-      schedule: of the rate.
-      format: of codes; None for float32.
-      channels: whether each column has a scale of its own.
-      p_scale: the bound on codes, as of ``madax.quantize_params``.
-      evaluated: parameters and optimizer state to the parameters to be scored.
-    """
-
-    make: Callable[[optax.Schedule], optax.GradientTransformation]
-    schedule: Schedule = "cosine"
-    format: str | None = None
-    channels: bool = False
-    p_scale: float | None = None
-    evaluated: Callable[[optax.Params, Any], optax.Params] = as_trained
-
-    def quantize(self, params: optax.Params) -> optax.Params:
-        """Makes codes of matrices, if it is a factor of codes."""
-        if self.format is None:
-            return params
-        axis = -1 if self.channels else None
-        return madax.quantize_params(
-            params, FORMATS[self.format], p_scale=self.p_scale, channel_axis=axis
-        )
-
-
 floored = partial(partial, madax.madam, floor=1.0)
 BASE_TX = floored()
 
@@ -90,13 +60,13 @@ def _adam(rate: optax.Schedule, b1: float = 0.9) -> optax.GradientTransformation
 
 
 def _adam_in_3_bytes(rate: optax.Schedule) -> optax.GradientTransformation:
-    return madax.with_quantized_params(eight_bit(_adam(rate)))
+    return madax.with_quantized_params(eight_bit_state(_adam(rate)))
 
 
 def _adam_with_feedback(rate: optax.Schedule) -> optax.GradientTransformation:
     adam = madax.with_quantized_params(_adam(rate), error_feedback=True)
     return madax.with_quantized_state(
-        adam, EIGHT, where=lambda path, leaf: "/mu/" in path or "/nu/" in path
+        adam, MOMENTS_8, where=lambda path, leaf: "/mu/" in path or "/nu/" in path
     )
 
 
@@ -109,81 +79,84 @@ def _bounded(rate: optax.Schedule) -> optax.GradientTransformation:
 
 
 FACTORS = {
-    BASE: Factor(BASE_TX),
-    "no floor: the paper's rule": Factor(madax.madam),
-    "floor=0.3": Factor(floored(floor=0.3)),
-    "floor=3": Factor(floored(floor=3.0)),
-    "additive steps: Adam with b1=0": Factor(partial(_adam, b1=0.0)),
-    "warm-up of a tenth": Factor(floored(), "warm-up"),
-    "constant rate": Factor(floored(), "constant"),
-    "b1=0.9": Factor(floored(b1=0.9)),
-    "b1=0.9, warm-up": Factor(floored(b1=0.9), "warm-up"),
-    "b1=b2=0.95": Factor(floored(b1=0.95, b2=0.95)),
-    "b2=0.99": Factor(floored(b2=0.99)),
-    "b2=0.95": Factor(floored(b2=0.95)),
-    "g_bound=3": Factor(floored(g_bound=3.0)),
-    "g_bound=1": Factor(floored(g_bound=1.0)),
-    "directions of rms 1 at most": Factor(_bounded),
-    "p_scale=1": Factor(floored(p_scale=1.0)),
-    "p_scale=10": Factor(floored(p_scale=10.0)),
-    "weight_decay=0.1": Factor(floored(weight_decay=0.1)),
-    "a trained scale for each matrix": Factor(
+    BASE: Contender(BASE_TX),
+    "no floor: the paper's rule": Contender(madax.madam),
+    "floor=0.3": Contender(floored(floor=0.3)),
+    "floor=3": Contender(floored(floor=3.0)),
+    "additive steps: Adam with b1=0": Contender(partial(_adam, b1=0.0)),
+    "warm-up of a tenth": Contender(floored(), schedules=("warm-up",)),
+    "constant rate": Contender(floored(), schedules=("constant",)),
+    "b1=0.9": Contender(floored(b1=0.9)),
+    "b1=0.9, warm-up": Contender(floored(b1=0.9), schedules=("warm-up",)),
+    "b1=b2=0.95": Contender(floored(b1=0.95, b2=0.95)),
+    "b2=0.99": Contender(floored(b2=0.99)),
+    "b2=0.95": Contender(floored(b2=0.95)),
+    "g_bound=3": Contender(floored(g_bound=3.0)),
+    "g_bound=1": Contender(floored(g_bound=1.0)),
+    "directions of rms 1 at most": Contender(_bounded),
+    "p_scale=1": Contender(floored(p_scale=1.0)),
+    "p_scale=10": Contender(floored(p_scale=10.0)),
+    "weight_decay=0.1": Contender(floored(weight_decay=0.1)),
+    "a trained scale for each matrix": Contender(
         lambda rate: candidates.trained_scales(BASE_TX(rate), rate)
     ),
-    "a trained scale for each column": Factor(
+    "a trained scale for each column": Contender(
         lambda rate: candidates.trained_scales(BASE_TX(rate), rate, columns=True)
     ),
-    "matrices keep their norm": Factor(
+    "matrices keep their norm": Contender(
         lambda rate: candidates.kept_norms(BASE_TX(rate))
     ),
-    "an additive step before the multiplicative one": Factor(
+    "an additive step before the multiplicative one": Contender(
         candidates.additive_then_multiplicative
     ),
     **{
-        f"gradients at weights with {noise:.0%} of noise": Factor(
+        f"gradients at weights with {noise:.0%} of noise": Contender(
             lambda rate, noise=noise: candidates.with_noise(BASE_TX(rate), noise),
             evaluated=candidates.without_noise,
         )
         for noise in (0.01, 0.1)
     },
-    "direction of Muon": Factor(partial(madax.muon_madam, floor=1.0)),
-    "direction of Muon, b1=0.9 for the rest": Factor(candidates.muon_and_momentum),
-    "direction of Muon, warm-up": Factor(
-        partial(madax.muon_madam, floor=1.0), "warm-up"
+    "direction of Muon": Contender(partial(madax.muon_madam, floor=1.0)),
+    "direction of Muon, b1=0.9 for the rest": Contender(candidates.muon_and_momentum),
+    "direction of Muon, warm-up": Contender(
+        partial(madax.muon_madam, floor=1.0), schedules=("warm-up",)
     ),
-    "symlog codes, 16 bits": Factor(madax.madam, format="symlog 16"),
-    "8 bits": Factor(madax.madam, format="symlog 8"),
-    "8 bits, nearest": Factor(
-        partial(madax.madam, rounding="nearest"), format="symlog 8"
+    "symlog codes, 16 bits": Contender(madax.madam, format=FORMATS["symlog 16"]),
+    "8 bits": Contender(madax.madam, format=SYMLOG_8),
+    "8 bits, nearest": Contender(
+        partial(madax.madam, rounding="nearest"), format=SYMLOG_8
     ),
-    "8 bits, nearest at the end": Factor(
-        partial(candidates.nearest_at_the_end, madax.madam), format="symlog 8"
+    "8 bits, nearest at the end": Contender(
+        partial(candidates.nearest_at_the_end, madax.madam), format=SYMLOG_8
     ),
-    "8 bits, a scale for each column": Factor(
-        madax.madam, format="symlog 8", channels=True
+    "8 bits, a scale for each column": Contender(
+        madax.madam, format=SYMLOG_8, channel_axis=-1
     ),
-    "8 bits, v too": Factor(
-        partial(madax.madam, moment_format=EIGHT), format="symlog 8"
+    "8 bits, v too": Contender(
+        partial(madax.madam, moment_format=MOMENTS_8), format=SYMLOG_8
     ),
-    "8 bits, v too, direction of Muon": Factor(
-        partial(madax.muon_madam, moment_format=EIGHT), format="symlog 8"
+    "8 bits, v too, direction of Muon": Contender(
+        partial(madax.muon_madam, moment_format=MOMENTS_8), format=SYMLOG_8
     ),
-    "8 bits, v too, direction of Muon, linear_range=0.15": Factor(
-        partial(madax.muon_madam, moment_format=EIGHT), format="finer symlog 8"
+    "8 bits, v too, direction of Muon, linear_range=0.15": Contender(
+        partial(madax.muon_madam, moment_format=MOMENTS_8),
+        format=FORMATS["finer symlog 8"],
     ),
-    "direction of Muon, p_scale=10": Factor(
+    "direction of Muon, p_scale=10": Contender(
         partial(madax.muon_madam, floor=1.0, p_scale=10.0)
     ),
-    "8 bits, v too, direction of Muon, p_scale=10": Factor(
-        partial(madax.muon_madam, moment_format=EIGHT), format="symlog 8", p_scale=10.0
+    "8 bits, v too, direction of Muon, p_scale=10": Contender(
+        partial(madax.muon_madam, moment_format=MOMENTS_8),
+        format=SYMLOG_8,
+        p_scale=10.0,
     ),
-    "Adam": Factor(_adam),
-    "Adam in 3 bytes": Factor(_adam_in_3_bytes, format="symlog 8"),
-    "Adam in 3 bytes, p_scale=10": Factor(
-        _adam_in_3_bytes, format="symlog 8", p_scale=10.0
+    "Adam": Contender(_adam),
+    "Adam in 3 bytes": Contender(_adam_in_3_bytes, format=SYMLOG_8),
+    "Adam in 3 bytes, p_scale=10": Contender(
+        _adam_in_3_bytes, format=SYMLOG_8, p_scale=10.0
     ),
-    "Adam in 3 bytes, p_scale=10, error feedback": Factor(
-        _adam_with_feedback, format="symlog 8", p_scale=10.0
+    "Adam in 3 bytes, p_scale=10, error feedback": Contender(
+        _adam_with_feedback, format=SYMLOG_8, p_scale=10.0
     ),
 }
 
@@ -206,11 +179,7 @@ def sweeps(workload: str) -> list[Sweep]:
     """Returns what to run on a workload."""
     rates = RATES.get(workload, RATES["gru"])
     return [
-        Sweep(
-            name,
-            Optimizer(factor.make, rates[1], factor.quantize, factor.evaluated),
-            [{"rate": rate, "schedule": factor.schedule} for rate in rates],
-        )
+        Sweep(name, factor, points(rates, factor.schedules))
         for name, factor in FACTORS.items()
         if workload != LONG or name in FEW
     ]

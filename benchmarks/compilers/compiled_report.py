@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.lib.rows import BASELINE
+from benchmarks.lib.optimizers import BASELINE
 from benchmarks.lib.style import STYLES, legend, markdown, report
 
 CAPTION = "compiled for, not run"

@@ -30,7 +30,7 @@ _TRANSCENDENTAL = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class Counts:
     """What a program, or a part of it, does.
 
     Attributes:
@@ -51,12 +51,12 @@ class Work:
     cycles: int = 0
     foreign: int = 0
 
-    def __add__(self, other: "Work") -> "Work":
+    def __add__(self, other: "Counts") -> "Counts":
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Work(*(a + b for a, b in pairs))
+        return Counts(*(a + b for a, b in pairs))
 
-    def __mul__(self, times: int) -> "Work":
-        return Work(*(times * x for x in dataclasses.astuple(self)))
+    def __mul__(self, times: int) -> "Counts":
+        return Counts(*(times * x for x in dataclasses.astuple(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class _Instruction:
         return int(found[1]) if found else otherwise
 
 
-def work(text: str) -> Work:
+def count(text: str) -> Counts:
     """Returns what a program does.
 
     Args:
@@ -108,12 +108,12 @@ def work(text: str) -> Work:
     return _of_computation(computations, entry)
 
 
-def _of_computation(computations: Any, name: str) -> Work:
+def _of_computation(computations: Any, name: str) -> Counts:
     here = computations[name]
-    return sum((_of_one(computations, here, x) for x in here.values()), Work())
+    return sum((_of_one(computations, here, x) for x in here.values()), Counts())
 
 
-def _of_one(computations: Any, here: Any, x: _Instruction) -> Work:
+def _of_one(computations: Any, here: Any, x: _Instruction) -> Counts:
     """What an instruction outside of kernels does."""
     if x.opcode == "call":
         (name,) = x.called("to_apply")
@@ -126,15 +126,15 @@ def _of_one(computations: Any, here: Any, x: _Instruction) -> Work:
         branches = [_of_computation(computations, name) for name in names]
         return min(branches, key=lambda w: (w.bytes, w.kernels))
     if x.opcode in _NAMES or x.opcode.endswith("-done"):
-        return Work()
+        return Counts()
     if x.opcode.endswith("-start"):
-        return Work(bytes=_copied(x.type))
+        return Counts(bytes=_copied(x.type))
     on_tpu = ":T(" in x.type
     if on_tpu and (
         "ConcatBitcast" in x.rest or (x.opcode != "fusion" and _is_scalar(x))
     ):
-        return Work()
-    return Work(
+        return Counts()
+    return Counts(
         kernels=1,
         bytes=_read(computations, x, here) + _nbytes(x.type),
         operations=_operations(computations, x, here),

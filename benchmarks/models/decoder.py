@@ -10,6 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+
+import madax
+from benchmarks.lib.steps import apply
 
 Params = dict[str, Any]
 QUERIES = 512  # Attended at a time.
@@ -183,6 +187,32 @@ def whole_loss(size: Size, params: Params, tokens: jax.Array) -> jax.Array:
     one = jax.checkpoint(lambda x, w: (layer(size, w, x), None))
     x, _ = jax.lax.scan(one, embed(params["ends"], tokens), params["layers"])
     return loss(params["ends"], x, tokens)
+
+
+def layerwise(
+    size: Size, tx: optax.GradientTransformation, **options: Any
+) -> madax.Layerwise:
+    """Returns ``madax.layerwise`` of the network, with options of that."""
+    return madax.layerwise(tx, embed, partial(layer, size), loss, **options)
+
+
+def ordinary(
+    size: Size, tx: optax.GradientTransformation, dtype: Any = None
+) -> madax.Layerwise:
+    """Returns the usual step: decode all weights, take all gradients, then update.
+
+    Args:
+      size: of the network.
+      tx: the optimizer.
+      dtype: of the weights in the network; None for their own.
+    """
+
+    def step(params, state, batch):
+        values = madax.dequantize_params(params, dtype)
+        value, grads = jax.value_and_grad(partial(whole_loss, size))(values, batch)
+        return *apply(tx, params, state, grads), value
+
+    return madax.Layerwise(tx.init, step)
 
 
 def logits(size: Size, params: Params, tokens: jax.Array) -> jax.Array:

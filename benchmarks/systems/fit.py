@@ -30,7 +30,8 @@ from benchmarks.compilers.chips import (
     needed,
 )
 from benchmarks.lib import records
-from benchmarks.lib.rows import SYMLOG_8, V_8
+from benchmarks.lib.contender import Contender
+from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8
 from benchmarks.lib.style import markdown, report
 from benchmarks.models import decoder
 
@@ -44,7 +45,13 @@ WAYS: dict[Way, str] = {
     "adam": "optax.adam float32, jax.checkpoint",
     "mixed": "optax.adamw mixed precision, jax.checkpoint",
 }
-FLOATS = ("adam", "mixed")  # The others train on codes.
+OURS = Contender(partial(madax.madam, moment_format=MOMENTS_8), (1e-3,), SYMLOG_8)
+CONTENDERS: dict[Way, Contender] = {
+    "layerwise": OURS,
+    "checkpoint": OURS,
+    "adam": Contender(optax.adam, (1e-3,)),
+    "mixed": Contender(optax.adamw, (1e-3,)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,9 +197,9 @@ def train_step(job: Job, devices: list[Any]) -> tuple[Any, Any]:
     if job.chips > 1:
         gather = partial(jax.lax.with_sharding_constraint, shardings=everywhere)
     params = jax.eval_shape(partial(decoder.init, size), jax.random.key(0))
-    if job.way not in FLOATS:
-        params = jax.eval_shape(quantize, params)
-    init, step = functions(size, job.way, optimizer(job.way, 1e-3), gather)
+    contender = CONTENDERS[job.way]
+    params = jax.eval_shape(contender.store_stack, params)
+    init, step = functions(size, job.way, contender.rate, gather=gather)
     state = jax.eval_shape(init, params)
 
     def spread(x: Any) -> Any:
@@ -212,53 +219,21 @@ def train_step(job: Job, devices: list[Any]) -> tuple[Any, Any]:
     return step, (*jax.tree.map(spread, (params, state)), batch)
 
 
-def optimizer(way: Way, rate: Any) -> optax.GradientTransformation:
-    """Returns the optimizer of a way to train, at a rate or a schedule of it."""
-    floats = {"adam": optax.adam, "mixed": optax.adamw}
-    return floats[way](rate) if way in FLOATS else madax.madam(rate, moment_format=V_8)
-
-
-def functions(size: decoder.Size, way: Way, tx: Any, gather: Any = None) -> Any:
+def functions(
+    size: decoder.Size, way: Way, rate: optax.ScalarOrSchedule, **options: Any
+) -> madax.Layerwise:
     """Returns the functions that make the state, and that take a step.
 
     Args:
       size: of the network.
-      way: key of ``WAYS``; float parameters for those in ``FLOATS``, others codes.
-      tx: the optimizer.
-      gather: as of ``madax.layerwise``.
+      way: key of ``WAYS``.
+      rate: learning rate, or a schedule of it.
+      **options: of ``madax.layerwise``.
     """
+    tx = CONTENDERS[way].make(rate)
     if way == "layerwise":
-        one = partial(decoder.layer, size)
-        return madax.layerwise(tx, decoder.embed, one, decoder.loss, gather=gather)
-    dtype = None if way == "adam" else jnp.bfloat16
-    return tx.init, partial(_ordinary, size, tx, dtype)
-
-
-def quantize(
-    params: decoder.Params,
-    format: madax.Format = SYMLOG_8,
-    p_scale: float | None = None,
-) -> decoder.Params:
-    """Returns the matrices as codes, with one scale per layer."""
-    layers = madax.quantize_params(
-        params["layers"],
-        format,
-        where=lambda path, w: "norm" not in path,
-        p_scale=p_scale,
-        channel_axis=0,
-    )
-    ends = madax.quantize_params(params["ends"], format, p_scale=p_scale)
-    return {"ends": ends, "layers": layers}
-
-
-def _ordinary(
-    size: decoder.Size, tx: Any, dtype: Any, params: Any, state: Any, batch: Any
-) -> Any:
-    """The usual step: decode all weights, take all gradients, then update."""
-    values = madax.dequantize_params(params, dtype)
-    loss, grads = jax.value_and_grad(partial(decoder.whole_loss, size))(values, batch)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, loss
+        return decoder.layerwise(size, tx, **options)
+    return decoder.ordinary(size, tx, None if way == "adam" else jnp.bfloat16)
 
 
 def fit_report(folder: Path) -> str:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 import madax
 from benchmarks.lib import records
-from benchmarks.lib.rows import BASELINE, ROWS, SYMLOG_8, V_8
+from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8
+from benchmarks.lib.optimizers import BASELINE, TIMED
 from benchmarks.lib.style import markdown, report
 from benchmarks.models import decoder, gpt2
 from benchmarks.systems.speed import device_name
@@ -25,12 +26,12 @@ from benchmarks.systems.speed import device_name
 # JAX reports this once for each program that XLA compiles.
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 MAKERS: dict[str, Callable[[Any], Any]] = {
-    BASELINE: ROWS[BASELINE].tx.init,
-    "madam": ROWS["madam"].tx.init,
-    "madam, in jax.jit": jax.jit(ROWS["madam"].tx.init),
-    "muon_madam, 8-bit moments": madax.muon_madam(moment_format=V_8).init,
+    BASELINE: TIMED[BASELINE].tx.init,
+    "madam": TIMED["madam"].tx.init,
+    "madam, in jax.jit": jax.jit(TIMED["madam"].tx.init),
+    "muon_madam, 8-bit moments": madax.muon_madam(moment_format=MOMENTS_8).init,
     "quantize_params": partial(madax.quantize_params, format=SYMLOG_8),
-    "adamw, 8-bit state": ROWS["adamw, 8-bit state"].tx.init,
+    "adamw, 8-bit state": TIMED["adamw, 8-bit state"].tx.init,
 }
 
 

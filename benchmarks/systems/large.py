@@ -21,14 +21,12 @@ import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import madax
 from benchmarks.compilers.chips import footprint
 from benchmarks.data.text import text
 from benchmarks.lib import records
-from benchmarks.lib.rows import SYMLOG_8
 from benchmarks.lib.style import STYLES, markdown, report
 from benchmarks.models import decoder
-from benchmarks.systems.fit import FLOATS, WAYS, Way, flags, functions, optimizer
+from benchmarks.systems.fit import CONTENDERS, WAYS, Way, flags, functions
 from benchmarks.systems.speed import device_name
 
 # XLA takes three quarters of a GPU's memory unless it is told otherwise.
@@ -116,7 +114,7 @@ def train(out: Path, /, run: tyro.conf.OmitArgPrefixes[Run]) -> None:
         return
     size, shape = decoder.SIZES[run.model], (run.steps, run.batch, run.length + 1)
     rate = optax.linear_schedule(0.0, run.rate, run.warm_up)
-    init, step = functions(size, run.way, optimizer(run.way, rate))
+    init, step = functions(size, run.way, rate)
     make = jax.jit(partial(_parameters, size, run.way))
     params = jax.eval_shape(make, jax.random.key(0))
     state = jax.eval_shape(init, params)
@@ -155,16 +153,17 @@ def train(out: Path, /, run: tyro.conf.OmitArgPrefixes[Run]) -> None:
 
 def _parameters(size: decoder.Size, way: Way, key: jax.Array) -> decoder.Params:
     """Returns the first parameters, one layer at a time where their floats are many."""
-    if way in FLOATS:
+    contender = CONTENDERS[way]
+    if contender.format is None:
         return decoder.init(size, key)
 
     def one(key: jax.Array) -> decoder.Params:
         stack = decoder.init(size, key, layers=1)["layers"]
-        return madax.quantize_params(jax.tree.map(lambda w: w[0], stack), SYMLOG_8)
+        return contender.store(jax.tree.map(lambda w: w[0], stack))
 
     ends = decoder.init(size, key, layers=1)["ends"]
     return {
-        "ends": madax.quantize_params(ends, SYMLOG_8),
+        "ends": contender.store(ends),
         "layers": jax.lax.map(one, jax.random.split(key, size.layers)),
     }
 

@@ -17,10 +17,11 @@ import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import madax
 from benchmarks.lib import records
 from benchmarks.lib.choices import check_choices
-from benchmarks.lib.rows import BASELINE, RIVALS, ROWS, Row
+from benchmarks.lib.contender import Contender
+from benchmarks.lib.optimizers import BASELINE, RIVALS, TIMED
+from benchmarks.lib.steps import Step, nbytes
 from benchmarks.lib.style import markdown, report
 from benchmarks.models import gpt2
 
@@ -59,8 +60,7 @@ PROFILES = {
 }
 
 Weights = Callable[[], optax.Params]
-Step = Callable[..., Any]
-Make = Callable[[Row, optax.Params], tuple[Step, Any]]
+Make = Callable[[Contender, optax.Params], tuple[Step, Any]]
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
@@ -68,7 +68,7 @@ def speed(
     out: Path = Path("benchmarks/results/speed"),
     *,
     profile: Literal["smoke", "quick", "full"] = "quick",
-    optimizers: tuple[str, ...] = tuple(name for name in ROWS if name != BASELINE),
+    optimizers: tuple[str, ...] = tuple(name for name in TIMED if name != BASELINE),
     only: str = "",
 ) -> None:
     """Time the optimizer step of every optimizer and format, against optax.adam.
@@ -84,17 +84,17 @@ def speed(
         optimizers: Rows of the table; by default all but FlashAdamW.
         only: Time only steps of trees whose name has this in it.
     """
-    check_choices("optimizers", optimizers, ROWS | RIVALS)
+    check_choices("optimizers", optimizers, TIMED | RIVALS)
     folder = out / device_name()
     folder.mkdir(parents=True, exist_ok=True)
     raw = folder / "speed.jsonl"
     records.remove(raw, lambda r: r["optimizer"] in optimizers and only in r["tree"])
     chosen = PROFILES[profile]
     copy = copy_bandwidth(chosen)
-    for tree, weights, make in work(chosen):
+    for tree, weights, make in cases(chosen):
         if only not in tree:
             continue
-        baseline = running(ROWS[BASELINE], weights, make)
+        baseline = running(TIMED[BASELINE], weights, make)
         for name in tqdm(optimizers, desc=tree):
             run = compare(name, weights, make, baseline, chosen)
             records.append(raw, {"tree": tree, "copy_gb_s": copy} | run)
@@ -106,7 +106,7 @@ def speed_report(folder: Path) -> str:
     return report(folder, "speed", speed_table, speed_figure)
 
 
-def work(profile: Profile) -> Iterator[tuple[str, Weights, Make]]:
+def cases(profile: Profile) -> Iterator[tuple[str, Weights, Make]]:
     """Yields what to time: a name, what makes the parameters, what makes the step."""
 
     def normal(leaves: int) -> optax.Params:
@@ -122,34 +122,20 @@ def work(profile: Profile) -> Iterator[tuple[str, Weights, Make]]:
     weights = partial(transformer, gpt2.SIZES[profile.gpt2])
     yield f"GPT-2 {profile.gpt2}", weights, optimizer_step
     size = gpt2.SIZES[profile.train]
-    make = partial(train_step, size, profile.batch, size.context)
+    make = partial(gpt2.train_step, size, profile.batch, size.context)
     name = f"train step, GPT-2 {profile.train}, batch {profile.batch}"
     yield name, partial(transformer, size), make
 
 
-def optimizer_step(row: Row, weights: optax.Params) -> tuple[Step, Any]:
+def optimizer_step(contender: Contender, weights: optax.Params) -> tuple[Step, Any]:
     """Returns the step from gradients to new parameters, and the gradients."""
     keys = optax.tree.split_key_like(jax.random.key(1), weights)
     grads = jax.tree.map(
-        lambda key, w: 1e-3 * jax.random.normal(key, w.shape, row.grads), keys, weights
+        lambda key, w: 1e-3 * jax.random.normal(key, w.shape, contender.grads),
+        keys,
+        weights,
     )
-    return row.step, grads
-
-
-def train_step(
-    size: gpt2.Size, batch: int, length: int, row: Row, weights: optax.Params
-) -> tuple[Step, Any]:
-    """Returns a whole train step, forwards and backwards too, and its tokens."""
-    del weights
-    shape = (batch, length + 1)
-    tokens = jax.random.randint(jax.random.key(1), shape, 0, size.vocabulary)
-
-    def step(params, state, tokens):
-        decoded = madax.dequantize_params(params, row.grads)
-        grads = jax.grad(partial(gpt2.loss, size))(decoded, tokens)
-        return row.step(params, state, grads)
-
-    return step, tokens
+    return contender.step, grads
 
 
 @dataclasses.dataclass
@@ -179,12 +165,12 @@ class Running:
         return (time.perf_counter() - start) / steps
 
 
-def running(row: Row, weights: Weights, make: Make) -> Running:
+def running(contender: Contender, weights: Weights, make: Make) -> Running:
     """Compiles a step and makes what it works on."""
     floats = jax.jit(weights)()
-    step, data = make(row, floats)
-    params = jax.jit(row.quantize)(floats)
-    state = jax.jit(row.tx.init)(params)
+    step, data = make(contender, floats)
+    params = jax.jit(contender.store)(floats)
+    state = jax.jit(contender.tx.init)(params)
     begin = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, data).compile()
     return Running(compiled, params, state, data, time.perf_counter() - begin)
@@ -196,9 +182,9 @@ def compare(
     """Times an optimizer and the baseline by turns.
 
     Args:
-      name: key of ``ROWS`` or ``RIVALS``.
+      name: key of ``TIMED`` or ``RIVALS``.
       weights: makes the parameters, float32.
-      make: from a row and parameters to a step and its data.
+      make: from a contender and parameters to a step and its data.
       baseline: the same step of the baseline.
       profile: how often, and how many steps at a time.
 
@@ -207,20 +193,17 @@ def compare(
       an optimizer step, the bytes a parameter that it cannot help but move: gradients,
       parameters and state read, parameters and state written.
     """
-    row = (ROWS | RIVALS)[name]
+    contender = (TIMED | RIVALS)[name]
     is_step_alone = make is optimizer_step
     rounds = profile.rounds if is_step_alone else profile.train_rounds
     queued = profile.queued if is_step_alone else QUEUED
-    pair = (baseline, running(row, weights, make))
+    pair = (baseline, running(contender, weights, make))
     times = [[r.time(queued) for r in pair] for _ in range(rounds + 2)]
     baseline_seconds, seconds = np.array(times[2:]).T.tolist()
     leaves = jax.tree.leaves(jax.eval_shape(weights))
     count = sum(w.size for w in leaves)
-    kept, grads = (
-        sum(x.nbytes for x in jax.tree.leaves(tree))
-        for tree in ((pair[1].params, pair[1].state), pair[1].data)
-    )
-    moved = (2 * kept + grads) / count if is_step_alone else None
+    kept = nbytes((pair[1].params, pair[1].state))
+    moved = (2 * kept + nbytes(pair[1].data)) / count if is_step_alone else None
     return {
         "optimizer": name,
         "parameters": count,
