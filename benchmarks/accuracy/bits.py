@@ -3,19 +3,16 @@
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import pandas as pd
-import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.lib import records
 from benchmarks.lib.contender import Contender, points
 from benchmarks.lib.formats import FORMATS
 from benchmarks.lib.optimizers import stored
-from benchmarks.lib.profiles import Options, Profile
-from benchmarks.lib.style import markdown, save
+from benchmarks.lib.profiles import Flags, Profile
+from benchmarks.lib.style import Report, markdown
 from benchmarks.lib.sweep import Sweep, run_missing
 from benchmarks.lib.train import Budget
 from benchmarks.workloads.fashion_mnist import fashion_mnist
@@ -82,7 +79,7 @@ STORAGES = [
 ]
 
 
-def bits(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+def bits(options: Flags) -> None:
     """Train Fashion-MNIST on weights of 16, 8, 6 and 4 bits, with Madam and Adam.
 
     Every optimizer runs at its default learning rate, in float32 and in every format
@@ -105,16 +102,7 @@ def bits(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
             }
             sweep = Sweep(name, contender, points(contender.rates))
             run_missing(raw, fixed, workload, sweep, budget)
-    bits_report(options.folder)
-
-
-def bits_report(folder: Path) -> None:
-    """Writes bits.md and bits.png from the records alone."""
-    runs = records.read(folder / "bits.jsonl")
-    table = bits_table(runs)
-    (folder / "bits.md").write_text(f"{table}\n", encoding="utf-8")
-    save(bits_figure(runs), folder / "bits.png")
-    print(table)
+    print(bits_report(options.folder))
 
 
 def rows() -> Iterator[tuple[str, Storage, Contender]]:
@@ -186,3 +174,6 @@ def bits_figure(runs: pd.DataFrame) -> Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return fig
+
+
+bits_report = Report("bits", bits_table, bits_figure)

@@ -1,21 +1,19 @@
 """What the bound on weights does: on all leaves, on matrices alone, on none."""
 
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 import pandas as pd
-import tyro
 
 import madax
 from benchmarks.lib.analysis import change, medians, number, spread
 from benchmarks.lib.contender import Contender, points
 from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8
-from benchmarks.lib.profiles import TASKS, Options
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.profiles import Flags
+from benchmarks.lib.style import Report, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 
 RATES = (0.01, 0.03)
@@ -47,21 +45,16 @@ CONTENDERS = {
 }
 
 
-def bounds(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+def bounds(options: Flags) -> None:
     """Compare bounds on all weights, on matrices alone, and on none.
 
     `muon_madam` in floats and on codes of 8 bits, whose range is their bound, at two
     rates on every workload, with the same seeds.
     """
     sweeps = [Sweep(name, row, points(RATES)) for name, row in CONTENDERS.items()]
-    tasks = options.tasks(list(TASKS[options.profile]))
+    tasks = options.tasks(every=True)
     run_all(options.folder / "bounds.jsonl", options, tasks, sweeps)
-    bounds_report(options.folder)
-
-
-def bounds_report(folder: Path) -> None:
-    """Writes bounds.md from the records alone."""
-    print(report(folder, "bounds", bounds_table))
+    print(bounds_report(options.folder))
 
 
 def bounds_table(runs: pd.DataFrame) -> str:
@@ -87,3 +80,6 @@ def bounds_table(runs: pd.DataFrame) -> str:
             line[name] = change(cell, base) if finite else spread(cell)
         lines.append(line)
     return markdown(lines)
+
+
+bounds_report = Report("bounds", bounds_table)

@@ -3,13 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import optax
 import pandas as pd
-import tyro
 from matplotlib.figure import Figure
 from optax import contrib
 
@@ -18,8 +15,8 @@ from benchmarks.lib.analysis import CAP, at_best, change, medians, ratios
 from benchmarks.lib.contender import Contender, points
 from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8, eight_bit_state
 from benchmarks.lib.optimizers import OPTIMIZERS, UNTUNED
-from benchmarks.lib.profiles import TASKS, Options
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.profiles import Flags
+from benchmarks.lib.style import Report, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 
 SETTING = ["optimizer", "rate"]
@@ -71,7 +68,7 @@ CONTENDERS = {
 }
 
 
-def choose(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+def choose(options: Flags) -> None:
     """Choose each optimizer's rate on all workloads but one, and judge it on that one.
 
     Five rates each, half a decade apart, decayed by a cosine to zero, on every
@@ -79,14 +76,9 @@ def choose(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     state in 8 bits.
     """
     sweeps = [Sweep(name, row, points(row.rates)) for name, row in CONTENDERS.items()]
-    tasks = options.tasks(list(TASKS[options.profile]))
+    tasks = options.tasks(every=True)
     run_all(options.folder / "choose.jsonl", options, tasks, sweeps)
-    choose_report(options.folder)
-
-
-def choose_report(folder: Path) -> None:
-    """Writes choose.md and choose.png from the records alone."""
-    print(report(folder, "choose", choose_table, choose_figure))
+    print(choose_report(options.folder))
 
 
 def left_out(
@@ -264,3 +256,6 @@ def choose_figure(runs: pd.DataFrame) -> Figure:
 
 def _percent(ratio: float) -> str:
     return f"{100 * (ratio - 1):.0f} %"
+
+
+choose_report = Report("choose", choose_table, choose_figure)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.lib import records
 from benchmarks.lib.contender import points
 from benchmarks.lib.optimizers import DEMO
-from benchmarks.lib.style import STYLES, legend, markdown, save
+from benchmarks.lib.style import STYLES, Report, legend, markdown
 from benchmarks.lib.train import Budget, train
 from benchmarks.systems.cost import cost
 from benchmarks.workloads.digits import digits
@@ -35,9 +35,7 @@ def demo(out: Path = Path("benchmarks/results/demo"), *, smoke: bool = False) ->
         smoke: Take seconds: too few steps to judge by, enough to see that it works.
     """
     budget = SMOKE if smoke else Budget()
-    out.mkdir(parents=True, exist_ok=True)
-    raw, image = out / "demo.jsonl", out / "demo.png"
-    raw.unlink(missing_ok=True)
+    raw = records.file(out, "demo", fresh=True)
 
     workload = digits()
     for name, contender in DEMO.items():
@@ -51,16 +49,7 @@ def demo(out: Path = Path("benchmarks/results/demo"), *, smoke: bool = False) ->
 
     print(f"\n{demo_report(out)}\n")
     print(f"Test accuracy, the median of {budget.seeds} seeds.")
-    print(f"Figure:  {image}\nRecords: {raw}")
-
-
-def demo_report(folder: Path) -> str:
-    """Writes demo.md and demo.png from the records alone; returns the table."""
-    runs = records.read(folder / "demo.jsonl")
-    table = demo_table(runs)
-    (folder / "demo.md").write_text(f"{table}\n", encoding="utf-8")
-    save(demo_figure(runs), folder / "demo.png")
-    return table
+    print(f"Figure:  {out / 'demo.png'}\nRecords: {raw}")
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
@@ -161,3 +150,6 @@ def _draw_rates(axes: Axes, cells: pd.DataFrame, dodge: float, style: dict) -> N
         axes.plot(
             x[bad], mid[bad], "kx", markersize=11, label="some or all seeds diverged"
         )
+
+
+demo_report = Report("demo", demo_table, demo_figure)

@@ -173,8 +173,7 @@ def llama(
     """
     check_choices("rows", rows, CONTENDERS)
     folder = out or Path("benchmarks/results/llama") / profile
-    folder.mkdir(parents=True, exist_ok=True)
-    raw, budget = folder / "llama.jsonl", PROFILES[profile]
+    raw, budget = records.file(folder, "llama"), PROFILES[profile]
     for source in text:
         for name in rows or (LONG if profile in ("long", "full") else CONTENDERS):
             for settings in _tuning(raw, source, name, budget):

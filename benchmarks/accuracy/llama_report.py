@@ -1,21 +1,15 @@
 """What models in the shape of Llama come to: a table and a figure, from the records."""
 
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks.lib.style import STYLES, legend, markdown, report
+from benchmarks.lib.style import STYLES, Report, legend, markdown
 
 BASELINE = "AdamW float32"
-
-
-def llama_report(folder: Path) -> str:
-    """Writes the table and the figure from a folder's records; returns the table."""
-    return report(folder, "llama", llama_table, llama_figure)
 
 
 def best_runs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -102,3 +96,6 @@ def llama_figure(runs: pd.DataFrame) -> Figure:
             axes.grid(alpha=0.3)
     legend(fig, panels[:, 0], columns=3)
     return fig
+
+
+llama_report = Report("llama", llama_table, llama_figure)

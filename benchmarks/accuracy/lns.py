@@ -49,9 +49,7 @@ def lns(out: Path = Path("benchmarks/results/lns"), *, smoke: bool = False) -> N
         out: Folder for lns.jsonl.
         smoke: Take seconds: too few steps to judge by, enough to see that it works.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    raw = out / "lns.jsonl"
-    raw.unlink(missing_ok=True)
+    raw = records.file(out, "lns", fresh=True)
     in_lns = Contender(madax.lns_madam, (2**-6,))
     cases = [
         ("lns_madam", "8-bit LNS", LnsMLP, in_lns),

@@ -1,21 +1,16 @@
 """Error against the learning rate: the Madam paper's Figure 1, on more workloads."""
 
-from pathlib import Path
-from typing import Annotated
-
 import numpy as np
 import pandas as pd
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.lib import records
 from benchmarks.lib.analysis import edges_text, medians, ratios, regrets, spread
 from benchmarks.lib.analysis import workloads as of_workloads
 from benchmarks.lib.contender import Schedule, grid, points
 from benchmarks.lib.optimizers import OPTIMIZERS
-from benchmarks.lib.profiles import Options
-from benchmarks.lib.style import STYLES, legend, markdown, save
+from benchmarks.lib.profiles import Flags
+from benchmarks.lib.style import STYLES, Report, legend, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 
 SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
@@ -48,14 +43,14 @@ PAPER = {
 }
 
 
-def lr_sensitivity(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+def lr_sensitivity(options: Flags) -> None:
     """Sweep the learning rate of SGD, Adam and Madam on every workload.
 
     Eleven rates each, half a decade apart, from three decades below the default rate to
     two above, at a constant rate and with a cosine to zero; the same seeds for all.
     """
     run_all(options.raw, options, options.tasks(), sweeps())
-    lr_sensitivity_report(options.folder)
+    print(lr_sensitivity_report(options.folder))
 
 
 def sweeps() -> list[Sweep]:
@@ -64,17 +59,6 @@ def sweeps() -> list[Sweep]:
         Sweep(name, row, points(grid(row.rate), SCHEDULES))
         for name, row in OPTIMIZERS.items()
     ]
-
-
-def lr_sensitivity_report(folder: Path) -> None:
-    """Writes lr-sensitivity.md and lr-sensitivity.png from the records alone."""
-    cells = rate_cells(records.read(folder / "runs.jsonl"))
-    if cells.empty:
-        return
-    text = lr_sensitivity_table(cells)
-    (folder / "lr-sensitivity.md").write_text(text, encoding="utf-8")
-    save(lr_sensitivity_figure(cells), folder / "lr-sensitivity.png")
-    print(text)
 
 
 def rate_cells(runs: pd.DataFrame) -> pd.DataFrame:
@@ -247,3 +231,12 @@ def _draw_lines(axes: Axes, cells: pd.DataFrame) -> None:
             elinewidth=0.6,
             **STYLES[i % len(STYLES)],
         )
+
+
+lr_sensitivity_report = Report(
+    "lr-sensitivity",
+    lr_sensitivity_table,
+    lr_sensitivity_figure,
+    source="runs",
+    cells=rate_cells,
+)

@@ -14,7 +14,7 @@ import pandas as pd
 import madax
 from benchmarks.lib import records
 from benchmarks.lib.steps import apply
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.style import Report, markdown
 from benchmarks.lib.train import Budget, data_order
 from benchmarks.workloads import Workload
 from benchmarks.workloads.digits import digits
@@ -54,12 +54,10 @@ def pretrained(out: Path = Path("benchmarks/results/pretrained")) -> None:
     Args:
         out: Folder for pretrained.md and pretrained.jsonl.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    raw = out / "pretrained.jsonl"
-    raw.unlink(missing_ok=True)
+    raw = records.file(out, "pretrained", fresh=True)
     for run in (*drawn_runs(), *network_runs(digits())):
         records.append(raw, run)
-    pretrained_report(out)
+    print(pretrained_report(out))
     print(f"\nRecords: {raw}")
 
 
@@ -184,11 +182,6 @@ def tails(weights: optax.Params, codes: optax.Params, seed: int) -> dict[str, fl
     }
 
 
-def pretrained_report(folder: Path) -> None:
-    """Writes pretrained.md from the records alone."""
-    print(report(folder, "pretrained", pretrained_table))
-
-
 def pretrained_table(runs: pd.DataFrame) -> str:
     """Returns errors and scores in Markdown, medians over seeds.
 
@@ -206,3 +199,6 @@ def pretrained_table(runs: pd.DataFrame) -> str:
             row[when] = f"{100 * scores['accuracy']:.1f}, {scores['loss']:.3f}"
         rows.append(row)
     return markdown(rows)
+
+
+pretrained_report = Report("pretrained", pretrained_table)

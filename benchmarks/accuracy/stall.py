@@ -13,7 +13,7 @@ import madax
 from benchmarks.lib import records
 from benchmarks.lib.formats import LOG_8, LOG_16
 from benchmarks.lib.steps import apply
-from benchmarks.lib.style import save
+from benchmarks.lib.style import Report
 
 STEPS = 10
 RATES = np.logspace(-4, -1, 13)
@@ -47,9 +47,7 @@ def stall(out: Path = Path("benchmarks/results/stall")) -> None:
     Args:
         out: Folder for stall.png and stall.jsonl.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    raw = out / "stall.jsonl"
-    raw.unlink(missing_ok=True)
+    raw = records.file(out, "stall", fresh=True)
     key_size, key_sign = jax.random.split(jax.random.key(0))
     size = jnp.exp(jax.random.uniform(key_size, (256, 256), minval=-0.7, maxval=0.7))
     weights = size * jax.random.rademacher(key_sign, size.shape, jnp.float32)
@@ -87,11 +85,6 @@ def moved(params: Any, rate: float, rounding: Any) -> float:
     return float(-jnp.mean(jnp.log(after / before)))
 
 
-def stall_report(folder: Path) -> None:
-    """Draws stall.png from the records alone."""
-    save(stall_figure(records.read(folder / "stall.jsonl")), folder / "stall.png")
-
-
 def stall_figure(runs: pd.DataFrame) -> Figure:
     """Draws the share of the movement that took place.
 
@@ -113,3 +106,6 @@ def stall_figure(runs: pd.DataFrame) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend()
     return fig
+
+
+stall_report = Report("stall", figure=stall_figure)

@@ -2,20 +2,17 @@
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Annotated
 
 import optax
 import pandas as pd
-import tyro
 
 import madax
 from benchmarks.lib.analysis import at_best, medians, number, spread
 from benchmarks.lib.contender import Contender, grid, points
 from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8, eight_bit_state
 from benchmarks.lib.optimizers import UNTUNED
-from benchmarks.lib.profiles import Options
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.profiles import Flags
+from benchmarks.lib.style import Report, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 
 
@@ -45,7 +42,7 @@ CONTENDERS = {
 }
 
 
-def state(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+def state(options: Flags) -> None:
     """Compare optimizer state of eight bits with float32, on every workload.
 
     AdamW with its state in eight bits, on floats and on codes; Muon as optax has it;
@@ -58,12 +55,7 @@ def state(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
         rates = grid(row.rate, below=1, above=1)[1:]
         sweeps.append(Sweep(name, row, points(rates)))
     run_all(options.folder / "state.jsonl", options, options.tasks(), sweeps)
-    state_report(options.folder)
-
-
-def state_report(folder: Path) -> None:
-    """Writes state.md from the records alone."""
-    print(report(folder, "state", state_table))
+    print(state_report(options.folder))
 
 
 def state_table(runs: pd.DataFrame) -> str:
@@ -96,3 +88,6 @@ def state_table(runs: pd.DataFrame) -> str:
                     )
             lines.append(line)
     return markdown(lines)
+
+
+state_report = Report("state", state_table)

@@ -15,7 +15,7 @@ from optax import contrib
 
 import madax
 from benchmarks.lib import records
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.style import Report, markdown
 from madax.wrappers._state_roles import state_leaves, unfit
 
 STEPS, WIDTH, BATCH = 1000, 64, 32
@@ -88,13 +88,11 @@ def survey(out: Path = Path("benchmarks/results/survey")) -> None:
     Args:
         out: Folder for survey.md and survey.jsonl.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    raw = out / "survey.jsonl"
-    raw.unlink(missing_ok=True)
+    raw = records.file(out, "survey", fresh=True)
     for name, make in SURVEY.items():
         record = {"optimizer": name, **fields(make()), **against_floats(make())}
         records.append(raw, record)
-    survey_report(out)
+    print(survey_report(out))
 
 
 def network() -> tuple[Any, Any, Any]:
@@ -190,11 +188,6 @@ def fields(tx: optax.GradientTransformation) -> dict[str, list[str]]:
     }
 
 
-def survey_report(folder: Path) -> None:
-    """Writes survey.md from the records alone."""
-    print(report(folder, "survey", survey_table))
-
-
 def survey_table(runs: pd.DataFrame) -> str:
     """Returns what is stored of each optimizer, and what it changes, Markdown.
 
@@ -220,3 +213,6 @@ def _by_reason(floats: list[str]) -> str:
         name, reason = text.split(": ", 1)
         names.setdefault(reason, []).append(name)
     return "; ".join(f"{', '.join(of)}: {reason}" for reason, of in names.items())
+
+
+survey_report = Report("survey", survey_table)

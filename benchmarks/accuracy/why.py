@@ -2,20 +2,17 @@
 
 import dataclasses
 from functools import partial
-from pathlib import Path
-from typing import Annotated
 
 import optax
 import pandas as pd
-import tyro
 
 import madax
 from benchmarks.lib import candidates
 from benchmarks.lib.analysis import at_best, change, medians, number
 from benchmarks.lib.contender import Contender, points
 from benchmarks.lib.formats import FORMATS, MOMENTS_8, SYMLOG_8, eight_bit_state
-from benchmarks.lib.profiles import LONG, Options
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.profiles import LONG, Flags
+from benchmarks.lib.style import Report, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 
 BASE = "madam, floor=1"
@@ -161,7 +158,7 @@ FACTORS = {
 }
 
 
-def why(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+def why(options: Flags) -> None:
     """Change one thing at a time in Madam, where it lags.
 
     On denoising diffusion, a recurrent network, an autoencoder and, some of it, on a
@@ -172,7 +169,7 @@ def why(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     for name in options.workloads or RATES:
         tasks = dataclasses.replace(options, workloads=(name,)).tasks()
         run_all(raw, options, tasks, sweeps(name))
-    why_report(options.folder)
+    print(why_report(options.folder))
 
 
 def sweeps(workload: str) -> list[Sweep]:
@@ -183,11 +180,6 @@ def sweeps(workload: str) -> list[Sweep]:
         for name, factor in FACTORS.items()
         if workload != LONG or name in FEW
     ]
-
-
-def why_report(folder: Path) -> None:
-    """Writes why.md from the records alone."""
-    print(report(folder, "why", why_table))
 
 
 def why_table(runs: pd.DataFrame) -> str:
@@ -209,3 +201,6 @@ def why_table(runs: pd.DataFrame) -> str:
             row[workload] = f"{text} at {number(cell['rate'])}"
         rows.append(row)
     return markdown(rows)
+
+
+why_report = Report("why", why_table)

@@ -158,8 +158,7 @@ def compiled(
         trees: Some of the profile's parameters to compile steps of; all by default.
         optimizers: Some of the profile's; all by default.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    raw = out / "compiled.jsonl"
+    raw = records.file(out, "compiled")
     wanted = list(dict.fromkeys(jobs(profile)))
     for field, names in (("chip", chips), ("tree", trees), ("optimizer", optimizers)):
         known = sorted({getattr(job, field) for job in wanted})

@@ -14,6 +14,26 @@ import jax
 import pandas as pd
 
 
+def file(folder: Path, name: str, *, fresh: bool = False) -> Path:
+    """Returns the file of records of that name, its folder made if missing.
+
+    Args:
+      folder: where it is.
+      name: without its suffix.
+      fresh: whether to remove what is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    if fresh:
+        path.unlink(missing_ok=True)
+    return path
+
+
+def device_name() -> str:
+    """Returns the kind of the first device, fit for the name of a file."""
+    return jax.devices()[0].device_kind.lower().replace(" ", "-")
+
+
 def append(path: Path, *records: dict[str, Any]) -> None:
     """Appends runs to the file, with the environment they ran in.
 

@@ -32,7 +32,7 @@ from benchmarks.compilers.chips import (
 from benchmarks.lib import records
 from benchmarks.lib.contender import Contender
 from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.style import Report, markdown
 from benchmarks.models import decoder
 
 # The bytes per parameter of AdamW, whatever the chip: parameters, moments and gradients
@@ -123,8 +123,7 @@ def fit(
         profile: smoke compiles one small step, full takes hours on two CPU cores.
         only: Compile only for chips, or of models, whose name has this in it.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    raw = out / "fit.jsonl"
+    raw = records.file(out, "fit")
     wanted = [j for j in jobs(profile) if only in j.model or only in j.chip]
     for job in tqdm(dict.fromkeys(wanted), desc="fit"):
         known = records.find(raw, dataclasses.asdict(job))
@@ -236,11 +235,6 @@ def functions(
     return decoder.ordinary(size, tx, None if way == "adam" else jnp.bfloat16)
 
 
-def fit_report(folder: Path) -> str:
-    """Writes the table and the figure from a folder's records; returns the table."""
-    return report(folder, "fit", fit_table, fit_figure)
-
-
 def fit_table(runs: pd.DataFrame) -> str:
     """Returns what each step takes in Markdown, from the records alone."""
     text = (
@@ -318,6 +312,9 @@ def fit_figure(runs: pd.DataFrame) -> Figure:
     axes.invert_yaxis()
     fig.legend(loc="outside lower center", ncols=3, fontsize=8)
     return fig
+
+
+fit_report = Report("fit", fit_table, fit_figure)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,8 @@ import madax
 from benchmarks.lib import records
 from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8
 from benchmarks.lib.optimizers import BASELINE, TIMED
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.style import Report, markdown
 from benchmarks.models import decoder, gpt2
-from benchmarks.systems.speed import device_name
 
 # JAX reports this once for each program that XLA compiles.
 _COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -80,16 +79,13 @@ def init(
         out: Folder of a folder for this device: init.jsonl and .md.
         profile: smoke takes half a minute, full ten minutes on two CPU cores.
     """
-    folder = out / device_name()
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = folder / "init.jsonl"
-    raw.unlink(missing_ok=True)
+    raw = records.file(out / records.device_name(), "init", fresh=True)
     trees, repeats = PROFILES[profile]
     jobs = [(t, row) for t in trees for _ in range(repeats) for row in MAKERS]
     for job in tqdm(jobs, desc="init"):
         command = [sys.executable, "-m", "benchmarks.systems.init", str(raw), *job]
         subprocess.run(command, check=True)
-    print(init_report(folder))
+    print(init_report(raw.parent))
 
 
 def measure(tree: str, row: str) -> dict[str, Any]:
@@ -132,11 +128,6 @@ def measure(tree: str, row: str) -> dict[str, Any]:
     }
 
 
-def init_report(folder: Path) -> str:
-    """Writes the table from a folder's records, and returns it."""
-    return report(folder, "init", init_table)
-
-
 def init_table(runs: pd.DataFrame) -> str:
     """Returns a Markdown table for each tree, from the records alone."""
     sections = []
@@ -160,6 +151,9 @@ def init_table(runs: pd.DataFrame) -> str:
             f"{adam['leaves']} leaves.\n\n{markdown(rows, numbers=True)}\n"
         )
     return "\n".join(sections)
+
+
+init_report = Report("init", init_table)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,9 @@ from tqdm import tqdm
 from benchmarks.compilers.chips import footprint
 from benchmarks.data.text import text
 from benchmarks.lib import records
-from benchmarks.lib.style import STYLES, markdown, report
+from benchmarks.lib.style import STYLES, Report, markdown
 from benchmarks.models import decoder
 from benchmarks.systems.fit import CONTENDERS, WAYS, Way, flags, functions
-from benchmarks.systems.speed import device_name
 
 # XLA takes three quarters of a GPU's memory unless it is told otherwise.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.985"}
@@ -107,9 +106,7 @@ def _in_its_own_process(run: Run, out: Path) -> None:
 
 def train(out: Path, /, run: tyro.conf.OmitArgPrefixes[Run]) -> None:
     """Trains one model, and appends what it took to the records, if it is not there."""
-    folder = out / device_name()
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = folder / "large.jsonl"
+    raw = records.file(out / records.device_name(), "large")
     if records.find(raw, dataclasses.asdict(run)):
         return
     size, shape = decoder.SIZES[run.model], (run.steps, run.batch, run.length + 1)
@@ -166,11 +163,6 @@ def _parameters(size: decoder.Size, way: Way, key: jax.Array) -> decoder.Params:
         "ends": contender.store(ends),
         "layers": jax.lax.map(one, jax.random.split(key, size.layers)),
     }
-
-
-def large_report(folder: Path) -> str:
-    """Writes the table and the figure from a folder's records; returns the table."""
-    return report(folder, "large", large_table, large_figure)
 
 
 def _tokens_per_second(run: Any) -> float:
@@ -230,6 +222,9 @@ def large_figure(runs: pd.DataFrame) -> Figure:
     lines.set(xlabel="step", ylabel="nats a token")
     lines.grid(alpha=0.3)
     return fig
+
+
+large_report = Report("large", large_table, large_figure)
 
 
 if __name__ == "__main__":

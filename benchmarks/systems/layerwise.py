@@ -17,9 +17,9 @@ from benchmarks.lib import records
 from benchmarks.lib.contender import Contender
 from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8
 from benchmarks.lib.optimizers import OPTIMIZERS
-from benchmarks.lib.style import markdown
+from benchmarks.lib.style import Report, markdown
 from benchmarks.models import decoder
-from benchmarks.systems.speed import Running, device_name
+from benchmarks.systems.speed import Running, quantiles
 
 # The network, sequences in a step, tokens in a sequence, and how often it is timed.
 PROFILES = {
@@ -51,13 +51,10 @@ def layerwise(
         profile: smoke takes seconds, quick some minutes on two CPU cores, full is for a
             GPU.
     """
-    folder = out / device_name()
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = folder / "layerwise.jsonl"
-    raw.unlink(missing_ok=True)
+    raw = records.file(out / records.device_name(), "layerwise", fresh=True)
     for name in tqdm(CONTENDERS, desc="layerwise"):
         records.append(raw, {"optimizer": name} | compare(name, *PROFILES[profile]))
-    print(layerwise_report(folder))
+    print(layerwise_report(raw.parent))
 
 
 def compare(
@@ -90,20 +87,12 @@ def compare(
     }
 
 
-def layerwise_report(folder: Path) -> str:
-    """Writes the table from a folder's records, and returns it."""
-    table = layerwise_table(records.read(folder / "layerwise.jsonl"))
-    (folder / "layerwise.md").write_text(table, encoding="utf-8")
-    return table
-
-
 def layerwise_table(runs: pd.DataFrame) -> str:
     """Returns the times in Markdown, from the records alone."""
     first = runs.iloc[0]
     rows = []
     for run in runs.to_dict("records"):
-        ratios = np.divide(run["seconds"], run["ordinary_seconds"])
-        low, mid, high = np.quantile(ratios, [0.1, 0.5, 0.9])
+        low, mid, high = quantiles(run["seconds"], run["ordinary_seconds"])
         ordinary = statistics.median(run["ordinary_seconds"])
         rows.append(
             {
@@ -120,3 +109,6 @@ def layerwise_table(runs: pd.DataFrame) -> str:
         f"{first['length']} tokens, in float32, layers computed again on the way back "
         f"in both; on {first['environment']['device']}.\n\n{table}\n"
     )
+
+
+layerwise_report = Report("layerwise", layerwise_table)

@@ -11,9 +11,8 @@ from benchmarks.compilers import chips
 from benchmarks.lib import records
 from benchmarks.lib.optimizers import BASELINE, TIMED
 from benchmarks.lib.steps import ShapedStep, nbytes
-from benchmarks.lib.style import markdown
+from benchmarks.lib.style import Report, markdown
 from benchmarks.models import gpt2
-from benchmarks.systems.speed import device_name
 
 # The network, sequences per step, tokens per sequence. The batch is small, so that
 # weights and what goes with them are most of the memory.
@@ -37,10 +36,7 @@ def memory(
         out: Folder of a folder for this device: memory.jsonl and .md.
         profile: smoke takes seconds, full ten minutes on two CPU cores.
     """
-    folder = out / device_name()
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = folder / "memory.jsonl"
-    raw.unlink(missing_ok=True)
+    raw = records.file(out / records.device_name(), "memory", fresh=True)
     model, batch, length = PROFILES[profile]
     jobs = [(name, False) for name in TIMED] + [(name, True) for name in LAYERWISE]
     for name, by_layer in tqdm(jobs, desc=f"GPT-2 {model}"):
@@ -50,7 +46,7 @@ def memory(
         records.append(
             raw, work | {"optimizer": name, "layer by layer": by_layer} | used
         )
-    print(memory_report(folder))
+    print(memory_report(raw.parent))
 
 
 def footprint(step: ShapedStep) -> dict[str, int]:
@@ -62,13 +58,6 @@ def footprint(step: ShapedStep) -> dict[str, int]:
     """
     used = chips.footprint(step.lower().compile())
     return {"params": nbytes(step.params), "state": nbytes(step.state), **used}
-
-
-def memory_report(folder: Path) -> str:
-    """Writes the table from a folder's records, and returns it."""
-    text = memory_table(records.read(folder / "memory.jsonl"))
-    (folder / "memory.md").write_text(text, encoding="utf-8")
-    return text
 
 
 def memory_table(runs: pd.DataFrame) -> str:
@@ -97,3 +86,6 @@ def memory_table(runs: pd.DataFrame) -> str:
         ]
         text += f"\n**{title}:**\n\n{markdown(rows, numbers=True)}\n"
     return text
+
+
+memory_report = Report("memory", memory_table)

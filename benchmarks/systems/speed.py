@@ -22,7 +22,7 @@ from benchmarks.lib.choices import check_choices
 from benchmarks.lib.contender import Contender
 from benchmarks.lib.optimizers import BASELINE, RIVALS, TIMED
 from benchmarks.lib.steps import Step, nbytes
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.style import Report, markdown
 from benchmarks.models import gpt2
 
 QUEUED = 4  # Steps at a time, unless a profile has more.
@@ -85,9 +85,7 @@ def speed(
         only: Time only steps of trees whose name has this in it.
     """
     check_choices("optimizers", optimizers, TIMED | RIVALS)
-    folder = out / device_name()
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = folder / "speed.jsonl"
+    raw = records.file(out / records.device_name(), "speed")
     records.remove(raw, lambda r: r["optimizer"] in optimizers and only in r["tree"])
     chosen = PROFILES[profile]
     copy = copy_bandwidth(chosen)
@@ -98,12 +96,7 @@ def speed(
         for name in tqdm(optimizers, desc=tree):
             run = compare(name, weights, make, baseline, chosen)
             records.append(raw, {"tree": tree, "copy_gb_s": copy} | run)
-    print(speed_report(folder))
-
-
-def speed_report(folder: Path) -> str:
-    """Writes the table and the figure from a folder's records; returns the table."""
-    return report(folder, "speed", speed_table, speed_figure)
+    print(speed_report(raw.parent))
 
 
 def cases(profile: Profile) -> Iterator[tuple[str, Weights, Make]]:
@@ -230,9 +223,9 @@ def copy_bandwidth(profile: Profile) -> float:
     return 2 * x.nbytes / statistics.median(times[2:]) / 1e9
 
 
-def device_name() -> str:
-    """Returns the kind of the first device, fit for the name of a file."""
-    return jax.devices()[0].device_kind.lower().replace(" ", "-")
+def quantiles(seconds: list[float], baseline: list[float]) -> np.ndarray:
+    """Returns the 10, 50 and 90 % quantiles of times over those of a baseline."""
+    return np.quantile(np.divide(seconds, baseline), [0.1, 0.5, 0.9])
 
 
 def speed_table(runs: pd.DataFrame) -> str:
@@ -253,8 +246,7 @@ def speed_table(runs: pd.DataFrame) -> str:
 
 def _table_row(run: Any) -> dict[str, str]:
     seconds = statistics.median(run["seconds"])
-    ratios = np.divide(run["seconds"], run["baseline_seconds"])
-    low, mid, high = np.quantile(ratios, [0.1, 0.5, 0.9])
+    low, mid, high = quantiles(run["seconds"], run["baseline_seconds"])
     row = {
         "optimizer": run["optimizer"],
         "time / adam": f"{mid:.2f}",
@@ -276,12 +268,8 @@ def speed_figure(runs: pd.DataFrame) -> Figure:
     fig = Figure(figsize=(3.2 * len(groups) + 1.5, 4.2), layout="constrained")
     panels = fig.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, (tree, group) in zip(panels, groups, strict=True):
-        ratios = [
-            np.divide(run["seconds"], run["baseline_seconds"])
-            for run in group.to_dict("records")
-        ]
-        quantiles = np.array([np.quantile(r, [0.1, 0.5, 0.9]) for r in ratios]).T
-        low, mid, high = quantiles
+        pairs = zip(group["seconds"], group["baseline_seconds"], strict=True)
+        low, mid, high = np.transpose([quantiles(*pair) for pair in pairs])
         mine = group["optimizer"].str.contains("madam|native|8-bit state").to_numpy()
         limit = min(mid.max() * 1.1, 4)
         axes.barh(
@@ -298,3 +286,6 @@ def speed_figure(runs: pd.DataFrame) -> Figure:
         axes.set_title(tree, fontsize=9)
     panels[0].invert_yaxis()
     return fig
+
+
+speed_report = Report("speed", speed_table, speed_figure)
