@@ -1,17 +1,17 @@
 """What the bound on weights does: on all leaves, on matrices alone, on none."""
 
+from collections.abc import Hashable
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
 import optax
 import pandas as pd
 
-import madax
 from benchmarks.lib.analysis import change, medians, number, spread
 from benchmarks.lib.contender import Contender, points
-from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8
+from benchmarks.lib.formats import SYMLOG_8
+from benchmarks.lib.optimizers import muon_madam_8, muon_madam_floor
 from benchmarks.lib.profiles import Flags
 from benchmarks.lib.style import Report, markdown
 from benchmarks.lib.sweep import Sweep, run_all
@@ -25,22 +25,25 @@ def _vectors_bounded(rate: optax.Schedule) -> optax.GradientTransformation:
     def labels(params: optax.Params) -> optax.Params:
         return jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "vector", params)
 
-    floored = partial(madax.muon_madam, rate, floor=1.0)
-    both: dict[Any, Any] = {"matrix": floored(), "vector": floored(p_scale=3.0)}
+    bounded = muon_madam_floor(rate, p_scale=3.0)
+    both: dict[Hashable, optax.GradientTransformation] = {
+        "matrix": muon_madam_floor(rate),
+        "vector": bounded,
+    }
     return optax.partition(both, labels)
 
 
-floored = partial(madax.muon_madam, floor=1.0)
-on_codes = partial(madax.muon_madam, moment_format=MOMENTS_8)
 CONTENDERS = {
     "all bounded": Contender(_vectors_bounded),
-    "matrices bounded": Contender(floored, against="all bounded"),
+    "matrices bounded": Contender(muon_madam_floor, against="all bounded"),
     "none bounded": Contender(
-        partial(floored, p_scale=float("inf")), against="all bounded"
+        partial(muon_madam_floor, p_scale=float("inf")), against="all bounded"
     ),
-    "8 bits, all bounded": Contender(partial(on_codes, p_scale=3.0), format=SYMLOG_8),
+    "8 bits, all bounded": Contender(
+        partial(muon_madam_8, p_scale=3.0), format=SYMLOG_8
+    ),
     "8 bits, matrices bounded": Contender(
-        on_codes, format=SYMLOG_8, against="8 bits, all bounded"
+        muon_madam_8, format=SYMLOG_8, against="8 bits, all bounded"
     ),
 }
 

@@ -13,8 +13,15 @@ from optax import contrib
 import madax
 from benchmarks.lib.analysis import CAP, at_best, change, medians, ratios
 from benchmarks.lib.contender import Contender, points
-from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8, eight_bit_state
-from benchmarks.lib.optimizers import OPTIMIZERS, UNTUNED
+from benchmarks.lib.formats import SYMLOG_8, eight_bit_state
+from benchmarks.lib.optimizers import (
+    OPTIMIZERS,
+    UNTUNED,
+    madam_8,
+    madam_floor,
+    muon_madam_8,
+    muon_madam_floor,
+)
 from benchmarks.lib.profiles import Flags
 from benchmarks.lib.style import Report, markdown
 from benchmarks.lib.sweep import Sweep, run_all
@@ -28,7 +35,6 @@ def _adam8(rate: optax.Schedule) -> optax.GradientTransformation:
 
 ADAM = (0.0003, 0.001, 0.003, 0.01, 0.03)
 MADAM = (0.003, 0.01, 0.03, 0.1, 0.3)
-_floored = partial(madax.madam, floor=1.0)
 CONTENDERS = {
     "sgd momentum": replace(
         OPTIMIZERS["sgd momentum"], rates=(0.01, 0.03, 0.1, 0.3, 1), bytes=8
@@ -38,32 +44,18 @@ CONTENDERS = {
     "muon": replace(UNTUNED["muon"], rates=(0.006, 0.02, 0.06, 0.2, 0.6), bytes=8),
     "prodigy": Contender(contrib.prodigy, (0.1, 0.3, 1, 3, 10), bytes=20),
     "madam": Contender(madax.madam, MADAM, bytes=8),
-    "madam, floor": Contender(_floored, MADAM, bytes=8),
-    "madam, floor, b1": Contender(partial(_floored, b1=0.9), MADAM, bytes=12),
-    "muon_madam, floor": Contender(
-        partial(madax.muon_madam, floor=1.0), MADAM, bytes=8
-    ),
+    "madam, floor": Contender(madam_floor, MADAM, bytes=8),
+    "madam, floor, b1": Contender(partial(madam_floor, b1=0.9), MADAM, bytes=12),
+    "muon_madam, floor": Contender(muon_madam_floor, MADAM, bytes=8),
     "adam, 8 bits": Contender(_adam8, ADAM, SYMLOG_8, bytes=3, against="adam"),
     "madam, 8 bits": Contender(
-        partial(madax.madam, moment_format=MOMENTS_8),
-        MADAM,
-        SYMLOG_8,
-        bytes=2,
-        against="madam, floor",
+        madam_8, MADAM, SYMLOG_8, bytes=2, against="madam, floor"
     ),
     "madam, b1, 8 bits": Contender(
-        partial(madax.madam, b1=0.9, moment_format=MOMENTS_8),
-        MADAM,
-        SYMLOG_8,
-        bytes=3,
-        against="madam, floor, b1",
+        partial(madam_8, b1=0.9), MADAM, SYMLOG_8, bytes=3, against="madam, floor, b1"
     ),
     "muon_madam, 8 bits": Contender(
-        partial(madax.muon_madam, moment_format=MOMENTS_8),
-        MADAM,
-        SYMLOG_8,
-        bytes=2,
-        against="muon_madam, floor",
+        muon_madam_8, MADAM, SYMLOG_8, bytes=2, against="muon_madam, floor"
     ),
 }
 

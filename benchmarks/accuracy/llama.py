@@ -21,12 +21,17 @@ from benchmarks.data.text import Text, text
 from benchmarks.lib import records
 from benchmarks.lib.choices import check_choices
 from benchmarks.lib.contender import Contender
-from benchmarks.lib.formats import FORMATS, MOMENTS_8, SYMLOG_8
+from benchmarks.lib.formats import FORMATS, SYMLOG_8
+from benchmarks.lib.optimizers import codes_adam, madam_8, muon_madam_8
 from benchmarks.lib.steps import apply, nbytes
 from benchmarks.models import decoder
 
 ADAM_RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
 MADAM_RATES = (0.01, 0.015, 0.02, 0.03, 0.05)
+
+
+_madam = partial(madam_8, b2=0.99)
+_muon_madam = partial(muon_madam_8, b2=0.99)
 
 
 def _clipped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -35,20 +40,6 @@ def _clipped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 def _adamw(rate: Any) -> optax.GradientTransformation:
     return _clipped(optax.adamw(rate, weight_decay=0.1))
-
-
-def _madam(
-    rate: Any, b2: float = 0.99, b1: float | None = None
-) -> optax.GradientTransformation:
-    return madax.madam(rate, b2, b1=b1, moment_format=MOMENTS_8)
-
-
-def _muon_madam(rate: Any) -> optax.GradientTransformation:
-    return madax.muon_madam(rate, b2=0.99, moment_format=MOMENTS_8)
-
-
-def _codes_adam(rate: Any) -> optax.GradientTransformation:
-    return madax.with_quantized_params(optax.adam(rate))
 
 
 def _adamw_in_3_bytes(rate: Any) -> optax.GradientTransformation:
@@ -82,9 +73,9 @@ CONTENDERS = {
     "muon_madam 8 bits": Contender(_muon_madam, MADAM_RATES, SYMLOG_8),
     "madam 8 bits, b1": Contender(partial(_madam, b1=0.9), MADAM_RATES[1:4], SYMLOG_8),
     "madam 16 bits": Contender(_madam, MADAM_RATES[1:4], FORMATS["symlog 16"]),
-    "adam on 8 bits": Contender(_codes_adam, ADAM_RATES[1:4], SYMLOG_8),
+    "adam on 8 bits": Contender(codes_adam, ADAM_RATES[1:4], SYMLOG_8),
     "adam on 8 bits, p_scale=10": Contender(
-        _codes_adam, ADAM_RATES[1:4], SYMLOG_8, p_scale=10.0
+        codes_adam, ADAM_RATES[1:4], SYMLOG_8, p_scale=10.0
     ),
     "AdamW in 3 bytes": Contender(_adamw_in_3_bytes, ADAM_RATES[1:4], SYMLOG_8),
     "AdamW in 3 bytes, error feedback": Contender(

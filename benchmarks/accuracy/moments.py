@@ -15,6 +15,7 @@ import madax
 from benchmarks.lib import records
 from benchmarks.lib.analysis import change, medians, spread
 from benchmarks.lib.contender import Contender, points
+from benchmarks.lib.optimizers import madam_floor
 from benchmarks.lib.profiles import Flags, Profile
 from benchmarks.lib.style import STYLES, Report, legend, markdown
 from benchmarks.lib.sweep import Sweep, run_all
@@ -77,7 +78,7 @@ def moments(options: Flags) -> None:
 
 
 def _sweep(name: str, stored: madax.MomentFormat | None) -> Sweep:
-    madam = partial(madax.madam, floor=1.0, b1=0.9, moment_format=stored)
+    madam = partial(madam_floor, b1=0.9, moment_format=stored)
     return Sweep(name, Contender(madam), points([RATE]))
 
 

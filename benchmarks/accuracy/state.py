@@ -1,7 +1,6 @@
 """Optimizer state of eight bits against float32, on every workload."""
 
 from dataclasses import replace
-from functools import partial
 
 import optax
 import pandas as pd
@@ -9,35 +8,31 @@ import pandas as pd
 import madax
 from benchmarks.lib.analysis import at_best, medians, number, spread
 from benchmarks.lib.contender import Contender, grid, points
-from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8, eight_bit_state
-from benchmarks.lib.optimizers import UNTUNED
+from benchmarks.lib.formats import SYMLOG_8, eight_bit_state
+from benchmarks.lib.optimizers import UNTUNED, muon_madam_8, muon_madam_floor
 from benchmarks.lib.profiles import Flags
 from benchmarks.lib.style import Report, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 
 
-def _adamw8(rate: optax.Schedule) -> optax.GradientTransformation:
+def _adamw_8(rate: optax.Schedule) -> optax.GradientTransformation:
     return eight_bit_state(optax.adamw(rate))
 
 
 def _adamw_codes(rate: optax.Schedule) -> optax.GradientTransformation:
-    return madax.with_quantized_params(_adamw8(rate))
+    return madax.with_quantized_params(_adamw_8(rate))
 
 
 CONTENDERS = {
     "adamw": Contender(optax.adamw, (0.003,), bytes=12),
-    "adamw, 8-bit state": Contender(_adamw8, (0.003,), bytes=6, against="adamw"),
+    "adamw, 8-bit state": Contender(_adamw_8, (0.003,), bytes=6, against="adamw"),
     "adamw, 8-bit state and codes": Contender(
         _adamw_codes, (0.003,), SYMLOG_8, bytes=3, against="adamw"
     ),
     "muon": replace(UNTUNED["muon"], bytes=8),
-    "muon_madam": Contender(partial(madax.muon_madam, floor=1.0), (0.03,), bytes=8),
+    "muon_madam": Contender(muon_madam_floor, (0.03,), bytes=8),
     "muon_madam, 8-bit moments and codes": Contender(
-        partial(madax.muon_madam, moment_format=MOMENTS_8),
-        (0.03,),
-        SYMLOG_8,
-        bytes=2,
-        against="muon_madam",
+        muon_madam_8, (0.03,), SYMLOG_8, bytes=2, against="muon_madam"
     ),
 }
 

@@ -11,6 +11,12 @@ from benchmarks.lib import candidates
 from benchmarks.lib.analysis import at_best, change, medians, number
 from benchmarks.lib.contender import Contender, points
 from benchmarks.lib.formats import FORMATS, MOMENTS_8, SYMLOG_8, eight_bit_state
+from benchmarks.lib.optimizers import (
+    madam_8,
+    madam_floor,
+    muon_madam_8,
+    muon_madam_floor,
+)
 from benchmarks.lib.profiles import LONG, Flags
 from benchmarks.lib.style import Report, markdown
 from benchmarks.lib.sweep import Sweep, run_all
@@ -47,8 +53,7 @@ FEW = (
 )
 
 
-floored = partial(partial, madax.madam, floor=1.0)
-BASE_TX = floored()
+_codes = partial(Contender, format=SYMLOG_8)
 
 
 def _adam(rate: optax.Schedule, b1: float = 0.9) -> optax.GradientTransformation:
@@ -76,82 +81,68 @@ def _bounded(rate: optax.Schedule) -> optax.GradientTransformation:
 
 
 FACTORS = {
-    BASE: Contender(BASE_TX),
+    BASE: Contender(madam_floor),
     "no floor: the paper's rule": Contender(madax.madam),
-    "floor=0.3": Contender(floored(floor=0.3)),
-    "floor=3": Contender(floored(floor=3.0)),
+    "floor=0.3": Contender(partial(madam_floor, floor=0.3)),
+    "floor=3": Contender(partial(madam_floor, floor=3.0)),
     "additive steps: Adam with b1=0": Contender(partial(_adam, b1=0.0)),
-    "warm-up of a tenth": Contender(floored(), schedules=("warm-up",)),
-    "constant rate": Contender(floored(), schedules=("constant",)),
-    "b1=0.9": Contender(floored(b1=0.9)),
-    "b1=0.9, warm-up": Contender(floored(b1=0.9), schedules=("warm-up",)),
-    "b1=b2=0.95": Contender(floored(b1=0.95, b2=0.95)),
-    "b2=0.99": Contender(floored(b2=0.99)),
-    "b2=0.95": Contender(floored(b2=0.95)),
-    "g_bound=3": Contender(floored(g_bound=3.0)),
-    "g_bound=1": Contender(floored(g_bound=1.0)),
+    "warm-up of a tenth": Contender(madam_floor, schedules=("warm-up",)),
+    "constant rate": Contender(madam_floor, schedules=("constant",)),
+    "b1=0.9": Contender(partial(madam_floor, b1=0.9)),
+    "b1=0.9, warm-up": Contender(partial(madam_floor, b1=0.9), schedules=("warm-up",)),
+    "b1=b2=0.95": Contender(partial(madam_floor, b1=0.95, b2=0.95)),
+    "b2=0.99": Contender(partial(madam_floor, b2=0.99)),
+    "b2=0.95": Contender(partial(madam_floor, b2=0.95)),
+    "g_bound=3": Contender(partial(madam_floor, g_bound=3.0)),
+    "g_bound=1": Contender(partial(madam_floor, g_bound=1.0)),
     "directions of rms 1 at most": Contender(_bounded),
-    "p_scale=1": Contender(floored(p_scale=1.0)),
-    "p_scale=10": Contender(floored(p_scale=10.0)),
-    "weight_decay=0.1": Contender(floored(weight_decay=0.1)),
+    "p_scale=1": Contender(partial(madam_floor, p_scale=1.0)),
+    "p_scale=10": Contender(partial(madam_floor, p_scale=10.0)),
+    "weight_decay=0.1": Contender(partial(madam_floor, weight_decay=0.1)),
     "a trained scale for each matrix": Contender(
-        lambda rate: candidates.trained_scales(BASE_TX(rate), rate)
+        lambda rate: candidates.trained_scales(madam_floor(rate), rate)
     ),
     "a trained scale for each column": Contender(
-        lambda rate: candidates.trained_scales(BASE_TX(rate), rate, columns=True)
+        lambda rate: candidates.trained_scales(madam_floor(rate), rate, columns=True)
     ),
     "matrices keep their norm": Contender(
-        lambda rate: candidates.kept_norms(BASE_TX(rate))
+        lambda rate: candidates.kept_norms(madam_floor(rate))
     ),
     "an additive step before the multiplicative one": Contender(
         candidates.additive_then_multiplicative
     ),
     **{
         f"gradients at weights with {noise:.0%} of noise": Contender(
-            lambda rate, noise=noise: candidates.with_noise(BASE_TX(rate), noise),
+            lambda rate, noise=noise: candidates.with_noise(madam_floor(rate), noise),
             evaluated=candidates.without_noise,
         )
         for noise in (0.01, 0.1)
     },
-    "direction of Muon": Contender(partial(madax.muon_madam, floor=1.0)),
+    "direction of Muon": Contender(muon_madam_floor),
     "direction of Muon, b1=0.9 for the rest": Contender(candidates.muon_and_momentum),
-    "direction of Muon, warm-up": Contender(
-        partial(madax.muon_madam, floor=1.0), schedules=("warm-up",)
-    ),
+    "direction of Muon, warm-up": Contender(muon_madam_floor, schedules=("warm-up",)),
     "symlog codes, 16 bits": Contender(madax.madam, format=FORMATS["symlog 16"]),
-    "8 bits": Contender(madax.madam, format=SYMLOG_8),
-    "8 bits, nearest": Contender(
-        partial(madax.madam, rounding="nearest"), format=SYMLOG_8
+    "8 bits": _codes(madax.madam),
+    "8 bits, nearest": _codes(partial(madax.madam, rounding="nearest")),
+    "8 bits, nearest at the end": _codes(
+        partial(candidates.nearest_at_the_end, madax.madam)
     ),
-    "8 bits, nearest at the end": Contender(
-        partial(candidates.nearest_at_the_end, madax.madam), format=SYMLOG_8
-    ),
-    "8 bits, a scale for each column": Contender(
-        madax.madam, format=SYMLOG_8, channel_axis=-1
-    ),
-    "8 bits, v too": Contender(
-        partial(madax.madam, moment_format=MOMENTS_8), format=SYMLOG_8
-    ),
-    "8 bits, v too, direction of Muon": Contender(
-        partial(madax.muon_madam, moment_format=MOMENTS_8), format=SYMLOG_8
-    ),
+    "8 bits, a scale for each column": _codes(madax.madam, channel_axis=-1),
+    "8 bits, v too": _codes(madam_8),
+    "8 bits, v too, direction of Muon": _codes(muon_madam_8),
     "8 bits, v too, direction of Muon, linear_range=0.15": Contender(
-        partial(madax.muon_madam, moment_format=MOMENTS_8),
+        muon_madam_8,
         format=FORMATS["finer symlog 8"],
     ),
-    "direction of Muon, p_scale=10": Contender(
-        partial(madax.muon_madam, floor=1.0, p_scale=10.0)
-    ),
+    "direction of Muon, p_scale=10": Contender(partial(muon_madam_floor, p_scale=10.0)),
     "8 bits, v too, direction of Muon, p_scale=10": Contender(
-        partial(madax.muon_madam, moment_format=MOMENTS_8),
+        muon_madam_8,
         format=SYMLOG_8,
         p_scale=10.0,
     ),
     "Adam": Contender(_adam),
-    "Adam in 3 bytes": Contender(_adam_in_3_bytes, format=SYMLOG_8),
-    "Adam in 3 bytes, p_scale=10": Contender(
-        _adam_in_3_bytes, format=SYMLOG_8, p_scale=10.0
-    ),
+    "Adam in 3 bytes": _codes(_adam_in_3_bytes),
+    "Adam in 3 bytes, p_scale=10": _codes(_adam_in_3_bytes, p_scale=10.0),
     "Adam in 3 bytes, p_scale=10, error feedback": Contender(
         _adam_with_feedback, format=SYMLOG_8, p_scale=10.0
     ),

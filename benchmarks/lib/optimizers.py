@@ -14,6 +14,12 @@ import madax
 from benchmarks.lib.contender import Contender, Schedule
 from benchmarks.lib.formats import LOG_8, LOG_16, MOMENTS_8, SYMLOG_8
 
+# Madam as it is compared: its floor of 1, and moments of 8 bits with weights of 8 bits.
+madam_floor = partial(madax.madam, floor=1.0)
+madam_8 = partial(madax.madam, moment_format=MOMENTS_8)
+muon_madam_floor = partial(madax.muon_madam, floor=1.0)
+muon_madam_8 = partial(madax.muon_madam, moment_format=MOMENTS_8)
+
 
 def stored(
     name: Literal["madam", "adam"],
@@ -103,8 +109,8 @@ UNTUNED = {
         contrib.schedule_free_adamw, (2.5e-3,), evaluated=_averaged, schedules=_PLAIN
     ),
     "madam b1": Contender(partial(madax.madam, b1=0.9), (0.01,)),
-    "madam floor": Contender(partial(madax.madam, floor=1.0), (0.01,)),
-    "madam floor b1": Contender(partial(madax.madam, floor=1.0, b1=0.9), (0.01,)),
+    "madam floor": Contender(madam_floor, (0.01,)),
+    "madam floor b1": Contender(partial(madam_floor, b1=0.9), (0.01,)),
     **{
         f"{bits}-bit madam of the paper": Contender(
             partial(madax.bbit_madam, bits=bits, base_precision=precision), (0.01,)
@@ -115,22 +121,22 @@ UNTUNED = {
 # What the steps of are timed, weighed and compiled.
 BASELINE = "adam"
 _BF16 = {"params": jnp.bfloat16, "grads": jnp.bfloat16}
-_madam8 = partial(madax.madam, moment_format=MOMENTS_8)
 
 
 def _native(make: Any, rate: float, format: madax.Format) -> Contender:
     return Contender(make, (rate,), format, grads=jnp.bfloat16)
 
 
-def _adamw8(rate: float) -> optax.GradientTransformation:
+def _adamw_8(rate: float) -> optax.GradientTransformation:
     return madax.with_quantized_state(optax.adamw(rate))
 
 
-def _codes_adam(rate: float) -> optax.GradientTransformation:
+def codes_adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Adam that trains codes."""
     return madax.with_quantized_params(optax.adam(rate))
 
 
-def _codes_adam8(rate: float) -> optax.GradientTransformation:
+def _codes_adam_8(rate: float) -> optax.GradientTransformation:
     return madax.with_quantized_params(madax.with_quantized_state(optax.adam(rate)))
 
 
@@ -142,18 +148,18 @@ TIMED = {
     "adafactor": Contender(optax.adafactor, (1e-3,)),
     "muon": Contender(contrib.muon, (0.02,)),
     "adam bfloat16": replace(OPTIMIZERS["adam"], **_BF16),
-    "adamw, 8-bit state": Contender(_adamw8, (1e-3,)),
-    "adamw bfloat16, 8-bit state": Contender(_adamw8, (1e-3,), **_BF16),
+    "adamw, 8-bit state": Contender(_adamw_8, (1e-3,)),
+    "adamw bfloat16, 8-bit state": Contender(_adamw_8, (1e-3,), **_BF16),
     "madam": OPTIMIZERS["madam"],
     "madam bfloat16": replace(OPTIMIZERS["madam"], **_BF16),
     "bbit_madam": Contender(madax.bbit_madam, (0.01,)),
     "native 16": _native(madax.madam, 0.01, LOG_16),
-    "native 16, 8-bit v": _native(_madam8, 0.01, LOG_16),
+    "native 16, 8-bit v": _native(madam_8, 0.01, LOG_16),
     "native 8": _native(madax.madam, 0.01, LOG_8),
-    "native 8, 8-bit v": _native(_madam8, 0.01, LOG_8),
-    "native 8 symlog, 8-bit v": _native(_madam8, 0.01, SYMLOG_8),
-    "native 8 adam": _native(_codes_adam, 1e-3, LOG_8),
-    "native 8 adam, 8-bit state": _native(_codes_adam8, 1e-3, LOG_8),
+    "native 8, 8-bit v": _native(madam_8, 0.01, LOG_8),
+    "native 8 symlog, 8-bit v": _native(madam_8, 0.01, SYMLOG_8),
+    "native 8 adam": _native(codes_adam, 1e-3, LOG_8),
+    "native 8 adam, 8-bit state": _native(_codes_adam_8, 1e-3, LOG_8),
 }
 # These need a package, and with Pallas a GPU.
 RIVALS: dict[str, Contender] = {}

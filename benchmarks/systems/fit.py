@@ -31,7 +31,8 @@ from benchmarks.compilers.chips import (
 )
 from benchmarks.lib import records
 from benchmarks.lib.contender import Contender
-from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8
+from benchmarks.lib.formats import SYMLOG_8
+from benchmarks.lib.optimizers import madam_8
 from benchmarks.lib.style import Report, markdown
 from benchmarks.models import decoder
 
@@ -45,7 +46,7 @@ WAYS: dict[Way, str] = {
     "adam": "optax.adam float32, jax.checkpoint",
     "mixed": "optax.adamw mixed precision, jax.checkpoint",
 }
-OURS = Contender(partial(madax.madam, moment_format=MOMENTS_8), (1e-3,), SYMLOG_8)
+OURS = Contender(madam_8, (1e-3,), SYMLOG_8)
 CONTENDERS: dict[Way, Contender] = {
     "layerwise": OURS,
     "checkpoint": OURS,

@@ -12,11 +12,10 @@ import pandas as pd
 import tyro
 from tqdm import tqdm
 
-import madax
 from benchmarks.lib import records
 from benchmarks.lib.contender import Contender
-from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8
-from benchmarks.lib.optimizers import OPTIMIZERS
+from benchmarks.lib.formats import SYMLOG_8
+from benchmarks.lib.optimizers import OPTIMIZERS, madam_8
 from benchmarks.lib.style import Report, markdown
 from benchmarks.models import decoder
 from benchmarks.systems.speed import Running, quantiles
@@ -30,9 +29,7 @@ PROFILES = {
 CONTENDERS = {
     "optax.adam float32": OPTIMIZERS["adam"],
     "madam float32": OPTIMIZERS["madam"],
-    "madam 8 bits, 8-bit v": Contender(
-        partial(madax.madam, moment_format=MOMENTS_8), (0.01,), SYMLOG_8
-    ),
+    "madam 8 bits, 8-bit v": Contender(madam_8, (0.01,), SYMLOG_8),
 }
 
 
