@@ -2,11 +2,11 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from benchmarks.lib.choices import check_choices
 from benchmarks.lib.contender import Contender
 from benchmarks.lib.formats import FORMATS, SYMLOG_8
 from benchmarks.lib.optimizers import codes_adam, madam_8, muon_madam_8
-from benchmarks.lib.steps import apply, nbytes
+from benchmarks.lib.steps import Tree, apply, nbytes
 from benchmarks.models import decoder
 
 ADAM_RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
@@ -38,23 +38,23 @@ def _clipped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
 
-def _adamw(rate: Any) -> optax.GradientTransformation:
+def _adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     return _clipped(optax.adamw(rate, weight_decay=0.1))
 
 
-def _adamw_in_3_bytes(rate: Any) -> optax.GradientTransformation:
+def _adamw_in_3_bytes(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     adamw = madax.with_quantized_state(optax.adamw(rate, weight_decay=0.1))
     return _clipped(madax.with_quantized_params(adamw))
 
 
-def _with_error_feedback(rate: Any) -> optax.GradientTransformation:
+def _with_error_feedback(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     adamw = madax.with_quantized_params(
         optax.adamw(rate, weight_decay=0.1), error_feedback=True
     )
     return _clipped(madax.with_quantized_state(adamw))
 
 
-def _flash_adamw(rate: Any) -> optax.GradientTransformation:
+def _flash_adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     from flashoptim_jax import flash_adamw  # pyrefly: ignore[missing-import]
 
     # Its kernels are for GPUs; this is the same in plain JAX.
@@ -204,8 +204,8 @@ def _tuning(raw: Path, source: str, name: str, budget: Budget) -> Iterator[dict]
 
 
 def train(
-    source: str, name: str, budget: dict[str, Any], rate: float, seed: int
-) -> dict[str, Any]:
+    source: str, name: str, budget: records.Record, rate: float, seed: int
+) -> records.Record:
     """Trains once; returns the held-out nats per byte, their curve and a sample."""
     begin = time.perf_counter()
     chosen, data = Budget(**budget), text(source)
@@ -253,7 +253,9 @@ def train(
     }
 
 
-def _start(budget: Budget, name: str, rate: float, seed: int) -> Any:
+def _start(
+    budget: Budget, name: str, rate: float, seed: int
+) -> tuple[Tree, Callable[[Tree], Tree], Callable[..., tuple]]:
     """Returns parameters, and the functions that start and take a step."""
     contender, warm_up = CONTENDERS[name], budget.steps // 10
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, budget.steps)
@@ -266,7 +268,13 @@ def _start(budget: Budget, name: str, rate: float, seed: int) -> Any:
     return params, *decoder.layerwise(budget.size, tx, dtype=dtype)
 
 
-def _ordinary(budget: Budget, tx: Any, params: Any, state: Any, batch: Any) -> Any:
+def _ordinary(
+    budget: Budget,
+    tx: optax.GradientTransformation,
+    params: Tree,
+    state: Tree,
+    batch: jax.Array,
+) -> tuple[Tree, Tree, jax.Array]:
     def loss(params):
         # Mixed precision as usual: float32 parameters, cast for the network.
         weights = madax.dequantize_params(params, jnp.dtype(budget.dtype))
@@ -284,7 +292,7 @@ def _tests(data: Text, budget: Budget) -> np.ndarray:
     return tokens.astype(np.int32)
 
 
-def _sample(budget: Budget, params: Any, data: Text, count: int = 160) -> str:
+def _sample(budget: Budget, params: Tree, data: Text, count: int = 160) -> str:
     """Returns how a model goes on with the text that is held out."""
     weights = madax.dequantize_params(params, jnp.float32)
 

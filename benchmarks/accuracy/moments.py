@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +81,7 @@ def _sweep(name: str, stored: madax.MomentFormat | None) -> Sweep:
     return Sweep(name, Contender(madam), points([RATE]))
 
 
-def off(name: str, bits: int, steps: int) -> dict[str, Any]:
+def off(name: str, bits: int, steps: int) -> records.Record:
     """Returns how far directions are off those of float32 moments.
 
     Args:

@@ -61,7 +61,7 @@ def pretrained(out: Path = Path("benchmarks/results/pretrained")) -> None:
     print(f"\nRecords: {raw}")
 
 
-def drawn_runs() -> Iterator[dict[str, Any]]:
+def drawn_runs() -> Iterator[records.Record]:
     """Yields the relative errors of codes of random weights."""
     for name, draw in DRAWS.items():
         draws = [draw(np.random.default_rng(seed)) for seed in range(SEEDS)]
@@ -76,7 +76,7 @@ def drawn_runs() -> Iterator[dict[str, Any]]:
                 }
 
 
-def network_runs(workload: Workload) -> Iterator[dict[str, Any]]:
+def network_runs(workload: Workload) -> Iterator[records.Record]:
     """Yields errors and scores of a network, trained by Adam, then quantised.
 
     Args:

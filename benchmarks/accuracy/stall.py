@@ -1,7 +1,8 @@
 """How far weights move, of how far they should: bfloat16, codes, float32."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,10 @@ from benchmarks.lib.formats import LOG_8, LOG_16
 from benchmarks.lib.steps import apply
 from benchmarks.lib.style import Report
 
+Rounding = Literal["nearest", "stochastic"]
 STEPS = 10
 RATES = np.logspace(-4, -1, 13)
-STORAGES = {
+STORAGES: dict[str, tuple[Callable[[jax.Array], Any], Rounding]] = {
     # name: (how weights are stored, how their steps are rounded)
     "bfloat16, nearest": (lambda w: w.astype(jnp.bfloat16), "nearest"),
     "bfloat16, stochastic": (lambda w: w.astype(jnp.bfloat16), "stochastic"),
@@ -63,7 +65,9 @@ def stall(out: Path = Path("benchmarks/results/stall")) -> None:
     print(f"\nFigure:  {out / 'stall.png'}\nRecords: {raw}")
 
 
-def moved(params: Any, rate: float, rounding: Any) -> float:
+def moved(
+    params: jax.Array | madax.QuantizedArray, rate: float, rounding: Rounding
+) -> float:
     """Returns the mean of how far the weights shrank, in nats.
 
     Args:

@@ -4,7 +4,6 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +94,7 @@ def survey(out: Path = Path("benchmarks/results/survey")) -> None:
     print(survey_report(out))
 
 
-def network() -> tuple[Any, Any, Any]:
+def network() -> tuple[optax.Params, jax.Array, jax.Array]:
     """Two matrices and a bias of a network to train; its inputs and noisy targets."""
     rng = np.random.default_rng(0)
 
@@ -113,7 +112,9 @@ def network() -> tuple[Any, Any, Any]:
     return params, x, jnp.tanh(x @ teacher[0]) @ teacher[1] + 0.1 * normal(1024, WIDTH)
 
 
-def against_floats(tx: optax.GradientTransformation, steps: int = STEPS) -> Any:
+def against_floats(
+    tx: optax.GradientTransformation, steps: int = STEPS
+) -> dict[str, float]:
     """Loss and updates with eight bits over those in float32, means of the last tenth.
 
     Args:

@@ -8,10 +8,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -119,8 +119,8 @@ class Job:
 def jobs(profile: str) -> Iterator[Job]:
     """Yields what to compile, what matters most first."""
 
-    def each(chips: Any, trees: Any, names: Any) -> Iterator[Job]:
-        return (Job(*these) for these in itertools.product(chips, trees, names))
+    def each(*names: Iterable[str]) -> Iterator[Job]:
+        return (Job(*these) for these in itertools.product(*names))
 
     if profile == "smoke":
         yield from each(["CPU"], ["4 leaves"], MAIN[:2])
@@ -205,7 +205,7 @@ def compile_all(raw: Path, jobs: Sequence[Job]) -> None:
 
 
 @functools.cache
-def _sharding(chip: str) -> Any:
+def _sharding(chip: str) -> SingleDeviceSharding:
     """Returns where shapes are put, with its compiler loaded."""
     device = jax.devices("cpu")[0] if chip == "CPU" else CHIPS[chip].devices()[0]
     sharding = SingleDeviceSharding(device)
@@ -213,7 +213,7 @@ def _sharding(chip: str) -> Any:
     return sharding
 
 
-def measure(step: ShapedStep, sharding: Any) -> dict[str, Any]:
+def measure(step: ShapedStep, sharding: SingleDeviceSharding) -> records.Record:
     """Compiles a step, for shapes on that device, and returns what can be told of it.
 
     Returns:
@@ -250,7 +250,7 @@ def measure(step: ShapedStep, sharding: Any) -> dict[str, Any]:
     }
 
 
-def stablehlo(lowered: Any) -> int:
+def stablehlo(lowered: jax.stages.Lowered) -> int:
     """Returns the number of operations that the compiler is given."""
     return lowered.as_text().count(" stablehlo.")
 

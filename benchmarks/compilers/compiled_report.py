@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.lib.optimizers import BASELINE
+from benchmarks.lib.records import Record
 from benchmarks.lib.style import STYLES, Report, legend, markdown
 
 CAPTION = "compiled for, not run"
@@ -58,7 +58,7 @@ def _section(tree: str, group: pd.DataFrame) -> str:
     return text
 
 
-def _row(run: Any, adam: Any, is_step: bool) -> dict[str, str]:
+def _row(run: Record, adam: Record | None, is_step: bool) -> dict[str, str]:
     def ratio(name: str) -> str:
         return "-" if adam is None else f"{run[name] / adam[name]:.2f}"
 

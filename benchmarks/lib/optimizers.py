@@ -1,9 +1,10 @@
 """The optimizers compared, and the learning rate each comes with."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from optax import contrib
 import madax
 from benchmarks.lib.contender import Contender, Schedule
 from benchmarks.lib.formats import LOG_8, LOG_16, MOMENTS_8, SYMLOG_8
+from benchmarks.lib.steps import Tree
 
 # Madam as it is compared: its floor of 1, and moments of 8 bits with weights of 8 bits.
 madam_floor = partial(madax.madam, floor=1.0)
@@ -76,7 +78,7 @@ def _mechanic(rate: optax.Schedule) -> optax.GradientTransformation:
     return contrib.mechanize(optax.adamw(rate))
 
 
-def _averaged(params: optax.Params, state: Any) -> optax.Params:
+def _averaged(params: optax.Params, state: optax.OptState) -> optax.Params:
     return contrib.schedule_free_eval_params(state, params)
 
 
@@ -123,7 +125,9 @@ BASELINE = "adam"
 _BF16 = {"params": jnp.bfloat16, "grads": jnp.bfloat16}
 
 
-def _native(make: Any, rate: float, format: madax.Format) -> Contender:
+def _native(
+    make: Callable[..., optax.GradientTransformation], rate: float, format: madax.Format
+) -> Contender:
     return Contender(make, (rate,), format, grads=jnp.bfloat16)
 
 
@@ -169,7 +173,7 @@ if find_spec("flashoptim_jax") is not None:
     class _Flash(Contender):
         """An optimizer that is no transform of optax."""
 
-        def step(self, params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        def step(self, params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
             """Returns parameters and state after a step of its own kind."""
             return self.tx.step(params, state, grads)  # pyrefly: ignore
 

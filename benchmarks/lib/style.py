@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -33,7 +33,9 @@ def legend(
     panels: Iterable[Axes] | None = None,
     *,
     columns: int | None = None,
-    loc: Any = "outside lower center",
+    loc: Literal[
+        "outside lower center", "outside right upper", "outside right lower"
+    ] = "outside lower center",
 ) -> None:
     """Puts one legend for several panels, what they share in it once.
 
@@ -90,7 +92,7 @@ class Report:
 
 
 def markdown(
-    rows: Sequence[dict[str, Any]] | pd.DataFrame, *, numbers: bool = False
+    rows: Sequence[records.Record] | pd.DataFrame, *, numbers: bool = False
 ) -> str:
     """Returns rows of text as a Markdown table.
 

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,9 @@ import optax
 from tqdm import tqdm
 
 import madax
+from benchmarks.lib import records
 from benchmarks.lib.contender import Contender, Point, hyperparameters
-from benchmarks.lib.steps import apply
+from benchmarks.lib.steps import Tree, apply
 from benchmarks.workloads import Workload
 
 
@@ -50,7 +50,7 @@ def train(
     *,
     label: str,
     at_once: int = 32,
-) -> list[dict[str, Any]]:
+) -> list[records.Record]:
     """Trains once for every seed and point.
 
     Args:
@@ -96,7 +96,7 @@ def train(
 
 def _programs(
     workload: Workload, contender: Contender, steps: int, chunk: int
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+) -> tuple[Callable[..., Tree], Callable[..., tuple]]:
     """Returns two compiled functions, for all seeds and points.
 
     The first starts runs; the second trains to the next evaluation, and measures.
@@ -124,10 +124,10 @@ def _advance(
     workload: Workload,
     contender: Contender,
     tx: optax.GradientTransformation,
-    carry: Any,
+    carry: Tree,
     order: tuple[jax.Array, jax.Array],
-    data: tuple[Any, Any],
-) -> tuple[Any, dict[str, jax.Array]]:
+    data: tuple[Tree, Tree],
+) -> tuple[Tree, dict[str, jax.Array]]:
     """Trains one run on some batches; returns what it carries on, and its scores."""
 
     def step(carry, now):
@@ -174,7 +174,7 @@ def data_order(
 
 def _runs(
     measured, points: Sequence[Point], budget: Budget, workload: Workload
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[records.Record]:
     """Takes the measurements, one item per evaluation, apart into runs."""
     # Arrays of shape (evaluations, seeds, points).
     arrays = {name: np.stack([now[name] for now in measured]) for name in measured[0]}

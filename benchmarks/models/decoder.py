@@ -140,7 +140,9 @@ def cross_entropy(x: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Arra
     return _cross_entropy_forward(x, head, targets)[0]
 
 
-def _cross_entropy_forward(x: jax.Array, head: jax.Array, targets: jax.Array) -> Any:
+def _cross_entropy_forward(
+    x: jax.Array, head: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     def add(carry, now):
         total, picked = carry
         first, part = now
@@ -155,7 +157,9 @@ def _cross_entropy_forward(x: jax.Array, head: jax.Array, targets: jax.Array) ->
     return jnp.sum(total - picked), (x, head, targets, total)
 
 
-def _cross_entropy_backward(kept: Any, g: jax.Array) -> Any:
+def _cross_entropy_backward(
+    kept: tuple[jax.Array, ...], g: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     x, head, targets, total = kept
 
     def add(dx, now):
@@ -197,7 +201,9 @@ def layerwise(
 
 
 def ordinary(
-    size: Size, tx: optax.GradientTransformation, dtype: Any = None
+    size: Size,
+    tx: optax.GradientTransformation,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> madax.Layerwise:
     """Returns the usual step: decode all weights, take all gradients, then update.
 

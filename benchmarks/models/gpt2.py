@@ -2,7 +2,6 @@
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from flax import nnx
 
 import madax
 from benchmarks.lib.contender import Contender
-from benchmarks.lib.steps import ShapedStep, Step
+from benchmarks.lib.steps import ShapedStep, Step, Tree
 from benchmarks.workloads.attention import Block
 
 
@@ -64,7 +63,7 @@ class GPT2(nnx.Module):
         return self.tokens.attend(self.norm(x))
 
 
-def init(size: Size, key: jax.Array) -> dict[str, Any]:
+def init(size: Size, key: jax.Array) -> Tree:
     """Returns the parameters, float32."""
     return nnx.to_pure_dict(nnx.state(GPT2(size, nnx.Rngs(key)), nnx.Param))
 
@@ -82,7 +81,7 @@ def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def train_step(
-    size: Size, batch: int, length: int, contender: Contender, weights: Any = None
+    size: Size, batch: int, length: int, contender: Contender, weights: Tree = None
 ) -> tuple[Step, jax.Array]:
     """Returns a whole train step, forwards and backwards too, and its tokens."""
     del weights

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,8 @@ from benchmarks.lib import records
 from benchmarks.lib.contender import Contender
 from benchmarks.lib.formats import SYMLOG_8
 from benchmarks.lib.optimizers import madam_8
+from benchmarks.lib.records import Record
+from benchmarks.lib.steps import Step, Tree
 from benchmarks.lib.style import Report, markdown
 from benchmarks.models import decoder
 
@@ -188,7 +190,7 @@ def compile_one(raw: Path, /, job: tyro.conf.OmitArgPrefixes[Job]) -> None:
     records.append(raw, dataclasses.asdict(job) | result)
 
 
-def train_step(job: Job, devices: list[Any]) -> tuple[Any, Any]:
+def train_step(job: Job, devices: Sequence[jax.Device]) -> tuple[Step, Tree]:
     """Returns a train step and the shapes that it takes, on those devices."""
     size = decoder.SIZES[job.model]
     mesh = Mesh(devices[: job.chips], ("chips",), axis_types=(AxisType.Auto,))
@@ -202,7 +204,7 @@ def train_step(job: Job, devices: list[Any]) -> tuple[Any, Any]:
     init, step = functions(size, job.way, contender.rate, gather=gather)
     state = jax.eval_shape(init, params)
 
-    def spread(x: Any) -> Any:
+    def spread(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         """A matrix, or a stack of them, along its longer axis."""
         axes: list[str | None] = [None] * len(x.shape)
         if job.chips > 1 and len(x.shape) > 1:
@@ -270,7 +272,7 @@ def fit_table(runs: pd.DataFrame) -> str:
     )
 
 
-def _row(run: Any) -> dict[str, str]:
+def _row(run: Record) -> dict[str, str]:
     chips = "" if run["chips"] == 1 else f"{run['chips']} x "
     adamw = ADAMW * run["parameters"] / run["chips"]
     return {
@@ -286,7 +288,7 @@ def _row(run: Any) -> dict[str, str]:
     }
 
 
-def _gathered(found: Any) -> str:
+def _gathered(found: object) -> str:
     if not isinstance(found, dict):
         return "-"
     return ", ".join(f"{v / 1e6:.1f} MB of {k}" for k, v in sorted(found.items()))

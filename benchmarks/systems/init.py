@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -19,12 +19,13 @@ import madax
 from benchmarks.lib import records
 from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8
 from benchmarks.lib.optimizers import BASELINE, TIMED
+from benchmarks.lib.steps import Tree
 from benchmarks.lib.style import Report, markdown
 from benchmarks.models import decoder, gpt2
 
 # JAX reports this once for each program that XLA compiles.
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-MAKERS: dict[str, Callable[[Any], Any]] = {
+MAKERS: dict[str, Callable[[Tree], Tree]] = {
     BASELINE: TIMED[BASELINE].tx.init,
     "madam": TIMED["madam"].tx.init,
     "madam, in jax.jit": jax.jit(TIMED["madam"].tx.init),
@@ -34,7 +35,7 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def listed(size: decoder.Size) -> Any:
+def listed(size: decoder.Size) -> Tree:
     """Returns shapes of a decoder whose layers are a list, nine leaves each."""
     shapes = jax.eval_shape(partial(decoder.init, size), jax.random.key(0))
     layer = jax.tree.map(
@@ -43,22 +44,22 @@ def listed(size: decoder.Size) -> Any:
     return {"ends": shapes["ends"], "layers": [layer] * size.layers}
 
 
-def _deep(layers: int) -> Any:
+def _deep(layers: int) -> Tree:
     return listed(dataclasses.replace(decoder.SIZES["tiny"], layers=layers))
 
 
-def _gpt2() -> Any:
+def _gpt2() -> Tree:
     return jax.eval_shape(partial(gpt2.init, gpt2.SIZES["124M"], jax.random.key(0)))
 
 
 # Trees with values, and with shapes alone.
-VALUES: dict[str, Callable[[], Any]] = {
+VALUES: dict[str, Callable[[], Tree]] = {
     "decoder, 11 layers": partial(_deep, 11),
     "decoder, 33 layers": partial(_deep, 33),
     "decoder, 111 layers": partial(_deep, 111),
     "GPT-2 124M": _gpt2,
 }
-SHAPES: dict[str, Callable[[], Any]] = {
+SHAPES: dict[str, Callable[[], Tree]] = {
     "Llama-2 7B": partial(listed, decoder.SIZES["Llama-2 7B"]),
 }
 # Trees, and the processes for each of them and each row.
@@ -88,7 +89,7 @@ def init(
     print(init_report(raw.parent))
 
 
-def measure(tree: str, row: str) -> dict[str, Any]:
+def measure(tree: str, row: str) -> records.Record:
     """Makes a tree, then measures one call.
 
     Args:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from benchmarks.compilers.chips import footprint
 from benchmarks.data.text import text
 from benchmarks.lib import records
+from benchmarks.lib.records import Record
 from benchmarks.lib.style import STYLES, Report, markdown
 from benchmarks.models import decoder
 from benchmarks.systems.fit import CONTENDERS, WAYS, Way, flags, functions
@@ -165,12 +166,12 @@ def _parameters(size: decoder.Size, way: Way, key: jax.Array) -> decoder.Params:
     }
 
 
-def _tokens_per_second(run: Any) -> float:
+def _tokens_per_second(run: Record) -> float:
     """Returns the speed of a run, at its median step."""
     return run["batch"] * run["length"] / statistics.median(run["seconds"][UNTIMED:])
 
 
-def _way(run: Any) -> str:
+def _way(run: Record) -> str:
     return WAYS[run["way"]].removesuffix(", jax.checkpoint")
 
 

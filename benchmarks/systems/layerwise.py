@@ -3,7 +3,7 @@
 import statistics
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def layerwise(
 
 def compare(
     name: str, size: decoder.Size, batch: int, length: int, rounds: int
-) -> dict[str, Any]:
+) -> records.Record:
     """Times both ways of a row by turns; returns one record."""
     contender = CONTENDERS[name]
     floats = jax.jit(partial(decoder.init, size))(jax.random.key(0))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from benchmarks.lib import records
 from benchmarks.lib.choices import check_choices
 from benchmarks.lib.contender import Contender
 from benchmarks.lib.optimizers import BASELINE, RIVALS, TIMED
-from benchmarks.lib.steps import Step, nbytes
+from benchmarks.lib.records import Record
+from benchmarks.lib.steps import Step, Tree, nbytes
 from benchmarks.lib.style import Report, markdown
 from benchmarks.models import gpt2
 
@@ -60,7 +61,7 @@ PROFILES = {
 }
 
 Weights = Callable[[], optax.Params]
-Make = Callable[[Contender, optax.Params], tuple[Step, Any]]
+Make = Callable[[Contender, optax.Params], tuple[Step, Tree]]
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
@@ -120,7 +121,7 @@ def cases(profile: Profile) -> Iterator[tuple[str, Weights, Make]]:
     yield name, partial(transformer, size), make
 
 
-def optimizer_step(contender: Contender, weights: optax.Params) -> tuple[Step, Any]:
+def optimizer_step(contender: Contender, weights: optax.Params) -> tuple[Step, Tree]:
     """Returns the step from gradients to new parameters, and the gradients."""
     keys = optax.tree.split_key_like(jax.random.key(1), weights)
     grads = jax.tree.map(
@@ -143,10 +144,10 @@ class Running:
       compile_s: seconds to trace and compile.
     """
 
-    step: Any
-    params: Any
-    state: Any
-    data: Any
+    step: Step
+    params: Tree
+    state: Tree
+    data: Tree
     compile_s: float
 
     def time(self, steps: int = QUEUED) -> float:
@@ -171,7 +172,7 @@ def running(contender: Contender, weights: Weights, make: Make) -> Running:
 
 def compare(
     name: str, weights: Weights, make: Make, baseline: Running, profile: Profile
-) -> dict[str, Any]:
+) -> records.Record:
     """Times an optimizer and the baseline by turns.
 
     Args:
@@ -244,7 +245,7 @@ def speed_table(runs: pd.DataFrame) -> str:
     return f"On {device}, where a copy moves {copy:.0f} GB/s.\n\n" + "\n".join(sections)
 
 
-def _table_row(run: Any) -> dict[str, str]:
+def _table_row(run: Record) -> dict[str, str]:
     seconds = statistics.median(run["seconds"])
     low, mid, high = quantiles(run["seconds"], run["baseline_seconds"])
     row = {
