@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.lib import records
 from benchmarks.lib.contender import points
+from benchmarks.lib.cost import cost
 from benchmarks.lib.optimizers import DEMO
 from benchmarks.lib.style import STYLES, Report, legend, markdown
 from benchmarks.lib.train import Budget, train
-from benchmarks.systems.cost import cost
 from benchmarks.workloads.digits import digits
 
 MULTIPLIERS = (0.1, 1.0, 10.0)
