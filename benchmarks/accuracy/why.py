@@ -131,20 +131,15 @@ FACTORS = {
     "8 bits, v too": _codes(madam_8),
     "8 bits, v too, direction of Muon": _codes(muon_madam_8),
     "8 bits, v too, direction of Muon, linear_range=0.15": Contender(
-        muon_madam_8,
-        format=FORMATS["finer symlog 8"],
+        muon_madam_8, format=FORMATS["finer symlog 8"]
     ),
     "direction of Muon, p_scale=10": Contender(partial(muon_madam_floor, p_scale=10.0)),
-    "8 bits, v too, direction of Muon, p_scale=10": Contender(
-        muon_madam_8,
-        format=SYMLOG_8,
-        p_scale=10.0,
-    ),
+    "8 bits, v too, direction of Muon, p_scale=10": _codes(muon_madam_8, p_scale=10.0),
     "Adam": Contender(_adam),
     "Adam in 3 bytes": _codes(_adam_in_3_bytes),
     "Adam in 3 bytes, p_scale=10": _codes(_adam_in_3_bytes, p_scale=10.0),
-    "Adam in 3 bytes, p_scale=10, error feedback": Contender(
-        _adam_with_feedback, format=SYMLOG_8, p_scale=10.0
+    "Adam in 3 bytes, p_scale=10, error feedback": _codes(
+        _adam_with_feedback, p_scale=10.0
     ),
 }
 
