@@ -13,10 +13,11 @@ from optax import contrib
 import madax
 from benchmarks.lib.analysis import CAP, at_best, change, medians, ratios
 from benchmarks.lib.contender import Contender, points
-from benchmarks.lib.formats import SYMLOG_8, eight_bit_state
+from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8, has_axes
 from benchmarks.lib.optimizers import (
     OPTIMIZERS,
     UNTUNED,
+    codes_adam,
     madam_8,
     madam_floor,
     muon_madam_8,
@@ -29,10 +30,7 @@ from benchmarks.lib.sweep import Sweep, run_all
 SETTING = ["optimizer", "rate"]
 
 
-def _adam8(rate: optax.Schedule) -> optax.GradientTransformation:
-    return madax.with_quantized_params(eight_bit_state(optax.adam(rate)))
-
-
+_adam_8 = partial(codes_adam, moment_format=MOMENTS_8, moment_where=has_axes)
 ADAM = (0.0003, 0.001, 0.003, 0.01, 0.03)
 MADAM = (0.003, 0.01, 0.03, 0.1, 0.3)
 CONTENDERS = {
@@ -47,7 +45,7 @@ CONTENDERS = {
     "madam, floor": Contender(madam_floor, MADAM, bytes=8),
     "madam, floor, b1": Contender(partial(madam_floor, b1=0.9), MADAM, bytes=12),
     "muon_madam, floor": Contender(muon_madam_floor, MADAM, bytes=8),
-    "adam, 8 bits": Contender(_adam8, ADAM, SYMLOG_8, bytes=3, against="adam"),
+    "adam, 8 bits": Contender(_adam_8, ADAM, SYMLOG_8, bytes=3, against="adam"),
     "madam, 8 bits": Contender(
         madam_8, MADAM, SYMLOG_8, bytes=2, against="madam, floor"
     ),

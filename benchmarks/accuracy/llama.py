@@ -2,11 +2,11 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,9 @@ from benchmarks.data.text import Text, text
 from benchmarks.lib import records
 from benchmarks.lib.choices import check_choices
 from benchmarks.lib.contender import Contender
-from benchmarks.lib.formats import FORMATS, SYMLOG_8
+from benchmarks.lib.formats import FORMATS, MOMENTS_8, SYMLOG_8
 from benchmarks.lib.optimizers import codes_adam, madam_8, muon_madam_8
-from benchmarks.lib.steps import Tree, apply, nbytes
+from benchmarks.lib.steps import Functions, Tree, apply, nbytes
 from benchmarks.models import decoder
 
 ADAM_RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
@@ -42,16 +42,13 @@ def _adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     return _clipped(optax.adamw(rate, weight_decay=0.1))
 
 
-def _adamw_in_3_bytes(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    adamw = madax.with_quantized_state(optax.adamw(rate, weight_decay=0.1))
-    return _clipped(madax.with_quantized_params(adamw))
-
-
-def _with_error_feedback(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    adamw = madax.with_quantized_params(
-        optax.adamw(rate, weight_decay=0.1), error_feedback=True
+def _adamw_in_3_bytes(
+    rate: optax.ScalarOrSchedule, **options: Any
+) -> optax.GradientTransformation:
+    adamw = optax.adamw(rate, weight_decay=0.1)
+    return _clipped(
+        madax.with_quantized_params(adamw, moment_format=MOMENTS_8, **options)
     )
-    return _clipped(madax.with_quantized_state(adamw))
 
 
 def _flash_adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -79,7 +76,7 @@ CONTENDERS = {
     ),
     "AdamW in 3 bytes": Contender(_adamw_in_3_bytes, ADAM_RATES[1:4], SYMLOG_8),
     "AdamW in 3 bytes, error feedback": Contender(
-        _with_error_feedback, ADAM_RATES[1:4], SYMLOG_8
+        partial(_adamw_in_3_bytes, error_feedback=True), ADAM_RATES[1:4], SYMLOG_8
     ),
     "Adam float32, no clipping": Contender(optax.adam, ADAM_RATES[1:4]),
     "AdamW bfloat16": Contender(_adamw, ADAM_RATES[1:4], params=jnp.bfloat16),
@@ -255,7 +252,7 @@ def train(
 
 def _start(
     budget: Budget, name: str, rate: float, seed: int
-) -> tuple[Tree, Callable[[Tree], Tree], Callable[..., tuple]]:
+) -> tuple[Tree, *Functions]:
     """Returns parameters, and the functions that start and take a step."""
     contender, warm_up = CONTENDERS[name], budget.steps // 10
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, budget.steps)

@@ -10,7 +10,7 @@ import madax
 from benchmarks.lib import candidates
 from benchmarks.lib.analysis import at_best, change, medians, number
 from benchmarks.lib.contender import Contender, points
-from benchmarks.lib.formats import FORMATS, MOMENTS_8, SYMLOG_8, eight_bit_state
+from benchmarks.lib.formats import FORMATS, MOMENTS_8, SYMLOG_8, has_axes
 from benchmarks.lib.optimizers import (
     madam_8,
     madam_floor,
@@ -61,14 +61,14 @@ def _adam(rate: optax.Schedule, b1: float = 0.9) -> optax.GradientTransformation
     return optax.adam(lambda count: 0.1 * rate(count), b1=b1)
 
 
-def _adam_in_3_bytes(rate: optax.Schedule) -> optax.GradientTransformation:
-    return madax.with_quantized_params(eight_bit_state(_adam(rate)))
-
-
-def _adam_with_feedback(rate: optax.Schedule) -> optax.GradientTransformation:
-    adam = madax.with_quantized_params(_adam(rate), error_feedback=True)
-    return madax.with_quantized_state(
-        adam, MOMENTS_8, where=lambda path, leaf: "/mu/" in path or "/nu/" in path
+def _adam_in_3_bytes(
+    rate: optax.Schedule, *, error_feedback: bool = False
+) -> optax.GradientTransformation:
+    return madax.with_quantized_params(
+        _adam(rate),
+        moment_format=MOMENTS_8,
+        error_feedback=error_feedback,
+        moment_where=has_axes,
     )
 
 
@@ -139,7 +139,7 @@ FACTORS = {
     "Adam in 3 bytes": _codes(_adam_in_3_bytes),
     "Adam in 3 bytes, p_scale=10": _codes(_adam_in_3_bytes, p_scale=10.0),
     "Adam in 3 bytes, p_scale=10, error feedback": _codes(
-        _adam_with_feedback, p_scale=10.0
+        partial(_adam_in_3_bytes, error_feedback=True), p_scale=10.0
     ),
 }
 

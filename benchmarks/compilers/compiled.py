@@ -15,7 +15,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 import tyro
 from jax.sharding import SingleDeviceSharding
 
@@ -26,29 +25,22 @@ from benchmarks.compilers.compiled_report import compiled_report
 from benchmarks.lib import records
 from benchmarks.lib.choices import check_choices
 from benchmarks.lib.contender import Contender
-from benchmarks.lib.formats import LOG_8
-from benchmarks.lib.optimizers import BASELINE, RIVALS, TIMED, UNTUNED
+from benchmarks.lib.formats import LOG_8, MOMENTS_8
+from benchmarks.lib.optimizers import BASELINE, RIVALS, TIMED, UNTUNED, codes_adam
 from benchmarks.lib.steps import ShapedStep, Tree, nbytes
 from benchmarks.models import gpt2
 
-
-def _fed_back(rate: float) -> optax.GradientTransformation:
-    return madax.with_quantized_params(optax.adam(rate), error_feedback=True)
-
-
-def _fed_back8(rate: float) -> optax.GradientTransformation:
-    return madax.with_quantized_state(_fed_back(rate))
-
-
+_fed_back = partial(codes_adam, error_feedback=True)
+_fed_back_8 = partial(_fed_back, moment_format=MOMENTS_8)
 # With rows that take too long to be timed as well.
 OPTIMIZERS = TIMED | {
     "madam, floor, b1": UNTUNED["madam floor b1"],
-    "lns_madam": Contender(madax.lns_madam, (2**-7,)),
+    "lns_madam": Contender(madax.papers.lns_madam, (2**-7,)),
     "native 8 adam, error feedback": Contender(
         _fed_back, (1e-3,), LOG_8, grads=jnp.bfloat16
     ),
     "native 8 adam, 8-bit state, error feedback": Contender(
-        _fed_back8, (1e-3,), LOG_8, grads=jnp.bfloat16
+        _fed_back_8, (1e-3,), LOG_8, grads=jnp.bfloat16
     ),
     **RIVALS,
 }
@@ -69,7 +61,7 @@ def transformer(size: str, contender: Contender) -> ShapedStep:
 
 def stacked(size: str, contender: Contender) -> ShapedStep:
     """Returns the step alone, of a network whose layers are stacked."""
-    weights = gpt2.split_model(gpt2.SIZES[size]).params
+    weights = madax.split_layers(gpt2.shaped(gpt2.SIZES[size]), "blocks").params
     return _alone(contender, contender.store_stack, weights)
 
 

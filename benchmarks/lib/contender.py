@@ -49,7 +49,7 @@ class Contender:
 
     make: Callable[..., optax.GradientTransformation]
     rates: tuple[float, ...] = ()
-    format: madax.Format | None = None
+    format: madax.formats.Format | None = None
     p_scale: float | None = None
     channel_axis: int | None = None
     params: jax.typing.DTypeLike | None = None

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,16 @@ muon_madam_floor = partial(madax.muon_madam, floor=1.0)
 muon_madam_8 = partial(madax.muon_madam, moment_format=MOMENTS_8)
 
 
+def codes_adam(
+    rate: optax.ScalarOrSchedule, **options: Any
+) -> optax.GradientTransformation:
+    """Adam that trains codes, with options of ``madax.with_quantized_params``."""
+    return madax.with_quantized_params(optax.adam(rate), **options)
+
+
 def stored(
     name: Literal["madam", "adam"],
-    format: madax.Format | None,
+    format: madax.formats.Format | None,
     *,
     rounding: Literal["stochastic", "nearest"] = "stochastic",
     moment_bits: int = 32,
@@ -38,17 +45,11 @@ def stored(
       rounding: of the steps of codes.
       moment_bits: bits of a moment of Madam.
     """
-
-    def adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-        return madax.with_quantized_params(optax.adam(rate), rounding=rounding)
-
     moments = madax.MomentFormat(moment_bits) if moment_bits < 32 else None
     madam = partial(madax.madam, rounding=rounding, moment_format=moments)
-    if name == "madam":
-        return replace(OPTIMIZERS[name], make=madam, format=format)
-    return replace(
-        OPTIMIZERS[name], make=optax.adam if format is None else adam, format=format
-    )
+    adam = optax.adam if format is None else partial(codes_adam, rounding=rounding)
+    make = {"madam": madam, "adam": adam}[name]
+    return replace(OPTIMIZERS[name], make=make, format=format)
 
 
 def _muon(rate: optax.Schedule) -> optax.GradientTransformation:
@@ -115,7 +116,7 @@ UNTUNED = {
     "madam floor b1": Contender(partial(madam_floor, b1=0.9), (0.01,)),
     **{
         f"{bits}-bit madam of the paper": Contender(
-            partial(madax.bbit_madam, bits=bits, base_precision=precision), (0.01,)
+            partial(madax.papers.bbit_madam, bits=bits, base_step=precision), (0.01,)
         )
         for bits, precision in ((12, 0.001), (10, 0.005), (8, 0.01))
     },
@@ -126,22 +127,15 @@ _BF16 = {"params": jnp.bfloat16, "grads": jnp.bfloat16}
 
 
 def _native(
-    make: Callable[..., optax.GradientTransformation], rate: float, format: madax.Format
+    make: Callable[..., optax.GradientTransformation],
+    rate: float,
+    format: madax.formats.Format,
 ) -> Contender:
     return Contender(make, (rate,), format, grads=jnp.bfloat16)
 
 
 def _adamw_8(rate: float) -> optax.GradientTransformation:
     return madax.with_quantized_state(optax.adamw(rate))
-
-
-def codes_adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Adam that trains codes."""
-    return madax.with_quantized_params(optax.adam(rate))
-
-
-def _codes_adam_8(rate: float) -> optax.GradientTransformation:
-    return madax.with_quantized_params(madax.with_quantized_state(optax.adam(rate)))
 
 
 TIMED = {
@@ -156,14 +150,16 @@ TIMED = {
     "adamw bfloat16, 8-bit state": Contender(_adamw_8, (1e-3,), **_BF16),
     "madam": OPTIMIZERS["madam"],
     "madam bfloat16": replace(OPTIMIZERS["madam"], **_BF16),
-    "bbit_madam": Contender(madax.bbit_madam, (0.01,)),
+    "bbit_madam": Contender(madax.papers.bbit_madam, (0.01,)),
     "native 16": _native(madax.madam, 0.01, LOG_16),
     "native 16, 8-bit v": _native(madam_8, 0.01, LOG_16),
     "native 8": _native(madax.madam, 0.01, LOG_8),
     "native 8, 8-bit v": _native(madam_8, 0.01, LOG_8),
     "native 8 symlog, 8-bit v": _native(madam_8, 0.01, SYMLOG_8),
     "native 8 adam": _native(codes_adam, 1e-3, LOG_8),
-    "native 8 adam, 8-bit state": _native(_codes_adam_8, 1e-3, LOG_8),
+    "native 8 adam, 8-bit state": _native(
+        partial(codes_adam, moment_format=MOMENTS_8), 1e-3, LOG_8
+    ),
 }
 # These need a package, and with Pallas a GPU.
 RIVALS: dict[str, Contender] = {}

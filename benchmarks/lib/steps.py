@@ -9,7 +9,9 @@ import optax
 
 # Arrays, or their shapes.
 Tree = Any
-Step = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
+Step = Callable[..., tuple]
+# What makes a state, and what takes a step and returns its loss, too.
+Functions = tuple[Callable[[Tree], Tree], Callable[..., tuple[Tree, Tree, jax.Array]]]
 
 
 def apply(
@@ -35,7 +37,7 @@ class ShapedStep(NamedTuple):
       params: shapes of the parameters.
       state: shapes of the optimizer state.
       data: shapes of gradients or tokens.
-      step: maps the three to parameters and state.
+      step: maps the three to parameters and state, and perhaps a loss.
     """
 
     params: Tree

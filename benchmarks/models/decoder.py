@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import madax
-from benchmarks.lib.steps import apply
+from benchmarks.lib.steps import Functions, apply
 
 Params = dict[str, Any]
 QUERIES = 512  # Attended at a time.
@@ -195,7 +195,7 @@ def whole_loss(size: Size, params: Params, tokens: jax.Array) -> jax.Array:
 
 def layerwise(
     size: Size, tx: optax.GradientTransformation, **options: Any
-) -> madax.Layerwise:
+) -> Functions:
     """Returns ``madax.layerwise`` of the network, with options of that."""
     return madax.layerwise(tx, embed, partial(layer, size), loss, **options)
 
@@ -204,7 +204,7 @@ def ordinary(
     size: Size,
     tx: optax.GradientTransformation,
     dtype: jax.typing.DTypeLike | None = None,
-) -> madax.Layerwise:
+) -> Functions:
     """Returns the usual step: decode all weights, take all gradients, then update.
 
     Args:
@@ -218,7 +218,7 @@ def ordinary(
         value, grads = jax.value_and_grad(partial(whole_loss, size))(values, batch)
         return *apply(tx, params, state, grads), value
 
-    return madax.Layerwise(tx.init, step)
+    return tx.init, step
 
 
 def logits(size: Size, params: Params, tokens: jax.Array) -> jax.Array:

@@ -70,7 +70,7 @@ def init(size: Size, key: jax.Array) -> Tree:
 
 def loss(size: Size, params: optax.Params, tokens: jax.Array) -> jax.Array:
     """Returns the mean nats per token, of sequences of shape (batch, length + 1)."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: GPT2(size, nnx.Rngs(0))))
+    graph = nnx.graphdef(shaped(size))
     return cross_entropy(nnx.merge(graph, params)(tokens[:, :-1]), tokens[:, 1:])
 
 
@@ -108,7 +108,7 @@ def layerwise_step(
     contender: Contender, size: Size, batch: int, length: int
 ) -> ShapedStep:
     """Returns a train step by ``madax.layerwise``."""
-    split = split_model(size)
+    split = madax.split_layers(shaped(size), "blocks")
 
     def loss(ends, x, tokens):
         return cross_entropy(split.ends(ends).logits(x), tokens[:, 1:])
@@ -126,6 +126,6 @@ def layerwise_step(
     return ShapedStep(params, jax.eval_shape(run.init, params), tokens, run.step)
 
 
-def split_model(size: Size) -> madax.SplitLayers:
-    """Returns the network as a stack of layers and the rest, of shapes alone."""
-    return madax.split_layers(nnx.eval_shape(lambda: GPT2(size, nnx.Rngs(0))), "blocks")
+def shaped(size: Size) -> GPT2:
+    """Returns the network with shapes in the place of arrays."""
+    return nnx.eval_shape(lambda: GPT2(size, nnx.Rngs(0)))

@@ -21,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import madax
 from benchmarks.compilers.chips import (
     CHIPS,
     ENVIRONMENT,
@@ -34,7 +33,7 @@ from benchmarks.lib.contender import Contender
 from benchmarks.lib.formats import SYMLOG_8
 from benchmarks.lib.optimizers import madam_8
 from benchmarks.lib.records import Record
-from benchmarks.lib.steps import Step, Tree
+from benchmarks.lib.steps import Functions, Step, Tree
 from benchmarks.lib.style import Report, markdown
 from benchmarks.models import decoder
 
@@ -223,7 +222,7 @@ def train_step(job: Job, devices: Sequence[jax.Device]) -> tuple[Step, Tree]:
 
 def functions(
     size: decoder.Size, way: Way, rate: optax.ScalarOrSchedule, **options: Any
-) -> madax.Layerwise:
+) -> Functions:
     """Returns the functions that make the state, and that take a step.
 
     Args:
@@ -234,7 +233,7 @@ def functions(
     """
     tx = CONTENDERS[way].make(rate)
     if way == "layerwise":
-        return decoder.layerwise(size, tx, **options)
+        return decoder.layerwise(size, tx, dtype=jnp.bfloat16, **options)
     return decoder.ordinary(size, tx, None if way == "adam" else jnp.bfloat16)
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 import madax
 from madax import LogFormat, MomentFormat, SymlogFormat, UniformFormat
+from madax.formats._second_moment_codec import SecondMomentCodec
 
 FORMATS = {
     "log8": LogFormat.from_dynamic_range(8, 100),
@@ -70,9 +71,9 @@ def step(tx, grads, state, params):
 def moment_values(state):
     """The trees v and m of a state of ``scale_by_second_moment``, as floats."""
     if state.window is None:
-        return state.v, state.m
+        return state.nu, state.mu
     ((name, window),) = state.window.items()
-    fmt = MomentFormat(int(re.search(r"bits=(\d+)", name)[1]))
+    codec = SecondMomentCodec(MomentFormat(int(re.search(r"bits=(\d+)", name)[1])))
     octaves = list(window.octave.reshape(-1))
 
     def decode(tree, grid, unit):
@@ -84,8 +85,8 @@ def moment_values(state):
         ]
         return treedef.unflatten(values)
 
-    m = None if state.m is None else decode(state.m, fmt.m_grid, 1)
-    return decode(state.v, fmt.v_grid, np.float32(window.scale)), m
+    m = None if state.mu is None else decode(state.mu, codec.mu_grid, 1)
+    return decode(state.nu, codec.nu_grid, np.float32(window.scale)), m
 
 
 # It is compiled once for each optimizer and tree of shapes.

@@ -284,8 +284,8 @@ MUTANTS = {
             "moments",
         ),
         (
-            "xp.abs(rate) / base_precision), 1)",
-            "xp.abs(rate) / base_precision), 0)",
+            "xp.abs(rate) / base_step), 1)",
+            "xp.abs(rate) / base_step), 0)",
             "bbit",
         ),
         ("learning_rate(count) * math.log(2)", "learning_rate(count)", "bbit"),

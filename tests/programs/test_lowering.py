@@ -27,8 +27,8 @@ OPTIMIZERS = {
     "moments8": partial(madax.madam, 0.03, b1=0.9, moment_format=MomentFormat(8)),
     "moments12": partial(madax.madam, 0.03, moment_format=MomentFormat(12)),
     "schedule": partial(madax.madam, optax.cosine_decay_schedule(0.03, 100)),
-    "bbit_madam": partial(madax.bbit_madam, 0.03),
-    "lns_madam": partial(madax.lns_madam, 0.03),
+    "bbit_madam": partial(madax.papers.bbit_madam, 0.03),
+    "lns_madam": partial(madax.papers.lns_madam, 0.03),
     "wrapped_adam": lambda: madax.with_quantized_params(optax.adam(0.03)),
 }
 FORMATS = formats("log16", "log8", "symlog8", "uniform8")

@@ -37,8 +37,8 @@ OPTIMIZERS = {
         optax.linear_schedule(0.05, 0.01, STEPS), b1=0.9, floor=1.0, p_scale=1.5
     ),
     "moments8": madax.madam(0.02, b1=0.9, moment_format=MomentFormat(8), seed=3),
-    "bbit_madam": madax.bbit_madam(0.02),
-    "lns_madam": madax.lns_madam(2**-5),
+    "bbit_madam": madax.papers.bbit_madam(0.02),
+    "lns_madam": madax.papers.lns_madam(2**-5),
     "wrapped_adam": madax.with_quantized_params(EXACT_ADAM),
     # Adam's would be exact only without its quotient by 1 - b1**t.
     "error_feedback": madax.with_quantized_params(
@@ -504,7 +504,7 @@ def test_muon_madam_takes_matrices_on_axes_of_explicit_types():
     shapes = {"w": (16, 24), "stack": (8, 4, 16)}
     specs = {"w": P("data", "model"), "stack": P("model", None, "data")}
     params = {k: normal(*shape) for k, shape in shapes.items()}
-    axes = lambda _, leaf: madax.MatrixDimensionNumbers(-1, -2)
+    axes = lambda _, leaf: madax.transforms.MatrixDimensionNumbers(-1, -2)
     tx = madax.muon_madam(0.1, matrices=axes)
 
     def update(params):

@@ -40,7 +40,7 @@ def on_grid(fmt):
         optax.scale(-0.03),
         madax.scale_by_sign_log(),
         madax.clip_log_weights(),
-        madax.lns_quantize(fmt, rounding="nearest"),
+        madax.papers.quantize_to_grid(fmt, rounding="nearest"),
     )
 
 
@@ -50,8 +50,8 @@ OPTIMIZERS = {
     "moments8": madax.madam(0.02, b1=0.9, moment_format=MomentFormat(8)),
     "decayed": madax.madam(0.05, floor=1.0, weight_decay=0.3),
     "nearest": madax.madam(0.05, rounding="nearest"),
-    "bbit_madam": madax.bbit_madam(0.02),
-    "lns_madam": madax.lns_madam(2**-5),
+    "bbit_madam": madax.papers.bbit_madam(0.02),
+    "lns_madam": madax.papers.lns_madam(2**-5),
     "symlog_grid": on_grid(SymlogFormat(12, 0.1)),
     "uniform_grid": on_grid(UniformFormat(12)),
     "wrapped_adam": madax.with_quantized_params(EXACT_ADAM),
