@@ -45,7 +45,7 @@ def test_the_network_is_causal_and_starts_at_chance():
 
 
 def test_an_unknown_optimizer_is_refused_and_records_are_kept(tmp_path):
-    raw = tmp_path / speed.device_name() / "speed.jsonl"
+    raw = tmp_path / records.device_name() / "speed.jsonl"
     raw.parent.mkdir()
     raw.write_text("kept")
     message = r"optimizers must be of \['adam', .*\], got \['unknown'\]"
