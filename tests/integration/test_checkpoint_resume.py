@@ -17,34 +17,22 @@ import optax
 import orbax.checkpoint as ocp
 import processes
 import pytest
-from helpers import mostly_nightly
+from cases import OPTIMIZERS
+from checkpoints import abstract, needs_set_mesh, restore, save
+from helpers import different, mostly_nightly
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_meshes import (
-    OPTIMIZERS,
-    SHAPES,
-    different,
-    spec,
-    start_all,
-    values,
-)
+from meshes import SHAPES, spec, start_all, values
 
 import madax
 from madax import LogFormat, MomentFormat
 
 # --- on another mesh ------------------------------------------------------------------
 
-needs_set_mesh = pytest.mark.skipif(
-    not hasattr(jax, "set_mesh"), reason="Orbax needs a newer JAX to save from a mesh"
-)
 EVERY_STATE = OPTIMIZERS | {
-    "moments12": madax.madam(b1=0.9, moment_format=MomentFormat(12)),
     "schedule": madax.madam(optax.cosine_decay_schedule(0.01, 100)),
     "injected": optax.inject_hyperparams(madax.madam)(learning_rate=0.01),
     "wrapped_sgd": madax.with_quantized_params(optax.sgd(0.1, momentum=0.9)),
-    "error_feedback": madax.with_quantized_params(
-        optax.sgd(0.1, momentum=0.9), error_feedback=True
-    ),
 }
 
 
@@ -61,22 +49,6 @@ def mesh_of(rows, columns):
         axis_types=(AxisType.Auto,) * 2,
         devices=jax.devices()[: rows * columns],
     )
-
-
-def save(path, tree):
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, tree)
-
-
-def restore(path, like, placed):
-    """The tree at ``path``, of the shapes of ``like``, on those shardings."""
-    target = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        like,
-        placed,
-    )
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, target)
 
 
 def arbitrary(tree):
@@ -97,8 +69,8 @@ def arbitrary(tree):
 def test_every_state_moves_from_eight_devices_to_four_to_one(tmp_path):
     params, _ = start_all()
     states = {k: jax.eval_shape(tx.init, params) for k, tx in EVERY_STATE.items()}
-    abstract = {"params": params, "states": states}
-    tree = arbitrary(abstract)
+    like = {"params": params, "states": states}
+    tree = arbitrary(like)
     assert len(jax.tree.leaves(tree)) > 150
     meshes = [
         (mesh_of(2, 4), "fsdp"),
@@ -109,7 +81,7 @@ def test_every_state_moves_from_eight_devices_to_four_to_one(tmp_path):
     for i, (mesh, layout) in enumerate(meshes):
         save(tmp_path / str(i), before)
         asked = shardings(tree, mesh, layout)
-        after = restore(tmp_path / str(i), abstract, asked)
+        after = restore(tmp_path / str(i), abstract(like, asked))
         assert different(after, tree) == []
         for x, sharding in zip(
             jax.tree.leaves(after), jax.tree.leaves(asked), strict=True
@@ -160,12 +132,8 @@ def train(directory, stop_at=None):
     with ocp.CheckpointManager(directory, options=options) as manager:
         tree, done = fresh(), manager.latest_step()
         if done is not None:
-            sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            target = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                tree,
-            )
-            tree = manager.restore(done, args=ocp.args.StandardRestore(target))
+            target = ocp.args.StandardRestore(abstract(tree))
+            tree = manager.restore(done, args=target)
         print("resumed from", done, flush=True)
         for i in range(0 if done is None else done + 1, LAST + 1):
             tree = {k: train_step(k, **tree[k], i=i) for k in KINDS}

@@ -5,18 +5,17 @@ This file is also the script that the two run: ``address process path``.
 
 import json
 import pathlib
-import socket
 import sys
 
 import jax
 import numpy as np
 import processes
 import pytest
+from cases import FORMATS
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_meshes import (
+from meshes import (
     EXPLICIT,
-    FORMATS,
     Run,
     enter,
     make_mesh,
@@ -25,6 +24,7 @@ from test_meshes import (
     start,
     values,
 )
+from processes import address
 
 import madax
 
@@ -35,13 +35,6 @@ LEAVES = {
     "lns_madam": ("bias", "conv", "log8"),
 }
 CHANNELS = "scales of channels"
-
-
-def address():
-    """A port at which nobody listens."""
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return f"localhost:{server.getsockname()[1]}"
 
 
 def trained_in_one_of_two(coordinator, process, path):

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import FORMATS, raises
+from cases import FORMATS
+from helpers import different, raises
 from jax.sharding import PartitionSpec as P
-from test_meshes import different, make_mesh
+from meshes import make_mesh
 
 import madax
 from madax import MomentFormat
@@ -151,7 +152,6 @@ def test_models_of_their_own_have_windows_of_their_own():
 # --- layer by layer, the batch spread over the devices --------------------------------
 
 DEPTH, ROWS, COLUMNS = 3, 16, 8
-TX = madax.madam(0.02, b1=0.9, moment_format=MomentFormat(8))
 
 
 def embed(ends, batch):
@@ -171,7 +171,7 @@ def loss(ends, x, batch, *, mean=lambda x: x):
 
 def layered(mean):
     return madax.layerwise(
-        TX,
+        MOMENTS,
         embed,
         layer,
         functools.partial(loss, mean=mean),

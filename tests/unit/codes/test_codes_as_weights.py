@@ -7,19 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import formats
 
 import madax
-from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
+from madax import QuantizedArray
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 SHAPE = (6, 4, 5)
-FORMATS = [LogFormat(8, 0.05), SymlogFormat(16, 1 / 3), UniformFormat(4)]
+KINDS = list(formats("log8", "symlog16", "uniform8").values())
 # One for all, as many as the channels of an axis or of two, and of a lower rank.
 SCALES = [(), (1, 1, 1), (5,), (1, 4, 1), (6, 1, 5)]
 
 
-def make(fmt=FORMATS[0], scale_shape=(1, 1, 1), shape=SHAPE, seed=0):
+def make(fmt=KINDS[0], scale_shape=(1, 1, 1), shape=SHAPE, seed=0):
     rng = np.random.default_rng(seed)
     codes = rng.integers(-fmt.levels, fmt.levels + 1, shape)
     scale = rng.uniform(0.5, 2, scale_shape)
@@ -105,7 +106,7 @@ BINARY = [
 
 @pytest.mark.parametrize("operation", BINARY, ids=lambda f: f.__name__)
 def test_operators_are_those_of_the_values(operation):
-    w, other = make(), make(FORMATS[1], (1, 4, 1), seed=1)
+    w, other = make(), make(KINDS[1], (1, 4, 1), seed=1)
     values = w.dequantize()
     for x in (2, 0.5, np.float32(3), np.arange(5.0, dtype=np.float32), values):
         for pair, of_values in (((w, x), (values, x)), ((x, w), (x, values))):
@@ -118,7 +119,7 @@ def test_operators_are_those_of_the_values(operation):
     )
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+@pytest.mark.parametrize("fmt", KINDS, ids=repr)
 def test_methods_are_those_of_the_values(fmt):
     w = make(fmt, (1, 4, 1))
     values = decoded(w)

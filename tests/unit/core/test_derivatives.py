@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import FORMATS, enable_x64, mostly_nightly, normal
+from cases import FORMATS
+from helpers import enable_x64, mostly_nightly, normal
 from jax.test_util import check_grads
 
 import madax

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import FORMATS
 
 import madax
 from madax import LogFormat, MomentFormat, SymlogFormat, UniformFormat
 
-FMT = LogFormat(8, 0.05)
+FMT = FORMATS["log8"]
 INF, NAN = float("inf"), float("nan")
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 import pytest
 from helpers import mostly_nightly, raises
 
@@ -21,15 +22,6 @@ from madax.formats._moments import decayed
 BITS = mostly_nightly(range(8, 17), 8, 16)
 WINDOWS = mostly_nightly([1, 2, 77, 100, 101, 190], 1, 100, 190)
 SIGMAS = 5.0
-
-
-def oracle_decode(bits, code, lowest):
-    """Value of codes >= 0; the smallest is 2**lowest."""
-    m = bits - 6
-    k = np.asarray(code, np.float64) - 1
-    return np.where(
-        k >= 0, (1 + np.mod(k, 2**m) / 2**m) * 2.0 ** (lowest + k // 2**m), 0
-    )
 
 
 def placed(state):
@@ -55,15 +47,6 @@ def stored_v(fmt, state):
     return window.scale * decode("v", fmt, state.v, window.octave[0])
 
 
-def lowest_v(window):
-    return window - 127
-
-
-def lowest_m(window):
-    """The highest octave of m squares to the highest of v, or to just above it."""
-    return -(-(window - 127 + 64) // 2) - 32
-
-
 def noise(shape, seed=0):
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.integers(0, 2**32, shape, dtype=np.uint32))
@@ -78,9 +61,12 @@ def test_every_code_has_its_value_and_round_trips(bits, window):
     # Codes of one length for all widths, so that XLA compiles once.
     v = np.minimum(np.arange(2**16), fmt.highest_v)
     m = np.clip(np.arange(-(2**15), 2**15), 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
-    for kind, codes, lowest in (("v", v, lowest_v), ("m", m, lowest_m)):
+    octave = window - 127
+    both = (("v", v, octave), ("m", m, oracle.octave_of_m(octave)))
+    for kind, codes, lowest in both:
         values = decode(kind, fmt, codes, where)
-        expected = np.sign(codes) * oracle_decode(bits, np.abs(codes), lowest(window))
+        sizes = oracle.decode_moment(np.abs(codes), lowest, bits - 6)
+        expected = np.sign(codes) * sizes
         np.testing.assert_array_equal(values, expected)
         back = encode(kind, fmt, values, where, noise(codes.shape))
         np.testing.assert_array_equal(back, codes)
@@ -169,7 +155,7 @@ def test_stochastic_rounding_is_unbiased(bits, kind):
     fmt, window, n = MomentFormat(bits), jnp.int32(87), 2**20
     values = list(VALUES)
     if kind == "m":  # also between zero and the smallest code
-        smallest = 2.0 ** lowest_m(87)
+        smallest = 2.0 ** oracle.octave_of_m(87 - 127)
         values += [-1.06, -777.0, 0.3 * smallest, -0.01 * smallest, 1.01 * smallest]
     random = noise(n)
     for value in np.float32(values):

@@ -9,19 +9,20 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from cases import FORMATS
 from helpers import normal
 
 import madax
-from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
+from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 LEVELS = 127
-FORMAT = UniformFormat(8)  # Codes are values here, as the scale is 127.
+UNIFORM = FORMATS["uniform8"]  # Codes are values here, as the scale is 127.
 
 
 def codes(values):
-    return QuantizedArray(jnp.asarray(values, jnp.int8), jnp.float32(LEVELS), FORMAT)
+    return QuantizedArray(jnp.asarray(values, jnp.int8), jnp.float32(LEVELS), UNIFORM)
 
 
 def fed_back(inner, **options):
@@ -44,7 +45,7 @@ def run(tx, gradient, params, state, xs):
     return jax.lax.scan(step, (params, state), xs)[0]
 
 
-@pytest.mark.parametrize("fmt", [FORMAT, SymlogFormat(8), LogFormat(8)], ids=repr)
+@pytest.mark.parametrize("fmt", [UNIFORM, SymlogFormat(8), LogFormat(8)], ids=repr)
 def test_adam_with_nearest_rounding_is_numpys(fmt):
     """Also where the rate rises faster than the momentum decays."""
     rng = np.random.default_rng(0)
