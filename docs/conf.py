@@ -3,7 +3,12 @@
 import importlib.util
 import re
 import shutil
+import typing
 from pathlib import Path
+
+import jax
+import optax
+from sphinx.util.typing import stringify_annotation
 
 import madax
 
@@ -14,6 +19,7 @@ copyright = "the authors of madax, Apache-2.0"
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
@@ -32,13 +38,9 @@ nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
 
 # The API pages are made of docstrings, in the order of the page.
-add_module_names = False
+autosummary_generate = False
 autodoc_default_options = {"member-order": "bysource"}
 autodoc_typehints = "signature"
-autodoc_type_aliases = {
-    "jax.typing.ArrayLike": "ArrayLike",
-    "optax.ScalarOrSchedule": "ScalarOrSchedule",
-}
 autodoc_preserve_defaults = True
 autodoc_class_signature = "mixed"
 maximum_signature_line_length = 60
@@ -63,12 +65,32 @@ html_static_path.append(
 )
 
 
+# Aliases of types, which annotations hold written out. The longest come first.
+ALIASES = {
+    stringify_annotation(kind, "smart"): name
+    for kind, name in {
+        optax.ScalarOrSchedule: "ScalarOrSchedule",
+        jax.typing.DTypeLike: "DTypeLike",
+        jax.typing.ArrayLike: "ArrayLike",
+        typing.Any: "Any",
+    }.items()
+}
+
+
 def setup(app):
-    """Signatures have the names of type aliases, in unions, too."""
+    """Signatures have the names of aliases, and API pages a table of what they hold."""
 
     def named(app, what, name, obj, options, signature, returns):
-        if not signature:
-            return None
-        return re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", signature), returns
+        for text, alias in ALIASES.items():
+            signature = signature and signature.replace(text, alias)
+            returns = returns and returns.replace(text, alias)
+        return signature, returns
+
+    def summarised(app, page, source):
+        if page.startswith("api/"):
+            names = re.findall(r"^\.\. auto\w+:: (\S+)", source[0], re.MULTILINE)
+            table = ".. autosummary::\n\n" + "".join(f"   {name}\n" for name in names)
+            source[0] = source[0].replace(".. autosummary::\n", table)
 
     app.connect("autodoc-process-signature", named)
+    app.connect("source-read", summarised)

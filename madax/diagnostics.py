@@ -1,37 +1,34 @@
-"""What a multiplicative update does to a network: small, pure, jit-friendly.
+"""What an update does to a network: small pure functions that ``jax.jit`` compiles.
 
-Every function returns scalars, or small vectors, keyed by the path of a leaf
-(``"Dense_0/kernel"``), ready for a logger. Leaves may be floating-point arrays or
-quantised ones, which count by their values.
+Each returns scalars, or small vectors, by the path of a leaf (``"Dense_0/kernel"``),
+ready for a logger. Leaves may be floats or codes, which count by their values.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from madax._core.checks import check_positive, leaf_name, warn_of_leaves
+from madax._core.types import Tree
 from madax._core.vectors import entries, known_values
 from madax.codes._array import is_quantized
 from madax.codes._leaves import (
     flatten,
     flatten_like,
-    largest_weight,
+    max_weight,
     nodes_of,
     per_leaf,
     widen,
 )
 from madax.codes._quantize import dequantize_params
-from madax.codes._scales import split_peak
-from madax.transforms._clip import ClipLogWeightsState, leaf_bounds
-from madax.transforms._lns_quantize import LnsQuantizeState
-from madax.transforms._matrix_table import MatrixTable, matrix_table
-from madax.transforms._orthogonal import Matrices
+from madax.codes._scales import split_max
+from madax.papers._grid import QuantizeToGridState
+from madax.transforms._geometry import Geometry
+from madax.transforms._matrix_table import matrices
 from madax.transforms._skipped import count_skipped
 
 _STUCK = (
@@ -43,7 +40,6 @@ _STUCK = (
 __all__ = [
     "code_occupancy",
     "count_skipped",
-    "descent_bound",
     "fraction_at_bound",
     "fraction_sign_changed",
     "fraction_zero",
@@ -53,8 +49,8 @@ __all__ = [
 ]
 
 
-def relative_update_size(params: Any, updates: Any) -> dict[str, jax.Array]:
-    r"""The size of an update relative to the weights, leaf by leaf.
+def relative_update_size(params: Tree, updates: Tree) -> dict[str, jax.Array]:
+    r"""The norm of an update over the norm of the weights, leaf by leaf.
 
     .. math:: \|u\| / \|w\|
 
@@ -78,35 +74,33 @@ def relative_update_size(params: Any, updates: Any) -> dict[str, jax.Array]:
 
     # An update of codes is a number of codes; its size is how far the values move.
     def in_values(w, u):
-        if not (is_quantized(w) and is_quantized(u)):
-            return u
-        return optax.apply_updates(w, u) - w
+        codes = is_quantized(w) and is_quantized(u)
+        return optax.apply_updates(w, u) - w if codes else u
 
-    structures = [
+    before, after = (
         jax.tree.structure(t, is_leaf=is_quantized) for t in (params, updates)
-    ]
-    if structures[0] == structures[1]:
+    )
+    if before == after:
         updates = jax.tree.map(in_values, params, updates, is_leaf=is_quantized)
     return _by_path(lambda w, u: _relative_norm(u, w), params, updates)
 
 
-def fraction_at_bound(
-    params: Any, state: Any, p_scale: jax.typing.ArrayLike | None = None
-) -> dict[str, jax.Array]:
+def fraction_at_bound(params: Tree, state: Tree) -> dict[str, jax.Array]:
     r"""The fraction of weights at their bound, leaf by leaf.
 
     A float weight counts as at the bound when it is within a fraction of
-    :math:`2^{-6}` of it, which any dtype can tell; a quantised one when its code is the
-    largest. The bound is the one in ``clip_log_weights``, which for a free leaf is the
-    largest number of the dtype, or the end of a grid, if that is lower.
+    :math:`2^{-6}` of the bound, which any dtype can tell; a quantised weight when its
+    code is the max. The bound is the bound of the last step, as ``clip_log_weights``
+    had it, which for a free leaf is the max of the dtype, or the end of a grid, if that
+    is lower.
 
     Outside of ``jax.jit`` a warning names the leaves half of whose weights or more are
     at their bound, because they may be unable to grow. In a matrix a quarter is usual.
 
     Args:
       params: tree of floating-point or quantised arrays.
-      state: optimizer state that holds one ``ClipLogWeightsState`` for ``params``.
-      p_scale: the optimizer's ``p_scale``.
+      state: optimizer state that holds the bounds of ``params``, as the state of
+        :func:`madam` does, or of a chain with ``clip_log_weights``.
 
     Returns:
       A scalar in [0, 1] for each leaf.
@@ -122,21 +116,17 @@ def fraction_at_bound(
       >>> print(f"{madax.diagnostics.fraction_at_bound(after, state)['w']:.2f}")
       0.33
     """
-    if p_scale is not None:
-        check_positive("p_scale", p_scale, None)
-    found = nodes_of(state, ClipLogWeightsState)
+    found = [g.bound for g in nodes_of(state, Geometry) if g.bound is not None]
     paths, leaves, _ = flatten(params)
     floats = sum(not is_quantized(leaf) for leaf in leaves)
-    if len(found) != 1 or found[0].rms0.shape != entries(floats):
+    if len(found) != 1 or found[0].shape != entries(floats):
         raise ValueError(
-            f"state must hold one ClipLogWeightsState for the {floats} leaves of "
-            f"floats in params, got {[s.rms0.shape for s in found]}; pass the state of "
-            "madam, and with optax.masked or optax.partition only its share of the "
-            "params."
+            f"state must hold the bounds of the {floats} leaves of floats in params, "
+            f"got bounds of shapes {[bound.shape for bound in found]}; pass the state "
+            "of madam, and with optax.masked or optax.partition its part of params."
         )
-    bounds = [leaf_bounds(p_scale, found[0], paths, leaves)]
-    grids = [grid.scale for grid in nodes_of(state, LnsQuantizeState)]
-    bounds += [per_leaf(scale, leaves) for scale in grids if scale is not None]
+    found += [grid.scale for grid in nodes_of(state, QuantizeToGridState)]
+    bounds = [per_leaf(bound, leaves) for bound in found]
     fractions = {
         path: _fraction(_is_at_bound(w, own))
         for path, w, *own in zip(paths, leaves, *bounds, strict=True)
@@ -150,7 +140,7 @@ def fraction_at_bound(
     return fractions
 
 
-def fraction_zero(params: Any) -> dict[str, jax.Array]:
+def fraction_zero(params: Tree) -> dict[str, jax.Array]:
     """The fraction of weights that are exactly zero, leaf by leaf.
 
     Args:
@@ -170,8 +160,8 @@ def fraction_zero(params: Any) -> dict[str, jax.Array]:
     return _by_path(lambda w, _: _fraction(w == 0), params, params)
 
 
-def fraction_sign_changed(params: Any, previous: Any) -> dict[str, jax.Array]:
-    """The fraction of weights whose sign differs from an earlier one's.
+def fraction_sign_changed(params: Tree, previous: Tree) -> dict[str, jax.Array]:
+    """The fraction of weights whose sign differs from an earlier step.
 
     Args:
       params: tree of floating-point or quantised arrays.
@@ -195,7 +185,7 @@ def fraction_sign_changed(params: Any, previous: Any) -> dict[str, jax.Array]:
 
 
 def log_weight_histogram(
-    params: Any, *, bins: int = 60, lowest: float = -15.0, highest: float = 5.0
+    params: Tree, *, bins: int = 60, lowest: float = -15.0, highest: float = 5.0
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     r"""Histograms of :math:`\ln|w|`, leaf by leaf.
 
@@ -206,8 +196,9 @@ def log_weight_histogram(
       highest: upper edge of the last bin, in nats.
 
     Returns:
-      The counts, shape (bins,) for each leaf, and the bin edges, shape (bins + 1,).
-      Zeros are in no bin; magnitudes beyond the edges are in the first or last.
+      The counts, int32, shape (bins,) for each leaf, and the bin edges, shape
+      (bins + 1,). Zeros are in no bin; magnitudes beyond the edges are in the first or
+      last bin.
 
     Raises:
       ValueError: if the edges are not in order, or ``bins`` is not positive.
@@ -239,11 +230,10 @@ def log_weight_histogram(
     return _by_path(histogram, params, params), edges
 
 
-def code_occupancy(params: Any) -> dict[str, jax.Array]:
-    """How many weights each code has, for every quantised leaf.
+def code_occupancy(params: Tree) -> dict[str, jax.Array]:
+    """The number of weights that each code has, for every quantised leaf.
 
-    The number of counts that are not zero is the number of levels that a leaf uses. The
-    entropy of the counts is the number of bits per weight that it needs.
+    The entropy of the counts is the number of bits per weight that a leaf needs.
 
     Args:
       params: tree of floating-point or quantised arrays.
@@ -273,81 +263,9 @@ def code_occupancy(params: Any) -> dict[str, jax.Array]:
     }
 
 
-def matrices(params: Any, matrices: Matrices | None = None) -> MatrixTable:
-    """How :func:`madax.muon_madam` reads a tree: which leaves are which matrices.
-
-    Args:
-      params: tree of floating-point or quantised arrays, or of their shapes.
-      matrices: the optimizer's ``matrices``.
-
-    Returns:
-      For each path None, for a leaf that takes the direction of Madam, or (matrices in
-      the stack, rows, columns), in the order of the leaf's own axes. The dict prints as
-      a table.
-
-    Raises:
-      ValueError: if ``matrices`` gives axes that a leaf does not have.
-      TypeError: if a leaf is not real floating.
-
-    Example:
-      >>> import jax.numpy as jnp, madax
-      >>> query = {"kernel": jnp.ones((64, 4, 16)), "bias": jnp.ones((4, 16))}
-      >>> madax.diagnostics.matrices({"query": query})
-      leaf          shape        storage  direction
-      query/bias    (4, 16)      float32  Madam
-      query/kernel  (64, 4, 16)  float32  1 of 64 x 64
-    """
-    return matrix_table(params, matrices)
-
-
-def descent_bound(params: Any, grads: Any) -> jax.Array:
-    r"""The rate below which a multiplicative sign step is sure to descend.
-
-    .. math::
-
-      \eta < \Bigl(1 + \min_l \cos\gamma_l\Bigr)^{1/L} - 1, \qquad
-      \cos\gamma_l = \frac{\langle |g_l|, |w_l| \rangle}{\|g_l\|\,\|w_l\|}
-
-    under deep relative trust, for :math:`w \leftarrow w - \eta |w|
-    \mathrm{sign}(g)`. A diagnostic of how steep the ground is, not a schedule.
-
-    Args:
-      params: tree of floating-point or quantised arrays; each leaf counts as a
-        layer, so pass only the weight matrices to follow the paper.
-      grads: gradients; same structure and shapes.
-
-    Returns:
-      The bound, in nats per step, a float32 scalar. Leaves whose weights or
-      gradients are all zero do not count; 0 if none counts.
-
-    Raises:
-      ValueError: if the trees do not match.
-
-    Example:
-      >>> import jax.numpy as jnp, madax
-      >>> params = {"w1": jnp.ones((2, 2)), "w2": jnp.ones(2)}
-      >>> grads = {"w1": jnp.full((2, 2), 1e-6), "w2": jnp.full(2, -5.0)}
-      >>> print(f"{madax.diagnostics.descent_bound(params, grads):.4f}")  # 2**0.5 - 1
-      0.4142
-
-    References:
-      Bernstein et al., `Learning compositional functions via multiplicative
-      weight updates <https://arxiv.org/abs/2006.14560>`_, 2020, Theorem 1.
-    """
-
-    def cosine(w, g):
-        (_, w), (_, g) = split_peak(w), split_peak(g)
-        product = jnp.sum(jnp.abs(w * g)) / jnp.sqrt(jnp.sum(w * w))
-        return product / jnp.sqrt(jnp.sum(g * g)) if w.size else jnp.nan
-
-    cosines = _by_path(cosine, params, grads)
-    cosines = jnp.asarray([*cosines.values(), jnp.nan])
-    layers = jnp.sum(~jnp.isnan(cosines))
-    bound = jnp.expm1(jnp.log1p(jnp.nanmin(cosines)) / layers)
-    return jnp.where(layers > 0, bound, 0).astype(jnp.float32)
-
-
-def _by_path(fn: Callable[..., Any], params: Any, other: Any) -> dict[str, Any]:
+def _by_path(
+    fn: Callable[[jax.Array, jax.Array], jax.Array], params: Tree, other: Tree
+) -> dict[str, jax.Array]:
     """``{path: fn(leaf of params, leaf of other)}``, in float32 or wider."""
     paths, leaves, treedef = flatten(dequantize_params(params))
     other = dequantize_params(other)
@@ -358,10 +276,10 @@ def _by_path(fn: Callable[..., Any], params: Any, other: Any) -> dict[str, Any]:
     }
 
 
-def _is_at_bound(w: Any, bounds: Sequence[Any]) -> jax.Array:
+def _is_at_bound(w: Tree, bounds: Sequence[jax.Array]) -> jax.Array:
     if is_quantized(w):
         return jnp.abs(w.codes) == w.format.levels
-    bound = reduce(jnp.minimum, bounds, largest_weight(jnp.result_type(w)))
+    bound = reduce(jnp.minimum, bounds, max_weight(jnp.result_type(w)))
     return jnp.abs(widen(w)) >= (1 - 2**-6) * bound
 
 
@@ -370,10 +288,21 @@ def _fraction(condition: jax.Array) -> jax.Array:
 
 
 def _relative_norm(u: jax.Array, w: jax.Array) -> jax.Array:
-    """The norm of ``u`` over that of ``w``; 0/0 is 0."""
-    (peak_u, u), (peak_w, w) = split_peak(u), split_peak(w)
+    """The norm of ``u`` over the norm of ``w``; 0/0 is 0."""
+    (peak_u, u), (peak_w, w) = split_max(u), split_max(w)
     ratio = jnp.squeeze(peak_u / peak_w)
     zero = jnp.all(u == 0)
     return jnp.where(
         zero, 0, ratio * jnp.sqrt(jnp.sum(u * u)) / jnp.sqrt(jnp.sum(w * w))
     )
+
+
+if not TYPE_CHECKING:  # A type checker would accept any name.
+
+    def __getattr__(name):
+        if name == "descent_bound":
+            raise AttributeError(
+                "madax.diagnostics.descent_bound is gone since 0.3: no rate was chosen "
+                "by it; log relative_update_size instead."
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from optax import contrib
 
 import madax
-from benchmarks.accuracy.state import EIGHT, eight_bit, quantize
+from benchmarks.accuracy.state import EIGHT, not_a_number, quantize
 from benchmarks.lib.analysis import CAP, at_best, change, medians, ratios
 from benchmarks.lib.optimizers import OPTIMIZERS, UNTUNED, Optimizer, cosine
 from benchmarks.lib.profiles import TASKS, Options
@@ -46,7 +46,9 @@ class Row(NamedTuple):
 
 
 def _adam8(rate: optax.Schedule) -> optax.GradientTransformation:
-    return madax.with_quantized_params(eight_bit(optax.adam(rate)))
+    return madax.with_quantized_params(
+        optax.adam(rate), moment_format=EIGHT, moment_where=not_a_number
+    )
 
 
 ADAM = (0.0003, 0.001, 0.003, 0.01, 0.03)

@@ -40,7 +40,7 @@ def _adamw(rate: Any) -> optax.GradientTransformation:
 def _madam(
     rate: Any, b2: float = 0.99, b1: float | None = None
 ) -> optax.GradientTransformation:
-    return madax.madam(rate, b2, b1=b1, moment_format=V_8)
+    return madax.madam(rate, b2=b2, b1=b1, moment_format=V_8)
 
 
 def _muon_madam(rate: Any) -> optax.GradientTransformation:
@@ -52,15 +52,15 @@ def _codes_adam(rate: Any) -> optax.GradientTransformation:
 
 
 def _adamw_in_3_bytes(rate: Any) -> optax.GradientTransformation:
-    adamw = madax.with_quantized_state(optax.adamw(rate, weight_decay=0.1))
-    return _clipped(madax.with_quantized_params(adamw))
+    adamw = optax.adamw(rate, weight_decay=0.1)
+    return _clipped(madax.with_quantized_params(adamw, moment_format=V_8))
 
 
 def _with_error_feedback(rate: Any) -> optax.GradientTransformation:
-    adamw = madax.with_quantized_params(
-        optax.adamw(rate, weight_decay=0.1), error_feedback=True
+    adamw = optax.adamw(rate, weight_decay=0.1)
+    return _clipped(
+        madax.with_quantized_params(adamw, moment_format=V_8, error_feedback=True)
     )
-    return _clipped(madax.with_quantized_state(adamw))
 
 
 def _flash_adamw(rate: Any) -> optax.GradientTransformation:
@@ -92,7 +92,7 @@ class Row:
 
     make: Callable[[Any], optax.GradientTransformation]
     rates: tuple[float, ...]
-    format: madax.Format | None = None
+    format: madax.formats.Format | None = None
     params: Any = jnp.float32
     p_scale: float | None = None
     layerwise: bool = True

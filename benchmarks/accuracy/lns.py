@@ -24,10 +24,12 @@ class LnsLinear(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns ``x @ kernel + bias``, operands and their gradients on the grid."""
-        kernel = madax.fake_quantize(self.kernel[...], LNS_8, backward_format=LNS_8)
-        x = madax.fake_quantize(x, LNS_8, backward_format=LNS_8)
+        kernel = madax.papers.fake_quantize(
+            self.kernel[...], LNS_8, backward_format=LNS_8
+        )
+        x = madax.papers.fake_quantize(x, LNS_8, backward_format=LNS_8)
         # The gradient that arrives here is an operand of both backward products.
-        y = madax.fake_quantize(x @ kernel, None, backward_format=LNS_8)
+        y = madax.papers.fake_quantize(x @ kernel, None, backward_format=LNS_8)
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -51,7 +53,7 @@ def lns(out: Path = Path("benchmarks/results/lns"), *, smoke: bool = False) -> N
     out.mkdir(parents=True, exist_ok=True)
     raw = out / "lns.jsonl"
     raw.unlink(missing_ok=True)
-    in_lns = Optimizer(madax.lns_madam, 2**-6)
+    in_lns = Optimizer(madax.papers.lns_madam, 2**-6)
     cases = [
         ("lns_madam", "8-bit LNS", LnsMLP, in_lns),
         ("lns_madam", "float32", MLP, in_lns),

@@ -23,7 +23,7 @@ SHAPE = (768, 768)
 # A rate at which Adam leaves outliers of ten times the root mean square behind.
 BEFORE, ADAM_RATE = Budget(steps=1000, seeds=SEEDS), 0.01
 AFTER, MADAM_RATE = Budget(steps=200, seeds=SEEDS), 0.003
-FORMATS: dict[str, madax.Format] = {
+FORMATS: dict[str, madax.formats.Format] = {
     "log 8": madax.LogFormat(8),
     "symlog 8": madax.SymlogFormat(8),
     "uniform 8": madax.UniformFormat(8),

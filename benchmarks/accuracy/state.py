@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import jax
 import optax
 import pandas as pd
 import tyro
@@ -34,7 +35,13 @@ class Row(NamedTuple):
 
 def eight_bit(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """Stores all of a state but scalars: workloads here are of small leaves."""
-    return madax.with_quantized_state(tx, EIGHT, where=lambda path, leaf: leaf.ndim > 0)
+    return madax.with_quantized_state(tx, moment_format=EIGHT, where=not_a_number)
+
+
+def not_a_number(path: str, leaf: jax.ShapeDtypeStruct) -> bool:
+    """Which leaves of a state are stored here."""
+    del path
+    return leaf.ndim > 0
 
 
 def quantize(params: optax.Params) -> optax.Params:

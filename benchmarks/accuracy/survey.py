@@ -16,7 +16,7 @@ from optax import contrib
 import madax
 from benchmarks.lib import records
 from benchmarks.lib.style import markdown, report
-from madax.wrappers._state_roles import state_leaves, unfit
+from madax.wrappers._state_roles import reasons_for_floats, state_leaves
 
 STEPS, WIDTH, BATCH = 1000, 64, 32
 _ADAM = functools.partial(optax.adam, 0.003)
@@ -173,13 +173,13 @@ def fields(tx: optax.GradientTransformation) -> dict[str, list[str]]:
     stored = jax.tree.leaves(
         jax.eval_shape(madax.with_quantized_state(tx).init, params).inner_state
     )
-    reasons = unfit(inner, params, leaves)
+    reasons = reasons_for_floats(inner, params, leaves)
 
     def field(path):
         return re.sub(r"(\w+/)*(\w+)/(w|head)\b", r"`\2`", path)
 
     codes, floats = {}, {}
-    for i, (path, owner) in enumerate(zip(leaves.paths, leaves.owner, strict=True)):
+    for i, (path, owner) in enumerate(zip(leaves.paths, leaves.owners, strict=True)):
         if stored[i].dtype == jnp.uint8:
             codes[field(path)] = None
         elif owner is not None and stored[i].size == WIDTH**2:

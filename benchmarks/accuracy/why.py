@@ -11,7 +11,7 @@ import pandas as pd
 import tyro
 
 import madax
-from benchmarks.accuracy.state import EIGHT, eight_bit
+from benchmarks.accuracy.state import EIGHT, not_a_number
 from benchmarks.lib import candidates
 from benchmarks.lib.analysis import at_best, change, medians, number
 from benchmarks.lib.optimizers import FORMATS, Optimizer, Schedule, as_trained
@@ -90,13 +90,17 @@ def _adam(rate: optax.Schedule, b1: float = 0.9) -> optax.GradientTransformation
 
 
 def _adam_in_3_bytes(rate: optax.Schedule) -> optax.GradientTransformation:
-    return madax.with_quantized_params(eight_bit(_adam(rate)))
+    return madax.with_quantized_params(
+        _adam(rate), moment_format=EIGHT, moment_where=not_a_number
+    )
 
 
 def _adam_with_feedback(rate: optax.Schedule) -> optax.GradientTransformation:
-    adam = madax.with_quantized_params(_adam(rate), error_feedback=True)
-    return madax.with_quantized_state(
-        adam, EIGHT, where=lambda path, leaf: "/mu/" in path or "/nu/" in path
+    return madax.with_quantized_params(
+        _adam(rate),
+        moment_format=EIGHT,
+        error_feedback=True,
+        moment_where=not_a_number,
     )
 
 

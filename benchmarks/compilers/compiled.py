@@ -26,18 +26,25 @@ from benchmarks.compilers.chips import CHIPS, ENVIRONMENT, compiler, footprint
 from benchmarks.compilers.compiled_report import compiled_report
 from benchmarks.lib import records
 from benchmarks.lib.choices import check_choices
-from benchmarks.lib.rows import BASELINE, LOG_8, RIVALS, ROWS, Row
+from benchmarks.lib.rows import BASELINE, LOG_8, RIVALS, ROWS, V_8, Row
 from benchmarks.models import gpt2
 from benchmarks.systems import memory
 
-_FED_BACK = madax.with_quantized_params(optax.adam(1e-3), error_feedback=True)
 # With rows that take too long to be timed as well.
 OPTIMIZERS = ROWS | {
     "madam, floor, b1": Row(madax.madam(floor=1.0, b1=0.9)),
-    "lns_madam": Row(madax.lns_madam()),
-    "native 8 adam, error feedback": Row(_FED_BACK, LOG_8, grads=jnp.bfloat16),
+    "lns_madam": Row(madax.papers.lns_madam()),
+    "native 8 adam, error feedback": Row(
+        madax.with_quantized_params(optax.adam(1e-3), error_feedback=True),
+        LOG_8,
+        grads=jnp.bfloat16,
+    ),
     "native 8 adam, 8-bit state, error feedback": Row(
-        madax.with_quantized_state(_FED_BACK), LOG_8, grads=jnp.bfloat16
+        madax.with_quantized_params(
+            optax.adam(1e-3), moment_format=V_8, error_feedback=True
+        ),
+        LOG_8,
+        grads=jnp.bfloat16,
     ),
     **RIVALS,
 }

@@ -164,7 +164,7 @@ def muon_and_momentum(rate: optax.Schedule) -> optax.GradientTransformation:
 
     direction = optax.partition(
         {
-            "matrix": madax.scale_by_orthogonal_momentum(),
+            "matrix": madax.transforms.scale_by_orthogonal_momentum(),
             "other": madax.scale_by_second_moment(b1=0.9),
         },
         labels,

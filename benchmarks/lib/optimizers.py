@@ -25,7 +25,7 @@ SCHEDULES: dict[Schedule, dict[str, float]] = {
 
 # A narrower range is a finer grid, of less rounding noise: two decades of weights at
 # 8 bits, and three, "wide", to see what the range costs.
-FORMATS: dict[str, madax.Format] = {
+FORMATS: dict[str, madax.formats.Format] = {
     "log 16": madax.LogFormat.from_dynamic_range(bits=16, ratio=1000),
     "log 8": madax.LogFormat.from_dynamic_range(bits=8, ratio=100),
     "wide log 8": madax.LogFormat.from_dynamic_range(bits=8, ratio=1000),
@@ -118,7 +118,7 @@ def grid(rate: float, *, steps: int = 2, below: int = 3, above: int = 2) -> list
 
 def stored(
     name: Literal["madam", "adam"],
-    format: madax.Format | None,
+    format: madax.formats.Format | None,
     *,
     rounding: Literal["stochastic", "nearest"] = "stochastic",
     moment_bits: int = 32,
@@ -210,7 +210,7 @@ UNTUNED = {
     "madam floor b1": Optimizer(partial(madax.madam, floor=1.0, b1=0.9), 0.01),
     **{
         f"{bits}-bit madam of the paper": Optimizer(
-            partial(madax.bbit_madam, bits=bits, base_precision=precision), 0.01
+            partial(madax.papers.bbit_madam, bits=bits, base_step=precision), 0.01
         )
         for bits, precision in ((12, 0.001), (10, 0.005), (8, 0.01))
     },

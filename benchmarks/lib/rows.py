@@ -27,7 +27,7 @@ class Row:
     """
 
     tx: optax.GradientTransformation
-    format: madax.Format | None = None
+    format: madax.formats.Format | None = None
     params: Any = jnp.float32
     grads: Any = jnp.float32
 
@@ -70,7 +70,7 @@ ROWS = {
     ),
     "madam": Row(madax.madam()),
     "madam bfloat16": Row(madax.madam(), **BF16),
-    "bbit_madam": Row(madax.bbit_madam()),
+    "bbit_madam": Row(madax.papers.bbit_madam()),
     "native 16": Row(madax.madam(), LOG_16, grads=jnp.bfloat16),
     "native 16, 8-bit v": Row(
         madax.madam(moment_format=V_8), LOG_16, grads=jnp.bfloat16
@@ -84,7 +84,7 @@ ROWS = {
         madax.with_quantized_params(optax.adam(1e-3)), LOG_8, grads=jnp.bfloat16
     ),
     "native 8 adam, 8-bit state": Row(
-        madax.with_quantized_params(madax.with_quantized_state(optax.adam(1e-3))),
+        madax.with_quantized_params(optax.adam(1e-3), moment_format=V_8),
         LOG_8,
         grads=jnp.bfloat16,
     ),

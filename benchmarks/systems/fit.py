@@ -225,18 +225,19 @@ def functions(size: decoder.Size, way: Way, tx: Any, gather: Any = None) -> Any:
       size: of the network.
       way: key of ``WAYS``; float parameters for those in ``FLOATS``, others codes.
       tx: the optimizer.
-      gather: as of ``madax.layerwise``.
+      gather: an argument of ``madax.layerwise``.
     """
     if way == "layerwise":
         one = partial(decoder.layer, size)
-        return madax.layerwise(tx, decoder.embed, one, decoder.loss, gather=gather)
+        functions = decoder.embed, one, decoder.loss
+        return madax.layerwise(tx, *functions, dtype=jnp.bfloat16, gather=gather)
     dtype = None if way == "adam" else jnp.bfloat16
     return tx.init, partial(_ordinary, size, tx, dtype)
 
 
 def quantize(
     params: decoder.Params,
-    format: madax.Format = SYMLOG_8,
+    format: madax.formats.Format = SYMLOG_8,
     p_scale: float | None = None,
 ) -> decoder.Params:
     """Returns the matrices as codes, with one scale per layer."""

@@ -3,44 +3,63 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.typing import ArrayLike, DTypeLike
 
-# The warning about leaves with outliers, without their names and shares.
+# A Python number or a scalar array, traced or not.
+Number: TypeAlias = Any
+
+# The warning about leaves with outliers, without their names and fractions.
 CLIPPED = (
-    "this share of the weights is beyond p_scale times the root mean square, and is "
+    "this fraction of the weights is beyond p_scale times the root mean square, and is "
     "clipped; leave p_scale at None for a bound that clips nothing, or make it larger."
 )
 
 
+def type_error(name: str, wanted: str, value: object, remedy: str) -> TypeError:
+    """The error for an argument of the wrong type."""
+    kind = type(value).__name__
+    return TypeError(
+        f"{name} must be {wanted}, got {value!r} of type {kind}; {remedy}."
+    )
+
+
+def is_float(x: ArrayLike | jax.ShapeDtypeStruct) -> bool:
+    """Whether a leaf, or the shape of one, is real and floating."""
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
+
+
 def check_number(
-    name: str, value: Any, ok: Callable[[Any], Any], condition: str, default: Any
-) -> Any:
+    name: str,
+    value: Number,
+    ok: Callable[[Number], Number],
+    condition: str,
+    default: float | None,
+) -> Number:
     """Raises unless ``value`` is a real scalar that satisfies ``ok``.
 
-    Traced values (a rate under ``vmap``, ``optax.inject_hyperparams`` under
-    ``jit``) have a type but no value yet: only their type and shape are checked.
-
-    Returns:
-      The value; a traced one becomes NaN where it does not satisfy ``ok``.
+    Traced values (a rate under ``vmap``, ``optax.inject_hyperparams`` under ``jit``)
+    have a type but no value yet: only their type and shape are checked. This function
+    and the next ones return the value, in which NaN takes the place of a traced value
+    that does not satisfy ``ok``, so that the loss shows the mistake.
     """
     remedy = f"pass a number with {condition} (default: {default})"
-    is_array = isinstance(value, (np.ndarray, np.generic, jax.Array))
-    # Unsigned numbers are refused, as a rate may be negated. JAX has no long double.
-    if isinstance(value, bool) or not (
-        jnp.issubdtype(value.dtype, np.number)
-        and not jnp.issubdtype(value.dtype, np.unsignedinteger)
-        and value.dtype not in (np.longdouble, np.clongdouble)
-        if is_array
-        else isinstance(value, (int, float))
-    ):
-        raise TypeError(
-            f"{name} must be a number, got {value!r} of type "
-            f"{type(value).__name__}; {remedy}."
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        # Unsigned numbers are refused, because a rate may be negated. JAX has no long
+        # double.
+        known = jnp.issubdtype(value.dtype, np.number) and not (
+            jnp.issubdtype(value.dtype, np.unsignedinteger)
+            or value.dtype in (np.longdouble, np.clongdouble)
         )
+    else:
+        known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not known:
+        raise type_error(name, "a number", value, remedy)
     if np.shape(value) != ():
         raise ValueError(
             f"{name} must be a scalar, got an array of shape {np.shape(value)}; "
@@ -51,7 +70,7 @@ def check_number(
     if isinstance(value, jax.core.Tracer):
         return _or_nan(value, ok)
     if isinstance(value, int) and abs(value) >= 2**31:  # which JAX makes an int32
-        raise ValueError(f"{name} must be a float if so large, got {value}; {remedy}.")
+        raise ValueError(f"{name} must be a float above 2**31, got {value}; {remedy}.")
     if 3.4e38 < abs(float(value)) < math.inf:
         raise ValueError(f"{name} must fit a float32, got {value}; {remedy}.")
     if math.isnan(value) or not ok(float(value)):
@@ -59,17 +78,15 @@ def check_number(
     return value
 
 
-def _or_nan(value: Any, ok: Callable[[Any], Any]) -> Any:
-    """The value, or NaN where it is not ``ok``, so that the loss shows the mistake."""
+def _or_nan(value: Number, ok: Callable[[Number], Number]) -> Number:
     if isinstance(value, jax.Array):
         return jnp.where(ok(value), value, jnp.nan)
     return value if ok(value) else math.nan
 
 
-# The functions below return what :func:`check_number` returns.
-
-
-def check_learning_rate(learning_rate: Any, default: float) -> Any:
+def check_learning_rate(
+    learning_rate: optax.ScalarOrSchedule, default: float
+) -> optax.ScalarOrSchedule:
     """Raises unless ``learning_rate`` is a schedule or a finite number >= 0."""
     if callable(learning_rate):
         return lambda count: _or_nan(learning_rate(count), _is_non_negative)
@@ -79,12 +96,12 @@ def check_learning_rate(learning_rate: Any, default: float) -> Any:
     )
 
 
-def check_b1(b1: Any) -> Any:
+def check_b1(b1: Number) -> Number:
     """Raises unless ``b1`` is None or a decay rate in [0, 1)."""
     return None if b1 is None else check_decay("b1", b1, None)
 
 
-def check_decay(name: str, value: Any, default: float | None) -> Any:
+def check_decay(name: str, value: Number, default: float | None) -> Number:
     """Raises unless ``value`` is the decay rate of a moment, in [0, 1)."""
     dtype = getattr(value, "dtype", np.dtype(float))
     if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
@@ -97,71 +114,83 @@ def check_decay(name: str, value: Any, default: float | None) -> Any:
     return check_number(name, value, lambda x: (x >= 0) & (x < 1), rule, default)
 
 
-def check_non_negative(name: str, value: Any, default: float) -> Any:
+def check_non_negative(name: str, value: Number, default: float) -> Number:
     """Raises unless ``value`` is a finite number that is not negative."""
     return check_number(name, value, _is_non_negative, f"0 <= {name} < inf", default)
 
 
-def _is_non_negative(x: Any) -> Any:
+def _is_non_negative(x: Number) -> Number:
     return (x >= 0) & (x < math.inf)
 
 
 def check_positive(
-    name: str, value: Any, default: float | None, *, finite: bool = False
-) -> Any:
-    """Raises unless ``value`` is positive; ``inf`` stands for no bound at all.
+    name: str, value: Number, default: float | None, *, finite: bool = False
+) -> Number:
+    """Raises unless ``value`` is positive, and ``finite`` if so."""
+    rule = f"0 < {name} < inf" if finite else f"{name} > 0"
+    return check_number(
+        name, value, lambda x: (x > 0) & ((x < math.inf) | (not finite)), rule, default
+    )
 
-    A grid must be ``finite``: it has a largest value.
-    """
-    if finite:
-        valid, rule = lambda x: (x > 0) & (x < math.inf), f"0 < {name} < inf"
-    else:
-        valid, rule = lambda x: x > 0, f"{name} > 0"
-    return check_number(name, value, valid, rule, default)
+
+def check_function(name: str, value: object, remedy: str) -> None:
+    """Raises unless ``value`` can be called."""
+    if not callable(value):
+        raise type_error(name, "a function", value, remedy)
+
+
+def check_where(where: object) -> None:
+    """Raises unless ``where``, which chooses leaves, is None or a function."""
+    if not (where is None or callable(where)):
+        wanted = "a function of (path, leaf)"
+        raise type_error("where", wanted, where, "pass one, or None for the default")
+
+
+def check_float_dtype(dtype: DTypeLike | None) -> None:
+    """Raises unless ``dtype`` is None or floating."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"dtype must be a floating dtype or None, got {dtype!r}; pass jnp.float32 "
+            "or jnp.bfloat16."
+        )
 
 
 def leaf_name(tree_name: str, path: str) -> str:
-    """How messages call a leaf: ``params['Dense_0/kernel']``, or ``params``."""
+    """What messages call a leaf: ``params['Dense_0/kernel']``, or ``params``."""
     return f"{tree_name}[{path!r}]" if path else tree_name
 
 
 def warn_of_leaves(leaves: Sequence[str], amiss: str, *, stacklevel: int) -> None:
-    """Warns, once, of leaves with something amiss, if there are any.
+    """Warns once of the named leaves, if any: what is amiss, and what to do.
 
-    Args:
-      leaves: what they are called.
-      amiss: what is amiss, and what to do.
-      stacklevel: how many calls above this one the user's is.
+    The user's call is ``stacklevel`` calls above this one.
     """
     if leaves:
         text = f"{listed(leaves)}: {amiss}"
         warnings.warn(text, UserWarning, stacklevel=stacklevel + 1)
 
 
-def shares(leaves: Iterable[tuple[str, Any]], least: float = 0.0) -> list[str]:
-    """Names of leaves with their shares in per cent, if above the least."""
-    known = [(name, float(share)) for name, share in leaves]
-    return [f"{name} ({100 * x:.3g} %)" for name, x in known if x > least]
+def in_percent(leaves: Iterable[tuple[str, Number]], above: float = 0.0) -> list[str]:
+    """Names of leaves with their fractions in per cent, for fractions ``above``."""
+    known = [(name, float(fraction)) for name, fraction in leaves]
+    return [f"{name} ({100 * x:.3g} %)" for name, x in known if x > above]
 
 
-def listed(items: Iterable[str], most: int = 8) -> str:
+def listed(items: Iterable[str], limit: int = 8) -> str:
     """The first items, and how many more there are."""
     items = list(items)
-    more = [f"and {len(items) - most} more"] if len(items) > most else []
-    return ", ".join([*items[:most], *more])
+    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return ", ".join([*items[:limit], *more])
 
 
-def check_float_leaf(tree_name: str, path: str, leaf: Any) -> None:
+def check_float_leaf(tree_name: str, path: str, leaf: object) -> None:
     """Raises unless ``leaf`` is a real floating-point array."""
     where = leaf_name(tree_name, path)
     if not isinstance(
         leaf, (jax.Array, np.ndarray, np.generic, float, jax.ShapeDtypeStruct)
     ):
-        raise TypeError(
-            f"{where} must be a floating-point array, got {leaf!r} of type "
-            f"{type(leaf).__name__}; train only the arrays, with optax.masked or "
-            "optax.partition."
-        )
+        remedy = "train only the arrays, with optax.masked or optax.partition"
+        raise type_error(where, "a floating-point array", leaf, remedy)
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or jnp.issubdtype(dtype, np.number):  # not an array of strings
         dtype = jnp.result_type(leaf)
@@ -179,46 +208,49 @@ def check_float_leaf(tree_name: str, path: str, leaf: Any) -> None:
 
 
 def check_format_field(
-    name: str, value: Any, lowest: float, highest: float, unit: str
+    name: str, value: object, min: float, max: float, unit: str
 ) -> None:
     """Raises unless a static number of a format is a float in its range."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        raise TypeError(
-            f"{name} must be a number known before tracing, got {value!r} of type "
-            f"{type(value).__name__}; pass a float ({unit}), and name it in the "
-            "static_args of optax.inject_hyperparams."
+        remedy = (
+            f"pass a float ({unit}), and name it in the static_args of "
+            "optax.inject_hyperparams"
         )
+        raise type_error(name, "a number known before tracing", value, remedy)
     # Messages print bounds with six digits, and a bound as printed is accepted.
-    if not lowest * (1 - 1e-5) <= value <= highest * (1 + 1e-5):
-        raise ValueError(
-            f"{name} must be in [{lowest:g}, {highest:g}] ({unit}), got {value}."
-        )
+    if not min * (1 - 1e-5) <= value <= max * (1 + 1e-5):
+        raise ValueError(f"{name} must be in [{min:g}, {max:g}] ({unit}), got {value}.")
 
 
-def check_bits(bits: Any, lowest: int, highest: int, beyond: str) -> None:
-    """Raises unless ``bits`` is an int in its range; ``beyond`` says why that is so."""
+def check_bits(bits: object, min: int, max: int, reason: str) -> None:
+    """Raises unless ``bits`` is an int in its range, for the ``reason`` given."""
     if isinstance(bits, bool) or not isinstance(bits, int):
-        raise TypeError(
-            f"bits must be an int, got {bits!r} of type {type(bits).__name__}; "
-            f"formats are static, pass {lowest} to {highest}."
-        )
-    if not lowest <= bits <= highest:
-        raise ValueError(
-            f"bits must be in {lowest} to {highest}, got {bits}; {beyond}."
-        )
+        remedy = f"formats are static, pass {min} to {max}"
+        raise type_error("bits", "an int", bits, remedy)
+    if not min <= bits <= max:
+        raise ValueError(f"bits must be in {min} to {max}, got {bits}; {reason}.")
 
 
-def check_instance(name: str, value: Any, kind: type, *, or_none: bool = True) -> None:
+def check_instance(
+    name: str, value: object, kind: type, *, or_none: bool = True
+) -> None:
     """Raises unless ``value`` is an instance of ``kind``, or None where allowed."""
     if not (isinstance(value, kind) or (or_none and value is None)):
-        none = "None or " if or_none else ""
-        raise TypeError(
-            f"{name} must be {none}a madax.{kind.__name__}, got {value!r} of type "
-            f"{type(value).__name__}."
+        wanted = f"{'None or ' if or_none else ''}a madax.{kind.__name__}"
+        raise type_error(name, wanted, value, "see its fields in the documentation")
+
+
+def check_transformation(name: str, value: object) -> None:
+    """Raises unless ``value`` is a gradient transformation of optax."""
+    if not isinstance(value, optax.GradientTransformation):
+        remedy = (
+            "pass for example optax.adam(1e-3), and of optax.MultiSteps(...) its "
+            ".gradient_transformation()"
         )
+        raise type_error(name, "an optax.GradientTransformation", value, remedy)
 
 
-def check_seed(seed: Any) -> None:
+def check_seed(seed: object) -> None:
     """Raises unless ``seed`` is an integer scalar."""
     if (
         isinstance(seed, (bool, np.bool_))
@@ -226,14 +258,12 @@ def check_seed(seed: Any) -> None:
         or np.shape(seed) != ()
         or not jnp.issubdtype(jnp.result_type(seed), jnp.integer)
     ):
-        raise TypeError(
-            f"seed must be an integer, got {seed!r} of type {type(seed).__name__}; "
-            "pass an int, not a jax.random key (default: 0)."
-        )
+        remedy = "pass an int, not a jax.random key (default: 0)"
+        raise type_error("seed", "an integer", seed, remedy)
 
 
-def check_state(state: Any, kind: type) -> None:
-    """Raises unless a state was made by ``init`` of this transform and version."""
+def check_state(state: object, kind: type) -> None:
+    """Raises unless ``state`` is of the type that ``init`` of a transform returns."""
     if not isinstance(state, kind):
         raise TypeError(
             f"state must be a {kind.__name__}, got {type(state).__name__}; pass what "

@@ -1,9 +1,9 @@
 """Functions whose derivatives are declared, and which stay declared in loops.
 
-Where JAX differentiates a loop, it drops the rules of ``jax.custom_jvp`` functions in
+When JAX differentiates a loop, it drops the rules of ``jax.custom_jvp`` functions in
 the body, and keeps the functions. A second derivative would then differentiate
 operations on bits, and be zero. A primitive keeps its rule. XLA compiles the function
-alone, and the rule only where it is used.
+alone, and the rule only where a derivative is taken.
 """
 
 import functools
@@ -15,21 +15,18 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 _declared = Primitive("declared")
+_Function = Callable[..., jax.Array]
 
 
-def with_derivative(rule: Callable[..., jax.Array]) -> Callable[[Any], Any]:
-    """Declares the derivative of a function of floating arrays, of any order.
+def with_derivative(rule: _Function) -> Callable[[_Function], _Function]:
+    """Decorates a function of floating arrays that returns an array.
 
-    Args:
-      rule: ``rule(tangents, ans, *args)`` is the tangent of the result ``ans``, given
-        the tangents of all arguments. It is differentiated for higher orders.
-
-    Returns:
-      A decorator of functions that return an array.
+    ``rule(tangents, ans, *args)`` is the tangent of its result ``ans``, given the
+    tangents of all arguments. The rule is differentiated for higher orders.
     """
 
     def decorate(function):
-        # JAX traces it once for each shape, and inlines what it has traced.
+        # JAX traces the function once for each shape, and inlines the trace.
         function = jax.jit(function, inline=True)
 
         @functools.wraps(function)
@@ -41,30 +38,28 @@ def with_derivative(rule: Callable[..., jax.Array]) -> Callable[[Any], Any]:
     return decorate
 
 
-def _call(*args: Any, function: Any, rule: Any) -> jax.Array:
+def _call(*args, function, rule):
     del rule
     return function(*args)
 
 
-def _shape(*args: Any, function: Any, rule: Any) -> Any:
+def _shape(*args, function, rule):
     del rule
     return jax.make_jaxpr(function)(*args).out_avals[0]
 
 
-def _differentiate(primals: Any, tangents: Any, *, function: Any, rule: Any) -> Any:
+def _differentiate(primals, tangents, *, function, rule):
     ans = _declared.bind(*primals, function=function, rule=rule)
     return ans, rule(tuple(map(ad.instantiate_zeros, tangents)), ans, *primals)
 
 
-def _map(args: Any, axes: Any, *, function: Any, rule: Any) -> Any:
+def _map(args, axes, *, function, rule):
     function, rule = _mapped(function, axes), _mapped(rule, (axes, 0, *axes))
     return _declared.bind(*args, function=function, rule=rule), 0
 
 
 # One object for each mapped function, so that JAX finds it among its traces.
-@functools.cache
-def _mapped(function: Any, axes: tuple[Any, ...]) -> Any:
-    return jax.vmap(function, axes)
+_mapped = functools.cache(jax.vmap)
 
 
 _declared.def_impl(_call)

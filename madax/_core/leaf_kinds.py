@@ -1,20 +1,19 @@
 """What each leaf of a tree is, by its names and the shapes around it.
 
 Three questions come one after the other. Which axes count layers? A norm has one axis,
-so a second one shows a stack. Which axes are rows and columns? Names tell of
-attention, experts and convolutions, shapes of the rest. What is the leaf for? Tables
+so a second axis shows a stack. Which axes are rows and columns? Names tell for
+attention, experts and convolutions, shapes for the rest. What is the leaf for? Tables
 and last layers have a name, or a size (a vocabulary, classes) that no other leaf has.
 
-Leaves of a repeated layer are judged by their own layer, all others without those
-layers. So a leaf is read the same in :func:`madax.layerwise`, which shows an optimizer
-either the ends or one layer, and outside of it.
+A leaf of a repeated layer is compared with its own layer, any other leaf with the tree
+without those layers. So a leaf is read the same in :func:`madax.layerwise`, which shows
+an optimizer either the ends or one layer, and outside of it.
 """
 
 import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from madax._core.leaf_names import (
     ATTENTION,
@@ -41,33 +40,11 @@ from madax._core.leaf_names import (
     size_of,
 )
 
-
-class Reading(NamedTuple):
-    """What a leaf is taken for.
-
-    Attributes:
-      kind: "vector" for norms, biases, gains; "filter" for weights that are no matrix,
-        such as depthwise kernels; "unknown" where names and shapes do not tell.
-      axes: how the leaf is a matrix, whatever it is for; None if it is not one.
-    """
-
-    kind: Kind
-    axes: Axes | None
-
-
 _Below = dict[tuple[str, ...], list[Leaf]]
 
 
-def read_leaves(paths: Sequence[str], shapes: Iterable[Sequence[int]]) -> list[Reading]:
-    """What the leaves of a tree are.
-
-    Args:
-      paths: of all leaves of the tree, such as ``"Dense_0/kernel"``.
-      shapes: of the same leaves.
-
-    Returns:
-      A reading for each leaf.
-    """
+def read_leaves(paths: Sequence[str], shapes: Iterable[Sequence[int]]) -> list[Leaf]:
+    """Kinds and axes of all leaves of a tree, given paths like ``"Dense_0/kernel"``."""
     leaves, modules = [], defaultdict(list)
     for path, shape in zip(paths, shapes, strict=True):
         names = tuple(re.split(r"[/.]", path))
@@ -81,7 +58,7 @@ def read_leaves(paths: Sequence[str], shapes: Iterable[Sequence[int]]) -> list[R
     for leaf in leaves:
         leaf.kind, leaf.axes = _as_matrix(leaf, below)
     _find_roles(leaves, below)
-    return [Reading(leaf.kind, leaf.axes) for leaf in leaves]
+    return leaves
 
 
 def _below(leaves: Iterable[Leaf]) -> _Below:
@@ -94,9 +71,9 @@ def _below(leaves: Iterable[Leaf]) -> _Below:
 
 
 def _near(leaf: Leaf, below: _Below, end: int | None = None) -> list[Leaf]:
-    """The other leaves of its layer whose paths begin as its own, up to ``end``.
+    """The other leaves of its layer that share the names of its path up to ``end``.
 
-    By default the leaves beside its module: ``query`` beside ``out/kernel``.
+    By default these are the leaves beside its module: ``query`` beside ``out/kernel``.
     """
     end = (-2 if GENERIC.fullmatch(leaf.own) else -1) if end is None else end
     found = below[leaf.names[:end]]
@@ -119,7 +96,7 @@ def _find_stacks(leaves: list[Leaf]) -> None:
         alike = all(len(x.core) > 2 and not _is_convolution(x) for x in layers)
         if not listed and ("ends" in tops or alike):
             _take_axis(layers, 0)
-    for _ in range(2):  # A stack may be one of stages, each of several layers.
+    for _ in range(2):  # A stack may be a stack of stages, each of several layers.
         taken = set()
         groups = sorted(_below(leaves).items(), key=lambda item: len(item[0]))
         for prefix, group in groups:
@@ -130,7 +107,7 @@ def _find_stacks(leaves: list[Leaf]) -> None:
 
 def _is_stack(group: list[Leaf]) -> bool:
     """Whether vectors show that leaves count layers, on an axis that is then taken."""
-    # Biases of queries have two axes without that: heads, and features of a head.
+    # Biases of queries have two axes without a stack: heads, and features of a head.
     vectors = [x for x in group if x.is_vector and not TO_HEADS.fullmatch(x.owner)]
     shown = vectors and all(sum(n > 1 for n in x.sizes) > 1 for x in vectors)
     matrices = any(len(leaf.core) > 2 for leaf in group)
@@ -142,7 +119,7 @@ def _is_stack(group: list[Leaf]) -> bool:
 
 
 def _take_axis(group: list[Leaf], i: int) -> bool:
-    """Takes a core axis from leaves, if it has the same size in all of them."""
+    """Takes a core axis from leaves if it has the same size in all leaves."""
     sizes = {leaf.sizes[i : i + 1] for leaf in group}
     if len(sizes) != 1 or () in sizes:
         return False
@@ -179,7 +156,7 @@ def _make_layer(group: list[Leaf], prefix: tuple[str, ...]) -> None:
 
 
 def _as_matrix(leaf: Leaf, below: _Below) -> tuple[Kind, Axes | None]:
-    """A vector, or how a leaf is a matrix, if it is one."""
+    """The kind of a leaf before its role is known, and its axes if it is a matrix."""
     # A gate of shape (1, 1) has no more rows and columns than one of shape ().
     if len(leaf.core) < 2 or leaf.is_vector or max(leaf.sizes) < 2:
         return "vector", None
@@ -194,7 +171,7 @@ def _as_matrix(leaf: Leaf, below: _Below) -> tuple[Kind, Axes | None]:
         split = _split(leaf, from_heads)
     if split is None:
         return "unknown", None
-    # A kernel of depthwise convolution or a single row would lose all but its length.
+    # A depthwise kernel or a single row would lose everything except its length.
     inputs, outputs = (tuple(leaf.core[i] for i in axes) for axes in split)
     if min(size_of(leaf.shape, axes) for axes in (inputs, outputs)) < 2:
         return "filter", None
@@ -202,7 +179,7 @@ def _as_matrix(leaf: Leaf, below: _Below) -> tuple[Kind, Axes | None]:
 
 
 def _split(leaf: Leaf, from_heads: bool) -> Axes | None:
-    """Which of the core axes are summed over, and which are of the result."""
+    """The core axes that a product sums over, and the core axes of its result."""
     axes, sizes = range(len(leaf.core)), leaf.sizes
     if len(axes) < 3:
         # PyTorch and Equinox keep the outputs first.
@@ -234,7 +211,7 @@ def _split(leaf: Leaf, from_heads: bool) -> Axes | None:
 
 
 def _is_convolution(leaf: Leaf) -> bool:
-    """Whether it is one by name, or by two or more window axes of one size."""
+    """Whether a leaf is a kernel by name, or by two or more window axes of one size."""
     sizes = leaf.sizes
     if CONVOLUTION.search(leaf.subject):
         return len(sizes) > 2 or min(sizes) < 9  # rank 2: a window of each channel
@@ -244,7 +221,7 @@ def _is_convolution(leaf: Leaf) -> bool:
 
 
 def _split_convolution(leaf: Leaf) -> Axes:
-    """Windows and inputs are summed over, in either of two layouts; or it is none."""
+    """:func:`_split` for kernels of two layouts; () for depthwise kernels."""
     sizes, axes = leaf.sizes, range(len(leaf.core))
     if len(sizes) == 2:
         return (), ()
@@ -323,7 +300,7 @@ class _BySize:
         return "table" if table else "matrix"
 
     def is_alone(self, leaf: Leaf, n: int, other: int, dense: bool) -> bool:
-        """Whether the size ``n`` is no width of features, but ``other`` is one."""
+        """Whether ``other`` is a width of features, but the size ``n`` is not."""
         if len(self.holders[n]) > 4:  # itself, a bias, a table, a last layer
             return False
         same = [

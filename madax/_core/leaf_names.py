@@ -1,4 +1,4 @@
-"""What the names of leaves, and of the modules that own them, say of a leaf."""
+"""What the names of leaves, and the names of their modules, tell of a leaf."""
 
 import dataclasses
 import math
@@ -8,21 +8,21 @@ from functools import cached_property
 from typing import Literal
 
 Kind = Literal["matrix", "vector", "table", "head", "router", "filter", "unknown"]
-# The axes of a leaf that a product with it sums over, and the axes of the result.
+# The axes of a leaf that a product with the leaf sums over, and the axes of the result.
 Axes = tuple[Sequence[int], Sequence[int]]
 
 
 def _name(pattern: str) -> re.Pattern[str]:
-    """Matches a whole name, a number behind it included."""
+    """Matches a whole name, with or without a number at its end."""
     return re.compile(rf"({pattern})(_?\d+)?", re.IGNORECASE)
 
 
-# Names of parameters that say nothing of what the leaf is for.
+# Names that do not tell what a leaf is for.
 GENERIC = _name(r"kernels?|weights?|w|params|lora|(\w+_)?lora_[ab]|layers|~|")
 NORM = _name(r"\w*norm(_(?!proj|linear|mlp)[a-z]+)?|(\w+_)?(ln|bn)(_[a-z]+)?")
 OF_NORM = _name(r"weight|w|g|b")
 VECTOR = _name(r"(\w+_|layer)?(bias|scale|offset|gamma|beta|gain)(e?s)?")
-# Rates of state-space models: logarithms, or of one sign.
+# Rates of state-space models: logarithms, or numbers of one sign.
 RATE = _name(r"\w+_log|log_\w+|lambda(_\w+)?")
 B = _name("b")
 BIAS = _name(r"b|(\w+_)?bias(es)?")
@@ -62,12 +62,13 @@ class Leaf:
 
     Attributes:
       names: the components of its path.
-      shape: of the whole leaf.
+      shape: shape of the whole leaf.
       core: the axes that do not count layers.
-      layer: the path of the repeated layer that it is in; None outside of those.
+      layer: the path of its repeated layer; None outside of repeated layers.
       siblings: leaves of the same module, itself included.
-      kind: what it is for.
-      axes: how it is a matrix.
+      kind: "vector" for norms, biases, gains; "filter" for weights that are no matrix,
+        such as depthwise kernels; "unknown" where names and shapes do not tell.
+      axes: how the leaf is a matrix, of any kind; None if it is no matrix.
     """
 
     names: tuple[str, ...]
@@ -96,17 +97,17 @@ class Leaf:
 
     @property
     def fans(self) -> tuple[int, int]:
-        """How many inputs and outputs it has, if it is a matrix."""
+        """The numbers of inputs and outputs of a matrix."""
         fan_in, fan_out = [size_of(self.shape, x) for x in self.axes or ()] or (0, 0)
         return fan_in, fan_out
 
     @cached_property
     def is_vector(self) -> bool:
-        """Whether its name says that it is a vector, in each layer."""
+        """Whether its name tells that it is a vector, in each layer."""
         if NORM.fullmatch(self.owner) and OF_NORM.fullmatch(self.own):
             return True
         if B.fullmatch(self.own) and not LORA.search(self.owner):
-            # So are called matrices, too; a bias has an axis less than its kernel.
+            # Matrices are also called "b"; a bias has fewer axes than its kernel.
             return any(_is_within(self.shape, x.shape) for x in self.siblings)
         return any(x.fullmatch(self.own) for x in (VECTOR, NORM, RATE))
 
@@ -120,6 +121,6 @@ def size_of(shape: Sequence[int], axes: Iterable[int]) -> int:
 
 
 def _is_within(bias: Sequence[int], kernel: Sequence[int]) -> bool:
-    """Whether a shape is another one with some axes left out."""
+    """Whether a shape is the other one without some axes."""
     sizes = iter(kernel)
     return len(bias) < len(kernel) and all(n in sizes for n in bias)

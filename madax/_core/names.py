@@ -1,10 +1,15 @@
 """The names of the leaves of a tree: their paths, with slashes."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
+
+# Any pytree. Public signatures say Tree also for parameters, because the forward
+# references of optax.Params do not resolve in other modules.
+Tree: TypeAlias = Any
 
 # The two parts of the parameters that :func:`madax.layerwise` trains.
 ENDS, LAYERS = "ends", "layers"
@@ -13,8 +18,8 @@ ENDS, LAYERS = "ends", "layers"
 def path_names(paths: Sequence[jax.tree_util.KeyPath]) -> list[str]:
     """The paths of all leaves of a tree, with slashes: ``Dense_0/kernel``.
 
-    Flax puts arrays in boxes: variables of nnx, and partitioned ones of linen. Each is
-    a node with a single child, ``value``, which is left out of the path.
+    Flax puts arrays in boxes: variables of nnx, and partitioned ones of linen. Each box
+    is a node with a single child, ``value``, which is left out of the path.
     """
     below = Counter(path[:i] for path in paths for i in range(len(path)))
     value = jax.tree_util.GetAttrKey("value")
@@ -29,9 +34,19 @@ def path_names(paths: Sequence[jax.tree_util.KeyPath]) -> list[str]:
 
 
 def flatten_named(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[list[str], list[Any], Any]:
+    tree: Tree, is_leaf: Callable[[Tree], bool] | None = None
+) -> tuple[list[str], list[Tree], jax.tree_util.PyTreeDef]:
     """Flattens any tree into the names of its paths, leaves and treedef."""
     with_path, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     paths = path_names([path for path, _ in with_path])
     return paths, [leaf for _, leaf in with_path], treedef
+
+
+def is_part(paths: Sequence[str]) -> bool:
+    """Whether a tree of these paths is a part that ``layerwise`` shows an optimizer.
+
+    It calls ``init`` with the ends alone, with one layer alone, and once with the whole
+    tree. Warnings about a tree are for the whole tree.
+    """
+    parts = rf"{ENDS}(/|$)", rf"{LAYERS}(/\D|$)"
+    return any(all(re.match(part, path) for path in paths) for part in parts)

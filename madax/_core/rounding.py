@@ -1,28 +1,29 @@
 """Rounding of real-valued code steps: nearest, or stochastic from a counter hash.
 
-The random bits of an element are a hash of (seed, step, path of the leaf, its index in
-the whole array). So they are the same numbers on one device and on a mesh, under jit
-and eagerly. They take no key, no state and no memory traffic, only a few integer
-operations inside the kernel that rounds.
+The random bits of an element are a hash of (seed, step, path of the leaf, index in the
+whole array). So they are the same on one device and on a mesh, under jit and eagerly.
+They take no key, no state and no memory traffic, only a few integer operations inside
+the kernel that rounds.
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from madax._core.numerics import round_to_int
 
 Rounding = Literal["stochastic", "nearest"]
 
 
-def check_rounding(rounding: Any) -> None:
-    """Raises unless ``rounding`` is one of the modes there are."""
+def check_rounding(rounding: object) -> None:
+    """Raises unless ``rounding`` is a :data:`Rounding`."""
     if not isinstance(rounding, str) or rounding not in get_args(Rounding):
         raise ValueError(
             f"rounding must be one of {get_args(Rounding)}, got {rounding!r}; "
@@ -31,22 +32,22 @@ def check_rounding(rounding: Any) -> None:
 
 
 def leaf_keys(
-    seed: Any, count: jax.Array, paths: Sequence[str], layer: Any = None
+    seed: ArrayLike,
+    count: jax.Array,
+    paths: Sequence[str],
+    layer: ArrayLike | None = None,
 ) -> jax.Array:
     """A key for each leaf, from (seed, step, path): uint32, shape (leaves,).
 
-    A leaf has the same key in whatever part of the tree it is trained with. Indices in
-    a path are numbers: layer 3 of a stack, ``layers/w`` with ``layer=3``, has the key
-    of ``layers/3/w``.
+    A leaf has the same key whatever part of the tree it is trained with. Indices in a
+    path are numbers: layer 3 of a stack, ``layers/w`` with ``layer=3``, has the key of
+    ``layers/3/w``.
 
     Args:
       seed: integer scalar.
       count: number of steps taken, integer scalar.
-      paths: paths of the leaves, as :func:`madax.codes._leaves.path_names` has them.
-      layer: index of a layer, integer scalar, if they are a slice of a stack.
-
-    Returns:
-      The keys.
+      paths: paths of the leaves, from :func:`madax._core.names.path_names`.
+      layer: index of a layer, integer scalar, if the leaves are a slice of a stack.
     """
     seed = np.uint32(seed % 2**32) if isinstance(seed, int) else seed
     parts = [path.split("/") for path in paths]
@@ -64,32 +65,28 @@ def leaf_keys(
         keys = where.where(there, _mix(keys + index), keys)
     for counter in (count, seed):
         keys = _mix(keys) + jnp.asarray(counter).astype(jnp.uint32)
-    # With one half of them, two leaves could be alike in every step.
+    # With one half of a key, two leaves could have the same bits in every step.
     keys = _mix(keys)
     return keys[:, 0] ^ keys[:, 1]
 
 
 def random_bits(key: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """32 random bits for each element of a leaf: uint32 of ``shape``.
+    """32 random bits for each element of a leaf: uint32 of its whole (global) shape.
 
-    Args:
-      key: the leaf's key, uint32.
-      shape: the leaf's whole (global) shape.
-
-    Returns:
-      The bits. The low 23 and the high 24 may be used as two numbers: what they share
-      matters only to events of a probability of 2**-9.
+    The low 23 and the high 24 bits may be used as two numbers: the bits that they share
+    matter only to events of a probability of 2**-9.
     """
     row = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape[:-1]):
         if size > 1:
             stride = np.uint32(math.prod(shape[axis + 1 : -1]) % 2**32)
+            # may fuse: integers
             row += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
     column = jnp.zeros(shape, jnp.uint32)
     if shape:
         column = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
-    # Sum and difference depend on both. What depended on one of them XLA would compute
-    # first, and a TPU would be slow to spread it over the other.
+    # Sum and difference depend on both. XLA would compute a term of the row or column
+    # alone first, and a TPU would be slow to broadcast it.
     x = (row + column) * np.uint32(0x9E3779B9) ^ (row - column) * np.uint32(0x85EBCA6B)
     x += key
     x = (x ^ (x >> 14)) * np.uint32(0x846CA68B)
@@ -104,26 +101,21 @@ def rounding_bits(
 
 
 def round_steps(steps: jax.Array, bits: jax.Array | None) -> jax.Array:
-    """Rounds real-valued code steps to integers.
+    """Rounds real-valued code steps, less than 2**22 in size, to int32.
 
-    Args:
-      steps: real-valued steps, in codes, float32, less than 2**22.
-      bits: random bits of each, of which the high 24 are used: up with a probability of
-        the fractional part, to within 2**-23, or the spacing of floats at the step.
-        None for the nearest, halves to even.
-
-    Returns:
-      The steps, int32.
+    A step is rounded up with the probability of its fractional part, to within 2**-23,
+    or the spacing of floats at the step, by the high 24 of its random ``bits``. Without
+    bits it is rounded to nearest, halves to even.
     """
     steps = steps.astype(jnp.float32)
     if bits is not None:
-        # This adds a number in [-1/2, 1/2], as an exact product.
+        # The product is exact, and in [-1/2, 1/2].
         steps += bits.astype(jnp.int32).astype(jnp.float32) * 2.0**-32
     return round_to_int(steps)
 
 
-def _mix(x: Any) -> Any:
-    """A bijection of 32 bits in which every input bit flips half of the output's.
+def _mix(x):
+    """A bijection of 32 bits in which every input bit flips half of the output bits.
 
     Two rounds of xor-shift and multiply, by constants whose bias Wellons found to
     be lowest in a search (`Prospecting for hash functions

@@ -1,32 +1,35 @@
-"""What devices agree on inside of ``jax.shard_map``, where each has its own shards.
+"""What devices agree on inside ``jax.shard_map``, where each has its own shards.
 
-With ``check_vma=True``, the default, the type of a value says over which axes of the
-mesh it varies from device to device. Without, and in ``jax.pmap``, nothing does.
+With ``check_vma=True``, the default, the type of a value tells over which axes of the
+mesh it varies from device to device. Without it, and in ``jax.pmap``, nothing tells.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
+from madax._core.names import Tree
+
 
 def manual_axes() -> tuple[str, ...]:
-    """The axes over which this is the program of one device; () outside of any."""
+    """The mesh axes of the enclosing ``shard_map``; () outside of any."""
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def types_tell() -> bool:
-    """Whether types tell what varies, given that there are such axes."""
+    """Whether types tell what varies, inside a ``shard_map``."""
     return bool(varying(jax.lax.axis_index(manual_axes()[0])))
 
 
 def over_shards(
-    reduce: Callable[[Any, Any], jax.Array], x: jax.Array, shared: Any = ()
+    reduce: Callable[[jax.Array, tuple[str, ...]], jax.Array],
+    x: jax.Array,
+    shared: Tree = (),
 ) -> jax.Array:
-    """``x``, reduced over the shards that it comes from, as ``jax.lax.pmax`` does.
+    """``x``, reduced over shards by a function such as ``jax.lax.pmax``.
 
-    Those are on devices that have the same ``shared``, but another ``x``. If types do
-    not tell, they are on all devices.
+    The shards are on devices that have the same ``shared``, but another ``x``. If types
+    do not tell, they are on all devices.
     """
     axes = manual_axes()
     if axes and types_tell():
@@ -34,7 +37,7 @@ def over_shards(
     return reduce(x, axes) if axes else x
 
 
-def varying(tree: Any) -> frozenset[str]:
+def varying(tree: Tree) -> frozenset[str]:
     """The axes over which some array of a tree varies, by its type."""
     # The name of the attribute changed in newer versions of JAX.
     kinds = map(jax.typeof, jax.tree.leaves(tree))
@@ -42,8 +45,8 @@ def varying(tree: Any) -> frozenset[str]:
     return frozenset().union(*found)
 
 
-def spread(x: Any, axes: frozenset[str]) -> Any:
-    """The same array, whose type says that it varies over some more axes."""
+def spread(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """The same array, whose type tells that it also varies over ``axes``."""
     more = tuple(sorted(axes - varying(x)))
     if not more:
         return x
@@ -52,7 +55,7 @@ def spread(x: Any, axes: frozenset[str]) -> Any:
     return jax.lax.pvary(x, more)  # pyrefly: ignore[missing-attribute]
 
 
-def barrier(tree: Any) -> Any:
+def barrier(tree: Tree) -> Tree:
     """An ``optimization_barrier``, left out where older JAX changes types by it."""
     leaves, treedef = jax.tree.flatten(tree)
     after = jax.lax.optimization_barrier(leaves)
@@ -61,9 +64,9 @@ def barrier(tree: Any) -> Any:
     )
 
 
-def axes_returned(fn: Callable[..., Any], *args: Any) -> Any:
+def axes_returned(fn: Callable[..., Tree], *args: Tree) -> tuple[Tree, Tree]:
     """The shapes that a function returns, and the axes over which each leaf varies."""
-    found: list[Any] = []
+    found: list[Tree] = []
 
     def run(*args):
         out = fn(*args)

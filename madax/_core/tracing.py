@@ -3,11 +3,18 @@
 Nothing is computed: the program is walked once, operation by operation.
 """
 
+from __future__ import annotations
+
+import abc
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
+
+from madax._core.names import Tree
 
 # Operations of which each output element depends on one element of every operand of
 # that shape. Any other operation counts as one that mixes elements.
@@ -19,68 +26,132 @@ _ELEMENTWISE = frozenset(
     sinh sqrt square stop_gradient sub tan tanh xor""".split()  # noqa: SIM905
 )
 
+T = TypeVar("T")
 # What a value depends on: for inputs by their place, whether element by element.
 Dependence = dict[int, bool]
 
 
-def dependences(fn: Callable[..., Any], *args: Any) -> list[Dependence]:
-    """For each leaf of ``fn(*args)``, the leaves of ``args`` it depends on.
+class JaxprReader(abc.ABC, Generic[T]):
+    """Reads jaxprs, into nested ones. A subclass says what is known of each value."""
 
-    Args:
-      fn: a function of trees of arrays.
-      args: its arguments, or their shapes.
+    @abc.abstractmethod
+    def constant(self, x: jax.typing.ArrayLike) -> T:
+        """What is known of a constant; of NaN, nothing."""
 
-    Returns:
-      A dict for each leaf of the result: the places of the input leaves in flatten
-      order, and whether each element depends on no more than the element of the same
-      place in that input.
-    """
-    closed = jax.make_jaxpr(fn)(*args)
-    inputs = [{i: True} for i in range(len(closed.jaxpr.invars))]
-    return _outputs(closed.jaxpr, inputs)
+    @abc.abstractmethod
+    def operation(self, eqn: core.JaxprEqn, args: list[T]) -> list[T]:
+        """What is known of the results of an operation, from its arguments."""
 
+    @abc.abstractmethod
+    def one_of(self, values: Sequence[T], chosen_by: Sequence[T] = ()) -> T:
+        """What is known of one of several values."""
 
-def _outputs(jaxpr: Any, inputs: Sequence[Dependence]) -> list[Dependence]:
-    known = dict(zip(jaxpr.invars, inputs, strict=True))
+    def looped(self, values: list[T], goes_on: Callable[[], list[T]]) -> list[T]:
+        """What is known of values after a round of a loop that ``goes_on`` or ends."""
+        del goes_on
+        return values
 
-    def read(atom: Any) -> Dependence:
-        # A literal is no variable, and depends on nothing.
-        return {} if hasattr(atom, "val") else known.get(atom, {})
+    def read(self, jaxpr: core.Jaxpr | core.ClosedJaxpr, args: Sequence[T]) -> list[T]:
+        """What is known of the results of a jaxpr, from its arguments."""
+        consts = getattr(jaxpr, "consts", ())
+        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        known = dict(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
+        known |= dict(zip(jaxpr.invars, args, strict=True))
 
-    for eqn in jaxpr.eqns:
-        operands = [read(atom) for atom in eqn.invars]
-        for var, found in zip(eqn.outvars, _of(eqn, operands), strict=True):
-            known[var] = found
-    return [read(atom) for atom in jaxpr.outvars]
+        def look(x: core.Var | core.Literal) -> T:
+            return self.constant(x.val) if isinstance(x, core.Literal) else known[x]
 
+        for eqn in jaxpr.eqns:
+            out = self._results(eqn, [look(x) for x in eqn.invars])
+            known |= dict(zip(eqn.outvars, out, strict=True))
+        return [look(x) for x in jaxpr.outvars]
 
-def _of(eqn: Any, operands: Sequence[Dependence]) -> list[Dependence]:
-    """What the results of an operation depend on."""
-    if eqn.primitive.name == "cond":
-        index, *rest = operands
-        branches = [_outputs(one.jaxpr, rest) for one in eqn.params["branches"]]
-        return [
-            _union([_mixed(index), *found]) for found in zip(*branches, strict=True)
-        ]
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = eqn.params.get(name)
-        inner = getattr(inner, "jaxpr", inner)
-        loops = eqn.primitive.name in ("scan", "while")
-        if inner is not None and not loops and len(inner.invars) == len(operands):
-            return _outputs(inner, operands)
-    if eqn.primitive.name == "optimization_barrier":
-        return list(operands)
-    elementwise = eqn.primitive.name in _ELEMENTWISE
-    results = []
-    for out in eqn.outvars:
-        shapes = [np.shape(atom.aval) == np.shape(out.aval) for atom in eqn.invars]
-        results.append(
-            _union(
-                found if elementwise and same else _mixed(found)
-                for found, same in zip(operands, shapes, strict=True)
+    def _results(self, eqn: core.JaxprEqn, args: list[T]) -> list[T]:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "optimization_barrier":
+            return args
+        if name == "cond":
+            each = [self.read(branch, args[1:]) for branch in params["branches"]]
+            return [self.one_of(found, args[:1]) for found in zip(*each, strict=True)]
+        if name == "while":
+            n, m = params["cond_nconsts"], params["body_nconsts"]
+            test, body = params["cond_jaxpr"], params["body_jaxpr"]
+            return self._loop(
+                lambda x: self.looped(
+                    self.read(body, args[n : n + m] + x),
+                    lambda: self.read(test, args[:n] + x),
+                ),
+                args[n + m :],
             )
-        )
-    return results
+        if name == "scan":
+            body = params["jaxpr"]
+            # What is stacked has an axis more outside. It comes last: xs after
+            # constants and carries, ys after carries.
+            carries, first = (
+                sum(len(shape_of(x)) == len(shape_of(y)) for x, y in pairs)
+                for pairs in (
+                    zip(eqn.outvars, body.jaxpr.outvars, strict=True),
+                    zip(eqn.invars, body.jaxpr.invars, strict=True),
+                )
+            )
+            consts, start = args[: first - carries], args[first - carries : first]
+            start += [self.constant(np.nan)] * (len(eqn.outvars) - carries)
+            return self._loop(
+                lambda x: self.looped(
+                    self.read(body, consts + x[:carries] + args[first:]), list
+                ),
+                start,
+            )
+        for inside in params.values():
+            if isinstance(inside, core.Jaxpr | core.ClosedJaxpr) and len(
+                getattr(inside, "jaxpr", inside).invars
+            ) == len(args):
+                return self.read(inside, args)
+        return self.operation(eqn, args)
+
+    def _loop(self, body: Callable[[list[T]], list[T]], values: list[T]) -> list[T]:
+        """What is known of values however often a loop runs."""
+        while True:
+            pairs = zip(values, body(values), strict=True)
+            after = [self.one_of(pair) for pair in pairs]
+            if after == values:
+                return values
+            values = after
+
+
+def shape_of(x: core.Var | core.Literal) -> tuple[int, ...]:
+    """The shape of a value in a jaxpr."""
+    return getattr(x.aval, "shape", ())
+
+
+class _Dependences(JaxprReader[Dependence]):
+    """Which inputs a value depends on."""
+
+    def constant(self, x: jax.typing.ArrayLike) -> Dependence:
+        return {}
+
+    def operation(self, eqn: core.JaxprEqn, args: list[Dependence]) -> list[Dependence]:
+        is_elementwise = eqn.primitive.name in _ELEMENTWISE
+        return [
+            _union(
+                found
+                if is_elementwise and shape_of(x) == shape_of(out)
+                else _mixed(found)
+                for found, x in zip(args, eqn.invars, strict=True)
+            )
+            for out in eqn.outvars
+        ]
+
+    def one_of(
+        self, values: Sequence[Dependence], chosen_by: Sequence[Dependence] = ()
+    ) -> Dependence:
+        return _union([*map(_mixed, chosen_by), *values])
+
+    def looped(
+        self, values: list[Dependence], goes_on: Callable[[], list[Dependence]]
+    ) -> list[Dependence]:
+        # A round of a scan sees some elements of what it is given.
+        return [_mixed(self.one_of([value], goes_on())) for value in values]
 
 
 def _mixed(found: Dependence) -> Dependence:
@@ -95,31 +166,42 @@ def _union(parts: Iterable[Dependence]) -> Dependence:
     return total
 
 
-def depends_on(fn: Callable[[Any, Any], Any], mapped: Any, fixed: Any) -> list[bool]:
-    """For each leaf of ``fn(mapped, fixed)``, whether it depends on ``mapped``.
+def dependences(fn: Callable[..., Tree], *args: Tree) -> list[Dependence]:
+    """For each leaf of ``fn(*args)``, the leaves of ``args`` it depends on.
 
-    ``vmap`` knows: what does not is not batched. Nothing is run.
+    A dict has the places of these leaves in flatten order, and whether each element
+    depends on no more than the element of the same place.
     """
-    found: list[bool] = []
+    closed = jax.make_jaxpr(fn)(*args)
+    inputs = [{i: True} for i in range(len(closed.jaxpr.invars))]
+    return _Dependences().read(closed, inputs)
 
-    @jax.custom_batching.custom_vmap
-    def look(leaves):
-        return leaves
 
-    @look.def_vmap
-    def _(axis_size, batched, leaves):
-        del axis_size
-        found.extend(batched[0])
-        return leaves, batched[0]
+class Shapes(NamedTuple):
+    """The structure and leaves of a tree of shapes: hashable, to look traces up by.
 
-    def run(mapped, fixed):
-        return look(jax.tree.leaves(fn(mapped, fixed)))
+    There are no shardings, which need not be hashable, but there is the dtype of JAX's
+    floats, on which traces depend, too.
+    """
 
-    def two(x):
-        return jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
+    treedef: jax.tree_util.PyTreeDef
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+    float_dtype: np.dtype
 
-    mapped = jax.tree.map(two, mapped)
-    if not jax.tree.leaves(mapped):
-        return [False] * len(jax.eval_shape(run, mapped, fixed))
-    out = jax.eval_shape(jax.vmap(run, in_axes=(0, None)), mapped, fixed)
-    return found or [False] * len(out)
+    def tree(self) -> Tree:
+        return self.treedef.unflatten(self.leaves)
+
+
+def shapes_of(tree: Tree) -> Shapes:
+    """The shapes of a tree of arrays, numbers or shapes."""
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(lambda x: x, tree))
+    kinds = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+    return Shapes(treedef, kinds, jnp.result_type(float))
+
+
+def depends_on(
+    fn: Callable[[Tree, Tree], Tree], mapped: Tree, fixed: Tree
+) -> list[bool]:
+    """For each leaf of ``fn(mapped, fixed)``, whether it depends on ``mapped``."""
+    inputs = range(len(jax.tree.leaves(mapped)))
+    return [any(i in inputs for i in x) for x in dependences(fn, mapped, fixed)]

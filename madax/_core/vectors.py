@@ -1,10 +1,10 @@
 """Vectors with one entry per leaf, and the values of arrays on the host."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from madax._core.names import Tree
 
 
 def entries(leaves: int) -> tuple[int, ...]:
@@ -15,19 +15,16 @@ def entries(leaves: int) -> tuple[int, ...]:
     return (leaves,) if leaves else ()
 
 
-def one_a_leaf(tree: Any, leaves: int, *, apart: bool = False) -> list[Any]:
-    """Splits a tree of vectors, with one entry per leaf, into one tree per leaf.
+def one_a_leaf(tree: Tree, leaves: int, *, apart: bool = False) -> list[Tree]:
+    """Splits a tree of vectors, with one entry per leaf, into trees of scalars.
 
     Args:
       tree: vectors of shape (leaves,); of 32 bits or bool if ``apart``.
-      leaves: how many.
+      leaves: the number of leaves.
       apart: whether GPUs shall step each leaf in kernels of its own. Their compilers
-        make one kernel of what has parts of the same vector as arguments. For cheap
-        steps that is as good, but an expensive one then takes longer to run and to
-        compile, and more memory.
-
-    Returns:
-      The trees, of scalars.
+        make one kernel of all steps that take parts of the same vector. That is as good
+        for cheap steps, but an expensive step then takes longer to run and to compile,
+        and more memory.
     """
     if not leaves:
         return []
@@ -42,26 +39,24 @@ def one_a_leaf(tree: Any, leaves: int, *, apart: bool = False) -> list[Any]:
 
 
 def _scalars(vectors: list[jax.Array]) -> list[list[jax.Array]]:
-    """For each leaf, its entries of vectors, as scalars."""
-    # One operation splits a vector into all its parts, as this code is traced most
-    # often.
+    # One operation splits a vector into all its parts: this code is traced often.
     parts = [jax.lax.split(x, (1,) * len(x)) for x in vectors]
     parts = [[jax.lax.squeeze(x, (0,)) for x in part] for part in parts]
     return [list(leaf) for leaf in zip(*parts, strict=True)]
 
 
 def _scalars_apart(vectors: list[jax.Array]) -> list[list[jax.Array]]:
-    """As :func:`_scalars`, from an array of each leaf, with the bits of all entries."""
-    # The first barrier keeps vectors from being computed part by part, and the second
-    # keeps rows from being read where they are used.
+    """:func:`_scalars` from one array per leaf, which holds the bits of its entries."""
+    # The first barrier keeps XLA from computing vectors part by part, and the second
+    # from reading rows where they are used.
     columns = [
         x.astype(jnp.uint32)
         if x.dtype == bool
         else jax.lax.bitcast_convert_type(x, jnp.uint32)
         for x in jax.lax.optimization_barrier(vectors)
     ]
-    # Rows of two columns at least are put together, many in a kernel. A part of a
-    # single vector would be a kernel of its own.
+    # XLA puts many rows of two or more columns together in a kernel. A part of a single
+    # vector would be a kernel of its own.
     table = jnp.stack(columns if len(columns) > 1 else columns * 2, axis=1)
     rows = jax.lax.optimization_barrier(jax.lax.split(table, (1,) * len(table)))
     return [
@@ -73,8 +68,8 @@ def _scalars_apart(vectors: list[jax.Array]) -> list[list[jax.Array]]:
     ]
 
 
-def awaited(tree: Any) -> Any:
-    """Returns a tree of arrays, once those on several CPU devices are computed.
+def awaited(tree: Tree) -> Tree:
+    """Returns a tree after waiting for its arrays on several CPU devices.
 
     CPU devices share threads, in which two programs at once would wait for each other's
     collectives.

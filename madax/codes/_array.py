@@ -1,11 +1,10 @@
-"""Parameters that are codes of a number format, and stand where floats would."""
+"""Parameters that are codes of a number format, in the place of floats."""
 
 import dataclasses
-import math
 import operator
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.export
@@ -16,15 +15,18 @@ from madax._core.numerics import rounded
 from madax.formats._base import Format, parse_format
 
 _REMEDY = (
-    "codes and scales are not to be scaled, averaged or cast: use "
+    "codes and scales must not be scaled, averaged or cast: use "
     "madax.dequantize_params(params), or put the transform inside "
-    "madax.with_quantized_params(...). Steps of codes are added by "
-    "optax.apply_updates, as they are."
+    "madax.with_quantized_params(...). optax.apply_updates adds steps of codes."
 )
 
+# What to do once Flax is imported, which may be later than madax, or never: by a module
+# of Flax, and an attribute that it has once it is complete. Modules of madax that
+# import this one add functions.
+AFTER_IMPORT: dict[tuple[str, str], Callable[[], None]] = {}
 
-# Attributes of arrays that codes have, too: of their values, or of the codes where
-# nothing needs to be decoded. A formatted list would take a line for each.
+# Attributes of arrays that codes have, too: attributes of the values, or of the codes
+# where nothing needs to be decoded. A formatted list would take a line for each.
 _OF_VALUES = """
 T all any argmax argmin argpartition argsort astype at clip compress conj conjugate
 cumprod cumsum diagonal dot flat flatten imag item itemsize mT max mean min nonzero prod
@@ -32,15 +34,16 @@ ptp ravel real repeat reshape round searchsorted sort squeeze std sum swapaxes t
 tobytes tolist trace transpose var view
 """.split()  # noqa: SIM905
 _OF_CODES = """
-committed device devices is_deleted is_fully_addressable is_fully_replicated sharding
+committed device devices is_deleted is_fully_addressable is_fully_replicated ndim
+sharding size
 """.split()  # noqa: SIM905
 
 
 class _InErrors(type):
     """Names the remedy where JAX prints types, in errors about trees that differ.
 
-    In ``optax.apply_updates(codes, floats)``, where any plain optimizer on codes ends,
-    no other code of madax runs.
+    An optimizer of floats ends in ``optax.apply_updates(codes, floats)``, where no
+    other code of madax runs.
     """
 
     def __repr__(cls) -> str:
@@ -55,8 +58,9 @@ def _by_value(operation: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, *others: operation(self.dequantize(), *others)
 
 
-def _by_value_from_the_right(operation: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, other: operation(other, self.dequantize())
+def _both_ways(operation: Callable[..., Any]) -> tuple[Callable, Callable]:
+    """The methods of an operator with the codes on its left, and on its right."""
+    return _by_value(operation), lambda self, x: operation(x, self.dequantize())
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -65,27 +69,27 @@ class QuantizedArray(metaclass=_InErrors):
     """An array stored as integer codes of a number format.
 
     It takes the place of a weight. Operators, methods of arrays, ``jnp`` functions and
-    layers of Flax take it as the float32 array that its codes decode to, and decode it
-    where they use it. Indexing decodes only what it takes, so a look-up in a table of
-    codes costs a few rows. ``w[...]`` is the array itself, for functions that need one
-    (in ``jax.lax``, and with JAX 0.6.0 also sums and the like). Use
+    layers of Flax use it as the float32 array that its codes decode to, and decode it
+    where they use it. Indexing decodes only the elements that it returns, so a look-up
+    in a table of codes costs a few rows. ``w[...]`` is an array, for functions that
+    need one (functions of ``jax.lax``, and with JAX 0.6.0 also sums). Use
     :func:`madax.value_and_grad` for derivatives: ``jax.grad`` has none for integers.
 
     It is a pytree node with two children, ``codes`` and ``scale``; the format is
-    static. Functions of trees see those two. What changes their dtypes is an error, and
-    what leaves a scale that is not positive makes all values NaN, but a sum of two
-    trees of codes is neither, and no sum of weights. So do arithmetic on
-    ``madax.dequantize_params(params)``, norms and penalties included.
+    static. Functions of trees see the two children. A change of their dtypes raises an
+    error, and a scale that is not positive makes all values NaN; but a sum of two trees
+    of codes does neither, and is no sum of weights. So do arithmetic, norms and
+    penalties on ``madax.dequantize_params(params)``.
 
-    The update that an optimizer returns for it is another QuantizedArray, which has
-    steps in the place of codes, False in that of the scale, and no value.
-    ``optax.apply_updates`` adds both as they are. Steps have a wider dtype than codes,
-    so a transform in between that changes one or the other causes an error.
+    The update that an optimizer returns for it is another QuantizedArray, with steps in
+    the place of codes, False in the place of the scale, and no value.
+    ``optax.apply_updates`` adds both. Steps have a wider dtype than codes, so a
+    transform in between that changes codes or steps causes an error.
 
     Attributes:
-      codes: signed codes, int8 or int16, any shape; steps of them are int32.
-      scale: value of the largest code, float32, of the rank of ``codes``: of size 1,
-        or one per channel.
+      codes: signed codes, int8 or int16, any shape; steps are int32.
+      scale: value of the max code, float32, of the rank of ``codes``: of size 1, or one
+        per channel.
       format: the number format.
 
     Example:
@@ -98,37 +102,23 @@ class QuantizedArray(metaclass=_InErrors):
       -0.499 15.96
     """
 
-    codes: Any
-    scale: Any
+    codes: jax.Array
+    scale: jax.Array
     format: Format
 
     # NumPy's arrays leave their operators to this class.
     __array_priority__ = 100
 
     def __post_init__(self) -> None:
-        # This is not done on import of this module: Flax may be imported later, or
-        # never.
-        if "flax.serialization" in sys.modules:
-            from madax.codes._saving import register_with_flax
-
-            register_with_flax()
-        if hasattr(sys.modules.get("flax.nnx"), "Variable"):
-            from madax.codes._flax import let_variables_decode
-
-            let_variables_decode()
+        for module, attribute in list(AFTER_IMPORT):
+            if hasattr(sys.modules.get(module), attribute):
+                AFTER_IMPORT.pop((module, attribute), bool)()
 
     @classmethod
     def steps(cls, delta: jax.Array, format: Format) -> "QuantizedArray":
-        """The update that adds ``delta``, integers, to the codes of a format.
-
-        Args:
-          delta: steps of codes, any integer dtype, the shape of the codes.
-          format: the number format.
-
-        Returns:
-          The update, to be added by ``optax.apply_updates``.
-        """
-        return cls(delta.astype(format.step_dtype), False, format)
+        """The update by which ``optax.apply_updates`` adds integers to codes."""
+        no_scale: Any = False
+        return cls(delta.astype(format.step_dtype), no_scale, format)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -136,17 +126,7 @@ class QuantizedArray(metaclass=_InErrors):
         return self.codes.shape
 
     @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype of the values, float32; for steps, an integer dtype."""
         steps = self.codes.dtype == self.format.step_dtype
         return self.format.step_dtype if steps else jnp.dtype(jnp.float32)
@@ -156,14 +136,11 @@ class QuantizedArray(metaclass=_InErrors):
         """Bytes of the codes and the scale together."""
         return self.codes.nbytes + np.asarray(self.scale).nbytes
 
-    def dequantize(self, dtype: Any = None) -> jax.Array:
-        """The values of the codes.
+    def dequantize(self, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+        """The values of the codes, an array of their shape.
 
         Args:
-          dtype: floating dtype of the result; float32 by default.
-
-        Returns:
-          An array of the shape of the codes.
+          dtype: floating dtype of the result; None for float32.
 
         Raises:
           TypeError: if these are steps, which have no value.
@@ -176,9 +153,9 @@ class QuantizedArray(metaclass=_InErrors):
         if not hasattr(self.codes, "dtype"):
             raise TypeError(
                 f"a QuantizedArray holds {self.codes!r} in the place of codes, and "
-                f"{self.scale!r} in that of the scale; masks and labels are for whole "
-                "QuantizedArrays: use a tree by path, or jax.tree.map(..., is_leaf="
-                "lambda x: isinstance(x, madax.QuantizedArray))."
+                f"{self.scale!r} in the place of the scale; masks and labels are for "
+                "whole QuantizedArrays: use a tree by path, or jax.tree.map(..., "
+                "is_leaf=lambda x: isinstance(x, madax.QuantizedArray))."
             )
 
     def check_has_value(self) -> None:
@@ -201,61 +178,43 @@ class QuantizedArray(metaclass=_InErrors):
         if name in _OF_CODES:
             return getattr(self.codes, name)
         raise AttributeError(
-            f"a {type(self).__name__} has no {name!r}; take its values, w[...], for "
-            "what arrays have."
+            f"a {type(self).__name__} has no {name!r}; use its values, w[...], for "
+            "attributes of arrays."
         )
 
     def __getitem__(self, index: Any) -> jax.Array:
-        """The values at an index; no other codes are decoded."""
+        """The values at an index; decodes no other codes."""
         self.check_has_value()
         return self._at(index).dequantize()
 
-    def __setitem__(self, index: Any, value: Any) -> None:
+    def __setitem__(self, index: object, value: object) -> None:
         raise TypeError(
             "a QuantizedArray cannot be written to; use w.at[...].set(x) for an array "
-            "of changed values, madax.quantize_params for codes of it, and put them in "
-            "the place of the old ones, in an nnx.Variable by its set_value."
+            "of changed values, madax.quantize_params for its codes, and replace the "
+            "old ones, in an nnx.Variable by its set_value."
         )
 
     def __len__(self) -> int:
         return len(self.codes)
 
-    def __iter__(self) -> Iterator[jax.Array]:
-        return iter(self.dequantize())
-
-    def __jax_array__(self) -> jax.Array:
-        return self.dequantize()
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype=None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("values of codes are always new: leave copy=False out.")
         return np.asarray(self.dequantize(), dtype)
 
-    def __int__(self) -> int:
-        return int(self.dequantize())
-
-    def __float__(self) -> float:
-        return float(self.dequantize())
-
-    def __bool__(self) -> bool:
-        return bool(self.dequantize())
-
-    __add__ = _by_value(operator.add)
-    __sub__ = _by_value(operator.sub)
-    __mul__ = _by_value(operator.mul)
-    __truediv__ = _by_value(operator.truediv)
-    __floordiv__ = _by_value(operator.floordiv)
-    __mod__ = _by_value(operator.mod)
-    __pow__ = _by_value(operator.pow)
-    __matmul__ = _by_value(operator.matmul)
-    __radd__ = _by_value_from_the_right(operator.add)
-    __rsub__ = _by_value_from_the_right(operator.sub)
-    __rmul__ = _by_value_from_the_right(operator.mul)
-    __rtruediv__ = _by_value_from_the_right(operator.truediv)
-    __rfloordiv__ = _by_value_from_the_right(operator.floordiv)
-    __rmod__ = _by_value_from_the_right(operator.mod)
-    __rpow__ = _by_value_from_the_right(operator.pow)
-    __rmatmul__ = _by_value_from_the_right(operator.matmul)
+    __jax_array__ = dequantize
+    __iter__ = _by_value(iter)
+    __int__ = _by_value(int)
+    __float__ = _by_value(float)
+    __bool__ = _by_value(bool)
+    __add__, __radd__ = _both_ways(operator.add)
+    __sub__, __rsub__ = _both_ways(operator.sub)
+    __mul__, __rmul__ = _both_ways(operator.mul)
+    __truediv__, __rtruediv__ = _both_ways(operator.truediv)
+    __floordiv__, __rfloordiv__ = _both_ways(operator.floordiv)
+    __mod__, __rmod__ = _both_ways(operator.mod)
+    __pow__, __rpow__ = _both_ways(operator.pow)
+    __matmul__, __rmatmul__ = _both_ways(operator.matmul)
     __neg__ = _by_value(operator.neg)
     __pos__ = _by_value(operator.pos)
     __abs__ = _by_value(operator.abs)
@@ -267,25 +226,22 @@ class QuantizedArray(metaclass=_InErrors):
     __ne__ = _by_value(operator.ne)
     __hash__ = None  # type: ignore[assignment]
 
-    def parts(self) -> dict[str, Any]:
-        """The codes and the scale by the names that files know them by.
+    def parts(self) -> dict[str, jax.Array]:
+        """The codes and the scale by their names in files.
 
-        The format is in the name, so that names tell formats apart: codes restored as
-        another format's would be silent nonsense.
+        The name of the codes contains their format: codes that are restored as codes of
+        another format would be silent nonsense.
         """
         return {f"codes:{self.format!r}": self.codes, "scale": self.scale}
 
-    def tree_flatten_with_keys(self) -> Any:
-        children = (
-            (jax.tree_util.GetAttrKey(name), part)
-            for name, part in self.parts().items()
-        )
-        return tuple(children), self.format
+    def tree_flatten_with_keys(self) -> tuple[tuple, Format]:
+        key = jax.tree_util.GetAttrKey
+        return tuple((key(k), part) for k, part in self.parts().items()), self.format
 
     @classmethod
     def tree_unflatten(cls, aux: Format, children: Any) -> "QuantizedArray":
         codes, scale, *others = children
-        # Here an average or a rescaling of codes would pass for one of weights.
+        # Here an average or a rescaling of codes would pass for an average of weights.
         dtypes = [getattr(x, "dtype", type(x)) for x in (codes, scale)]
         if dtypes[0] == jax.dtypes.float0:
             raise TypeError(
@@ -294,9 +250,9 @@ class QuantizedArray(metaclass=_InErrors):
             )
         if codes is None and isinstance(dtypes[1], np.dtype):
             raise TypeError(
-                "the codes of a QuantizedArray were left out, but not its scale, as by "
-                "a filter of floating arrays; a scale is not trained: use "
-                "madax.value_and_grad for gradients, or filter whole QuantizedArrays."
+                "a QuantizedArray has a scale but no codes, as after a filter of "
+                "floating arrays; a scale is not trained: use madax.value_and_grad for "
+                "gradients, or filter whole QuantizedArrays."
             )
         if not _fit(dtypes[0], dtypes[1], aux):
             raise TypeError(
@@ -306,14 +262,14 @@ class QuantizedArray(metaclass=_InErrors):
         return cls(codes, scale, aux, *others)
 
     def _value(self) -> jax.Array:
-        # The product is rounded: fused with a sum, it would be another one in each
-        # program. A scale that is not positive was negated or subtracted as if it were
-        # a weight, and so were its codes.
+        # The product may be fused with a sum of the caller, so it is rounded. A scale
+        # that is not positive was negated or subtracted as if it were a weight, and so
+        # were its codes.
         scale = jnp.where(self.scale > 0, self.scale, jnp.nan)
         return rounded(scale * self.format.decode(self.codes))
 
     def _at(self, index: Any) -> "QuantizedArray":
-        """The codes at an index, with the scales that belong to them."""
+        """The codes at an index, with their scales."""
         scale = _index_scale(self.scale, self.shape, index)
         return QuantizedArray(self.codes[index], scale, self.format)
 
@@ -327,13 +283,13 @@ class QuantizedArray(metaclass=_InErrors):
         return f"QuantizedArray(shape={shape}, scale={scale}, {self.format!r})"
 
 
-def _index_scale(scale: Any, shape: tuple[int, ...], index: Any) -> Any:
-    """What ``broadcast_to(scale, shape)[index]`` holds, in a shape that broadcasts."""
+def _index_scale(scale: jax.Array, shape: tuple[int, ...], index: Any) -> jax.Array:
+    """``broadcast_to(scale, shape)[index]``, of size 1 along axes of a single scale."""
     if np.size(scale) == 1:
         return jnp.reshape(scale, ())
-    scale = jnp.reshape(scale, (1,) * (len(shape) - np.ndim(scale)) + np.shape(scale))
+    scale = jnp.reshape(scale, (*[1] * (len(shape) - np.ndim(scale)), *np.shape(scale)))
     index = index if isinstance(index, tuple) else (index,)
-    if any(jnp.issubdtype(jnp.result_type(i), bool) for i in index if _is_array(i)):
+    if any(getattr(i, "dtype", type(i)) in (bool, np.bool_) for i in index):
         return jnp.broadcast_to(scale, shape)[index]
     missing = len(shape) - sum(i is not None and i is not Ellipsis for i in index)
     where = next((n for n, i in enumerate(index) if i is Ellipsis), len(index))
@@ -344,20 +300,16 @@ def _index_scale(scale: Any, shape: tuple[int, ...], index: Any) -> Any:
 
 
 def _index_axis(index: Any, scales: int, size: int) -> Any:
-    """The index of the scales on an axis of them, which may be one for all."""
+    """The index of the scales on an axis, which may have one scale for all."""
     if scales == size:
         return index
     return slice(None) if isinstance(index, slice) else jnp.zeros_like(index)
 
 
-def _is_array(index: Any) -> bool:
-    return not (index is None or index is Ellipsis or isinstance(index, slice))
+def _fit(codes: object, scale: object, format: Format) -> bool:
+    """Whether these are the dtypes of an array of the format, or of steps of its codes.
 
-
-def _fit(codes: Any, scale: Any, format: Format) -> bool:
-    """Whether dtypes are those of an array of the format, or of steps of its codes.
-
-    Trees of anything but arrays of numbers, as of masks, shapes and shardings, do.
+    True also where there are no arrays of numbers, but masks, shapes or shardings.
     """
     if not isinstance(codes, np.dtype) or not jnp.issubdtype(codes, np.number):
         return True
@@ -369,7 +321,7 @@ def _fit(codes: Any, scale: Any, format: Format) -> bool:
     )
 
 
-def _name(dtype: Any) -> str:
+def _name(dtype: object) -> str:
     return getattr(dtype, "__name__", str(dtype))
 
 
@@ -381,6 +333,10 @@ jax.export.register_pytree_node_serialization(
 )
 
 
-def is_quantized(x: Any) -> bool:
+# A leaf of parameters.
+Leaf: TypeAlias = jax.Array | QuantizedArray
+
+
+def is_quantized(x: object) -> TypeGuard[QuantizedArray]:
     """Whether a node of a tree is a quantised leaf."""
     return isinstance(x, QuantizedArray)

@@ -1,29 +1,32 @@
-"""Walking over parameter trees, leaf by leaf, and their per-leaf scalars.
+"""Leaves of parameter trees, and their scalars.
 
 A leaf is one parameter: a floating-point array, or a :class:`QuantizedArray`.
-Scalars that belong to float leaves are kept in one vector in flatten order, float32
-or as wide as the widest leaf, rather than in a tree of scalars: wrappers that copy a
-parameter's sharding onto everything shaped like the parameter tree
-(``flax.nnx.Optimizer``) cannot shard a scalar.
+Scalars of float leaves are kept in one vector in flatten order, float32 or the dtype of
+the widest leaf, and not in a tree of scalars: wrappers that copy the sharding of
+parameters to all trees of the same structure (``flax.nnx.Optimizer``) cannot shard a
+scalar.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from madax._core.checks import check_float_leaf, leaf_name
-from madax._core.names import flatten_named
+from madax._core.names import Tree, flatten_named
 from madax._core.vectors import entries, one_a_leaf
-from madax.codes._array import is_quantized
+from madax.codes._array import Leaf, is_quantized
+
+_State = TypeVar("_State")
 
 
-def compute_dtype(leaf: Any) -> Any:
-    """The dtype that arithmetic on a leaf is done in: float32 or wider."""
+def compute_dtype(leaf: Leaf | ArrayLike) -> jnp.dtype:
+    """The dtype of arithmetic on a leaf: float32 or wider."""
     if is_quantized(leaf):
         return jnp.dtype(jnp.float32)
     # promote_types would refuse float8.
@@ -31,29 +34,31 @@ def compute_dtype(leaf: Any) -> Any:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
-def widen(x: jax.typing.ArrayLike) -> jax.Array:
+def widen(x: ArrayLike) -> jax.Array:
     """Casts to the dtype of the arithmetic."""
     return jnp.asarray(x).astype(compute_dtype(x))
 
 
-def largest_weight(dtype: Any) -> float:
-    """The bound on any weight of a dtype: the number next to the largest.
+def max_weight(dtype: DTypeLike) -> float:
+    """The bound on any weight of a dtype: the number below its max.
 
-    With it, ``w + u`` is finite even when ``u`` has been rounded to the dtype.
+    With this bound, ``w + u`` is finite even when ``u`` has been rounded to the dtype.
     """
     info = jnp.finfo(dtype)
-    largest = float(info.max)
-    _, exponent = math.frexp(largest)
-    return largest - float(info.eps) * 2.0 ** (exponent - 1)
+    max = float(info.max)
+    _, exponent = math.frexp(max)
+    return max - float(info.eps) * 2.0 ** (exponent - 1)
 
 
-def zeros_like(leaf: Any, dtype: Any = None) -> jax.Array:
-    """Zeros of a leaf's shape and sharding, by default to do arithmetic in."""
+def zeros_like(leaf: Leaf, dtype: DTypeLike | None = None) -> jax.Array:
+    """Zeros of a leaf's shape and sharding, by default in the dtype of arithmetic."""
     array = leaf.codes if is_quantized(leaf) else leaf
     return jnp.zeros_like(array, compute_dtype(leaf) if dtype is None else dtype)
 
 
-def flatten(params: Any, name: str = "params") -> tuple[list[str], list[Any], Any]:
+def flatten(
+    params: optax.Params, name: str = "params"
+) -> tuple[list[str], list[Tree], jax.tree_util.PyTreeDef]:
     """Flattens a tree of parameters into paths, leaves and treedef.
 
     Raises:
@@ -69,8 +74,12 @@ def flatten(params: Any, name: str = "params") -> tuple[list[str], list[Any], An
 
 
 def flatten_like(
-    updates: Any, treedef: Any, like: str, paths: Sequence[str], leaves: Sequence[Any]
-) -> list[Any]:
+    updates: optax.Updates,
+    treedef: jax.tree_util.PyTreeDef,
+    like: str,
+    paths: Sequence[str],
+    leaves: Sequence[Leaf],
+) -> list[jax.Array]:
     """Flattens float ``updates``, which must match the tree called ``like``."""
     try:
         us = treedef.flatten_up_to(updates)
@@ -98,8 +107,8 @@ def flatten_like(
 
 
 def flatten_both(
-    params: Any, updates: Any
-) -> tuple[list[str], list[Any], list[Any], Any]:
+    params: optax.Params | None, updates: optax.Updates
+) -> tuple[list[str], list[Tree], list[jax.Array], jax.tree_util.PyTreeDef]:
     """Paths and leaves of ``params``, leaves of matching ``updates``, and the treedef.
 
     Raises:
@@ -114,14 +123,14 @@ def flatten_both(
     return paths, ws, flatten_like(updates, treedef, "params", paths, ws), treedef
 
 
-def nodes_of(state: Any, kinds: Any) -> list[Any]:
-    """The states of one kind, or of several, that an optimizer's state holds."""
+def nodes_of(state: optax.OptState, kinds: type[_State] | tuple) -> list[_State]:
+    """The states of one or several types within the state of an optimizer."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
     return [node for node in nodes if isinstance(node, kinds)]
 
 
-def per_leaf(vector: jax.Array, leaves: Sequence[Any]) -> list[Any]:
-    """Spreads one scalar per float leaf over all leaves; None for quantised ones.
+def places_of_floats(vector: jax.Array, leaves: Sequence[Leaf]) -> list[int]:
+    """The places of the float leaves, for each of which ``vector`` has an entry.
 
     Raises:
       ValueError: if ``vector`` was made for other leaves.
@@ -132,7 +141,13 @@ def per_leaf(vector: jax.Array, leaves: Sequence[Any]) -> list[Any]:
             f"the optimizer state was made for {sum(vector.shape)} float leaves, but "
             f"params has {len(floats)}; call init again with these params."
         )
-    scalars: list[Any] = [None] * len(leaves)
+    return floats
+
+
+def per_leaf(vector: jax.Array, leaves: Sequence[Leaf]) -> list[Tree]:
+    """A scalar per leaf, from a vector over float leaves; None for quantised ones."""
+    floats = places_of_floats(vector, leaves)
+    scalars: list[Tree] = [None] * len(leaves)
     for i, scalar in zip(floats, one_a_leaf(vector, len(floats)), strict=True):
         scalars[i] = scalar
     return scalars

@@ -1,18 +1,22 @@
 """Codes whose values have derivatives.
 
 Integers have no derivatives. So a loss is differentiated with respect to probes: zeros
-of a weight's shape. The decoded value is declared to have the derivative of its probe.
-Nothing reads a probe, so XLA makes no array of it.
+of the shape of a weight. The decoded value is declared to have the derivative of its
+probe. Nothing reads a probe, so XLA allocates no array for it.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from madax._core.names import Tree
 from madax._core.numerics import straight_through
-from madax.codes._array import QuantizedArray
+from madax.codes._array import Leaf, QuantizedArray, is_quantized
+from madax.codes._leaves import zeros_like
 from madax.formats._base import Format
 
 
@@ -24,7 +28,7 @@ class ProbedArray(QuantizedArray):
     Slices, scans and maps carry the probe along.
     """
 
-    probe: Any
+    probe: jax.Array
 
     @classmethod
     def of(cls, w: QuantizedArray, probe: jax.Array) -> "ProbedArray":
@@ -39,11 +43,11 @@ class ProbedArray(QuantizedArray):
         return QuantizedArray(self.codes, self.scale, self.format)
 
     @property
-    def dtype(self) -> Any:
-        """What the codes decode to."""
+    def dtype(self) -> jnp.dtype:
+        """The dtype that the codes decode to."""
         return self.probe.dtype
 
-    def tree_flatten_with_keys(self) -> Any:
+    def tree_flatten_with_keys(self) -> tuple[tuple, Format]:
         children, format = super().tree_flatten_with_keys()
         probe = _shifted(self.probe, 1)
         return (*children, (jax.tree_util.GetAttrKey("probe"), probe)), format
@@ -51,7 +55,7 @@ class ProbedArray(QuantizedArray):
     @classmethod
     def tree_unflatten(cls, aux: Format, children: Any) -> Any:
         codes, scale, probe = children
-        # Tangents, for a function that has a derivative rule of its own.
+        # These are tangents, for a function that has a derivative rule of its own.
         if getattr(codes, "dtype", None) == jax.dtypes.float0:
             return probe
         return super().tree_unflatten(aux, (codes, scale, _shifted(probe, -1)))
@@ -63,8 +67,8 @@ class ProbedArray(QuantizedArray):
         return ProbedArray.of(super()._at(index), self.probe[index])
 
 
-def _shifted(probe: Any, sign: int) -> Any:
-    """The probe as a leaf of a tree (``sign`` 1), or as it was before (-1).
+def _shifted(probe: jax.Array, sign: int) -> jax.Array:
+    """The probe as a leaf of a tree (``sign`` 1), or the leaf as a probe (-1).
 
     The leaf is huge, so that a norm or a penalty over the leaves of codes in a loss is
     infinite. Otherwise it would be a number that looks right.
@@ -72,3 +76,32 @@ def _shifted(probe: Any, sign: int) -> Any:
     if not isinstance(probe, jax.Array):
         return probe
     return probe + sign * 2.0 ** (jnp.finfo(probe.dtype).maxexp - 2)
+
+
+def probes_of(weights: Sequence[Leaf], dtype: DTypeLike | None) -> list[Tree]:
+    """The leaves, with a probe of zeros in the place of every QuantizedArray."""
+    return [zeros_like(w, dtype) if is_quantized(w) else w for w in weights]
+
+
+def probed(weights: Sequence[Leaf], probes: Sequence[Tree]) -> list[Leaf]:
+    """Replaces each QuantizedArray by a ProbedArray that carries its probe.
+
+    The other leaves are those that :func:`probes_of` returned, traced.
+    """
+    return [
+        ProbedArray.of(w, x) if is_quantized(w) else x
+        for w, x in zip(weights, probes, strict=True)
+    ]
+
+
+def without_probes(
+    tree: Tree, weights: Sequence[Leaf], is_leaf: Callable[[Tree], bool] = is_quantized
+) -> Tree:
+    """The results of a loss of ``weights``, without the probes added to them."""
+    if any(isinstance(w, ProbedArray) for w in weights):
+        return tree  # a loss within a loss
+    return jax.tree.map(
+        lambda x: x.without_probe() if isinstance(x, ProbedArray) else x,
+        tree,
+        is_leaf=is_leaf,
+    )

@@ -1,7 +1,5 @@
 """From trees of floats to trees of codes, and back."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,24 +8,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from madax._core.checks import (
     CLIPPED,
+    check_float_dtype,
     check_float_leaf,
     check_instance,
     check_positive,
+    check_where,
+    in_percent,
+    is_float,
     leaf_name,
     listed,
-    shares,
     warn_of_leaves,
 )
 from madax._core.leaf_kinds import read_leaves
-from madax._core.names import flatten_named
+from madax._core.names import Tree, flatten_named
 from madax._core.numerics import relative_to
 from madax._core.vectors import awaited
-from madax.codes._array import QuantizedArray, is_quantized
+from madax.codes._array import Leaf, QuantizedArray, is_quantized
 from madax.codes._leaves import widen
-from madax.codes._scales import root_mean_square, share_beyond
+from madax.codes._scales import bound_on_weights, fraction_above, root_mean_square
 from madax.formats._base import Format
 
 # The warnings about leaves.
@@ -36,60 +38,59 @@ _ALL_ZEROS = (
     "values that are not all zero, or leave them out with where."
 )
 _LOSSY = (
-    "this share of the norm was lost in rounding; pass channel_axis=-1 for a scale a "
-    "channel, or a format of more bits, or another range."
+    "this fraction of the norm was lost in rounding; pass channel_axis=-1 for a scale "
+    "per channel, or a format of more bits, or another range."
 )
 
 
 def quantize_params(
-    params: Any,
+    params: Tree,
     format: Format,
     *,
     where: Callable[[str, Any], bool] | None = None,
-    p_scale: jax.typing.ArrayLike | None = None,
+    p_scale: ArrayLike | None = None,
     channel_axis: int | tuple[int, ...] | None = None,
-) -> Any:
+) -> Tree:
     r"""Replaces leaves of a parameter tree by codes of a number format.
 
     .. math:: \text{scale} = \max(3\, \mathrm{rms}(w), \max |w|), \qquad
       c = \mathrm{round}(\mathrm{encode}(w / \text{scale}))
 
     with nearest rounding. The scale stays the bound on the weights, like the bound of
-    :func:`madam` on floats: it clips no present weight, and small ones have room to
+    :func:`madam` on floats: it clips no present weight, and small weights have room to
     grow. With a number for ``p_scale`` it is :math:`p_\text{scale}\,
-    \mathrm{rms}(w)`, the bound of the paper, and a warning tells what is clipped.
+    \mathrm{rms}(w)`, the bound of the paper, and a warning names the clipped leaves.
 
     In a module of ``flax.nnx`` only ``nnx.Param`` variables become codes; the result is
-    a new module. Arrays that do not become codes are copied, so that the result may be
-    donated. Leaves that are no arrays, like functions in a module of Equinox, stay.
+    a new module. Other arrays are copied, so that the result may be donated. Leaves
+    that are no arrays, such as functions in a module of Equinox, stay.
 
-    A whole leaf has one scale. Where magnitudes differ much from channel to channel, or
-    weights have heavy tails, ``channel_axis`` gives closer codes. Another warning names
-    leaves that lose a quarter of their norm or more.
+    By default a leaf has one scale. ``channel_axis`` gives closer codes where
+    magnitudes differ much from channel to channel, or weights have heavy tails. A
+    warning names leaves that lose a quarter of their norm or more.
 
-    Leaves that are codes already are converted: codes of this format are left alone,
-    those of another are decoded and encoded again. They keep their scale unless
-    ``p_scale`` or ``channel_axis`` asks for another. To keep two formats in one tree,
-    choose the leaves of each by ``where``.
+    Leaves that are codes of this format stay; codes of another format are decoded and
+    encoded again. They keep their scale unless ``p_scale`` or ``channel_axis`` asks for
+    another. To keep two formats in one tree, choose the leaves of each by ``where``.
 
-    A leaf that is all zeros has no scale, and stays a float array; a warning lists
-    them. A channel of zeros in another leaf has the largest of the scales of that leaf.
-    Under ``jit`` and ``vmap`` values are unknown, so there are no warnings. There the
-    codes of a leaf that is all zeros or not finite have the scale NaN, and ``init`` of
-    an optimizer raises an error that names it.
+    A leaf that is all zeros has no scale, and stays a float array; a warning names it.
+    A channel of zeros in another leaf has the max of the scales of that leaf. Under
+    ``jit`` and ``vmap`` values are unknown, so there are no warnings. There the codes
+    of a leaf that is all zeros or not finite have the scale NaN, and ``init`` of an
+    optimizer raises an error that names the leaf.
 
     Args:
       params: tree of floating-point arrays, any shapes, or a module of ``flax.nnx``.
       format: the number format of the codes.
       where: ``where(path, leaf)`` tells which leaves become codes, given paths like
-        ``"Dense_0/kernel"``; by default leaves of rank 2 or more and 16 elements or
-        more, except biases, scales, norms and rates of state-space models, which are
-        told by name and shape.
-      p_scale: the scale, relative to the root mean square of the leaf; None for one
+        ``"Dense_0/kernel"``. The default chooses leaves of rank 2 or more and 16
+        elements or more, except biases, scales, norms and rates of state-space models,
+        which it knows by name and shape.
+      p_scale: the scale, relative to the root mean square of the leaf; None for a scale
         that clips no weight.
-      channel_axis: for one scale a channel, the axis of the channels, or several; -1
-        is the output of a Flax kernel, 0 gives one scale per layer in a stack
-        of layers. None, the default, for one scale per leaf.
+      channel_axis: the axis, or several, with a scale for each index along it: -1 gives
+        a scale for each output of a Flax kernel, 0 for each layer in a stack of layers.
+        None, the default, for one scale per leaf.
 
     Returns:
       The tree, with a :class:`QuantizedArray` in the place of every chosen leaf; its
@@ -109,28 +110,42 @@ def quantize_params(
       int8 float32
     """
     check_instance("format", format, Format, or_none=False)
-    if where is not None and not callable(where):
-        raise TypeError(
-            f"where must be a function of (path, leaf), got {where!r} of type "
-            f"{type(where).__name__}."
-        )
+    check_where(where)
     if p_scale is not None:
         check_positive("p_scale", p_scale, None, finite=True)
-    axes = _channel_axes(channel_axis)
+    axes: tuple = channel_axis if isinstance(channel_axis, tuple) else (channel_axis,)
+    axes = () if channel_axis is None else axes
+    if not all(type(axis) is int for axis in axes):
+        raise TypeError(
+            "channel_axis must be None, an int or a tuple of ints, got "
+            f"{channel_axis!r}."
+        )
     tree, merge = _split_module(params)
+    paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
+    chosen = map(where, paths, leaves) if where else _are_weights(paths, leaves)
+    chosen = [i for i, is_chosen in enumerate(chosen) if is_chosen]
+    if not chosen:
+        raise ValueError(
+            "where (or its default) selected no leaf of params, whose paths are "
+            f"{listed(map(repr, paths))}; pass a where(path, leaf) that selects some."
+        )
+    coded = {i: _code_leaf(paths[i], leaves[i], format, p_scale, axes) for i in chosen}
+    new = _usable_codes(paths, leaves, coded)
     return merge(
-        _quantize_tree(tree, format, where or _weights_of(tree), p_scale, axes)
+        treedef.unflatten(
+            [new[i] if i in new else _copied(leaf) for i, leaf in enumerate(leaves)]
+        )
     )
 
 
-def dequantize_params(params: Any, dtype: Any = None) -> Any:
+def dequantize_params(params: Tree, dtype: DTypeLike | None = None) -> Tree:
     """The parameters as floating-point arrays, for the model to use.
 
     Args:
       params: tree of floating-point arrays and :class:`QuantizedArray`, or a module of
         ``flax.nnx``.
-      dtype: floating dtype of all leaves; None for float32 in the place of codes,
-        and other leaves as they are.
+      dtype: floating dtype of all floating leaves; None decodes codes to float32, and
+        does not cast other leaves.
 
     Returns:
       The tree with an array in the place of every :class:`QuantizedArray`.
@@ -144,109 +159,60 @@ def dequantize_params(params: Any, dtype: Any = None) -> Any:
       >>> print(madax.dequantize_params(params, jnp.bfloat16)["w"].dtype)
       bfloat16
     """
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"dtype must be a floating dtype, got {dtype!r}; pass jnp.float32 or "
-            "jnp.bfloat16."
-        )
+    check_float_dtype(dtype)
 
     def dequantize(leaf):
         if is_quantized(leaf):
             return leaf.dequantize(dtype)
-        if dtype is not None and jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            return jnp.asarray(leaf).astype(dtype)
-        return leaf
+        return (
+            leaf
+            if dtype is None or not is_float(leaf)
+            else jnp.asarray(leaf).astype(dtype)
+        )
 
     tree, merge = _split_module(params)
     return merge(jax.tree.map(dequantize, tree, is_leaf=is_quantized))
 
 
 class _Facts(NamedTuple):
-    """The scalars by which the codes of a leaf are judged.
+    """The scalars that tell whether a leaf and a format suit each other."""
 
-    Attributes:
-      peak: the largest magnitude of the weights.
-      lowest: the least of the scales.
-      highest: the greatest of them.
-      beyond: the most that a weight is, relative to its scale.
-      coarse: the most that a scale is, relative to the root mean square.
-    """
-
-    peak: Any
-    lowest: Any
-    highest: Any
-    beyond: Any
-    coarse: Any
+    max: jax.Array  # max magnitude of the weights
+    min_scale: jax.Array
+    max_scale: jax.Array
+    max_relative: jax.Array  # max magnitude of the weights, relative to their scale
+    max_ratio: jax.Array  # max ratio of a scale to the root mean square of its weights
 
 
-class _Coded(NamedTuple):
-    """A leaf, and its codes; without facts where it was such codes before."""
-
-    name: str
-    leaf: Any
-    codes: QuantizedArray
-    facts: _Facts | None
-
-
-def _quantize_tree(
-    params: Any,
-    format: Format,
-    where: Callable[[str, Any], bool],
-    p_scale: jax.typing.ArrayLike | None,
-    channel_axes: Sequence[int],
-) -> Any:
-    """What :func:`quantize_params` does to a tree, with checked arguments."""
-    paths, leaves, treedef = flatten_named(params, is_leaf=is_quantized)
-    chosen = [i for i, leaf in enumerate(leaves) if where(paths[i], leaf)]
-    if not chosen:
-        raise ValueError(
-            "where, or the default in its place, chooses no leaf of params, whose "
-            f"paths are {listed(map(repr, paths))}; pass a where(path, leaf) that "
-            "is true of some."
-        )
-    coded = [
-        _code_leaf(paths[i], leaves[i], format, p_scale, channel_axes) for i in chosen
-    ]
-    judged = zip(chosen, coded, _judge(coded), strict=True)
-    new = {i: each.codes for i, each, fine in judged if fine and each.facts}
-    return treedef.unflatten(
-        [new[i] if i in new else _copied(leaf) for i, leaf in enumerate(leaves)]
-    )
-
-
-def _copied(tree: Any) -> Any:
+def _copied(tree: Tree) -> Tree:
     """The arrays of a tree in new buffers, so that these may be donated."""
     return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, tree)
 
 
-def _weights_of(tree: Any) -> Callable[[str, Any], bool]:
-    """The default of ``where``, for the leaves of a tree."""
-    paths, leaves, _ = flatten_named(tree, is_leaf=is_quantized)
-    readings = read_leaves(paths, map(np.shape, leaves))
-    vectors = {
-        path for path, x in zip(paths, readings, strict=True) if x.kind == "vector"
-    }
-
+def _are_weights(paths: Sequence[str], leaves: Sequence[Tree]) -> list[bool]:
+    """The default of ``where`` for each leaf."""
     # Below 16 elements, codes hardly save more bytes than the scale takes. A leaf that
     # is no array has no axes, so it is not asked for a dtype.
-    def is_weight(path: str, leaf: Any) -> bool:
-        return is_quantized(leaf) or (
-            np.ndim(leaf) >= 2
-            and np.size(leaf) >= 16
-            and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-            and path not in vectors
+    return [
+        is_quantized(leaf)
+        or (
+            (np.ndim(leaf) >= 2 and np.size(leaf) >= 16 and is_float(leaf))
+            and reading.kind != "vector"
         )
-
-    return is_weight
+        for leaf, reading in zip(
+            leaves, read_leaves(paths, map(np.shape, leaves)), strict=True
+        )
+    ]
 
 
 def _code_leaf(
     path: str,
-    leaf: Any,
+    leaf: Leaf,
     format: Format,
-    p_scale: jax.typing.ArrayLike | None,
+    p_scale: ArrayLike | None,
     channel_axes: Sequence[int],
-) -> _Coded:
+) -> tuple[QuantizedArray, _Facts | None]:
+    """The codes of a leaf; without facts if it is codes of the format already."""
     name, scale = leaf_name("params", path), None
     if isinstance(leaf.codes if is_quantized(leaf) else leaf, jax.ShapeDtypeStruct):
         raise TypeError(
@@ -257,7 +223,7 @@ def _code_leaf(
     if not is_quantized(leaf):
         check_float_leaf("params", path, leaf)
     elif leaf.format == format:
-        return _Coded(name, leaf, leaf, None)
+        return leaf, None
     elif p_scale is None and not channel_axes:
         scale = leaf.scale
     rank = np.ndim(leaf)
@@ -274,10 +240,10 @@ def _code_leaf(
     )
     if isinstance(scale, jax.core.Tracer):
         scale = jnp.where((scale > 0) & (scale < jnp.inf), scale, jnp.nan)
-    return _Coded(name, leaf, QuantizedArray(codes, scale, format), facts)
+    return QuantizedArray(codes, scale, format), facts
 
 
-def _values(leaf: Any) -> jax.Array:
+def _values(leaf: Tree) -> jax.Array:
     return leaf.dequantize() if is_quantized(leaf) else leaf
 
 
@@ -285,71 +251,76 @@ def _values(leaf: Any) -> jax.Array:
 @partial(jax.jit, static_argnames=("format", "axes"))
 def _encode(
     w: jax.Array,
-    p_scale: jax.typing.ArrayLike | None,
+    p_scale: ArrayLike | None,
     scale: jax.Array | None,
     *,
     format: Format,
     axes: Sequence[int],
 ) -> tuple[jax.Array, jax.Array, _Facts]:
-    """The codes of a leaf, their scale, the given one if any, and the facts."""
+    """The codes of a leaf, their scale (if it is not given), and the facts."""
     w = widen(w)
     rms = root_mean_square(w, axes, keepdims=True)
-    peak = jnp.max(jnp.abs(w), axis=axes, keepdims=True, initial=0)
+    max = jnp.max(jnp.abs(w), axis=axes, keepdims=True, initial=0)
     if scale is None:
-        bound = jnp.maximum(3 * rms, peak) if p_scale is None else p_scale * rms
+        bound = bound_on_weights(p_scale, rms, max)
         # A channel of zeros takes the scale of the other channels.
         scale = jnp.where(rms == 0, jnp.max(bound, initial=0), bound)
     scale = jnp.reshape(scale, jnp.shape(scale) or (1,) * w.ndim).astype(jnp.float32)
     x = relative_to(jnp.where(scale > 0, scale, 1), w)
     code = format.nearest(x).astype(jnp.int32)
     facts = _Facts(
-        jnp.max(peak, initial=0),
+        jnp.max(max, initial=0),
         jnp.min(scale, initial=jnp.inf),
         jnp.max(scale, initial=0),
-        jnp.max(peak / jnp.where(scale > 0, scale, 1), initial=0),
+        jnp.max(max / jnp.where(scale > 0, scale, 1), initial=0),
         jnp.max(scale / jnp.where(rms > 0, rms, jnp.inf), initial=0),
     )
     return code.astype(format.storage_dtype), scale, facts
 
 
-def _judge(coded: Sequence[_Coded]) -> list[bool]:
-    """Whether each leaf has codes. Raises, and warns, of what is known to be amiss."""
+def _usable_codes(
+    paths: Sequence[str],
+    leaves: Sequence[Leaf],
+    coded: dict[int, tuple[QuantizedArray, _Facts | None]],
+) -> dict[int, QuantizedArray]:
+    """The new codes by the places of leaves, without the leaves that are all zeros.
+
+    Warns of leaves that do not suit the format, and raises if they are not finite.
+    """
+    new = {i: codes for i, (codes, facts) in coded.items() if facts is not None}
+    facts_of = {i: facts for i, (_, facts) in coded.items() if facts is not None}
     known = {
-        i: each.facts
-        for i, each in enumerate(coded)
-        if each.facts is not None and not isinstance(each.facts.peak, jax.core.Tracer)
+        i: f for i, f in facts_of.items() if not isinstance(f.max, jax.core.Tracer)
     }
     zeros, clipped, lossy = [], [], []
-    fine = [True] * len(coded)
     for i, facts in jax.device_get(known).items():  # all at once
-        name, leaf, q, _ = coded[i]
-        if facts.lowest > 0 and facts.highest < np.inf:
-            # A weight that is beyond the scale by a rounding is no outlier.
-            if facts.beyond > 1 + 1e-5:
-                clipped.append((name, share_beyond(_values(leaf), q.scale)))
-            # Measuring the loss takes as long as all that came before, so it is done
-            # only in doubt.
-            elif facts.coarse > 0.25 * q.format.dynamic_range:
-                lossy.append((name, _share_lost(_values(leaf), q)))
-        elif facts.peak == 0:
+        name, leaf, q = leaf_name("params", paths[i]), leaves[i], new[i]
+        if facts.min_scale > 0 and facts.max_scale < np.inf:
+            # A weight that is above the scale by a rounding is no outlier.
+            if facts.max_relative > 1 + 1e-5:
+                clipped.append((name, fraction_above(_values(leaf), q.scale)))
+            # Measuring the loss takes as long as all else, so it is done only in doubt.
+            elif facts.max_ratio > 0.25 * q.format.dynamic_range:
+                lossy.append((name, _relative_error(_values(leaf), q)))
+        elif facts.max == 0:
             zeros.append(name)
-            fine[i] = False
+            del new[i]
         else:
             raise ValueError(
                 f"{name} (or one of its channels) is not finite, or out of float32's "
-                f"range: the scale of its codes would be {facts.lowest} to "
-                f"{facts.highest}; initialise it with finite values, or leave it out "
+                f"range: the scale of its codes would be {facts.min_scale} to "
+                f"{facts.max_scale}; initialise it with finite values, or leave it out "
                 "with where."
             )
-    warn_of_leaves(zeros, _ALL_ZEROS, stacklevel=4)
-    warn_of_leaves(shares(clipped), CLIPPED, stacklevel=4)
-    warn_of_leaves(shares(lossy, least=0.25), _LOSSY, stacklevel=4)
-    return fine
+    warn_of_leaves(zeros, _ALL_ZEROS, stacklevel=3)
+    warn_of_leaves(in_percent(clipped), CLIPPED, stacklevel=3)
+    warn_of_leaves(in_percent(lossy, above=0.25), _LOSSY, stacklevel=3)
+    return new
 
 
 @jax.jit
-def _share_lost(w: jax.Array, q: QuantizedArray) -> jax.Array:
-    """The norm of the error, relative to that of the weights."""
+def _relative_error(w: jax.Array, q: QuantizedArray) -> jax.Array:
+    """The norm of the error, relative to the norm of the weights."""
     unit = jnp.max(q.scale)  # in which squares do not overflow
     error, values = (
         jnp.sum(jnp.square(x / unit)) for x in (q.dequantize() - widen(w), widen(w))
@@ -357,27 +328,14 @@ def _share_lost(w: jax.Array, q: QuantizedArray) -> jax.Array:
     return jnp.sqrt(error / values)
 
 
-def _channel_axes(channel_axis: Any) -> tuple[int, ...]:
-    """The axes of the channels, checked."""
-    axes = channel_axis if isinstance(channel_axis, tuple) else (channel_axis,)
-    if channel_axis is None:
-        return ()
-    if not all(type(axis) is int for axis in axes):
-        raise TypeError(
-            "channel_axis must be None, an int or a tuple of ints, got "
-            f"{channel_axis!r}."
-        )
-    return axes
+def _split_module(params: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
+    """The weights of a module of Flax's nnx, and a function that makes it a module.
 
-
-def _split_module(params: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """The weights of a module of Flax's nnx, and what makes a module of them again.
-
-    Anything else is returned as it is. A module can only exist if Flax is imported.
+    Returns other trees unchanged. A module can only exist if Flax is imported.
     """
     nnx: Any = sys.modules.get("flax.nnx")
     if nnx is None or not isinstance(params, nnx.Module):
         return params, lambda tree: tree
     graph, weights, rest = nnx.split(params, nnx.Param, ...)
-    rest = _copied(rest)  # variables of its own, too
+    rest = _copied(rest)  # the variables of the new module are its own
     return weights, lambda weights: nnx.merge(graph, weights, rest)

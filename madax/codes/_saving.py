@@ -3,32 +3,31 @@
 import re
 import sys
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madax._core.names import flatten_named
-from madax.codes._array import QuantizedArray, is_quantized
+from madax._core.names import Tree, flatten_named
+from madax.codes._array import AFTER_IMPORT, Leaf, QuantizedArray, is_quantized
 from madax.formats._base import Format, parse_format
 
 _CODES = re.compile(r"(?P<path>(?:.*/)?)codes:(?P<format>\w+\(.*\))")
-# Dtypes that files of NumPy do not keep: they read bfloat16 as two bytes of no type.
+# Dtypes that NumPy's files do not keep: they return bfloat16 as two bytes of no type.
 _NO_NUMPY = re.compile(r"(?P<path>.*):(?P<dtype>bfloat16|float[468]_\w+|u?int[24])")
 
 
-def to_flat_dict(tree: Any) -> dict[str, Any]:
+def to_flat_dict(tree: Tree) -> dict[str, Any]:
     """The arrays of a tree by name, with the codes and scales of quantised leaves.
 
-    They are for ``numpy.savez``, safetensors, or any other file that keeps arrays under
-    names. The names contain the format of codes, so the file is complete. NumPy's files
-    keep no bfloat16, float8 or int4. Such arrays become unsigned integers of the same
-    bits, and their names tell the dtype.
+    Save them with ``numpy.savez``, safetensors, or any other format that keeps arrays
+    by name. The names contain the format of codes, so the file is complete. NumPy's
+    files keep no bfloat16, float8 or int4. Such arrays become unsigned integers of the
+    same bits, and their names tell the dtype.
 
     Args:
-      tree: parameters, statistics, or any other tree of arrays, an ``nnx.State``, too.
+      tree: parameters, statistics, an ``nnx.State`` or any other tree of arrays.
 
     Returns:
       The arrays, named by their paths: ``"Dense_0/bias"``, or
@@ -50,14 +49,15 @@ def to_flat_dict(tree: Any) -> dict[str, Any]:
       >>> print(restored["layer"]["kernel"])
       QuantizedArray(shape=(4, 4), scale=3, UniformFormat(bits=8))
     """
-    flat: dict[str, Any] = {}
-    for name, leaf in _named_leaves(tree):
-        for part, array in _parts(leaf).items():
+    flat = {}
+    names, leaves, _ = flatten_named(tree, is_leaf=is_quantized)
+    for name, leaf in zip(names, leaves, strict=True):
+        for part, array in (leaf.parts() if is_quantized(leaf) else {"": leaf}).items():
             full = "/".join(filter(None, (name, part)))
             if not part and _NO_NUMPY.fullmatch(full):
                 raise ValueError(
                     f"an array of the tree is called {full!r}, which would be read as "
-                    "one of that dtype; use another key."
+                    "an array of that dtype; use another key."
                 )
             full, array = _in_numpy(full, array)
             if full in flat:
@@ -69,17 +69,17 @@ def to_flat_dict(tree: Any) -> dict[str, Any]:
     return flat
 
 
-def from_flat_dict(arrays: Mapping[str, Any], target: Any = None) -> Any:
-    """The tree that :func:`to_flat_dict` made a dictionary of.
+def from_flat_dict(arrays: Mapping[str, Any], target: Tree = None) -> Tree:
+    """The tree from which :func:`to_flat_dict` made a dictionary.
 
     It also takes a tree of dictionaries that has lost its :class:`QuantizedArray`
     nodes, as Orbax restores without a target, or flax's ``msgpack_restore``.
 
     Args:
-      arrays: the arrays by name, or trees of dictionaries of them.
-      target: a tree with the structure and the shapes that are wanted, of arrays or
+      arrays: the arrays by name, or nested dictionaries of arrays.
+      target: a tree of the wanted structure and shapes, of arrays or
         ``jax.ShapeDtypeStruct``, before or after ``quantize_params``; None for nested
-        dictionaries. Its formats do not matter: the arrays say what they are.
+        dictionaries. Its formats do not matter: the names of arrays contain theirs.
 
     Returns:
       The tree, with a :class:`QuantizedArray` wherever there are codes.
@@ -101,49 +101,35 @@ def from_flat_dict(arrays: Mapping[str, Any], target: Any = None) -> Any:
     leaves = _joined(_unnested(arrays))
     if target is None:
         return _nested(leaves)
-    wanted = _named_leaves(target)
-    _check_fits(leaves, wanted)
-    treedef = jax.tree.structure(target, is_leaf=is_quantized)
-    return treedef.unflatten([leaves[name] for name, _ in wanted])
+    names, wanted, treedef = flatten_named(target, is_leaf=is_quantized)
+    _check_fits(leaves, dict(zip(names, wanted, strict=True)))
+    return treedef.unflatten([leaves[name] for name in names])
 
 
-def restored(name: str, codes: Any, scale: Any, format: Format) -> QuantizedArray:
-    """Codes and their scale as they come from a file, checked.
-
-    Args:
-      name: what to call them in an error.
-      codes: the codes.
-      scale: the scale.
-      format: the format that the file tells.
-    """
-    if codes.dtype != format.storage_dtype or scale.dtype != jnp.float32:
-        raise ValueError(
-            f"{name} has codes of {codes.dtype} and a scale of {scale.dtype}, but for "
-            f"{format!r} they must be {format.storage_dtype} and float32; pass the "
-            "arrays that were saved."
-        )
+def _restored(
+    name: str, codes: jax.Array, scale: jax.Array, format: Format
+) -> QuantizedArray:
+    """Codes and their scale from a file, checked; errors call them ``name``."""
     axes = zip(scale.shape[::-1], codes.shape[::-1], strict=False)
-    if len(scale.shape) > len(codes.shape) or any(
-        n not in (1, size) for n, size in axes
-    ):
-        raise ValueError(
-            f"{name} has codes of shape {codes.shape}, but a scale of shape "
-            f"{scale.shape}, whose axes must be 1 or as long as the codes'; pass the "
-            "arrays that were saved."
+    is_here = _is_here(codes) and _is_here(scale)
+    if codes.dtype != format.storage_dtype or scale.dtype != jnp.float32:
+        wrong = (
+            f"codes of {codes.dtype} and a scale of {scale.dtype}, but for {format!r} "
+            f"they must be {format.storage_dtype} and float32"
         )
-    if _is_here(codes) and _is_here(scale):
-        # The magnitude of -128 is no int8.
-        if np.any((codes > format.levels) | (codes < -format.levels)):
-            raise ValueError(
-                f"{name} has codes beyond {format.levels}, the largest of {format!r}; "
-                "pass the arrays that were saved."
-            )
-        if not np.all((scale > 0) & (scale < np.inf)):
-            raise ValueError(
-                f"{name} has a scale that is not positive and finite; pass the arrays "
-                "that were saved."
-            )
-    return QuantizedArray(codes, scale, format)
+    elif len(scale.shape) > len(codes.shape) or any(n not in (1, m) for n, m in axes):
+        wrong = (
+            f"codes of shape {codes.shape}, but a scale of shape {scale.shape}, whose "
+            "axes must be 1 or as long as the axes of the codes"
+        )
+    # The magnitude of -128 is no int8.
+    elif is_here and np.any((codes > format.levels) | (codes < -format.levels)):
+        wrong = f"codes beyond {format.levels}, the max of {format!r}"
+    elif is_here and not np.all((scale > 0) & (scale < np.inf)):
+        wrong = "a scale that is not positive and finite"
+    else:
+        return QuantizedArray(codes, scale, format)
+    raise ValueError(f"{name} has {wrong}; pass the arrays that were saved.")
 
 
 def _is_here(x: Any) -> bool:
@@ -153,36 +139,28 @@ def _is_here(x: Any) -> bool:
     return getattr(x, "is_fully_addressable", True)
 
 
-@cache
-def register_with_flax() -> None:
+def _register_with_flax() -> None:
     """Lets ``flax.serialization`` take QuantizedArrays apart, and put them together."""
     sys.modules["flax.serialization"].register_serialization_state(
         QuantizedArray, QuantizedArray.parts, _from_parts
     )
 
 
-def _from_parts(target: QuantizedArray, parts: Any) -> QuantizedArray:
+AFTER_IMPORT["flax.serialization", "register_serialization_state"] = _register_with_flax
+
+
+def _from_parts(target: QuantizedArray, parts: dict[str, Any]) -> QuantizedArray:
     if parts.keys() != target.parts().keys():
         raise ValueError(
             f"codes were saved as {sorted(parts)}, but the target has "
             f"{sorted(target.parts())}; pass a target of that format."
         )
     codes, scale = (jnp.asarray(parts[name]) for name in target.parts())
-    return restored("a QuantizedArray", codes, scale, target.format)
-
-
-def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    names, leaves, _ = flatten_named(tree, is_leaf=is_quantized)
-    return list(zip(names, leaves, strict=True))
-
-
-def _parts(leaf: Any) -> dict[str, Any]:
-    """The arrays of a leaf by the names they have in it: none for an array itself."""
-    return leaf.parts() if is_quantized(leaf) else {"": leaf}
+    return _restored("a QuantizedArray", codes, scale, target.format)
 
 
 def _in_numpy(name: str, array: Any) -> tuple[str, Any]:
-    """The array as NumPy's files keep it, under a name that tells its dtype."""
+    """The array in a dtype of NumPy's files, and a name that tells its own dtype."""
     dtype = getattr(array, "dtype", None)
     if not _NO_NUMPY.fullmatch(f":{dtype}") or isinstance(array, jax.ShapeDtypeStruct):
         return name, array
@@ -190,23 +168,23 @@ def _in_numpy(name: str, array: Any) -> tuple[str, Any]:
 
 
 def _from_numpy(name: str, array: Any) -> tuple[str, Any]:
-    """Undoes :func:`_in_numpy`; arrays that JAX would round stay NumPy's."""
+    """Undoes :func:`_in_numpy`; arrays that JAX would round stay NumPy arrays."""
     told = _NO_NUMPY.fullmatch(name)
     if told and np.issubdtype(array.dtype, np.unsignedinteger):
         name, array = told["path"], array.view(jnp.dtype(told["dtype"]))
     elif array.dtype == np.dtype("V2"):
-        array = array.view(jnp.bfloat16)  # as numpy.savez of a bfloat16 array reads
+        array = array.view(jnp.bfloat16)  # numpy.savez got a bfloat16 array
     elif array.dtype.kind == "V" and not hasattr(jnp, array.dtype.name):
         raise ValueError(
-            f"{name!r} has the dtype {array.dtype}, bytes of no type; pass arrays as "
-            "to_flat_dict names them, or view them in their dtype before."
+            f"{name!r} has the dtype {array.dtype}, bytes of no type; pass the arrays "
+            "of to_flat_dict, or view them in their dtype before."
         )
     same = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
     return name, jnp.asarray(array) if same else array
 
 
 def _unnested(arrays: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+    flat = {}
     for key, value in arrays.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
@@ -222,7 +200,7 @@ def _unnested(arrays: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _joined(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The leaves by name, codes and their scale as one."""
+    """The leaves by name; codes and their scale become one leaf."""
     leaves = {}
     codes = {name: match for name in arrays if (match := _CODES.fullmatch(name))}
     scales = {f"{match['path']}scale" for match in codes.values()}
@@ -233,11 +211,11 @@ def _joined(arrays: dict[str, Any]) -> dict[str, Any]:
             path, format = codes[name]["path"], parse_format(codes[name]["format"])
             if f"{path}scale" not in arrays:
                 raise ValueError(
-                    f"there is {name!r}, but no '{path}scale'; pass all arrays that "
-                    "to_flat_dict made."
+                    f"there is {name!r}, but no '{path}scale'; pass all arrays of "
+                    "to_flat_dict."
                 )
             name = path.removesuffix("/")
-            array = restored(repr(name), array, arrays[f"{path}scale"], format)
+            array = _restored(repr(name), array, arrays[f"{path}scale"], format)
         if name in leaves:
             raise ValueError(
                 f"there are two leaves {name!r}, of which one is codes; pass one."
@@ -246,11 +224,11 @@ def _joined(arrays: dict[str, Any]) -> dict[str, Any]:
     return leaves
 
 
-def _nested(leaves: dict[str, Any]) -> Any:
+def _nested(leaves: dict[str, Any]) -> Tree:
     """Dictionaries in dictionaries, along the slashes in names."""
     if leaves.keys() == {""}:  # the tree is a leaf
         return leaves[""]
-    tree: dict[str, Any] = {}
+    tree: Tree = {}
     for name, leaf in leaves.items():
         *parents, last = name.split("/")
         for i in range(len(parents) + 1):
@@ -267,18 +245,17 @@ def _nested(leaves: dict[str, Any]) -> Any:
     return tree
 
 
-def _check_fits(leaves: dict[str, Any], target: list[tuple[str, Any]]) -> None:
-    wanted = dict(target)
+def _check_fits(leaves: dict[str, Any], wanted: dict[str, Leaf]) -> None:
     if wanted.keys() != leaves.keys():
         missing, unwanted = wanted.keys() - leaves.keys(), leaves.keys() - wanted.keys()
         raise ValueError(
-            f"the arrays are not those of target: {sorted(missing) or 'none'} are "
-            f"missing, {sorted(unwanted) or 'none'} are not wanted; pass a target made "
-            "as the tree that was saved."
+            f"the arrays do not match target: {sorted(missing) or 'none'} are missing, "
+            f"{sorted(unwanted) or 'none'} are not wanted; pass a target of the "
+            "structure of the tree that was saved."
         )
     for name, leaf in leaves.items():
         if np.shape(leaf) != np.shape(wanted[name]):
             raise ValueError(
                 f"{name!r} has shape {np.shape(leaf)}, but {np.shape(wanted[name])} in "
-                "target; pass a target made as the tree that was saved."
+                "target; pass a target of the shapes of the tree that was saved."
             )

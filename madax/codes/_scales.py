@@ -1,27 +1,27 @@
-"""How large the weights of a leaf are: what its scale is taken from.
+"""The root mean square and the max of a leaf, from which its scale is made.
 
-All of it has the same bits on one device and on a mesh, and at any scale of the
-weights.
+All results have the same bits on one device and on a mesh, at any scale of the weights.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from madax._core.checks import leaf_name
 from madax._core.derivatives import with_derivative
-from madax._core.numerics import rounded
+from madax._core.numerics import normal_reciprocal, plus_product, rounded
 from madax._core.vectors import awaited, entries, known_values
 from madax.codes._array import is_quantized
 from madax.codes._leaves import flatten, widen
 
 
-def float_leaf_sizes(params: Any) -> tuple[list[str], jax.Array, jax.Array]:
-    """The paths of the float leaves, their root mean squares, and largest magnitudes.
+def float_leaf_sizes(params: optax.Params) -> tuple[list[str], jax.Array, jax.Array]:
+    """The paths of float leaves; vectors of root mean squares and of max magnitudes.
 
     Raises:
       TypeError: if ``params`` holds shapes (``jax.ShapeDtypeStruct``), or floats of
@@ -46,45 +46,39 @@ def float_leaf_sizes(params: Any) -> tuple[list[str], jax.Array, jax.Array]:
                 "codes, made by quantize_params."
             )
     paths = [path for path, _ in floats]
-    rms, peaks = _leaf_sizes([leaf for _, leaf in floats])
+    sizes = [awaited(_leaf_size(leaf)) for _, leaf in floats]
+    if sizes:
+        rms, maxima = map(jnp.stack, zip(*sizes, strict=True))
+    else:
+        rms, maxima = (
+            jnp.ones(entries(0), np.float32),
+            jnp.zeros(entries(0), np.float32),
+        )
     for path, value in zip(paths, known_values(rms), strict=False):
         if not np.isfinite(value):
             raise ValueError(
                 f"{leaf_name('params', path)} holds a NaN or an infinity (root "
                 f"mean square {value}); initialise it with finite values."
             )
-    return paths, rms, peaks
+    return paths, rms, maxima
 
 
-class InitialScales(NamedTuple):
-    """What is kept of the float leaves at init, in vectors with one entry per leaf.
+def bound_on_weights(
+    p_scale: jax.typing.ArrayLike | None, rms: jax.Array, max: jax.Array
+) -> jax.Array:
+    """The bound on weights of a root mean square and a max; it clips no weight.
 
-    Attributes:
-      paths: the leaves' paths.
-      rms0: their scales: root mean squares, or what stands in for that of a leaf that
-        is all zeros.
-      zero_init: which are all zeros.
-      peak0: their largest magnitudes.
+    With a number for ``p_scale`` it is the bound of the paper, which may clip weights.
     """
-
-    paths: list[str]
-    rms0: jax.Array
-    zero_init: jax.Array
-    peak0: jax.Array
+    if p_scale is None:
+        return jnp.maximum(3 * rms, max)
+    return jnp.where(rms == 0, 0, p_scale * rms).astype(rms.dtype)  # not inf * 0
 
 
-def initial_scales(params: Any, zero_init_scale: jax.typing.ArrayLike) -> InitialScales:
-    """The scales of the float leaves; raises what :func:`float_leaf_sizes` does."""
-    paths, rms, peaks = float_leaf_sizes(params)
-    zero_init = rms == 0
-    scales = jnp.where(zero_init, jnp.asarray(zero_init_scale, rms.dtype), rms)
-    return InitialScales(paths, scales, zero_init, peaks)
-
-
-def check_code_scales(params: Any) -> None:
+def check_code_scales(params: optax.Params) -> None:
     """Raises if a scale of codes is known not to be a positive, finite number.
 
-    ``quantize_params`` under ``jit``, where it knows no values, makes it NaN.
+    ``quantize_params`` under ``jit`` knows no values, and returns NaN for such a scale.
     """
     paths, leaves, _ = flatten(params)
     usable = {
@@ -96,8 +90,8 @@ def check_code_scales(params: Any) -> None:
     for path, ok in jax.device_get(known).items():  # all at once
         if not ok:
             raise ValueError(
-                f"{leaf_name('params', path)} holds codes without a scale, or one of "
-                "its channels does: the weights were all zeros or not finite. "
+                f"{leaf_name('params', path)} holds codes without a scale, as a "
+                "whole or in a channel: the weights were all zeros or not finite. "
                 "Initialise them with finite values that are not all zero, or leave "
                 "them out with where; quantize_params says so outside of jax.jit."
             )
@@ -108,27 +102,19 @@ def _usable(scale: jax.Array) -> jax.Array:
     return jnp.all((scale > 0) & (scale < jnp.inf))
 
 
-def _leaf_sizes(leaves: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
-    """The root mean square and the peak of each array, float32 or wider, as vectors."""
-    if not leaves:
-        return jnp.ones(entries(0), jnp.float32), jnp.zeros(entries(0), jnp.float32)
-    rms, peaks = zip(*(awaited(_leaf_size(w)) for w in leaves), strict=True)
-    return jnp.stack(rms), jnp.stack(peaks)
-
-
 # Leaves of one shape share a program, and the host reads nothing between leaves.
 @jax.jit
 def _leaf_size(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The root mean square of an array, and its peak."""
+    """The root mean square of an array, and its max magnitude."""
     w = widen(w)
     return root_mean_square(w), jnp.max(jnp.abs(w), initial=0)
 
 
 @jax.jit
-def share_beyond(w: jax.Array, bound: jax.Array) -> jax.Array:
-    """The share of weights that are beyond a bound, by more than a rounding."""
-    beyond = jnp.abs(widen(w)) > bound * (1 + 1e-5)
-    return jnp.sum(beyond, dtype=jnp.uint32) / float(max(np.size(w), 1))
+def fraction_above(w: jax.Array, bound: jax.Array) -> jax.Array:
+    """The fraction of weights that are above a bound by more than a rounding."""
+    above = jnp.abs(widen(w)) > bound * (1 + 1e-5)
+    return jnp.sum(above, dtype=jnp.uint32) / float(max(np.size(w), 1))
 
 
 def root_mean_square(
@@ -136,8 +122,8 @@ def root_mean_square(
 ) -> jax.Array:
     """The root mean square over ``axes``, float32 or wider, at any scale of ``w``.
 
-    An empty array has 1: there is nothing to scale, but it is not "all zeros". An array
-    with a value that is not finite has NaN.
+    It is 1 for an empty array, which needs no scale, but is not "all zeros", and NaN
+    for an array with a value that is not finite.
     """
     axes = tuple(range(w.ndim)) if axes is None else tuple(axes)
     rms = _root_mean_square_over(axes)(widen(w))
@@ -145,10 +131,10 @@ def root_mean_square(
 
 
 @cache
-def _root_mean_square_over(axes: tuple[int, ...]) -> Any:
+def _root_mean_square_over(axes: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
     """The function of an array that keeps the axes, in size 1."""
 
-    # The sums of integers have no derivative, so it is written out.
+    # Sums of integers have no derivative, so the rule is written out.
     def rule(tangents, rms, w):
         (t,) = tangents
         mean = jnp.mean(w / jnp.where(rms > 0, rms, 1) * t, axes, keepdims=True)
@@ -156,11 +142,11 @@ def _root_mean_square_over(axes: tuple[int, ...]) -> Any:
 
     @with_derivative(rule)
     def root_mean_square(w):
-        peak, relative = split_peak(jnp.abs(w), axes)
+        unit, relative = split_max(jnp.abs(w), axes)
         mean = (relative / 2) ** 2
         for axis in axes:
-            mean = _orderless_mean(mean, axis) if w.size else jnp.full_like(peak, 0.25)
-        return jnp.where(jnp.isfinite(peak), peak * (2 * jnp.sqrt(mean)), jnp.nan)
+            mean = _orderless_mean(mean, axis) if w.size else jnp.full_like(unit, 0.25)
+        return jnp.where(jnp.isfinite(unit), unit * (2 * jnp.sqrt(mean)), jnp.nan)
 
     return root_mean_square
 
@@ -169,17 +155,15 @@ def _orderless_mean(x: jax.Array, axis: int) -> jax.Array:
     """The mean of numbers in [0, 1]; the bits do not depend on the order of adding.
 
     So a leaf has the same scale on one device and on a mesh, where partial sums of
-    floats would round differently. Each number is cut into digits, and the digits are
-    added up as integers. They are narrow enough for the sum to fit 32 bits.
+    floats would round differently. The numbers are cut into digits, narrow enough for
+    the sums of digits to fit 32-bit integers.
     """
     count = x.shape[axis]
     if count >= 2**31:  # for which no digit is narrow enough
         halves = jax.lax.split(x, (count // 2, count - count // 2), axis)
-        parts = [
-            rounded(_orderless_mean(half, axis) * (half.shape[axis] / count))
-            for half in halves
-        ]
-        return parts[0] + parts[1]
+        weights = [half.shape[axis] / count for half in halves]
+        first, second = (_orderless_mean(half, axis) for half in halves)
+        return plus_product(rounded(first * weights[0]), second, weights[1])
     width = min(24, 32 - count.bit_length())
     digits = -(-(jnp.finfo(x.dtype).nmant + 7) // width)
     total = jnp.zeros((), x.dtype)
@@ -189,24 +173,21 @@ def _orderless_mean(x: jax.Array, axis: int) -> jax.Array:
         x -= digit
         summed = jnp.sum(digit.astype(jnp.uint32), axis=axis, keepdims=True)
         total += summed.astype(x.dtype) * 2.0 ** (-width * i)
-    return total / float(count)  # JAX takes no int so large
+    return total / float(count)  # JAX takes no int of more than 32 bits
 
 
-def split_peak(
+def split_max(
     x: jax.Array, axes: Sequence[int] | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """A magnitude and ``x`` relative to it, so that squares of ``x`` do not overflow.
+    """A magnitude and ``x`` relative to it, in [-2, 2], whose squares do not overflow.
 
-    The magnitude is a power of two about the largest over ``axes``, kept as axes of
-    size 1, or 1 if that is zero. So the quotient is exact, however it is computed. The
-    relative values are in [-2, 2].
+    The magnitude is a power of two near the max over ``axes``, which are kept in size
+    1, or 1 if the max is zero. So the quotient is exact in every program.
     """
-    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+    max = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
     info = jnp.finfo(x.dtype)
-    power = jax.lax.reduce_precision(0.75 * largest, info.nexp, 0)
-    # A power of two was a tie, which goes to either side, depending on its exponent.
-    power = jnp.where(2 * power <= largest, 2 * power, power)
-    peak = jnp.where(largest == 0, 1, jnp.maximum(power, info.tiny))
-    # The reciprocal of the largest floats would underflow.
-    shrink = jnp.where(peak > 1, 0.125, 1.0).astype(x.dtype)
-    return peak, (x * shrink) / (peak * shrink)
+    power = jax.lax.reduce_precision(0.75 * max, info.nexp, 0)
+    # A power of two was a tie, which is rounded up or down, depending on its exponent.
+    power = jnp.where(2 * power <= max, 2 * power, power)
+    unit = jnp.where(max == 0, 1, jnp.maximum(power, info.tiny))
+    return unit, operator.truediv(*normal_reciprocal(x, unit))

@@ -1,14 +1,13 @@
-"""Storage: what a number format is, a grid of signed integer codes.
+"""Storage: a number format is a grid of signed integer codes.
 
-Everything here works on values relative to the scale, the value of the largest
-code, so in [-1, 1]; and on codes in [-levels, levels], odd and monotone in the
-value, 0 exactly zero. Formats know nothing of rounding, trees or optimizers.
+Formats work on values relative to the scale, the value of the max code, so in [-1, 1];
+and on codes in [-levels, levels], odd and monotone in the value, 0 exactly zero. They
+know nothing of rounding, trees or optimizers.
 """
 
 import ast
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +15,17 @@ import jax.numpy as jnp
 from madax._core.checks import check_bits
 
 
-def check_format_bits(bits: Any, lowest: int = 2) -> None:
-    """Raises unless codes of a format may be so many bits wide."""
-    check_bits(
-        bits,
-        lowest,
-        16,
+def check_format_bits(bits: object, min: int = 2) -> None:
+    """Raises unless codes of a format may have this number of bits."""
+    reason = (
         "wider codes would be finer than the float32 they are decoded to, narrower "
-        "ones have too few levels",
+        "ones have too few levels"
     )
+    check_bits(bits, min, 16, reason)
 
 
 def levels_of(bits: int) -> int:
-    """The number of codes of each sign, of that many bits."""
+    """The number of codes of each sign."""
     return 2 ** (bits - 1) - 1
 
 
@@ -42,6 +39,9 @@ class Format(ABC):
 
     bits: int
 
+    # The integer dtype of a step between two codes; no field, as it has no annotation.
+    step_dtype = jnp.dtype(jnp.int32)
+
     def __post_init__(self) -> None:
         check_format_bits(self.bits)
 
@@ -51,19 +51,14 @@ class Format(ABC):
         return levels_of(self.bits)
 
     @property
-    def storage_dtype(self) -> Any:
+    def storage_dtype(self) -> jnp.dtype:
         """The integer dtype that holds a code: int8 or int16."""
         return jnp.dtype(jnp.int8 if self.bits <= 8 else jnp.int16)
 
     @property
-    def step_dtype(self) -> Any:
-        """The integer dtype of a step between two codes: int32."""
-        return jnp.dtype(jnp.int32)
-
-    @property
     @abstractmethod
     def dynamic_range(self) -> float:
-        """Ratio of the largest to the smallest non-zero magnitude."""
+        """Ratio of the max to the min non-zero magnitude."""
 
     @abstractmethod
     def encode(self, x: jax.Array) -> jax.Array:
@@ -73,45 +68,42 @@ class Format(ABC):
     def decode(self, code: jax.Array) -> jax.Array:
         """The value of a code, relative to the scale, float32.
 
-        It is no product with a constant: XLA would multiply that by the scale first,
-        and flush a subnormal result.
+        The result is not a plain product with a constant: XLA would multiply the
+        constant by the scale first, and flush a subnormal result to zero.
         """
 
     @abstractmethod
     def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
-        """How many codes a log-step of ``d`` nats moves, real-valued.
-
-        None that is finite, if ``d`` is not.
-        """
+        """The real-valued codes of a log-step of ``d`` nats; keeps NaN and infinity."""
 
     @abstractmethod
     def relative_step(self, code: jax.Array) -> jax.Array:
-        """The log-step that grows a value by a small share, over that share.
+        """The log-step that grows a value by a small fraction, over that fraction.
 
         It is the value over its derivative by the log-step, in [-1, 1]; float32.
         """
 
     @abstractmethod
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
-        """How many codes adding ``u``, relative to the scale, moves, real-valued.
+        """The real-valued codes of adding ``u``, relative to the scale.
 
-        ``encode(decode(code) + u) - code``, with small steps exact: their digits
-        must not be lost in the width of the code.
+        ``encode(decode(code) + u) - code``, with the digits of a small ``u`` that this
+        formula would lose.
         """
 
     @abstractmethod
     def curvature(self, code: jax.Array) -> jax.Array:
-        """How fast the spacing of the values grows with the code, relative; float32.
+        """The relative growth of the spacing of values with the code; float32.
 
         The second derivative of the value with respect to the code, over the first.
         """
 
     def nearest(self, x: jax.Array) -> jax.Array:
-        """The codes nearest to values relative to the scale, float32; NaN for NaN."""
+        """The codes nearest to values relative to the scale; float32, NaN for NaN."""
         return self.saturate(jnp.round(self.encode(x)), jnp.sign(x))
 
     def saturate(self, code: jax.Array, sign: jax.Array) -> jax.Array:
-        """The code in range that is nearest to an integer, for a value of that sign."""
+        """Clamps an integer to the codes in range, for a value of that sign."""
         del sign
         return jnp.clip(code, -self.levels, self.levels)
 
@@ -122,7 +114,7 @@ def parse_format(text: str) -> Format:
     Raises:
       ValueError: if there is no such format.
     """
-    kinds: dict[str, Any] = {kind.__name__: kind for kind in Format.__subclasses__()}
+    kinds = {kind.__name__: kind for kind in Format.__subclasses__()}
     name, _, fields = text.removesuffix(")").partition("(")
     try:
         pairs = (field.split("=") for field in fields.split(", "))

@@ -7,23 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from madax._core.checks import check_format_field
-from madax._core.numerics import exp, log, log_change, rounded
+from madax._core.numerics import exp, log, log_change, plus_product
 from madax.formats._base import Format, check_format_bits, levels_of
 
-# Codes are decoded to float32. It tells apart values of log|w| that are _FINEST nats
-# apart, and spans _WIDEST nats below 1.
-_FINEST = 1e-6
-_WIDEST = 80.0
+# Codes are decoded to float32. It resolves values of log|w| that are _MIN_SPACING nats
+# apart, and spans _MAX_SPAN nats below 1.
+_MIN_SPACING = 1e-6
+_MAX_SPAN = 80.0
 
-# The default ratios of the largest to the smallest magnitude of log codes, for codes of
-# one byte and of two. A wider range makes a coarser grid, which only many codes can
-# afford.
+# The default ratios of the max to the min magnitude of log codes, for codes of one byte
+# and of two. A wider range makes a coarser grid, which only many codes can afford.
 _RANGE, _WIDE_RANGE = 100, 10_000
-
-
-def base_step_range(bits: int) -> tuple[float, float]:
-    """The least and greatest spacing of log codes of that width, in nats."""
-    return _FINEST, _WIDEST / levels_of(bits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +36,9 @@ class LogFormat(Format):
 
     Attributes:
       bits: width of a code, sign included, 2 to 16.
-      base_step: spacing of the codes, in nats, 1e-6 or more. By default that of a
-        dynamic range of 100 in codes of 3 to 8 bits, which are few and are needed near
-        the scale, and of 10 000 in wider ones.
+      base_step: spacing of the codes, in nats, 1e-6 or more. The default has a dynamic
+        range of 100 in codes of 3 to 8 bits, which are few and are needed near the
+        scale, and of 10 000 in wider codes.
 
     Raises:
       ValueError: if ``bits`` or ``base_step`` is out of range.
@@ -72,8 +66,8 @@ class LogFormat(Format):
             ratio = _RANGE if self.bits <= 8 else _WIDE_RANGE
             default = self.from_dynamic_range(self.bits, ratio).base_step
             object.__setattr__(self, "base_step", default)
-        lowest, highest = base_step_range(self.bits)
-        check_format_field("base_step", self.base_step, lowest, highest, "nats")
+        max = _MAX_SPAN / self.levels
+        check_format_field("base_step", self.base_step, _MIN_SPACING, max, "nats")
         object.__setattr__(self, "base_step", float(self.base_step))
 
     @classmethod
@@ -96,17 +90,17 @@ class LogFormat(Format):
           0.08664
         """
         check_format_bits(bits)
-        lowest, highest = math.log(2) * levels_of(bits) / _WIDEST, math.log(2) / _FINEST
-        check_format_field("gamma", gamma, lowest, highest, "codes an octave")
+        min, max = math.log(2) * levels_of(bits) / _MAX_SPAN, math.log(2) / _MIN_SPACING
+        check_format_field("gamma", gamma, min, max, "codes per octave")
         return cls(bits, math.log(2) / gamma)
 
     @classmethod
     def from_dynamic_range(cls, bits: int, ratio: float) -> "LogFormat":
-        """The format whose largest magnitude is ``ratio`` times its smallest.
+        """The format whose max magnitude is ``ratio`` times its min.
 
         Args:
           bits: width of a code, sign included, 3 to 16.
-          ratio: largest over smallest non-zero magnitude.
+          ratio: max over min non-zero magnitude.
 
         Returns:
           The format, with ``base_step = ln(ratio) / (levels - 1)``.
@@ -120,21 +114,21 @@ class LogFormat(Format):
           >>> print(f"{fmt.dynamic_range:.1f}")
           10000.0
         """
-        check_format_bits(bits, lowest=3)
+        check_format_bits(bits, min=3)
         steps = levels_of(bits) - 1
-        lowest = math.exp(_FINEST * steps)
-        highest = math.exp(_WIDEST * steps / (steps + 1))
-        check_format_field("ratio", ratio, lowest, highest, "largest over smallest")
+        min = math.exp(_MIN_SPACING * steps)
+        max = math.exp(_MAX_SPAN * steps / (steps + 1))
+        check_format_field("ratio", ratio, min, max, "max over min magnitude")
         return cls(bits, math.log(ratio) / steps)
 
     @property
     def dynamic_range(self) -> float:
-        """Ratio of the largest to the smallest non-zero magnitude."""
+        """Ratio of the max to the min non-zero magnitude."""
         return math.exp(self.base_step * (self.levels - 1))
 
     def encode(self, x: jax.Array) -> jax.Array:
         """The real-valued code, in [-levels, levels]; in [-1, 1] only for 0."""
-        magnitude = self.levels + rounded(log(jnp.abs(x)) * (1 / self.base_step))
+        magnitude = plus_product(self.levels, log(jnp.abs(x)), 1 / self.base_step)
         return jnp.sign(x) * jnp.clip(magnitude, 1, self.levels)
 
     def decode(self, code: jax.Array) -> jax.Array:
@@ -144,7 +138,7 @@ class LogFormat(Format):
         return jnp.where(c < 0, -value, jnp.where(c > 0, value, 0))
 
     def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
-        """``d / base_step``, whatever the code."""
+        """``d / base_step`` for any code."""
         del code
         return d * (1 / self.base_step)
 
@@ -162,11 +156,12 @@ class LogFormat(Format):
         change = log_change(x, u) * (1 / self.base_step)
         sign, new_sign = jnp.sign(code), jnp.sign(x + u)
         start = jnp.where(code == 0, self.levels, jnp.abs(code.astype(jnp.int32)))
+        # may fuse: the sum of a crossing, kept as it was; a sign times a code is exact.
         crossed = new_sign * jnp.clip(start + change, 1, self.levels) - code
         return jnp.where(new_sign == sign, sign * change, crossed)
 
     def saturate(self, code: jax.Array, sign: jax.Array) -> jax.Array:
         """The nearest code of that sign; 0 only for sign 0."""
-        beyond = sign.astype(jnp.int32) << 16  # of all codes, or 0
-        least = jnp.clip(beyond, -self.levels, 1)
-        return jnp.clip(code, least, jnp.clip(beyond, -1, self.levels))
+        far = sign.astype(jnp.int32) << 16  # outside of all codes, or 0
+        low, high = jnp.clip(far, -self.levels, 1), jnp.clip(far, -1, self.levels)
+        return jnp.clip(code, low, high)

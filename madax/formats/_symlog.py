@@ -19,7 +19,7 @@ from madax.formats._base import Format
 
 
 def _root(x: jax.Array) -> jax.Array:
-    """The root of 1 + x**2."""
+    """``sqrt(1 + x**2)``."""
     return jnp.sqrt(1 + rounded(x * x))
 
 
@@ -29,12 +29,12 @@ class SymlogFormat(Format):
 
     .. math::
 
-      w &= \text{scale} \cdot \mathrm{linear\_range} \cdot \sinh(c \cdot \text{step})
-      \\ \text{step} &= \mathrm{asinh}(1 / \mathrm{linear\_range}) / \text{levels}
+      w &= \text{scale} \cdot \mathrm{linear\_range} \cdot \sinh(c \cdot \text{spacing})
+      \\ \text{spacing} &= \mathrm{asinh}(1 / \mathrm{linear\_range}) / \text{levels}
 
-    Steps are multiplicative where that matters, and can cross zero: this is the native
-    counterpart of ``floor``. A log-step is again an addition of codes,
-    :math:`c' = c + d / \text{step}`: far out it multiplies by :math:`e^{\pm d}`,
+    Steps are multiplicative far from zero, and can cross zero: this is the counterpart
+    of ``floor`` on codes. A log-step is an addition of codes, as in :class:`LogFormat`,
+    :math:`c' = c + d / \text{spacing}`: far out it multiplies by :math:`e^{\pm d}`,
     near zero it adds ``scale * linear_range * d``.
 
     Attributes:
@@ -49,7 +49,7 @@ class SymlogFormat(Format):
     Example:
       >>> import madax
       >>> fmt = madax.SymlogFormat(bits=8)
-      >>> print(f"{fmt.step:.4f} {fmt.dynamic_range:.0f}")
+      >>> print(f"{fmt.spacing:.4f} {fmt.dynamic_range:.0f}")
       0.0143 210
     """
 
@@ -63,49 +63,49 @@ class SymlogFormat(Format):
         object.__setattr__(self, "linear_range", float(self.linear_range))
 
     @property
-    def step(self) -> float:
+    def spacing(self) -> float:
         """Spacing of the codes, in nats where the grid is logarithmic."""
         return math.asinh(1 / self.linear_range) / self.levels
 
     @property
     def dynamic_range(self) -> float:
-        """Ratio of the largest to the smallest non-zero magnitude."""
-        return 1 / (self.linear_range * math.sinh(self.step))
+        """Ratio of the max to the min non-zero magnitude."""
+        return 1 / (self.linear_range * math.sinh(self.spacing))
 
     def encode(self, x: jax.Array) -> jax.Array:
         """The real-valued code, in [-levels, levels]."""
-        code = arcsinh(x * (1 / self.linear_range)) * (1 / self.step)
+        code = arcsinh(x * (1 / self.linear_range)) * (1 / self.spacing)
         return jnp.clip(code, -self.levels, self.levels)
 
     def decode(self, code: jax.Array) -> jax.Array:
         """The value of a code, relative to the scale."""
-        theta = code.astype(jnp.float32) * self.step
+        theta = code.astype(jnp.float32) * self.spacing
         return rounded(self.linear_range * sinh(theta))
 
     def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
-        """``d / step``, whatever the code."""
+        """``d / spacing`` for any code."""
         del code
-        return d * (1 / self.step)
+        return d * (1 / self.spacing)
 
     def relative_step(self, code: jax.Array) -> jax.Array:
-        """``tanh(code * step)``, the hyperbolic sine over its derivative."""
-        x = sinh(code.astype(jnp.float32) * self.step)
+        """``tanh(code * spacing)``, the hyperbolic sine over its derivative."""
+        x = sinh(code.astype(jnp.float32) * self.spacing)
         return x / _root(x)
 
     def curvature(self, code: jax.Array) -> jax.Array:
-        """``step * tanh(code * step)``."""
-        # add_step has the same operations, so compilers do them once for both.
-        x, _ = sinh_and_decay(rounded(jnp.abs(code.astype(jnp.float32)) * self.step))
-        return jnp.where(code < 0, -self.step, self.step) * (x / _root(x))
+        """``spacing * tanh(code * spacing)``."""
+        # These are operations of add_step, so a compiler does them once for both.
+        x, _ = sinh_and_decay(rounded(jnp.abs(code.astype(jnp.float32)) * self.spacing))
+        return jnp.where(code < 0, -self.spacing, self.spacing) * (x / _root(x))
 
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
         """The difference of two inverse hyperbolic sines, as one log1p if small.
 
-        With y = x + u, both relative to the linear range, x >= 0 and s(x) the root
-        of 1 + x**2: asinh(y) - asinh(x) = log1p((u + s(y) - s(x)) / (x + s(x))), and
+        Let y = x + u, relative to the linear range, x >= 0 and s(x) = sqrt(1 + x**2).
+        Then asinh(y) - asinh(x) = log1p((u + s(y) - s(x)) / (x + s(x))), and
         s(y) - s(x) = u * (x + y) / (s(x) + s(y)).
         """
-        theta = rounded(jnp.abs(code.astype(jnp.float32)) * self.step)
+        theta = rounded(jnp.abs(code.astype(jnp.float32)) * self.spacing)
         sign = jnp.where(code < 0, -1, 1)
         x, decay = sinh_and_decay(theta)
         u = rounded(sign * u * (1 / self.linear_range))
@@ -116,4 +116,4 @@ class SymlogFormat(Format):
         # Both cases share one logarithm.
         moved = log1p(jnp.where(small, ratio, expm1_arcsinh(jnp.abs(y))))
         whole = jnp.where(y < 0, -moved, moved) - theta
-        return sign * jnp.where(small, moved, whole) * (1 / self.step)
+        return sign * jnp.where(small, moved, whole) * (1 / self.spacing)

@@ -1,4 +1,4 @@
-"""Equally spaced values, as integer quantisation has them."""
+"""Equally spaced values: integer quantisation."""
 
 import dataclasses
 
@@ -15,8 +15,8 @@ class UniformFormat(Format):
 
     .. math:: w = \text{scale} \cdot c / \text{levels}
 
-    A log-step is a multiplication of the code, :math:`c\,e^{\pm d}`; up to one
-    code from zero it is an addition, so that zero is not a trap.
+    A log-step is a multiplication of the code, :math:`c\,e^{\pm d}`. At zero it is an
+    addition, so that zero is not a trap.
 
     Attributes:
       bits: width of a code, sign included, 2 to 16.
@@ -33,7 +33,7 @@ class UniformFormat(Format):
 
     @property
     def dynamic_range(self) -> float:
-        """Ratio of the largest to the smallest non-zero magnitude."""
+        """Ratio of the max to the min non-zero magnitude."""
         return float(self.levels)
 
     def encode(self, x: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ class UniformFormat(Format):
     def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
         """``code * expm1(sign(code) * d)``; ``d`` at zero."""
         c = code.astype(jnp.float32)
-        # The exponential saturates, but what is not finite is to stay so.
+        # The exponential saturates, but a step that is not finite must stay so.
         moved = c * expm1(jnp.where(c < 0, -d, d))
         return jnp.where((c != 0) & jnp.isfinite(d), moved, d)
 
@@ -60,6 +60,6 @@ class UniformFormat(Format):
         return jnp.zeros(code.shape, jnp.float32)
 
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
-        """``u`` in codes, whatever the code."""
+        """``u * levels`` for any code."""
         del code
         return u * self.levels

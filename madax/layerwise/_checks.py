@@ -1,7 +1,6 @@
 """What :func:`madax.layerwise` asks of its arguments, parameters and functions."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,17 @@ import optax
 from madax._core.checks import leaf_name
 from madax._core.names import ENDS, LAYERS, flatten_named
 from madax._core.shards import manual_axes, types_tell
+from madax._core.types import Tree
 from madax.codes._array import is_quantized
+from madax.layerwise._floats import is_inexact
 
 
-def check_arguments(tx: Any, dtype: Any, microbatches: Any, **functions: Any) -> None:
+def check_arguments(
+    tx: optax.GradientTransformation,
+    dtype: jax.typing.DTypeLike | None,
+    microbatches: int,
+    **functions: Callable,
+) -> None:
     """Raises unless the arguments of ``layerwise`` are of their types."""
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(
@@ -46,8 +52,8 @@ def check_devices() -> None:
         )
 
 
-def parts_of(params: Any) -> tuple[Any, Any]:
-    """The ends and the layers of parameters; raises unless they are of that form."""
+def check_params(params: Tree) -> None:
+    """Raises unless parameters are a dict of ends and of stacked layers."""
     if not isinstance(params, Mapping) or set(params) != {ENDS, LAYERS}:
         found = list(params) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(
@@ -60,21 +66,20 @@ def parts_of(params: Any) -> tuple[Any, Any]:
         found = f"shape {shapes[0]} at {names[0]!r}" if shapes else "no leaves"
         raise ValueError(
             "params['layers'] must be a tree of arrays with a leading axis of layers, "
-            f"one at least, got {found}; stack the layers with jnp.stack, or train a "
-            "model without layers by madax.value_and_grad."
+            f"not empty, got {found}; stack layers with jnp.stack, or train a model "
+            "without layers by madax.value_and_grad."
         )
     for name, shape in zip(names, shapes, strict=True):
         if shape[:1] != shapes[0][:1]:
             raise ValueError(
                 f"{leaf_name('params', f'{LAYERS}/{name}')} has shape {shape}, but the "
-                f"first leaf of the layers has a leading axis of {shapes[0][0]}; it "
-                "must be that of all. Codes must have scales of each layer: use "
+                f"first leaf of the layers has a leading axis of {shapes[0][0]}; all "
+                "must have the same. Codes must have scales of each layer: use "
                 "quantize_params(..., channel_axis=0)."
             )
-    return params[ENDS], params[LAYERS]
 
 
-def check_layer_output(x: Any, out: Any) -> None:
+def check_layer_output(x: Tree, out: Tree) -> None:
     """Raises unless a layer's output has the shapes and dtypes of its input."""
     before, after = (
         jax.tree.map(lambda x: (np.shape(x), str(jnp.result_type(x))), tree)
@@ -87,19 +92,19 @@ def check_layer_output(x: Any, out: Any) -> None:
         )
 
 
-def check_loss(value: Any) -> None:
+def check_loss(value: jax.typing.ArrayLike) -> None:
     """Raises unless a loss is a floating scalar."""
     dtype = jnp.result_type(value)
     if np.shape(value) != () or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"loss must return a floating scalar, got {dtype} of shape "
             f"{np.shape(value)}; take its mean, and pass has_aux=True if it returns "
-            "anything beside it."
+            "(loss, aux)."
         )
 
 
-def check_updates(params: Any, updates: Any) -> None:
-    """Raises if an optimizer changes leaves that have no gradient, such as integers."""
+def check_updates(params: Tree, updates: Tree) -> None:
+    """Raises if an optimizer changes leaves without a gradient, such as integers."""
     names, leaves, treedef = flatten_named(params, is_leaf=is_quantized)
     for name, leaf, u in zip(
         names, leaves, treedef.flatten_up_to(updates), strict=True
@@ -110,8 +115,3 @@ def check_updates(params: Any, updates: Any) -> None:
                 "has no gradient, but tx would train it; leave it out by optax.masked "
                 "or optax.partition."
             )
-
-
-def is_inexact(x: Any) -> bool:
-    """Whether an array, or a number, is of a floating or a complex dtype."""
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

@@ -1,43 +1,45 @@
-"""Stacks of layers, and the optimizer states of them.
+"""Stacks of layers, and their optimizer states.
 
 A stack is a tree whose leaves have a leading axis of layers. Its state has this axis,
-too, but for scalars that belong to the step and not to a layer, such as counts.
+too, except in scalars that belong to the step and not to a layer, such as counts.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from madax._core.checks import leaf_name
 from madax._core.names import ENDS, LAYERS, flatten_named
 from madax._core.tracing import depends_on
+from madax._core.types import Tree
 from madax.codes._quantize import dequantize_params
 
+Optimizer = optax.GradientTransformationExtraArgs
 
-def depth_of(layers: Any) -> int:
+
+def depth_of(layers: Tree) -> int:
     return jax.tree.leaves(layers)[0].shape[0]
 
 
-def read(stack: Any, i: Any) -> Any:
+def read(stack: Tree, i: int | jax.Array) -> Tree:
     """Layer ``i`` of a stack."""
     at = jax.lax.dynamic_index_in_dim
     return jax.tree.map(lambda x: at(x, i, keepdims=False), stack)
 
 
-def write(stack: Any, one: Any, i: Any) -> Any:
-    """The stack with another layer ``i``, written in place if XLA may do so."""
+def write(stack: Tree, one: Tree, i: int | jax.Array) -> Tree:
+    """The stack with a new layer ``i``, written in place if XLA can do so."""
     at = jax.lax.dynamic_update_index_in_dim
     return jax.tree.map(lambda x, new: at(x, new, i, 0), stack, one)
 
 
-def cut(batch: Any, parts: int) -> Any:
+def cut(batch: Tree, parts: int) -> Tree:
     """The batch as a stack of parts of equal size."""
     if parts == 1:
         return batch
-
     names, leaves, treedef = flatten_named(batch)
     split = []
     for name, x in zip(names, leaves, strict=True):
@@ -54,13 +56,13 @@ def cut(batch: Any, parts: int) -> Any:
     return treedef.unflatten(split)
 
 
-def _one(layers: Any) -> Any:
+def _one(layers: Tree) -> Tree:
     """The shapes of one layer of a stack."""
     shape = jax.ShapeDtypeStruct
     return jax.tree.map(lambda x: shape(x.shape[1:], jnp.result_type(x)), layers)
 
 
-def splitter(tx: Any, layers: Any, stack: Any) -> tuple[Callable, Callable]:
+def splitter(tx: Optimizer, layers: Tree, stack: Tree) -> tuple[Callable, Callable]:
     """Two functions that split a state into per-layer and shared parts, and join it.
 
     Both take the state of a layer or of a stack of layers.
@@ -86,8 +88,8 @@ def splitter(tx: Any, layers: Any, stack: Any) -> tuple[Callable, Callable]:
     return split, join
 
 
-def init_stack(tx: Any, layers: Any) -> Any:
-    """The states of all layers, with a leading axis but for what they share."""
+def init_stack(tx: Optimizer, layers: Tree) -> Tree:
+    """The states of all layers, with a leading axis except in what they share."""
     one = _one(layers)
     with_path, treedef = jax.tree_util.tree_flatten_with_path(
         jax.eval_shape(tx.init, {LAYERS: one})
@@ -97,54 +99,56 @@ def init_stack(tx: Any, layers: Any) -> Any:
     keys = {i for i, (_, x) in enumerate(with_path) if _is_key(x)}
     shared = _shared(tx, one, from_values, keys)
 
-    # Zeros of the shape of the stack are sharded like it, so those are kept. They are
-    # found by path, as an optimizer may treat a stack, by its size or rank, in another
-    # way.
+    # Zeros of the shape of the stack are sharded like the stack, so they are kept. They
+    # are found by path, because an optimizer may treat a stack differently from a
+    # layer, by its size or rank.
     stack = dict(jax.tree_util.tree_leaves_with_path(tx.init({LAYERS: layers})))
-    states, others = [], []
-    for i, (path, shape) in enumerate(with_path):
-        x, whole = stack.get(path), ((depth_of(layers), *shape.shape), shape.dtype)
-        is_like = x is not None and (np.shape(x), jnp.result_type(x)) == whole
-        if is_like and not from_values[i]:
-            states.append(x)
-        else:
-            states.append(None)
-            others.append(i)
+    states: dict[int, jax.Array] = {}
+    for i, (path, one_leaf) in enumerate(with_path):
+        whole = (depth_of(layers), *one_leaf.shape), one_leaf.dtype
+        x = stack.get(path, 0)
+        if not from_values[i] and (np.shape(x), jnp.result_type(x)) == whole:
+            states[i] = x
+    others = [i for i in range(len(with_path)) if i not in states]
 
     def init(layer):
         leaves = jax.tree.leaves(tx.init({LAYERS: layer}))
         return [leaves[i] for i in others]
 
     axes = [None if i in shared else 0 for i in others]
-    for i, x in zip(others, jax.vmap(init, out_axes=axes)(layers), strict=True):
-        states[i] = x
+    made = jax.vmap(init, out_axes=axes)(layers)
+    states |= dict(zip(others, made, strict=True))
     of_layers = jax.vmap(_with_key_of, (0, 0))
     for i in keys:
         states[i] = of_layers(states[i], jnp.arange(depth_of(layers)))
-    return treedef.unflatten(states)
+    return treedef.unflatten([states[i] for i in range(len(states))])
 
 
-def with_keys_of(state: Any, part: Any) -> Any:
-    """A state with random keys, if it has any, for one part of the tree alone."""
+def with_keys_of(state: Tree, part: int) -> Tree:
+    """A state whose random keys, if it has any, belong to one part of the tree."""
     return jax.tree.map(lambda x: _with_key_of(x, part) if _is_key(x) else x, state)
 
 
-def _with_key_of(key: Any, part: Any) -> Any:
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+def _with_key_of(key: jax.Array, part: int | jax.Array) -> jax.Array:
+    if is_typed_key(key):
         return jnp.vectorize(lambda key: jax.random.fold_in(key, part))(key)
     return jax.random.fold_in(key, part)
 
 
-def _is_key(x: Any) -> bool:
-    """Whether a leaf of a state is a random key; old ones are two numbers."""
+def _is_key(x: jax.Array) -> bool:
+    """Whether a leaf of a state is a random key; old keys are two numbers."""
     is_old = np.shape(x) == (2,) and x.dtype == jnp.uint32
-    return is_old or jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+    return is_old or is_typed_key(x)
 
 
-def _shared(tx: Any, one: Any, from_values: Sequence[bool], keys: set[int]) -> set[int]:
+def is_typed_key(x: jax.Array) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+
+
+def _shared(tx: Optimizer, one: Tree, from_values: Sequence[bool], keys: set) -> set:
     """Which leaves of a layer's state are the same in all layers, at every step.
 
-    Scalars that depend on no parameter, gradient or key, as counts and schedules do.
+    They are scalars that depend on no parameter, gradient or key, such as counts.
     """
     leaves, treedef = jax.tree.flatten(jax.eval_shape(tx.init, {LAYERS: one}))
     scalars = {i for i, x in enumerate(leaves) if x.shape == ()}
@@ -156,8 +160,8 @@ def _shared(tx: Any, one: Any, from_values: Sequence[bool], keys: set[int]) -> s
         def new_state(mapped, common):
             grads, params, own = mapped
             state = treedef.unflatten([x for _, x in sorted({**own, **common}.items())])
-            layer = jnp.int32(0)
-            return tx.update({LAYERS: grads}, state, {LAYERS: params}, layer=layer)[1]
+            extra = {"madax_layer": jnp.int32(0)}
+            return tx.update({LAYERS: grads}, state, {LAYERS: params}, **extra)[1]
 
         found = depends_on(new_state, (_gradients(one), one, own), common)
         left = {i for i in shared if not found[i]}
@@ -166,21 +170,20 @@ def _shared(tx: Any, one: Any, from_values: Sequence[bool], keys: set[int]) -> s
         shared = left
 
 
-def _gradients(params: Any) -> Any:
+def _gradients(params: Tree) -> Tree:
     """The shapes of the gradients of parameters."""
     return jax.eval_shape(dequantize_params, params)
 
 
-def check_layer_by_layer(tx: Any, params: Any) -> None:
+def check_layer_by_layer(tx: Optimizer, params: Tree) -> None:
     """Raises if the update of one layer ever depends on the gradients of another.
 
-    It does at once, as in a clip of the global norm, or in a later step, by way of a
+    It may do so at once, as in a clip of the global norm, or in a later step, through a
     part of the state that all leaves share, as in D-Adaptation.
     """
     ends, one = jax.eval_shape(lambda x: x, params[ENDS]), _one(params[LAYERS])
     tree = {ENDS: ends, LAYERS: [one, one]}
-    state = jax.eval_shape(tx.init, tree)
-    leaves, treedef = jax.tree.flatten(state)
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(tx.init, tree))
     shared = _not_of_the_last(tx, tree, {ENDS: ends, LAYERS: [one]})
     grads = _gradients(ends), _gradients(one)
     reached: set[int] = set()  # the shared parts that the last layer's gradients reach
@@ -192,22 +195,20 @@ def check_layer_by_layer(tx: Any, params: Any) -> None:
             grads = {ENDS: ends, LAYERS: [first, last]}
             state = [x for _, x in sorted((reached | rest).items())]
             updates, state = tx.update(grads, treedef.unflatten(state), tree)
-            return (updates[ENDS], updates[LAYERS][0]), state
+            new: Tree = updates
+            return (new[ENDS], new[LAYERS][0]), state
 
         mapped = grads[1], {i: leaves[i] for i in reached}
         found = depends_on(others, mapped, (grads, rest, tree))
         if any(found[: -len(leaves)] if leaves else found):
-            how = (
-                "a step before, as in optax.contrib.dadapt_adamw"
-                if reached
-                else "the same step, as in optax.clip_by_global_norm"
-            )
+            how = "the same step, as in optax.clip_by_global_norm"
+            if reached:
+                how = "a step before, as in optax.contrib.dadapt_adamw"
             raise ValueError(
-                "tx must update each layer from its own gradients, but here updates "
-                f"depend on gradients of other layers in {how}, which are never there "
-                "at once; use madam, which needs no clipping, optax.clip or "
-                "optax.clip_by_block_rms, or train the whole model with "
-                "madax.value_and_grad."
+                "tx must update each layer from its own gradients, but its updates "
+                f"depend on gradients of other layers in {how}; use madam without "
+                "clipping, optax.clip or optax.clip_by_block_rms, or train the whole "
+                "model with madax.value_and_grad."
             )
         after = {i for i in shared if found[i - len(leaves)]}
         if after <= reached:
@@ -215,11 +216,11 @@ def check_layer_by_layer(tx: Any, params: Any) -> None:
         reached |= after
 
 
-def _not_of_the_last(tx: Any, *trees: Any) -> set[int]:
+def _not_of_the_last(tx: Optimizer, *trees: Tree) -> set[int]:
     """Which leaves of the first tree's state do not belong to its last layer alone.
 
-    They are there, and as large, in the state of the second tree, which lacks that
-    layer. Vectors with an entry a leaf are shorter there.
+    The state of the second tree, which lacks that layer, has leaves of the same path
+    and size. Vectors with an entry per leaf are shorter there.
     """
     more, fewer = (
         jax.tree_util.tree_leaves_with_path(jax.eval_shape(tx.init, tree))

@@ -1,39 +1,34 @@
-"""Training a layer at a time: its update is made inside the backward pass.
+"""The train step that updates each layer of a stack inside the backward pass.
 
-Layers of one shape are stacked. The way up keeps the input of each. The way down is a
-loop whose carry holds the stacked parameters and optimizer states; they are updated in
-place, a layer in its turn, so that no more than one layer is ever decoded or has a
-gradient.
+Layers of one shape are stacked. The forward pass keeps the input of each layer. The
+backward pass is a loop whose carry holds the stacked parameters and optimizer states
+and updates them in place, one layer at a time. So no more than one layer is ever
+decoded or has a gradient.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from madax._core.names import ENDS, LAYERS
-from madax._core.shards import (
-    axes_returned,
-    barrier,
-    manual_axes,
-    over_shards,
-    spread,
-    varying,
-)
+from madax._core.shards import axes_returned, barrier, manual_axes, spread, varying
+from madax._core.types import Tree
 from madax.codes._quantize import dequantize_params
 from madax.layerwise._checks import (
     check_arguments,
     check_devices,
     check_layer_output,
     check_loss,
+    check_params,
     check_updates,
-    is_inexact,
-    parts_of,
 )
+from madax.layerwise._floats import floats_of, norm
 from madax.layerwise._stacks import (
+    Optimizer,
     check_layer_by_layer,
     cut,
     depth_of,
@@ -44,57 +39,56 @@ from madax.layerwise._stacks import (
     write,
 )
 
+Embed = Callable[[Tree, Tree], Tree]
+Index = int | jax.Array  # of a layer, or of a part of the batch
+Key = jax.Array | None
+
 
 class Layerwise(NamedTuple):
-    """Training a layer at a time: a pair of pure functions, from :func:`layerwise`.
+    """The pair of pure functions that :func:`layerwise` returns."""
 
-    Attributes:
-      init: ``state = init(params)``.
-      step: ``params, state, value = step(params, state, batch)``.
-    """
-
-    init: Callable[[Any], Any]
-    step: Callable[..., Any]
+    init: Callable[[Tree], Tree]
+    step: Callable[..., tuple[Tree, Tree, Tree]]
 
 
 def layerwise(
     tx: optax.GradientTransformation,
-    embed: Callable[[Any, Any], Any],
-    layer: Callable[..., Any],
-    loss: Callable[[Any, Any, Any], Any],
+    embed: Embed,
+    layer: Callable[..., Tree],
+    loss: Callable[[Tree, Tree, Tree], Tree],
     *,
-    dtype: Any = jnp.bfloat16,
+    dtype: jax.typing.DTypeLike | None = None,
     microbatches: int = 1,
     has_aux: bool = False,
-    gather: Callable[[Any], Any] | None = None,
+    gather: Callable[[Tree], Tree] | None = None,
 ) -> Layerwise:
-    r"""Trains a stack of layers with one of them decoded, and one gradient, at a time.
+    r"""Trains a stack of layers with one layer decoded, and one gradient, at a time.
 
     .. math::
 
       x_0 &= \mathrm{embed}(e), \qquad x_{i+1} = \mathrm{layer}(w_i, x_i), \qquad
         L = \mathrm{loss}(e, x_n) \\
       w_i &\leftarrow w_i + \mathrm{tx}(\partial L / \partial w_i), \qquad
-        i = n - 1, \dots, 0, \text{ each in its turn}
+        i = n - 1, \dots, 0, \text{ one after the other}
 
-    A train step takes the memory of the parameters and the optimizer state, of one
-    layer's values and gradients, of the layers' inputs :math:`x_i`, and of one layer's
-    activations, as with ``jax.checkpoint`` around it. On codes of 8 bits, with moments
-    of 8 bits, that is little more than two bytes per parameter.
+    A train step takes the memory of the parameters, the optimizer state, the inputs
+    :math:`x_i` of all layers, and the values, gradients and activations of one layer.
+    On codes of 8 bits, with moments of 8 bits, the parameters and the state take little
+    more than two bytes per parameter.
 
     Parameters are ``{"ends": tree, "layers": tree}``. The leaves of the layers have a
-    leading axis that counts layers; :func:`split_layers` makes them from a Flax model.
-    The ends are what comes before and after, and both may use them (tied embeddings).
-    All may be floats or codes. The result is that of the same parameters with a list
-    of layers, ``{"ends": ..., "layers": [...]}``, trained by ``tx`` as usual,
-    random bits of the rounding included.
+    leading axis that counts layers; :func:`madax.split_layers` makes them from a Flax
+    model. The ends are the parameters before and after the stack; ``embed`` and
+    ``loss`` may both use them (tied embeddings). All may be floats or codes. The result
+    equals ordinary training by ``tx`` of the same parameters with a list of layers,
+    ``{"ends": ..., "layers": [...]}``, random bits of the rounding included.
 
-    The update of a layer must not need the gradient of another one, of this step or of
-    a step before. A global norm, for example, is not known yet when the first layer
-    takes its step. Madam needs none.
+    The update of a layer must not need the gradient of another layer, of this step or
+    of an earlier step. A global norm, for example, is not known yet when the first
+    layer takes its step. Madam needs none.
 
-    A random key in the state of ``tx``, such as ``optax.add_noise`` has, becomes a key
-    for each layer, with its index folded in, and one for the ends. Ordinary training
+    A random key in the state of ``tx``, such as ``optax.add_noise`` has, becomes one
+    key per layer, with its index folded in, and one for the ends. Ordinary training
     draws different noise, because one key serves all leaves.
 
     Inside ``jax.shard_map`` (with ``check_vma=True``) a batch may be spread over the
@@ -102,38 +96,39 @@ def layerwise(
     ``loss`` take the mean, ``jax.lax.pmean(value, axis)``.
 
     Args:
-      tx: the optimizer, ``madam`` or ``with_quantized_params(optax.adam(1e-3))``;
-        its masks and labels, if any, must be functions of the tree. Integers in the
+      tx: the optimizer, ``madam`` or ``with_quantized_params(optax.adam(1e-3))``; its
+        masks and labels, if any, must be functions of the tree. Integers in the
         parameters have gradients of zero: leave them out with ``optax.masked`` or
         ``optax.partition``.
       embed: ``embed(ends, batch)`` returns :math:`x_0`, an array or a tree of arrays,
-        real or complex; integers in it, such as positions, are passed on by the layers.
+        real or complex; the layers pass on integers in it, such as positions.
       layer: ``layer(one_layer, x)`` returns the next :math:`x`, of the same shapes and
         dtypes; ``layer(one_layer, x, key)`` if the step is given a key.
       loss: ``loss(ends, x, batch)`` returns a scalar, or (scalar, aux).
-      dtype: floating dtype of the values that the functions are given for parameters,
-        and of gradients; None for float32 in the place of codes and others as they are.
-      microbatches: into how many parts of equal size the leading axis of every array of
-        a batch is cut, example ``k`` into part ``k % microbatches``. Each layer runs
-        over them in its turn; the loss, aux and gradients are their means, float32.
+      dtype: floating dtype of the parameters that the functions are given, and of
+        gradients. None, the default, decodes codes to float32 and leaves others as they
+        are.
+      microbatches: number of equal parts along the leading axis of every array of a
+        batch; example ``k`` is in part ``k % microbatches``. Each layer runs over one
+        part at a time; the loss, aux and gradients are float32 means over the parts.
       has_aux: whether ``loss`` returns (scalar, aux).
-      gather: function of the parameters of one layer, or of the ends, as they are
-        stored, applied to them before they are decoded; where they are sharded, such as
-        ``lambda w: jax.lax.with_sharding_constraint(w, P())``, so that it is codes that
-        devices send each other, not their values.
+      gather: function of the stored parameters of one layer, or of the ends, applied
+        before they are decoded; for sharded parameters, such as
+        ``lambda w: jax.lax.with_sharding_constraint(w, P())``, so that devices send
+        each other codes and not values.
 
     Returns:
       The functions ``init`` and ``step``, to be jitted, the step with parameters and
       state donated. ``step(params, state, batch, key=None)`` returns the new
-      parameters, the new state, and the loss. With ``has_aux`` it returns, in the place
-      of the loss, (loss, metrics): ``metrics["aux"]``, and ``metrics["grad_norm"]``,
-      float32, of the ``"ends"``, and of the ``"layers"`` one each. The state is a dict
-      of that of the ends and that of the layers, whose leaves have a leading axis, too,
-      but for scalars that belong to the step: counts, hyperparameters.
+      parameters, the new state, and the loss. With ``has_aux`` the last is (loss,
+      metrics): ``metrics["aux"]``, and ``metrics["grad_norm"]``, float32, a scalar for
+      the ``"ends"`` and shape (layers,) for the ``"layers"``. The state is a dict of
+      the states of the ends and of the layers. The leaves of the latter have a leading
+      axis, too, except scalars that belong to the step: counts, hyperparameters.
 
     Raises:
       ValueError: if ``tx`` needs the gradients of other layers, as far as traces of
-        its update tell; parameters are not of that form; a batch cannot be cut so;
+        its update tell; parameters are not of that form; a batch cannot be divided;
         ``layer`` changes the shape or dtype of ``x``; or, in ``jax.shard_map`` with
         ``check_vma=False`` and in ``jax.pmap``, gradients would not be summed.
       TypeError: if an argument is of the wrong type, or ``tx`` trains integers.
@@ -150,7 +145,6 @@ def layerwise(
       ...     embed=lambda ends, batch: batch[0] @ ends["in"],
       ...     layer=lambda one, x: x + jnp.tanh(x @ one["w"]),
       ...     loss=lambda ends, x, batch: jnp.mean((x @ ends["out"] - batch[1]) ** 2),
-      ...     dtype=jnp.float32,
       ... )
       >>> batch = jnp.eye(4), jnp.array([[1.0], [2.0], [-1.0], [0.5]])
       >>> state, step = init(params), jax.jit(step, donate_argnums=(0, 1))
@@ -171,65 +165,79 @@ def layerwise(
     return Layerwise(run.init, run.step)
 
 
+class _Carry(NamedTuple):
+    """What the backward pass carries from a layer to the layer below it."""
+
+    layers: Tree  # updated from the last layer down
+    states: Tree  # updated likewise, except for the state of the layer above
+    above: Tree  # which is this
+    shared: Tree  # the leaves of the state that all layers share, after the step
+    grads: Tree  # for the output of the layer
+    norms: jax.Array  # of the gradients of the layers, float32, shape (layers,)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """The arguments of :func:`layerwise`, and what it returns as methods."""
+    """The arguments of :func:`layerwise`, and the functions that it returns."""
 
-    tx: optax.GradientTransformationExtraArgs
-    embed: Callable[[Any, Any], Any]
-    layer: Callable[..., Any]
-    loss: Callable[[Any, Any, Any], Any]
-    dtype: Any
+    tx: Optimizer
+    embed: Embed
+    layer: Callable[..., Tree]
+    loss: Callable[[Tree, Tree, Tree], Tree]
+    dtype: jax.typing.DTypeLike | None
     microbatches: int
     has_aux: bool
-    gather: Callable[[Any], Any]
+    gather: Callable[[Tree], Tree]
 
-    def init(self, params: Any) -> Any:
-        """The state of the ends, and that of the layers."""
-        ends, layers = parts_of(params)
+    def init(self, params: Tree) -> Tree:
+        """The states of the ends and of the layers."""
+        check_params(params)
+        ends, layers = params[ENDS], params[LAYERS]
         check_layer_by_layer(self.tx, params)
         # No two parts draw the same random numbers.
         ends_state = with_keys_of(self.tx.init({ENDS: ends}), depth_of(layers))
         return {ENDS: ends_state, LAYERS: init_stack(self.tx, layers)}
 
-    def step(self, params: Any, state: Any, batch: Any, key: Any = None) -> Any:
-        """Parameters, state, and the loss (and metrics) of the parameters before."""
+    def step(self, params: Tree, state: Tree, batch: Tree, key: Key = None) -> Tree:
+        """New parameters and state, and the loss (and metrics) before the step."""
         check_devices()
-        ends, layers = parts_of(params)
+        check_params(params)
+        ends, layers = params[ENDS], params[LAYERS]
         batches = cut(batch, self.microbatches)
         weights = self.decode(ends)
-        _, merge = _floats(weights)
-        embed = self.embedding(weights, layers, batches, key)
-        x = self.each(lambda _, batch: embed(weights, batch), batches)
-        x, kept = self.up(layers, x, key)
-        (value, g_ends, aux), g = self.finish(weights, x, batches)
-        layers, stack, g, norms = self.down(layers, state[LAYERS], kept, g, key)
-        # XLA is to decode the ends again, not to keep them for all that time.
-        ends, g = barrier((ends, g))
-        g_ends = jax.tree.map(jnp.add, g_ends, self.begin(embed, ends, g, batches))
+        _, merge = floats_of(weights)
+        embed = self.typed_embed(weights, layers, batches, key)
+        x = self.over_parts(lambda _, batch: embed(weights, batch), batches)
+        x, inputs = self.forward(layers, x, key)
+        (value, g_ends, aux), grads = self.loss_grads(weights, x, batches)
+        last = self.backward(layers, state[LAYERS], inputs, grads, key)
+        # XLA shall decode the ends twice and not keep their values through the pass.
+        ends, grads = barrier((ends, last.grads))
+        g_embed = self.embed_grads(embed, ends, grads, batches)
+        g_ends = jax.tree.map(jnp.add, g_ends, g_embed)
         if self.has_aux:
-            norms = {ENDS: _norm(g_ends), LAYERS: norms}
+            norms = {ENDS: norm(g_ends), LAYERS: last.norms}
             value = (value, {"aux": aux, "grad_norm": norms})
         g_ends = merge(g_ends, jnp.zeros_like)
         ends, ends_state = self.update({ENDS: ends}, g_ends, state[ENDS])
-        params = {ENDS: ends, LAYERS: layers}
-        return params, {ENDS: ends_state, LAYERS: stack}, value
+        params = {ENDS: ends, LAYERS: last.layers}
+        return params, {ENDS: ends_state, LAYERS: last.states}, value
 
-    def decode(self, stored: Any) -> Any:
-        """The values of parameters, which the functions are given."""
+    def decode(self, stored: Tree) -> Tree:
+        """The values of stored parameters, which the functions are given."""
         return dequantize_params(self.gather(stored), self.dtype)
 
-    def apply(self, weights: Any, x: Any, key: Any, i: Any, part: Any) -> Any:
-        """What a layer, of values ``weights``, makes of ``x``."""
-        if key is None:
-            out = self.layer(weights, x)
-        else:
-            key = jax.random.fold_in(jax.random.fold_in(key, i), part)
-            out = self.layer(weights, x, key)
+    def apply(self, weights: Tree, x: Tree, key: Key, i: Index, part: Index) -> Tree:
+        """The output of layer ``i``, of values ``weights``, for a part of the batch."""
+        fold = jax.random.fold_in
+        keys = () if key is None else (fold(fold(key, i), part),)
+        out = self.layer(weights, x, *keys)
         check_layer_output(x, out)
         return jax.tree.map(lambda x, out: spread(out, varying(x)), x, out)
 
-    def embedding(self, weights: Any, layers: Any, batches: Any, key: Any) -> Any:
+    def typed_embed(
+        self, weights: Tree, layers: Tree, batches: Tree, key: Key
+    ) -> Embed:
         """``embed``, with types that hold for all layers inside ``jax.shard_map``.
 
         A loop needs the same types in all layers. A sum that starts as zeros, say,
@@ -253,23 +261,23 @@ class _Run:
                 return embed
             axes = after
 
-    def up(self, layers: Any, x: Any, key: Any) -> tuple[Any, Any]:
-        """The output of the last layer, and the inputs of all."""
+    def forward(self, layers: Tree, x: Tree, key: Key) -> tuple[Tree, Tree]:
+        """The output of the last layer, and the inputs of all layers."""
 
         def one(x, now):
             i, stored = now
             weights = self.decode(stored)
-            return self.each(lambda p, x: self.apply(weights, x, key, i, p), x), x
+            return self.over_parts(lambda p, x: self.apply(weights, x, key, i, p), x), x
 
         return jax.lax.scan(one, x, (jnp.arange(depth_of(layers)), layers))
 
-    def finish(self, weights: Any, x: Any, batches: Any) -> tuple[Any, Any]:
-        """The loss, its gradients for the ends and aux; and those for ``x``."""
-        values, whole = _floats(weights)
+    def loss_grads(self, weights: Tree, x: Tree, batches: Tree) -> tuple[Tree, Tree]:
+        """(Loss, its gradients for the ends, aux), and its gradients for ``x``."""
+        values, whole = floats_of(weights)
 
         def one(_, now):
             x, batch = now
-            floats, merge = _floats(x)
+            floats, merge = floats_of(x)
 
             def loss(values, floats):
                 out = self.loss(whole(values), merge(floats), batch)
@@ -278,87 +286,91 @@ class _Run:
                 return value, aux
 
             value, pull, aux = jax.vjp(loss, values, floats, has_aux=True)
-            g_ends, g = pull(jnp.ones_like(value))
-            return (value, g_ends, aux), g
+            g_ends, g_x = pull(jnp.ones_like(value))
+            return (value, g_ends, aux), g_x
 
-        return self.average(one, (x, batches))
+        return self.mean_over_parts(one, (x, batches))
 
-    def down(self, layers: Any, stack: Any, kept: Any, g: Any, key: Any) -> Any:
-        """Layers and their states after the step, the gradients for the first input.
+    def backward(
+        self, layers: Tree, states: Tree, inputs: Tree, grads: Tree, key: Key
+    ) -> _Carry:
+        """Differentiates and updates all layers; returns the carry with whole states.
 
-        The norms of the layers' gradients come along if they are asked for.
+        Norms are computed only if they are asked for.
         """
         depth = depth_of(layers)
-        split, join = splitter(self.tx, layers, stack)
-        own, common = split(stack)
+        split, join = splitter(self.tx, layers, states)
+        own, shared = split(states)
 
         def one(t, carry):
-            layers, own, above, _, g, norms = carry
             i = depth - 1 - t
             # The state of the layer above is written only now, in place. XLA would copy
             # a stack that is written while it may still be read, and a state is read
             # twice: for the new state and for the step.
-            own = write(own, above, jnp.minimum(i + 1, depth - 1))
-            stored, mine = read(layers, i), read(own, i)
-            values, whole = _floats(self.decode(stored))
+            above = jnp.minimum(i + 1, depth - 1)
+            own = write(carry.states, carry.above, above)
+            stored, mine = read(carry.layers, i), read(own, i)
+            values, whole = floats_of(self.decode(stored))
 
             def pull(part, now):
-                x, g = now
-                floats, merge = _floats(x)
+                x, grads = now
+                floats, merge = floats_of(x)
 
-                def forward(values, floats):
+                def output(values, floats):
                     x = merge(floats)
-                    return _floats(self.apply(whole(values), x, key, i, part))[0]
+                    return floats_of(self.apply(whole(values), x, key, i, part))[0]
 
-                return jax.vjp(forward, values, floats)[1](g)
+                return jax.vjp(output, values, floats)[1](grads)
 
-            grads, g = self.average(pull, (read(kept, i), g))
-            norms = norms.at[i].set(_norm(grads)) if self.has_aux else norms
-            grads, before = whole(grads, jnp.zeros_like), join(mine, common)
-            stored, after = self.update({LAYERS: stored}, grads, before, layer=i)
-            mine, after = split(after)
-            return write(layers, stored, i), own, mine, after, g, norms
+            g_layer, g_x = self.mean_over_parts(pull, (read(inputs, i), carry.grads))
+            norms = carry.norms
+            if self.has_aux:
+                norms = norms.at[i].set(norm(g_layer))
+            g_layer, old = whole(g_layer, jnp.zeros_like), join(mine, shared)
+            stored, after = self.update({LAYERS: stored}, g_layer, old, madax_layer=i)
+            layers, after = write(carry.layers, stored, i), split(after)
+            return _Carry(layers, own, after[0], after[1], g_x, norms)
 
         norms = jnp.zeros(depth, jnp.float32)
-        carry = (layers, own, read(own, depth - 1), common, g, norms)
+        carry = _Carry(layers, own, read(own, depth - 1), shared, grads, norms)
         carry = jax.lax.fori_loop(0, depth, one, carry)
-        layers, own, first, common, g, norms = carry
-        return layers, join(write(own, first, 0), common), g, norms
+        own = write(carry.states, carry.above, 0)
+        return carry._replace(states=join(own, carry.shared))
 
-    def begin(self, embed: Any, ends: Any, g: Any, batches: Any) -> Any:
-        """The gradients for the ends that come through the layers."""
-        values, whole = _floats(self.decode(ends))
+    def embed_grads(self, embed: Embed, ends: Tree, grads: Tree, batches: Tree) -> Tree:
+        """The gradients for the ends as ``embed`` uses them."""
+        values, whole = floats_of(self.decode(ends))
 
         def one(_, now):
-            g, batch = now
+            grads, batch = now
 
-            def start(values):
-                return _floats(embed(whole(values), batch))[0]
+            def output(values):
+                return floats_of(embed(whole(values), batch))[0]
 
-            return jax.vjp(start, values)[1](g)[0], ()
+            return jax.vjp(output, values)[1](grads)[0], ()
 
-        return self.average(one, (g, batches))[0]
+        return self.mean_over_parts(one, (grads, batches))[0]
 
-    def update(self, params: Any, grads: Any, state: Any, **extra: Any) -> Any:
+    def update(self, params: Tree, grads: Tree, state: Tree, **extra: Index) -> Tree:
         """A part of the parameters, and its state, after a step of the optimizer.
 
-        It is a dict of one entry, so that paths are those in the whole tree.
+        ``params`` has one entry, so that paths start as in the whole tree.
         """
         ((name, _),) = params.items()
         updates, state = self.tx.update({name: grads}, state, params, **extra)
         check_updates(params, updates)
-        new: Any = optax.apply_updates(params, updates)
+        new: Tree = optax.apply_updates(params, updates)
         return new[name], state
 
-    def each(self, fn: Callable[[Any, Any], Any], xs: Any) -> Any:
+    def over_parts(self, fn: Callable[[Index, Tree], Tree], xs: Tree) -> Tree:
         """``fn(part, x)`` of every microbatch."""
         if self.microbatches == 1:
             return fn(0, xs)
         parts = jnp.arange(self.microbatches)
         return jax.lax.map(lambda now: fn(*now), (parts, xs))
 
-    def average(self, fn: Callable[[Any, Any], Any], xs: Any) -> tuple[Any, Any]:
-        """As :meth:`each`, of a pair: the mean of the first, and all of the second."""
+    def mean_over_parts(self, fn: Callable[..., Tree], xs: Tree) -> tuple[Tree, Tree]:
+        """Like :meth:`over_parts`, but takes the mean of the first result of ``fn``."""
         if self.microbatches == 1:
             return fn(0, xs)
 
@@ -374,26 +386,3 @@ class _Run:
         parts = jnp.arange(self.microbatches)
         total, out = jax.lax.scan(add, jax.tree.map(zeros, first, axes), (parts, xs))
         return jax.tree.map(lambda x: x / self.microbatches, total), out
-
-
-def _norm(tree: Any) -> jax.Array:
-    """The root of the sum of squares of a tree, float32."""
-    squares = [jnp.sum(jnp.float32(jnp.abs(x)) ** 2) for x in jax.tree.leaves(tree)]
-    squares = [over_shards(jax.lax.psum, x) for x in squares]
-    return jnp.sqrt(sum(squares, jnp.float32(0)))
-
-
-def _floats(tree: Any) -> tuple[list[Any], Callable[..., Any]]:
-    """The leaves that have a derivative, real or complex; a function replaces them.
-
-    It also takes a function to apply to all other leaves, such as integers.
-    """
-    leaves, treedef = jax.tree.flatten(tree)
-    where = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
-
-    def merge(floats: Sequence[Any], rest: Callable[[Any], Any] = lambda x: x) -> Any:
-        new = dict(zip(where, floats, strict=True))
-        out = [new[i] if i in new else rest(old) for i, old in enumerate(leaves)]
-        return treedef.unflatten(out)
-
-    return [leaves[i] for i in where], merge

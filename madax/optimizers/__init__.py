@@ -1,1 +1,7 @@
-"""The optimizers, as chains of the transforms."""
+"""The optimizers: a direction, and multiplicative steps along it."""
+
+from madax.optimizers._chain import MadamState
+from madax.optimizers._madam import madam
+from madax.optimizers._muon_madam import muon_madam
+
+__all__ = ["MadamState", "madam", "muon_madam"]

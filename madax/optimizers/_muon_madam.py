@@ -1,19 +1,18 @@
 """Muon's direction for matrices, Madam's for the rest; multiplicative steps for all."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+import functools
 
 import jax
 import optax
 
 from madax._core.checks import check_decay
+from madax._core.moved import by_name
 from madax._core.names import flatten_named
 from madax._core.rounding import Rounding
 from madax.codes._array import is_quantized
-from madax.formats._moment_codec import Codec
-from madax.formats._moments import MomentFormat
+from madax.formats._moment_codec import MomentCodec
+from madax.formats._moment_format import MomentFormat
 from madax.optimizers._chain import from_direction
 from madax.transforms._orthogonal import (
     Matrices,
@@ -22,27 +21,33 @@ from madax.transforms._orthogonal import (
     read_axes,
     warn_of_unknown,
 )
-from madax.transforms._second_moment import scale_by_second_moment
+from madax.transforms._second_moment import Direction, second_moment
+from madax.transforms._weight_decay import Mask
 from madax.wrappers._quantized_state import quantized_state
 
 
+@by_name("b1", "b2", "p_scale", "g_bound")
 def muon_madam(
-    learning_rate: optax.ScalarOrSchedule = 0.01,
+    learning_rate: optax.ScalarOrSchedule = 0.03,
+    *,
     b1: jax.typing.ArrayLike = 0.95,
     b2: jax.typing.ArrayLike = 0.999,
     p_scale: jax.typing.ArrayLike | None = None,
     g_bound: jax.typing.ArrayLike = 10.0,
-    *,
     matrices: Matrices | None = None,
-    floor: jax.typing.ArrayLike = 0.0,
+    floor: jax.typing.ArrayLike = 1.0,
     zero_init_scale: jax.typing.ArrayLike = 0.1,
-    weight_decay: jax.typing.ArrayLike | None = None,
-    mask: Any | Callable[[Any], Any] | None = None,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
     moment_format: MomentFormat | None = None,
     rounding: Rounding = "stochastic",
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Madam whose matrices take the direction of Muon.
+    r"""Muon for matrices, Madam for everything else, with multiplicative steps.
+
+    This is the recommended optimizer, and its defaults are the recommendation:
+    ``madax.muon_madam(schedule)``, with a schedule that decays from 0.03, needs nothing
+    else.
 
     .. math::
 
@@ -50,42 +55,44 @@ def muon_madam(
         + \lambda\, \mathrm{sign}(w)) \\
       w &\leftarrow \mathrm{clip}(w\, e^{\mathrm{sign}(w)\, d}, \pm w_\text{max})
 
-    where :math:`\hat g` is that of :func:`scale_by_orthogonal_momentum` for matrices
-    and that of :func:`scale_by_second_moment` for all other leaves. Both have a root
-    mean square of about 1, so start from a rate that suits :func:`madam`.
+    where :math:`\hat g` is the direction of :func:`scale_by_orthogonal_momentum` for
+    matrices and the direction of :func:`scale_by_second_moment` for all other leaves.
+    Both have a root mean square of about 1, so one rate suits both.
 
     Which leaves are matrices, in which of their axes, is read from the names and shapes
     of the whole tree; :func:`madax.diagnostics.matrices` shows how. Vectors, norms,
     tables, routers and last layers take the direction of Madam: a step uses few rows of
     a table, and an orthogonal direction would move all of them. So do leaves of three
-    axes or more whose names and shapes do not tell; ``init`` warns of those.
+    axes or more whose names and shapes are not clear; ``init`` warns of such leaves.
 
     Each leaf has one moment. With ``moment_format=MomentFormat(8)``, on leaves that are
     8-bit codes, training keeps two bytes per parameter. Codes are trained natively, and
     :func:`layerwise` trains them one layer at a time.
 
     Args:
-      learning_rate: :math:`\eta`, in nats per step, or a schedule of it.
+      learning_rate: :math:`\eta`, in nats per step, or a schedule.
       b1: decay rate of the momentum of matrices, in [0, 1).
       b2: decay rate of the second moment of other leaves, in [0, 1).
-      p_scale: bound on a weight, as for :func:`madam`.
+      p_scale: bound on float weights, as for :func:`madam`; it does nothing on codes.
       g_bound: bound on the direction.
       matrices: ``matrices(path, leaf)`` is a :class:`MatrixDimensionNumbers`, or None
         for a leaf that takes the direction of Madam, given paths like
         ``"Dense_0/kernel"`` and leaves with a shape and a dtype. None for the default
         above.
-      floor: as of :func:`madam`.
-      zero_init_scale: as of :func:`madam`.
-      weight_decay: :math:`\lambda`, as of :func:`madam`.
-      mask: which leaves decay, as of :func:`madam`.
+      floor: magnitude below which steps on floats are additive, as for :func:`madam`;
+        it does nothing on codes.
+      zero_init_scale: scale of float leaves that are all zeros at init, as for
+        :func:`madam`; it does nothing on codes.
+      weight_decay: :math:`\lambda`, as for :func:`madam`.
+      mask: which leaves decay, as for :func:`madam`.
       moment_format: how moments are stored, such as ``MomentFormat(bits=8)``; None for
         float32 or wider.
       rounding: rounding of code steps, "stochastic" or "nearest".
       seed: seed of the stochastic rounding.
 
     Returns:
-      The optimizer, a gradient transformation; its updates add to the parameters under
-      ``optax.apply_updates``.
+      The optimizer, a gradient transformation whose state is a :class:`MadamState`; its
+      updates add to the parameters under ``optax.apply_updates``.
 
     Raises:
       ValueError: if an argument is out of range, ``matrices`` gives axes that a leaf
@@ -97,7 +104,7 @@ def muon_madam(
       >>> import jax, jax.numpy as jnp, madax
       >>> w = jax.random.normal(jax.random.key(0), (64, 32))
       >>> params = madax.quantize_params({"w": w}, madax.SymlogFormat(8, 1 / 3))
-      >>> tx = madax.muon_madam(0.02, moment_format=madax.MomentFormat(8))
+      >>> tx = madax.muon_madam(moment_format=madax.MomentFormat(8))
       >>> state = tx.init(params)
       >>> total = sum(x.nbytes for x in jax.tree.leaves((params, state)))
       >>> print(f"{total / w.size:.1f} bytes a parameter")
@@ -112,44 +119,59 @@ def muon_madam(
     """
     check_matrices(matrices)
     b1 = check_decay("b1", b1, 0.95)
-    normalized = scale_by_second_moment(b2, moment_format=moment_format, seed=seed)
+    # Only a momentum has octaves to choose.
+    second = moment_format and dataclasses.replace(moment_format, octaves=None)
+    other = second_moment(b2, moment_format=second, seed=seed)
 
+    @functools.cache
     def orthogonal(axes):
         tx = orthogonal_momentum(b1, lambda paths, leaves: axes)
         if moment_format is None:
             return tx
         # A momentum that is used as a whole needs no more than 8 octaves.
-        codec = Codec(moment_format, octaves=8)
-        return quantized_state(tx, codec, lambda _, x: range(len(x.paths)), seed=seed)
+        codec = MomentCodec(moment_format.bits, moment_format.octaves or 8)
+
+        def everything(_, leaves):
+            return range(len(leaves.paths))
+
+        return quantized_state(tx, codec, everything, seed=seed, known_as="m")
 
     # Axes are read from the whole tree, because each part sees only its own leaves.
-    def parted(tree):
+    def parted(tree, count=None):
+        def other_init(params):
+            return other.init(params)
+
+        def other_update(updates, state, params=None, **extra_args):
+            return other.update(updates, state, params, count=count, **extra_args)
+
         paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
         axes = read_axes(paths, leaves, matrices)
         labels = ["other" if found is None else "matrix" for found in axes]
-        matrix = orthogonal([found for found in axes if found is not None])
+        matrix = orthogonal(tuple(found for found in axes if found is not None))
+        counted = optax.GradientTransformationExtraArgs(other_init, other_update)
         return optax.partition(
-            {"matrix": matrix, "other": normalized}, treedef.unflatten(labels)
+            {"matrix": matrix, "other": counted}, treedef.unflatten(labels)
         )
 
     def init_fn(params):
         if matrices is None:
-            warn_of_unknown(params, stacklevel=4)  # two of optax.chain
+            warn_of_unknown(params, stacklevel=3)
         return parted(params).init(params)
 
-    def update_fn(updates, state, params=None, **extra_args):
-        tx = parted(updates if params is None else params)
-        return tx.update(updates, state, params, **extra_args)
+    def update_fn(updates, state, params=None, *, count, madax_layer=None):
+        tx = parted(updates if params is None else params, count)
+        return tx.update(updates, state, params, madax_layer=madax_layer)
 
     return from_direction(
-        optax.GradientTransformationExtraArgs(init_fn, update_fn),
+        Direction(init_fn, update_fn),
         learning_rate,
-        p_scale,
-        g_bound,
+        p_scale=p_scale,
+        g_bound=g_bound,
         floor=floor,
         zero_init_scale=zero_init_scale,
         weight_decay=weight_decay,
         mask=mask,
         rounding=rounding,
         seed=seed,
+        alias=muon_madam,
     )

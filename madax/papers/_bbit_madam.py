@@ -1,32 +1,26 @@
 """B-bit Madam: weights on a grid of log-spaced magnitudes."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from madax._core.checks import (
-    check_format_field,
-    check_learning_rate,
-    check_positive,
-)
-from madax.formats._log import LogFormat, base_step_range
-from madax.transforms._clip import clip_log_weights
-from madax.transforms._lns_quantize import lns_quantize
-from madax.transforms._second_moment import scale_by_second_moment
-from madax.transforms._sign_log import sign_log
+from madax._core.checks import check_learning_rate
+from madax._core.moved import by_name
+from madax.formats._log import LogFormat
+from madax.optimizers._chain import map_rate
+from madax.papers._grid import grid_madam
 
 
+@by_name("bits", base_precision="write base_step")
 def bbit_madam(
     learning_rate: optax.ScalarOrSchedule = 0.01,
+    *,
     bits: int = 12,
-    base_precision: float = 0.001,
+    base_step: float = 0.001,
     b2: jax.typing.ArrayLike = 0.999,
     p_scale: jax.typing.ArrayLike | None = None,
     g_bound: jax.typing.ArrayLike = 10.0,
-    *,
     zero_init_scale: jax.typing.ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""B-bit Madam: Madam on a grid of log-spaced weights, with nearest rounding.
@@ -38,26 +32,28 @@ def bbit_madam(
       n &\leftarrow n + \mathrm{round}(k\, \mathrm{clip}(g / \sqrt{\hat v},
         \pm g_\text{bound}))\, \mathrm{sign}(w), \qquad k = \eta / \beta
 
-    with the largest magnitude :math:`w_\text{max}` of the grid, the base precision
-    :math:`\beta`, and the rate :math:`k` a whole number of codes, 1 at least: a
-    schedule that decays the rate is rounded to it.
+    with the max magnitude :math:`w_\text{max}` of the grid, its spacing :math:`\beta`,
+    which the paper calls base precision, and the rate :math:`k` a whole number of
+    codes, 1 at least: the rates of a schedule are rounded to whole codes.
 
     Float leaves stay float arrays, whose values are on the grid; no leaf, vectors
-    included, grows beyond it. To store codes,
-    use ``quantize_params(params, LogFormat(bits + 1, base_precision))``: the extra
-    bit is the sign. The paper has one magnitude more, as its codes have no zero, and
-    starts from random magnitudes; here codes start at the nearest, and a float weight
-    is put on the grid by its first step.
+    included, grows beyond the grid. To store codes, use
+    ``quantize_params(params, LogFormat(bits + 1, base_step))``: the extra bit is the
+    sign. The paper has one magnitude more, because its codes have no zero, and starts
+    from random magnitudes; here codes start at the nearest, and the first step puts a
+    float weight on the grid.
 
     Args:
-      learning_rate: :math:`\eta`, in nats per step, or a schedule of it.
+      learning_rate: :math:`\eta`, in nats per step, or a schedule.
       bits: :math:`B`, bits of a magnitude; the sign is one more. 1 to 15.
-      base_precision: :math:`\beta`, spacing of the grid, in nats.
+      base_step: :math:`\beta`, spacing of the grid, in nats.
       b2: decay rate of the second moment, in [0, 1).
-      p_scale: largest magnitude, relative to the root mean square of its leaf at
-        init; None for three times that, or the largest weight at init.
+      p_scale: max magnitude of a float leaf, relative to its root mean square at init;
+        None for three times that, or the max magnitude at init. It does nothing on
+        codes.
       g_bound: bound on the normalised gradient.
-      zero_init_scale: scale given to leaves that are all zeros at init.
+      zero_init_scale: scale given to float leaves that are all zeros at init. It does
+        nothing on codes.
 
     Returns:
       The optimizer, a gradient transformation.
@@ -70,7 +66,7 @@ def bbit_madam(
     Example:
       >>> import jax.numpy as jnp, optax, madax
       >>> w = jnp.array([[1.0, -2.0]])
-      >>> tx = madax.bbit_madam(learning_rate=0.01, bits=12, base_precision=0.001)
+      >>> tx = madax.papers.bbit_madam(learning_rate=0.01, bits=12, base_step=0.001)
       >>> updates, _ = tx.update(jnp.array([[5.0, 5.0]]), tx.init(w), w)
       >>> print(jnp.log(optax.apply_updates(w, updates) / w).round(3))
       [[-0.01  0.01]]
@@ -80,39 +76,27 @@ def bbit_madam(
       weight updates <https://arxiv.org/abs/2006.14560>`_, 2020, Section 5.
     """
     learning_rate = check_learning_rate(learning_rate, 0.01)
-    g_bound = check_positive("g_bound", g_bound, 10.0)
     if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 15:
         raise ValueError(
             f"bits must be an int in 1 to 15, got {bits!r} (default: 12); formats are "
             "static, name it in the static_args of optax.inject_hyperparams."
         )
-    lowest, highest = base_step_range(bits + 1)
-    check_format_field("base_precision", base_precision, lowest, highest, "nats")
-    format = LogFormat(bits + 1, base_precision)
+    format = LogFormat(bits + 1, base_step)
 
     def whole_codes(rate):
         # These constants are NumPy's: jnp would start the backend, too early for users
         # who call jax.distributed.initialize afterwards.
         xp = jnp if isinstance(rate, jax.Array) else np
-        codes = xp.maximum(xp.round(xp.abs(rate) / base_precision), 1)
-        rate = xp.sign(rate) * base_precision * codes
+        codes = xp.maximum(xp.round(xp.abs(rate) / base_step), 1)
+        rate = xp.sign(rate) * base_step * codes
         return rate if xp is jnp else float(rate)
 
-    rate = (
-        (lambda count: whole_codes(learning_rate(count)))
-        if callable(learning_rate)
-        else whole_codes(learning_rate)
-    )
-    return optax.chain(
-        scale_by_second_moment(b2),
-        optax.clip(g_bound),
-        optax.scale_by_learning_rate(rate),
-        sign_log(0.0, zero_init_scale, skips=False),
-        clip_log_weights(p_scale, zero_init_scale=zero_init_scale),
-        lns_quantize(
-            format,
-            rounding="nearest",
-            p_scale=p_scale,
-            zero_init_scale=zero_init_scale,
-        ),
+    return grid_madam(
+        map_rate(whole_codes, learning_rate),
+        format,
+        b2=b2,
+        p_scale=p_scale,
+        g_bound=g_bound,
+        zero_init_scale=zero_init_scale,
+        alias=bbit_madam,
     )

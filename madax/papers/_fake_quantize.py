@@ -38,9 +38,9 @@ def fake_quantize(
     Example:
       >>> import jax, jax.numpy as jnp, madax
       >>> fmt = madax.LogFormat.from_gamma(bits=8, gamma=2)
-      >>> print(madax.fake_quantize(jnp.array([1.0, 0.26, 0.0]), fmt))
+      >>> print(madax.papers.fake_quantize(jnp.array([1.0, 0.26, 0.0]), fmt))
       [1.   0.25 0.  ]
-      >>> print(jax.grad(lambda x: madax.fake_quantize(x, fmt) ** 2)(0.7))
+      >>> print(jax.grad(lambda x: madax.papers.fake_quantize(x, fmt) ** 2)(0.7))
       1.4
 
     References:

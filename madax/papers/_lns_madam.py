@@ -1,30 +1,28 @@
 """LNS-Madam: weights on a multi-base logarithmic grid."""
 
-from __future__ import annotations
-
 import math
 
 import jax
 import optax
 
-from madax._core.checks import check_instance, check_learning_rate, check_positive
+from madax._core.checks import check_instance, check_learning_rate
+from madax._core.moved import by_name
 from madax.formats._base import Format
 from madax.formats._log import LogFormat
-from madax.transforms._clip import clip_log_weights
-from madax.transforms._lns_quantize import lns_quantize
-from madax.transforms._second_moment import scale_by_second_moment
-from madax.transforms._sign_log import sign_log
+from madax.optimizers._chain import map_rate
+from madax.papers._grid import grid_madam
 
 _UPDATE_GRID = LogFormat.from_gamma(bits=16, gamma=2048)
 
 
+@by_name("format", "b2", "p_scale", "g_bound")
 def lns_madam(
     learning_rate: optax.ScalarOrSchedule = 2**-7,
+    *,
     format: Format = _UPDATE_GRID,
     b2: jax.typing.ArrayLike = 0.999,
     p_scale: jax.typing.ArrayLike | None = None,
     g_bound: jax.typing.ArrayLike = 10.0,
-    *,
     zero_init_scale: jax.typing.ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LNS-Madam: Madam in base 2, its weights kept on a multi-base log grid.
@@ -44,10 +42,12 @@ def lns_madam(
       format: the grid of the weight update :math:`Q_U`; by default
         ``LogFormat.from_gamma(bits=16, gamma=2048)``.
       b2: decay rate of the second moment, in [0, 1).
-      p_scale: largest magnitude, relative to the root mean square of its leaf at
-        init; None for three times that, or the largest weight at init.
+      p_scale: max magnitude of a float leaf, relative to its root mean square at init;
+        None for three times that, or the max magnitude at init. It does nothing on
+        codes.
       g_bound: bound on the normalised gradient.
-      zero_init_scale: scale given to leaves that are all zeros at init.
+      zero_init_scale: scale given to float leaves that are all zeros at init. It does
+        nothing on codes.
 
     Returns:
       The optimizer, a gradient transformation.
@@ -60,7 +60,7 @@ def lns_madam(
     Example:
       >>> import jax.numpy as jnp, optax, madax
       >>> w = jnp.array([[1.0, -2.0]])
-      >>> tx = madax.lns_madam(learning_rate=0.5)
+      >>> tx = madax.papers.lns_madam(learning_rate=0.5)
       >>> updates, _ = tx.update(jnp.array([[5.0, 5.0]]), tx.init(w), w)
       >>> print(jnp.log2(optax.apply_updates(w, updates) / w).round(2))
       [[-0.5  0.5]]
@@ -71,25 +71,15 @@ def lns_madam(
       Algorithm 1.
     """
     learning_rate = check_learning_rate(learning_rate, 2**-7)
-    g_bound = check_positive("g_bound", g_bound, 10.0)
     check_instance("format", format, Format, or_none=False)
-    # The two factors are one, as XLA may or may not merge two: that depends on how an
-    # array is sharded.
-    in_nats = (
-        (lambda count: learning_rate(count) * math.log(2))
-        if callable(learning_rate)
-        else learning_rate * math.log(2)
-    )
-    return optax.chain(
-        scale_by_second_moment(b2),
-        optax.clip(g_bound),
-        optax.scale_by_learning_rate(in_nats),
-        sign_log(0.0, zero_init_scale, skips=False),
-        clip_log_weights(p_scale, zero_init_scale=zero_init_scale),
-        lns_quantize(
-            format,
-            rounding="nearest",
-            p_scale=p_scale,
-            zero_init_scale=zero_init_scale,
-        ),
+    return grid_madam(
+        # The two factors become one, because XLA may or may not merge two: that depends
+        # on how an array is sharded.
+        map_rate(lambda octaves: math.log(2) * octaves, learning_rate),
+        format,
+        b2=b2,
+        p_scale=p_scale,
+        g_bound=g_bound,
+        zero_init_scale=zero_init_scale,
+        alias=lns_madam,
     )

@@ -1,6 +1,8 @@
-"""The transforms that :func:`madax.madam` and its relatives are chains of."""
+"""The transforms that :func:`madax.madam` and its relatives are made of."""
 
-from madax.transforms._clip import ClipLogWeightsState, clip_log_weights
+from madax.transforms._clip import clip_log_weights
+from madax.transforms._dequantized import with_dequantized_params
+from madax.transforms._geometry import Geometry
 from madax.transforms._lns_quantize import LnsQuantizeState, lns_quantize
 from madax.transforms._orthogonal import (
     MatrixDimensionNumbers,
@@ -11,24 +13,20 @@ from madax.transforms._second_moment import (
     ScaleBySecondMomentState,
     scale_by_second_moment,
 )
-from madax.transforms._sign_log import ScaleBySignLogState, scale_by_sign_log
-from madax.transforms._weight_decay import (
-    AddDecayedLogWeightsState,
-    add_decayed_log_weights,
-)
+from madax.transforms._sign_log import scale_by_sign_log
+from madax.transforms._weight_decay import add_decayed_log_weights
 
 __all__ = [
-    "AddDecayedLogWeightsState",
-    "ClipLogWeightsState",
+    "Geometry",
     "LnsQuantizeState",
     "MatrixDimensionNumbers",
     "ScaleByOrthogonalMomentumState",
     "ScaleBySecondMomentState",
-    "ScaleBySignLogState",
     "add_decayed_log_weights",
     "clip_log_weights",
     "lns_quantize",
     "scale_by_orthogonal_momentum",
     "scale_by_second_moment",
     "scale_by_sign_log",
+    "with_dequantized_params",
 ]

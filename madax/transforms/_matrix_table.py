@@ -1,13 +1,15 @@
-"""How a tree is read by :func:`madax.muon_madam`, as a dict that prints as a table."""
+"""How :func:`madax.muon_madam` reads a tree, as a dict that prints as a table.
 
-from __future__ import annotations
+Public as :func:`madax.diagnostics.matrices`.
+"""
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
+from madax._core.types import Tree
 from madax.codes._array import is_quantized
 from madax.codes._leaves import flatten
 from madax.transforms._orthogonal import Matrices, check_matrices, in_order, read_axes
@@ -16,8 +18,8 @@ from madax.transforms._orthogonal import Matrices, check_matrices, in_order, rea
 class MatrixTable(dict[str, tuple[int, int, int] | None]):
     """For each path None, or (matrices in the stack, rows, columns)."""
 
-    def __init__(self, readings: Any, storage: list[tuple[Any, str]]):
-        super().__init__(readings)
+    def __init__(self, found: dict, storage: Sequence[tuple[tuple[int, ...], str]]):
+        super().__init__(found)
         self._storage = storage
 
     def __repr__(self) -> str:
@@ -31,8 +33,30 @@ class MatrixTable(dict[str, tuple[int, int, int] | None]):
         return "\n".join(lines)
 
 
-def matrix_table(params: Any, matrices: Matrices | None) -> MatrixTable:
-    """What :func:`madax.diagnostics.matrices` returns."""
+def matrices(params: Tree, matrices: Matrices | None = None) -> MatrixTable:
+    """How :func:`madax.muon_madam` reads a tree: which leaves are which matrices.
+
+    Args:
+      params: tree of floating-point or quantised arrays, or of their shapes.
+      matrices: the optimizer's ``matrices``.
+
+    Returns:
+      For each path None, for a leaf that takes the direction of Madam, or (matrices in
+      the stack, rows, columns), in the order of the leaf's own axes. The dict prints as
+      a table.
+
+    Raises:
+      ValueError: if ``matrices`` gives axes that a leaf does not have.
+      TypeError: if a leaf is not real floating.
+
+    Example:
+      >>> import jax.numpy as jnp, madax
+      >>> query = {"kernel": jnp.ones((64, 4, 16)), "bias": jnp.ones((4, 16))}
+      >>> madax.diagnostics.matrices({"query": query})
+      leaf          shape        storage  direction
+      query/bias    (4, 16)      float32  Madam
+      query/kernel  (64, 4, 16)  float32  1 of 64 x 64
+    """
     check_matrices(matrices)
     paths, leaves, _ = flatten(params)
     found, storage = {}, []

@@ -1,7 +1,5 @@
 """Direction: the orthogonal matrix next to a momentum."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +12,7 @@ import optax
 
 from madax._core.checks import check_decay, check_state, leaf_name, warn_of_leaves
 from madax._core.leaf_kinds import Axes, read_leaves
-from madax._core.names import flatten_named
+from madax._core.names import flatten_named, is_part
 from madax._core.numerics import decay_rate, moving_average, relative_to
 from madax.codes._array import is_quantized
 from madax.codes._leaves import flatten, flatten_like, zeros_like
@@ -26,7 +24,7 @@ _ITERATIONS = 5
 _AMISS = (
     "it is not clear which axes are rows and columns, so these leaves take the "
     "direction of Madam; pass matrices(path, leaf), which returns a "
-    "madax.MatrixDimensionNumbers of the axes, or None."
+    "madax.transforms.MatrixDimensionNumbers of the axes, or None."
 )
 
 
@@ -42,7 +40,7 @@ class MatrixDimensionNumbers(NamedTuple):
     Example:
       >>> import madax
       >>> # A stack of layers on axis 1: width, layers, heads, features of a head.
-      >>> query = madax.MatrixDimensionNumbers(reduction_axis=0, output_axis=(2, 3))
+      >>> query = madax.transforms.MatrixDimensionNumbers(0, output_axis=(2, 3))
     """
 
     reduction_axis: int | Sequence[int] = 0
@@ -58,10 +56,10 @@ class ScaleByOrthogonalMomentumState(NamedTuple):
     """State of :func:`scale_by_orthogonal_momentum`.
 
     Attributes:
-      m: momentum, a tree like the parameters, float32 or wider.
+      mu: momentum, a tree like the parameters, float32 or wider.
     """
 
-    m: Any
+    mu: optax.Params
 
 
 def scale_by_orthogonal_momentum(
@@ -73,8 +71,8 @@ def scale_by_orthogonal_momentum(
 
     .. math::
 
-      m_t &= b_1 m_{t-1} + (1 - b_1) g_t, \qquad
-        X_0 = \frac{b_1 m_t + (1 - b_1) g_t}{\lVert \cdot \rVert_F} \\
+      \mu_t &= b_1 \mu_{t-1} + (1 - b_1) g_t, \qquad
+        X_0 = \frac{b_1 \mu_t + (1 - b_1) g_t}{\lVert \cdot \rVert_F} \\
       A_k &= X_k X_k^\top, \qquad
         X_{k+1} = 3.4445 X_k + (-4.7750 A_k + 2.0315 A_k^2) X_k, \qquad
         k = 0, \dots, 4 \\
@@ -109,7 +107,7 @@ def scale_by_orthogonal_momentum(
 
     Example:
       >>> import jax.numpy as jnp, madax
-      >>> tx = madax.scale_by_orthogonal_momentum()
+      >>> tx = madax.transforms.scale_by_orthogonal_momentum()
       >>> w = jnp.ones((2, 2))
       >>> g = jnp.array([[1e-6, 0.0], [0.0, -3e-6]])
       >>> direction, _ = tx.update(g, tx.init(w))
@@ -149,14 +147,14 @@ def orthogonal_momentum(
     def init_fn(params):
         paths, leaves, treedef = flatten(params)
         axes_of(paths, leaves)
-        m = treedef.unflatten([zeros_like(leaf) for leaf in leaves])
-        return ScaleByOrthogonalMomentumState(m)
+        mu = treedef.unflatten([zeros_like(leaf) for leaf in leaves])
+        return ScaleByOrthogonalMomentumState(mu)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         check_state(state, ScaleByOrthogonalMomentumState)
-        paths, ms, treedef = flatten_named(state.m)
-        gs = flatten_like(updates, treedef, "state.m", paths, ms)
+        paths, ms, treedef = flatten_named(state.mu)
+        gs = flatten_like(updates, treedef, "state.mu", paths, ms)
         directions, rate = [], decay_rate(b1)
         for i, (axes, g) in enumerate(zip(axes_of(paths, ms), gs, strict=True)):
             g = jnp.asarray(g).astype(ms[i].dtype)
@@ -164,8 +162,8 @@ def orthogonal_momentum(
             ms[i] = moving_average(ms[i], g, rate)
             ahead = moving_average(ms[i], g, rate)
             directions.append(_as_matrices(orthogonalized, ahead, axes))
-        m = ScaleByOrthogonalMomentumState(treedef.unflatten(ms))
-        return treedef.unflatten(directions), m
+        new_state = ScaleByOrthogonalMomentumState(treedef.unflatten(ms))
+        return treedef.unflatten(directions), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -266,12 +264,7 @@ def read_axes(
 def warn_of_unknown(params: Any, *, stacklevel: int) -> None:
     """Warns of leaves that the default cannot read."""
     paths, leaves, _ = flatten_named(params, is_leaf=is_quantized)
-    # layerwise calls init with the ends alone, with a layer alone, and once with the
-    # whole tree. Only the last one is to warn.
-    if any(
-        all(re.match(part, path) for path in paths)
-        for part in (r"ends(/|$)", r"layers(/\D|$)")
-    ):
+    if is_part(paths):
         return
     shapes = [np.shape(leaf) for leaf in leaves]
     found: dict[Any, str] = {}  # one of layers that are alike
@@ -290,8 +283,8 @@ def check_matrices(matrices: Any) -> None:
         raise TypeError(
             f"matrices must be a function of (path, leaf), got {matrices!r} of type "
             f"{type(matrices).__name__}; it tells how leaves are matrices: use for "
-            "example lambda path, leaf: madax.MatrixDimensionNumbers(0, 1) if "
-            "leaf.ndim == 2 else None."
+            "example lambda path, leaf: madax.transforms.MatrixDimensionNumbers(0, 1) "
+            "if leaf.ndim == 2 else None."
         )
 
 
@@ -305,8 +298,8 @@ def _checked(path: str, shape: tuple[int, ...], axes: Any) -> Axes | None:
     except AttributeError as error:
         raise TypeError(
             f"matrices returned {axes!r} for {name}; it must be None or "
-            "madax.MatrixDimensionNumbers(reduction_axis, output_axis), which names "
-            "the axes themselves, not how many there are."
+            "madax.transforms.MatrixDimensionNumbers(reduction_axis, output_axis), "
+            "which names the axes themselves, not how many there are."
         ) from error
     rank, groups = len(shape), [np.atleast_1d(x).tolist() for x in fields]
     named = [i for group in groups for i in group]

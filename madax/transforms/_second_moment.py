@@ -1,9 +1,6 @@
 """Direction: the gradient over the root of its second moment."""
 
-from __future__ import annotations
-
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,32 +20,53 @@ from madax._core.numerics import (
     exp,
     expm1,
     log1p,
-    moving_average,
     over_root,
 )
-from madax._core.rounding import leaf_keys, random_bits
-from madax._core.vectors import one_a_leaf
+from madax._core.rounding import leaf_keys
 from madax.codes._leaves import compute_dtype, flatten, flatten_like, zeros_like
-from madax.formats._moments import MomentFormat, MomentWindow, decayed, is_fast
+from madax.formats._moment_format import MomentFormat
+from madax.formats._moment_grid import check_made_for
+from madax.formats._second_moment_codec import (
+    CodedMoments,
+    FloatMoments,
+    SecondMomentCodec,
+    coded_moments,
+)
 
 
 class ScaleBySecondMomentState(NamedTuple):
     """State of :func:`scale_by_second_moment`.
 
     Attributes:
-      count: number of steps taken, int32 scalar.
-      v: second moment, a tree like the parameters: float32 or wider, or the codes
-        of ``moment_format``.
-      m: first moment, likewise; None unless ``b1`` is given.
-      window: ``{moment_format: where the codes lie}``, a
-        :class:`madax.MomentWindow`; None without ``moment_format``. The key is there
-        so that a checkpoint of other codes does not fit.
+      count: number of steps taken, int32 scalar; None in the state of :func:`madam`,
+        which counts its steps once.
+      mu: first moment, a tree like the parameters: float32 or wider, or the codes of
+        ``moment_format``; None unless ``b1`` is given.
+      nu: second moment, likewise.
+      window: ``{moment_format: where the codes lie}``; None without ``moment_format``.
+        The key is there so that a checkpoint of other codes does not fit.
     """
 
-    count: jax.Array
-    v: Any
-    m: Any
+    count: Any
+    mu: Any
+    nu: optax.Params
     window: Any
+
+
+class Direction(NamedTuple):
+    """A transformation of gradients to directions, for a caller that counts the steps.
+
+    So the optimizers have one count, and XLA sees that all roundings hash the same
+    numbers.
+
+    Attributes:
+      init: ``state = init(params)``.
+      update: ``directions, state = update(updates, state, params, count=count,
+        madax_layer=layer)``, with the count before the step.
+    """
+
+    init: Callable[[optax.Params], Any]
+    update: Callable[..., Any]
 
 
 def scale_by_second_moment(
@@ -62,8 +80,9 @@ def scale_by_second_moment(
 
     .. math::
 
-      v_t &= b_2 v_{t-1} + (1 - b_2) g_t^2, \qquad \hat v_t = v_t / (1 - b_2^t) \\
-      \hat g_t &= g_t / \sqrt{\hat v_t}, \qquad 0/0 := 0
+      \nu_t &= b_2 \nu_{t-1} + (1 - b_2) g_t^2, \qquad
+        \hat\nu_t = \nu_t / (1 - b_2^t) \\
+      \hat g_t &= g_t / \sqrt{\hat\nu_t}, \qquad 0/0 := 0
 
     There is no epsilon: :math:`\hat g` does not depend on the gradient's scale,
     and :math:`|\hat g| \le 1/\sqrt{1 - b_2}` (31.6 by default). With ``b1``, a
@@ -102,70 +121,95 @@ def scale_by_second_moment(
       With ``b1``, the direction of Cornford et al., `Brain-like learning with
       exponentiated gradients <https://doi.org/10.1101/2024.10.25.620272>`_, 2024.
     """
+    tx = second_moment(b2, b1=b1, moment_format=moment_format, seed=seed)
+
+    def init_fn(params):
+        return tx.init(params)._replace(count=jnp.zeros([], jnp.int32))
+
+    def update_fn(updates, state, params=None, *, madax_layer=None, **extra_args):
+        del extra_args
+        check_state(state, ScaleBySecondMomentState)
+        directions, new_state = tx.update(
+            updates, state, params, count=state.count, madax_layer=madax_layer
+        )
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return directions, new_state._replace(count=count)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def second_moment(
+    b2: jax.typing.ArrayLike,
+    *,
+    b1: jax.typing.ArrayLike | None = None,
+    moment_format: MomentFormat | None = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> Direction:
+    """As :func:`scale_by_second_moment`, for a caller that counts the steps."""
     b2, b1 = check_decay("b2", b2, 0.999), check_b1(b1)
     check_seed(seed)
     check_instance("moment_format", moment_format, MomentFormat)
+    codec = None if moment_format is None else SecondMomentCodec(moment_format)
 
     def init_fn(params):
         _, leaves, treedef = flatten(params)
         v_dtype, m_dtype, window = None, None, None
-        if moment_format is not None:
-            v_dtype, m_dtype = moment_format.v_dtype, moment_format.m_dtype
-            window = {repr(moment_format): moment_format.start(len(leaves))}
-        v = treedef.unflatten([zeros_like(w, v_dtype) for w in leaves])
-        m = None
+        if codec is not None:
+            v_dtype, m_dtype = codec.format.dtype, codec.mu_dtype
+            window = {repr(moment_format): codec.start(len(leaves))}
+        nu = treedef.unflatten([zeros_like(w, v_dtype) for w in leaves])
+        mu = None
         if b1 is not None:
-            m = treedef.unflatten([zeros_like(w, m_dtype) for w in leaves])
-        return ScaleBySecondMomentState(jnp.zeros([], jnp.int32), v, m, window)
+            mu = treedef.unflatten([zeros_like(w, m_dtype) for w in leaves])
+        return ScaleBySecondMomentState(None, mu, nu, window)
 
-    def update_fn(updates, state, params=None, *, layer=None, **extra_args):
-        del params, extra_args
+    def update_fn(updates, state, params=None, *, count, madax_layer=None):
+        del params
         check_state(state, ScaleBySecondMomentState)
-        paths, vs, treedef = flatten_named(state.v)
-        gs = flatten_like(updates, treedef, "state.v", paths, vs)
-        ms = [None] * len(vs) if b1 is None else treedef.flatten_up_to(state.m)
-        window = _check_window(moment_format, state.window)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        rate, bias = decay_rate(b2), _bias_correction(b2, count)
-        # The root of v is still to be divided by its own correction and by that of its
-        # unit.
+        paths, vs, treedef = flatten_named(state.nu)
+        gs = flatten_like(updates, treedef, "state.nu", paths, vs)
+        ms = [None] * len(vs) if b1 is None else treedef.flatten_up_to(state.mu)
+        ((made_for, window),) = (state.window or {None: None}).items()
+        check_made_for(None if codec is None else repr(moment_format), made_for)
+        steps = jnp.asarray(optax.safe_increment(count))
+        rate, bias = decay_rate(b2), _bias_correction(b2, steps)
+        # The root of v is still to be divided by its own correction and by the
+        # correction of its unit.
         correction = jnp.sqrt(bias)
         if b1 is not None:
-            correction /= _bias_correction(b1, count)
-        if moment_format is None or window is None or not vs:
-            storages = [_Floats()] * len(vs)
+            correction /= _bias_correction(b1, steps)
+        if codec is None or window is None or not vs:
+            storages = [FloatMoments()] * len(vs)
         else:
             names = ("",) if b1 is None else ("", "/m")
             keys = [
-                leaf_keys(seed, state.count, [path + name for path in paths], layer)
+                leaf_keys(seed, count, [path + name for path in paths], madax_layer)
                 for name in names
             ]
-            storages, window = _storages(
-                moment_format, window, vs, rate, state.count, keys
-            )
+            storages, window = coded_moments(codec, window, vs, rate, count, keys)
             # E[1 / sqrt(v)] is (1 + 3/8 of the relative variance of v) / sqrt(E[v]).
             # The newest share of v has not been rounded yet.
-            noise = moment_format.rounding_variance * (1 - rate / bias) ** 2
+            noise = codec.rounding_variance * (1 - rate / bias) ** 2
             correction *= exp(-0.375 * noise) / jnp.sqrt(window.scale)
 
         b1_rate = None if b1 is None else decay_rate(b1)
         leaves = zip(storages, vs, ms, gs, strict=True)
         stepped = [_step(*leaf, rate, b1_rate, correction) for leaf in leaves]
         directions, vs, ms = ([leaf[i] for leaf in stepped] for i in range(3))
-        if moment_format is not None:
+        if codec is not None:
             window = {repr(moment_format): window}
-        v = treedef.unflatten(vs)
-        m = None if b1 is None else treedef.unflatten(ms)
-        new_state = ScaleBySecondMomentState(count, v, m, window)
+        nu = treedef.unflatten(vs)
+        mu = None if b1 is None else treedef.unflatten(ms)
+        new_state = state._replace(mu=mu, nu=nu, window=window)
         return treedef.unflatten(directions), new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return Direction(init_fn, update_fn)
 
 
 # Leaves of the same shape share a program, which is traced and lowered once.
 @jax.jit
 def _step(
-    storage: _Floats | _Codes,
+    storage: FloatMoments | CodedMoments,
     v: jax.Array,
     m: jax.Array | None,
     g: jax.Array,
@@ -175,125 +219,17 @@ def _step(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The direction of a leaf, and its moments as they are stored from then on."""
     g = jnp.asarray(g, compute_dtype(v))
-    v, value, ok, moves = storage.add_square(v, g, rate)
+    v, value, counted, moved = storage.add_square(v, g, rate)
     if m is not None:
-        m, g = storage.add(m, g, ok, b1_rate)
+        m, g = storage.add(m, g, counted, b1_rate)
     # This is not g / sqrt(v / correction**2), a quotient that can overflow.
     # If a decay rate is NaN, so is the whole direction.
     correction = correction.astype(g.dtype)
-    g = jnp.where(moves, g * correction, 0 * correction)
+    g = jnp.where(moved, g * correction, 0 * correction)
     return over_root(g, value), v, m
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Floats:
-    """A leaf's moments, stored as they are."""
-
-    def add_square(self, v: jax.Array, g: jax.Array, rate: jax.Array) -> Any:
-        """``v`` after a gradient: as stored, and before rounding.
-
-        And where the gradient counts, and where it moves weights: 0/0 does not.
-        """
-        ok = g * g < jnp.inf
-        v = jnp.where(ok, moving_average(v, g * g, rate), v)
-        return v, v, ok, ok & (v > 0)
-
-    def add(self, m: jax.Array, g: jax.Array, ok: jax.Array, rate: jax.Array) -> Any:
-        """``m`` after a gradient, where ``ok``: as stored, before rounding."""
-        m = jnp.where(ok, moving_average(m, g, rate), m)
-        return m, m
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Codes:
-    """A leaf's moments, stored as codes of a format.
-
-    Attributes:
-      format: the format.
-      before: the lowest octave of ``v`` before the step.
-      after: that after the step.
-      octaves: what the decay of the unit of ``v`` has lowered its values by since.
-      highest: the largest code of ``v`` with which a gradient counts.
-      share: of a squared gradient in ``v``, in the unit of ``v`` after the step.
-      key_v: the key of the leaf for ``v``.
-      key_m: that for ``m``; None without a first moment.
-    """
-
-    format: MomentFormat = dataclasses.field(metadata={"static": True})
-    before: jax.Array
-    after: jax.Array
-    octaves: jax.Array
-    highest: jax.Array
-    share: jax.Array
-    key_v: jax.Array
-    key_m: jax.Array | None = None
-
-    def add_square(self, v: jax.Array, g: jax.Array, rate: jax.Array) -> Any:
-        """As that of floats, but values are over the unit of ``v``."""
-        del rate
-        old = self.format.v_grid(self.before).lowered(self.octaves)
-        new = self.format.v_grid(self.after)
-        added = self.share * (g * g)
-        fits = added < jnp.inf
-        # A choice between product and sum keeps them from being fused, as `rounded`
-        # would.
-        value = old.value(v) + jnp.where(fits, added, 0)
-        code = new.encode(value, random_bits(self.key_v, v.shape))
-        stored = jnp.clip(code, 0, self.format.highest_v).astype(v.dtype)
-        # The largest code may stand for values beyond it. That the direction depends on
-        # the stored code lets XLA make one kernel of both.
-        ok = fits & (stored <= self.highest)
-        return stored, value, ok, ok
-
-    def add(self, m: jax.Array, g: jax.Array, ok: jax.Array, rate: jax.Array) -> Any:
-        """As that of floats."""
-        assert self.key_m is not None
-        old, new = map(self.format.m_grid, (self.before, self.after))
-        size = old.value_from_zero(jnp.abs(m.astype(jnp.int32)))
-        value = jnp.where(m < 0, -size, size)
-        value = jnp.where(ok, moving_average(value, g, rate), value)
-        bits = random_bits(self.key_m, m.shape)
-        code = new.encode_from_zero(jnp.abs(value), bits, self.format.highest_m)
-        return jnp.where(value < 0, -code, code).astype(m.dtype), value
-
-
-def _storages(
-    format: MomentFormat,
-    window: MomentWindow,
-    vs: Sequence[jax.Array],
-    rate: jax.Array,
-    count: jax.Array,
-    keys: Sequence[jax.Array],
-) -> tuple[list[_Codes], MomentWindow]:
-    """How the moments of every leaf are stored, and the window from now on."""
-    scale, octaves = decayed(window.scale, rate.astype(jnp.float32))
-    before, fast = window.octave, is_fast(rate)
-    after = format.follow(before, count, vs, octaves, fast)
-    share = (rate / scale).astype(jnp.float32)
-    highest = jnp.where(fast, format.highest_v, format.highest_v - 1)
-    highest = highest.astype(format.v_dtype)
-    storages = [
-        _Codes(format, old, new, octaves, highest, share, *key)
-        for old, new, *key in one_a_leaf((before, after, *keys), len(vs))
-    ]
-    return storages, MomentWindow(after, scale)
 
 
 def _bias_correction(decay: Any, count: jax.Array) -> jax.Array:
     """``1 - decay**count``, without the cancellation that loses digits near 1."""
     rate = decay_rate(decay)
     return jnp.where(jnp.isnan(rate), rate, -expm1(count * log1p(-rate)))
-
-
-def _check_window(moment_format: MomentFormat | None, window: Any) -> Any:
-    """The window of that format, which must be the one that the state was made for."""
-    made_for = None if window is None else next(iter(window))
-    wanted = None if moment_format is None else repr(moment_format)
-    if made_for != wanted:
-        raise ValueError(
-            f"moment_format is {wanted}, but the optimizer state was made for "
-            f"{made_for}; call init again, or use the state's moment_format."
-        )
-    return None if window is None else window[made_for]

@@ -1,37 +1,28 @@
 """Geometry: an additive step in log|w|."""
 
-from __future__ import annotations
-
 import warnings
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from madax._core.checks import check_non_negative, check_state
+from madax._core.checks import check_state
 from madax._core.numerics import fast_expm1, within
 from madax._core.vectors import known_values
 from madax.codes._array import is_quantized
 from madax.codes._leaves import compute_dtype, flatten_both, per_leaf, widen
-from madax.codes._scales import check_code_scales, initial_scales
+from madax.codes._scales import check_code_scales
+from madax.transforms._geometry import (
+    Geometry,
+    Leaf,
+    additive_floors,
+    check_geometry,
+    geometry_at_init,
+)
 
-_LARGEST = 80.0  # the largest log-step, which takes any weight to its bound
-
-
-class ScaleBySignLogState(NamedTuple):
-    """State of :func:`scale_by_sign_log`: one entry per float leaf, in flatten order.
-
-    Attributes:
-      rms0: root mean square of each leaf at init, or ``zero_init_scale`` where the
-        leaf was all zeros; float32 or wider, shape (number of float leaves,), or
-        () if there are none.
-      zero_init: which leaves were all zeros at init; bool, same shape.
-    """
-
-    rms0: jax.Array
-    zero_init: jax.Array
+_MAX_STEP = 80.0  # a log-step that takes any weight to its bound
 
 
 def scale_by_sign_log(
@@ -67,7 +58,8 @@ def scale_by_sign_log(
 
     A log-step that is not finite leaves its weight unchanged. In :func:`madam` and the
     other optimizers directions are finite, so a NaN comes from a hyperparameter, and
-    makes float weights NaN. Log-steps of float weights saturate at 80 nats.
+    makes float weights NaN. Log-steps of float weights saturate at 80 nats. Codes
+    ignore both arguments.
 
     .. warning::
       Only :func:`clip_log_weights` and storage transforms may come after this one:
@@ -76,12 +68,14 @@ def scale_by_sign_log(
 
     Args:
       floor: magnitude below which steps are additive, relative to the root mean
-        square of the leaf at init; 0 is the paper.
-      zero_init_scale: the scale given to a leaf of zeros, in units of the weights.
+        square of the float leaf at init; 0 is the paper.
+      zero_init_scale: the scale given to a float leaf of zeros, in units of the
+        weights.
 
     Returns:
       A gradient transformation from log-steps to updates, float32 or wider, which
-      :func:`lns_quantize` rounds to the parameters' dtype.
+      :func:`lns_quantize` rounds to the parameters' dtype. Its state is a
+      :class:`Geometry`.
 
     Raises:
       ValueError: if an argument is negative or not finite, ``params`` are missing
@@ -101,69 +95,29 @@ def scale_by_sign_log(
       Bernstein et al., `Learning compositional functions via multiplicative
       weight updates <https://arxiv.org/abs/2006.14560>`_, 2020, Algorithm 1.
     """
-    return sign_log(floor, zero_init_scale, skips=True)
-
-
-def sign_log(
-    floor: jax.typing.ArrayLike, zero_init_scale: jax.typing.ArrayLike, *, skips: bool
-) -> optax.GradientTransformationExtraArgs:
-    """As :func:`scale_by_sign_log`, which ``skips`` log-steps that are not finite.
-
-    If it does not, a NaN makes a float weight NaN. In the optimizers it can only come
-    from a hyperparameter, as directions are finite.
-    """
-    floor = check_non_negative("floor", floor, 0.0)
-    zero_init_scale = check_non_negative("zero_init_scale", zero_init_scale, 0.1)
+    floor, zero_init_scale = check_geometry(floor, zero_init_scale)
 
     def init_fn(params):
-        check_code_scales(params)
-        first = initial_scales(params, zero_init_scale)
-        _warn_of_stuck_leaves(first.paths, first.rms0)
-        return ScaleBySignLogState(first.rms0, first.zero_init)
+        return movable_geometry(params, zero_init_scale, stacklevel=2)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        check_state(state, ScaleBySignLogState)
+        check_state(state, Geometry)
         _, ws, ds, treedef = flatten_both(params, updates)
-        floors = per_leaf(additive_floors(floor, *state), ws)
-        leaves = zip(ws, ds, floors, strict=True)
-        return treedef.unflatten([_update(*leaf, skips) for leaf in leaves]), state
+        us = log_updates(ws, ds, additive_floors(floor, state), skips=True)
+        return treedef.unflatten(us), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def additive_floors(
-    floor: jax.typing.ArrayLike, rms0: jax.Array, zero_init: jax.Array
-) -> jax.Array:
-    """The magnitudes up to which steps are additive, one per float leaf."""
-    floors = jnp.where(zero_init, 1.0, floor) * rms0
-    # A step of `_LARGEST` floors does not overflow.
-    return jnp.minimum(floors, jnp.finfo(rms0.dtype).max / 128).astype(rms0.dtype)
-
-
-@partial(jax.jit, static_argnums=3)
-def _update(w: Any, d: jax.Array, floor: Any, skips: bool) -> jax.Array:
-    """The update that takes log-step ``d`` from ``w``; additive up to the floor."""
-    d = jnp.asarray(d, compute_dtype(w))
-    if is_quantized(w):
-        return w.format.log_step(w.codes, d)
-    d = within(jnp.where(jnp.isfinite(d), d, 0) if skips else d, -_LARGEST, _LARGEST)
-    x = widen(w)
-    floor = floor.astype(x.dtype)
-    # Floats, unlike codes, need not be the same bits everywhere. So GPUs and TPUs take
-    # their instruction, and CPUs a polynomial without a division.
-    growth = jax.lax.platform_dependent(
-        jnp.where(x < 0, -d, d), cpu=fast_expm1, default=jnp.expm1
-    )
-    return jnp.where(jnp.abs(x) > floor, x * growth, floor * d)
-
-
-def _warn_of_stuck_leaves(paths, rms0) -> None:
-    stuck = [
-        path or "params"
-        for path, scale in zip(paths, known_values(rms0), strict=False)
-        if scale == 0
-    ]
+def movable_geometry(
+    params: optax.Params, zero_init_scale: jax.typing.ArrayLike, *, stacklevel: int
+) -> Geometry:
+    """The geometry at init; warns of leaves that no multiplicative step can move."""
+    check_code_scales(params)
+    paths, geometry = geometry_at_init(params, zero_init_scale)
+    scales = zip(paths, known_values(geometry.rms0), strict=False)
+    stuck = [path or "params" for path, scale in scales if scale == 0]
     if stuck:
         warnings.warn(
             f"{', '.join(stuck)}: all zeros at init, so a multiplicative update with "
@@ -171,5 +125,39 @@ def _warn_of_stuck_leaves(paths, rms0) -> None:
             "values, leave zero_init_scale at its default, or train them with "
             "another optimizer through optax.partition.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=stacklevel + 1,
         )
+    return geometry
+
+
+def log_updates(
+    ws: Sequence[Leaf], ds: Sequence[jax.Array], floors: jax.Array, *, skips: bool
+) -> list[jax.Array]:
+    """The updates that take log-steps from weights; numbers of codes for codes.
+
+    Args:
+      ws: all leaves.
+      ds: the log-steps, in nats.
+      floors: the magnitudes of float leaves up to which steps are additive.
+      skips: whether a log-step that is not finite leaves a float weight unchanged. In
+        the optimizers it makes the weight NaN: there it can only come from a
+        hyperparameter.
+    """
+    leaves = zip(ws, ds, per_leaf(floors, ws), strict=True)
+    return [_update(*leaf, skips) for leaf in leaves]
+
+
+@partial(jax.jit, static_argnums=3)
+def _update(w: Leaf, d: jax.Array, floor: jax.Array | None, skips: bool) -> jax.Array:
+    d = jnp.asarray(d, compute_dtype(w))
+    if is_quantized(w):
+        return w.format.log_step(w.codes, d)
+    d = within(jnp.where(jnp.isfinite(d), d, 0) if skips else d, -_MAX_STEP, _MAX_STEP)
+    x = widen(w)
+    floor = jnp.asarray(floor, x.dtype)
+    # Floats, unlike codes, need not be the same bits everywhere. So GPUs and TPUs take
+    # their instruction, and CPUs a polynomial without a division.
+    growth = jax.lax.platform_dependent(
+        jnp.where(x < 0, -d, d), cpu=fast_expm1, default=jnp.expm1
+    )
+    return jnp.where(jnp.abs(x) > floor, x * growth, floor * d)

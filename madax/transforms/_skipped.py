@@ -3,8 +3,6 @@
 Public as :func:`madax.diagnostics.count_skipped`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax
@@ -14,7 +12,8 @@ import numpy as np
 from madax._core.names import flatten_named
 from madax._core.numerics import decay_rate
 from madax.codes._leaves import flatten, nodes_of, widen
-from madax.formats._moments import MomentFormat, is_fast
+from madax.formats._moment_format import MomentFormat
+from madax.formats._second_moment_codec import SecondMomentCodec, is_fast
 from madax.transforms._orthogonal import ScaleByOrthogonalMomentumState
 from madax.transforms._second_moment import ScaleBySecondMomentState
 
@@ -55,10 +54,10 @@ def count_skipped(
     paths, leaves, _ = flatten(grads, "grads")
     by_path = dict(zip(paths, map(widen, leaves), strict=True))
     skipped = {path: ~jnp.isfinite(jnp.square(g)) for path, g in by_path.items()}
-    kinds = ScaleBySecondMomentState, ScaleByOrthogonalMomentumState
+    kinds = (ScaleBySecondMomentState, ScaleByOrthogonalMomentumState)
     found = []
     for node in nodes_of(state, kinds):
-        tree = node.v if isinstance(node, ScaleBySecondMomentState) else node.m
+        tree = node.nu if isinstance(node, ScaleBySecondMomentState) else node.mu
         names, moments, _ = flatten_named(tree)
         found += [(*leaf, node) for leaf in zip(names, moments, strict=True)]
     shapes = {path: np.shape(moment) for path, moment, _ in found}
@@ -74,6 +73,6 @@ def count_skipped(
             ((format, _),) = node.window.items()
             bits = int(format.removesuffix(")").partition("=")[2])
             # The largest code stands for all values beyond the octaves.
-            beyond = moment == MomentFormat(bits).highest_v
+            beyond = moment == SecondMomentCodec(MomentFormat(bits)).max_nu
             skipped[path] |= beyond & ~is_fast(decay_rate(b2))
     return {path: jnp.sum(x).astype(jnp.int32) for path, x in skipped.items()}

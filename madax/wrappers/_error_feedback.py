@@ -8,191 +8,167 @@ slope * (1 + decay + decay**2 + ...) times as much to the updates that follow.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from madax._core.names import Tree
 from madax._core.numerics import rounded
 from madax._core.shards import barrier
 from madax._core.vectors import entries, one_a_leaf
 from madax.codes._array import QuantizedArray, is_quantized
-from madax.codes._leaves import flatten, widen
+from madax.codes._leaves import widen
 from madax.codes._quantize import dequantize_params
 from madax.wrappers._feedback_checks import check_feedback
-from madax.wrappers._momentum import find_momentum, places_of_codes, with_momentum
+from madax.wrappers._momentum import CodedLeaves, coded_leaves
 
 
-class Slopes(NamedTuple):
-    """Derivatives with respect to the momentum before a step, for each leaf of codes.
-
-    Attributes:
-      update: the derivatives of the updates.
-      momentum: the derivatives of the new momentum.
-    """
-
-    update: list[jax.Array]
-    momentum: list[jax.Array]
-
-
-def start(
-    inner: optax.GradientTransformationExtraArgs, state: Any, params: Any
+def zero_slopes(
+    inner: optax.GradientTransformationExtraArgs, state: optax.OptState, params: Tree
 ) -> jax.Array:
     """The slopes before the first step: zeros, one for each leaf of codes.
 
     Raises:
       ValueError: if ``inner`` is known to be wrong for errors of rounding.
     """
-    places = places_of_codes(params)
-    find_momentum(state, params, places)
+    coded = coded_leaves(params)
+    coded.momentum(state)
     # An update that needs more arguments is checked when there are some.
     with contextlib.suppress(TypeError):
         check_feedback(inner, params, {})
-    return jnp.zeros(entries(len(places)), jnp.float32)
+    return jnp.zeros(entries(len(coded.places)), jnp.float32)
 
 
-def limited(
-    inner: optax.GradientTransformationExtraArgs,
-    state: Any,
-    grads: Any,
-    params: Any,
-    before: jax.Array | None,
-    extra_args: dict[str, Any],
-) -> tuple[Any, jax.Array]:
-    """The state before a step, with a momentum that fits the learning rate.
+class _Step(NamedTuple):
+    """A step, and its derivatives by the momentum of each leaf of codes."""
 
-    A momentum that makes up for errors at a low rate would be far too large at a high
-    one, as in a warm restart. Its effect grows only where slopes rise faster than the
-    momentum decays, so it is made smaller there, and only there.
+    updates: optax.Updates
+    state: optax.OptState
+    slopes: list[jax.Array]  # the derivatives of the updates
+    decays: list[jax.Array]  # the derivatives of the new momentum
 
-    The rate is read from a step of the same optimizer on a tree of single elements,
-    whose moments are all ones. Its slopes change with counts, schedules and
-    hyperparameters, but not with any gradient.
 
-    Args:
-      inner: the optimizer.
-      state: its state.
-      grads: the gradients.
-      params: the parameters, of which some are codes.
-      before: the last slopes that were not zero; at first, those from :func:`start`.
-      extra_args: extra arguments of the update.
+@dataclasses.dataclass(frozen=True)
+class ErrorFeedback:
+    """A step of an optimizer whose momentum gets errors of rounding."""
 
-    Returns:
-      The state to take the step from, and the slopes of this step.
-    """
-    places = places_of_codes(params)
-    if before is None or before.shape != entries(len(places)):
-        made = "without" if before is None else f"for {sum(before.shape)}"
-        raise ValueError(
-            f"error_feedback=True and params has {len(places)} leaves of codes, but "
-            f"the optimizer state was made {made}; call init again."
+    inner: optax.GradientTransformationExtraArgs
+    grads: Tree
+    params: Tree
+    extra_args: dict[str, Tree]
+
+    @functools.cached_property
+    def coded(self) -> CodedLeaves:
+        return coded_leaves(self.params)
+
+    def limited_momentum(
+        self, state: optax.OptState, before: jax.Array | None
+    ) -> tuple[optax.OptState, jax.Array]:
+        """The state with a momentum that fits the learning rate, and slopes of a step.
+
+        A momentum that makes up for errors at a low rate would be far too large at a
+        high one, as in a warm restart. Its effect grows only where slopes rise faster
+        than the momentum decays, so it is made smaller there, and only there. Slopes
+        ``before`` are the last ones that were not zero.
+
+        The rate is read from a step of the same optimizer on a tree of single elements,
+        whose moments are all ones. Its slopes change with counts, schedules and
+        hyperparameters, but not with any gradient.
+        """
+        count = len(self.coded.places)
+        if before is None or before.shape != entries(count):
+            made = "without" if before is None else f"for {sum(before.shape)}"
+            raise ValueError(
+                f"error_feedback=True and params has {count} leaves of codes, but "
+                f"the optimizer state was made {made}; call init again."
+            )
+        single = jax.tree.map(
+            lambda w: jnp.ones((1,) * w.ndim, w.dtype),
+            self.params,
+            is_leaf=is_quantized,
         )
-    single = jax.tree.map(_single, params, is_leaf=is_quantized)
-    ones = jax.tree.map(
-        lambda x, one: x if jnp.shape(x) == one.shape else jnp.ones_like(one),
-        state,
-        jax.eval_shape(inner.init, single),
-    )
-    zeros = jax.tree.map(lambda w, g: jnp.zeros_like(w, g.dtype), single, grads)
-    *_, slopes = step_with_slopes(inner, ones, zeros, single, places, extra_args)
+        ones = jax.tree.map(
+            lambda x, one: x if jnp.shape(x) == one.shape else jnp.ones_like(one),
+            state,
+            jax.eval_shape(self.inner.init, single),
+        )
+        zeros = jax.tree.map(
+            lambda w, g: jnp.zeros_like(w, g.dtype), single, self.grads
+        )
+        step = self._step(ones, zeros, single)
 
-    ms, after = find_momentum(state, params, places), []
-    for i, last in enumerate(one_a_leaf(before, len(places), apart=True)):
-        slope, decay = (each[i].reshape(()).astype(last.dtype) for each in slopes)
-        now = jnp.abs(slope)
-        rises = (last > 0) & (now * decay > last)
-        factor = jnp.where(rises, last / jnp.where(rises, now * decay, 1), 1)
-        ms[i] = rounded(widen(ms[i]) * factor).astype(ms[i].dtype)
-        after.append(jnp.where(now > 0, now, last))
-    state = with_momentum(state, params, places, ms)
-    return state, jnp.stack(after) if after else before
+        ms, after = self.coded.momentum(state), []
+        for i, last in enumerate(one_a_leaf(before, count, apart=True)):
+            slope, decay = (
+                each[i].reshape(()).astype(last.dtype)
+                for each in (step.slopes, step.decays)
+            )
+            now = jnp.abs(slope)
+            rises = (last > 0) & (now * decay > last)
+            factor = jnp.where(rises, last / jnp.where(rises, now * decay, 1), 1)
+            ms[i] = rounded(widen(ms[i]) * factor).astype(ms[i].dtype)
+            after.append(jnp.where(now > 0, now, last))
+        state = self.coded.with_momentum(state, ms)
+        return state, jnp.stack(after) if after else before
 
+    def state_with_errors(
+        self, state: optax.OptState, moves: Sequence[jax.Array]
+    ) -> tuple[optax.OptState, list[jax.Array]]:
+        """The state after a step with its rounding errors in the momentum, and moves.
 
-def step_with_slopes(
-    inner: optax.GradientTransformationExtraArgs,
-    state: Any,
-    grads: Any,
-    params: Any,
-    places: Sequence[int],
-    extra_args: dict[str, Any],
-) -> tuple[Any, Any, Slopes]:
-    """Takes a step, and its derivatives with respect to the previous momentum.
+        ``moves`` say by how many codes the leaves of codes move. The moves that are
+        returned are computed from the stored codes.
 
-    Args:
-      inner: an optimizer whose momentum acts on each element alone.
-      state: the state before the step.
-      grads: the gradients.
-      params: the values of the parameters.
-      places: the places of the leaves of codes, in flatten order.
-      extra_args: extra arguments of the update.
+        On CPUs the step is taken a second time, after the new codes are stored. A
+        kernel there has one result, and quotients that the codes and the momentum share
+        would be kept as floats, six for each weight.
+        """
+        coded, new = self.coded, []
+        gs, ws = map(coded.treedef.flatten_up_to, (self.grads, self.params))
+        for i, move in zip(coded.places, moves, strict=True):
+            codes = ws[i].codes
+            codes = (codes.astype(jnp.int32) + move).astype(codes.dtype)
+            gs[i], ws[i], codes = _computed_first((gs[i], ws[i], codes))
+            new.append(codes)
+        grads, values = map(coded.treedef.unflatten, (gs, ws))
+        step = self._step(state, grads, dequantize_params(values))
+        us = coded.treedef.flatten_up_to(step.updates)
+        us, ws = ([each[i] for i in coded.places] for each in (us, ws))
+        ms = coded.momentum(step.state)
+        leaves = zip(ws, us, new, ms, step.slopes, step.decays, strict=True)
+        # An optimizer that stores the momentum as codes reads it in several kernels.
+        ms = [_computed_first(_momentum_with_error(*leaf)) for leaf in leaves]
+        moves = [
+            codes.astype(jnp.int32) - w.codes.astype(jnp.int32)
+            for w, codes in zip(ws, new, strict=True)
+        ]
+        return coded.with_momentum(step.state, ms), moves
 
-    Returns:
-      Updates, the new state, and the derivatives.
-    """
-    treedef = jax.tree.structure(params)
+    def _step(self, state: optax.OptState, grads: Tree, values: Tree) -> _Step:
+        """A step with other gradients and parameters, floats, and its derivatives.
 
-    def step(ms):
-        before = with_momentum(state, params, places, ms)
-        updates, after = inner.update(grads, before, params, **extra_args)
-        us = treedef.flatten_up_to(updates)
-        new = find_momentum(after, params, places)
-        return Slopes([us[i] for i in places], new), (updates, after)
+        Elements have their own derivatives, as the momentum acts on each alone.
+        """
+        coded, ms = self.coded, self.coded.momentum(state)
 
-    ms = find_momentum(state, params, places)
-    ones = [jnp.ones_like(m) for m in ms]
-    _, slopes, (updates, after) = jax.jvp(step, (ms,), (ones,), has_aux=True)
-    return updates, after, slopes
+        def step(ms):
+            before = coded.with_momentum(state, ms)
+            updates, after = self.inner.update(grads, before, values, **self.extra_args)
+            us = coded.treedef.flatten_up_to(updates)
+            us = [us[i] for i in coded.places]
+            return (us, coded.momentum(after)), (updates, after)
 
-
-def with_errors(
-    inner: optax.GradientTransformationExtraArgs,
-    state: Any,
-    grads: Any,
-    params: Any,
-    moves: Sequence[jax.Array],
-    extra_args: dict[str, Any],
-) -> tuple[Any, list[jax.Array]]:
-    """The state after a step, with its rounding errors in the momentum.
-
-    On CPUs the step is taken a second time, after the new codes are stored. A kernel
-    there has one result, and quotients that the codes and the momentum share would be
-    kept as floats, six for each weight.
-
-    Args:
-      inner: the optimizer.
-      state: the state before the step.
-      grads: the gradients.
-      params: the parameters before the step.
-      moves: how many codes the leaves of codes move by.
-      extra_args: extra arguments of the update.
-
-    Returns:
-      The state, and the moves, computed from the stored codes.
-    """
-    _, ws, treedef = flatten(params)
-    gs, places, new = treedef.flatten_up_to(grads), places_of_codes(params), []
-    for i, move in zip(places, moves, strict=True):
-        codes = ws[i].codes
-        codes = (codes.astype(jnp.int32) + move).astype(codes.dtype)
-        gs[i], ws[i], codes = _computed_first((gs[i], ws[i], codes))
-        new.append(codes)
-    grads, values = map(treedef.unflatten, (gs, ws))
-    updates, state, slopes = step_with_slopes(
-        inner, state, grads, dequantize_params(values), places, extra_args
-    )
-    us, ws = treedef.flatten_up_to(updates), [ws[i] for i in places]
-    ms = find_momentum(state, params, places)
-    leaves = zip(ws, [us[i] for i in places], new, ms, *slopes, strict=True)
-    # An optimizer that stores the momentum as codes reads it in several kernels.
-    ms = [_computed_first(_with_error(*leaf)) for leaf in leaves]
-    pairs = zip(ws, new, strict=True)
-    moves = [codes.astype(jnp.int32) - w.codes.astype(jnp.int32) for w, codes in pairs]
-    return with_momentum(state, params, places, ms), moves
+        ones = [jnp.ones_like(m) for m in ms]
+        _, slopes, (updates, after) = jax.jvp(step, (ms,), (ones,), has_aux=True)
+        return _Step(updates, after, *slopes)
 
 
-def _computed_first(x: Any) -> Any:
+def _computed_first(x: Tree) -> Tree:
     """A tree of arrays, which CPUs store before they go on.
 
     Other compilers make one kernel for all results of a leaf, and keep no floats.
@@ -201,7 +177,7 @@ def _computed_first(x: Any) -> Any:
 
 
 @jax.jit
-def _with_error(
+def _momentum_with_error(
     w: QuantizedArray,
     u: jax.Array,
     codes: jax.Array,
@@ -217,15 +193,10 @@ def _with_error(
     # Compilers rewrite a quotient of quotients, where they see that it is one.
     value, slope = w.dequantize(), rounded(widen(slope))
     moved = QuantizedArray(codes, w.scale, w.format).dequantize() - value
-    # What would have gone beyond the largest code is no error of rounding.
+    # What would have gone beyond the max code is no error of rounding.
     wanted = jnp.clip(rounded(widen(u)), -w.scale - value, w.scale - value)
     error = rounded((wanted - moved) * (1 - widen(decay)))
     after = widen(m) + error / jnp.where(slope == 0, 1, slope)
     after = after.astype(m.dtype)
     ok = (slope != 0) & jnp.isfinite(u) & jnp.isfinite(after)
     return jnp.where(ok, after, m)
-
-
-def _single(leaf: Any) -> jax.Array:
-    """A one, as an array of the rank and dtype of a leaf."""
-    return jnp.ones((1,) * leaf.ndim, leaf.dtype)

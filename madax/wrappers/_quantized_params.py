@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from madax._core.checks import check_seed, check_state
+from madax._core.checks import (
+    check_instance,
+    check_seed,
+    check_state,
+    check_transformation,
+)
+from madax._core.names import Tree
 from madax._core.numerics import rounded
 from madax._core.rounding import Rounding, check_rounding, leaf_keys, rounding_bits
 from madax._core.vectors import one_a_leaf
@@ -17,9 +23,11 @@ from madax.codes._array import QuantizedArray, is_quantized
 from madax.codes._leaves import flatten_both
 from madax.codes._quantize import dequantize_params
 from madax.codes._scales import check_code_scales
-from madax.transforms._lns_quantize import as_steps, real_steps, step_codes
-from madax.wrappers._error_feedback import limited, start, with_errors
+from madax.codes._steps import as_steps, real_steps, step_codes
+from madax.formats._moment_format import MomentFormat
+from madax.wrappers._error_feedback import ErrorFeedback, zero_slopes
 from madax.wrappers._feedback_checks import check_feedback
+from madax.wrappers._quantized_state import Where, check_where, with_quantized_state
 
 
 class WithQuantizedParamsState(NamedTuple):
@@ -34,14 +42,16 @@ class WithQuantizedParamsState(NamedTuple):
     """
 
     count: jax.Array
-    inner_state: Any
-    slope: Any = None
+    inner_state: Tree
+    slope: Tree = None
 
 
 def with_quantized_params(
     inner: optax.GradientTransformation,
     *,
+    moment_format: MomentFormat | None = None,
     error_feedback: bool = False,
+    moment_where: Where | None = None,
     rounding: Rounding = "stochastic",
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -51,11 +61,11 @@ def with_quantized_params(
     additive update :math:`u`, and :math:`w + u` is encoded and rounded. There is no
     float copy of the weights between steps. The inner optimizer trains float leaves.
 
-    Stochastic rounding keeps the mean of the value, also where codes are not equally
-    far apart.
+    Stochastic rounding keeps the mean of the value, also where the spacing of codes
+    varies.
 
-    With error feedback, what the rounding of a leaf lost is put into the momentum of
-    ``inner``, and so into the next updates:
+    Error feedback puts the errors of rounding into the momentum of ``inner``, and so
+    into the next updates:
 
     .. math:: m \leftarrow m + (1 - \beta)\, e / s
 
@@ -72,17 +82,24 @@ def with_quantized_params(
     Error feedback is for optimizers whose update is a linear function of one momentum,
     element by element: SGD, Adam, AdamW, NAdam, AMSGrad, AdaMax. Others are refused,
     since errors would go where they do not belong: Lion and other signs, Muon, LAMB, a
-    clip of updates, averages of updates, centred RMSProp, AdaBelief, schedule-free. To
-    store moments in codes, put :func:`with_quantized_state` around this wrapper. A step
-    calls ``inner`` three times then, once for single elements. Compilers drop what is
-    computed in vain, but not a callback.
+    clip of updates, averages of updates, centred RMSProp, AdaBelief, schedule-free. A
+    step calls ``inner`` three times then, once for single elements. Compilers drop what
+    is computed in vain, but not a callback.
+
+    With ``moment_format``, the moments of ``inner`` become codes, too, as
+    :func:`with_quantized_state` describes: Adam on 8-bit codes then takes three bytes
+    per parameter.
 
     :func:`madam` needs no such wrapper: it trains quantised leaves natively.
 
     Args:
       inner: any optax optimizer.
+      moment_format: the format of moments, such as ``MomentFormat(bits=8)``; None to
+        leave them as ``inner`` has them.
       error_feedback: whether to put errors of rounding into the momentum of ``inner``,
         a field ``mu`` or ``trace`` of its state.
+      moment_where: ``moment_where(path, leaf)`` tells which leaves of the state of
+        ``inner`` are stored, as ``where`` does in :func:`with_quantized_state`.
       rounding: "stochastic", or "nearest" (halves to even).
       seed: seed of the stochastic rounding.
 
@@ -92,9 +109,9 @@ def with_quantized_params(
 
     Raises:
       ValueError: if ``params`` are missing or do not match, codes have no scale,
-        ``rounding`` is unknown, or error feedback is wrong for ``inner``.
-      TypeError: if ``inner`` is not a gradient transformation, or ``error_feedback``
-        not a bool.
+        ``rounding`` is unknown, error feedback is wrong for ``inner``, moments cannot
+        be stored as codes, or ``moment_where`` comes without ``moment_format``.
+      TypeError: if an argument is of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp, optax, madax
@@ -111,40 +128,80 @@ def with_quantized_params(
       Nikdan et al., `ECO: quantized training without full-precision master weights
       <https://arxiv.org/abs/2601.22101>`_, 2026, for error feedback.
     """
-    inner = check_inner(inner)
+    check_transformation("inner", inner)
     if not isinstance(error_feedback, bool):
         raise TypeError(
             f"error_feedback must be True or False, got {error_feedback!r}."
         )
+    check_instance("moment_format", moment_format, MomentFormat)
+    check_where("moment_where", moment_where)
     check_rounding(rounding)
     check_seed(seed)
+    inner = optax.with_extra_args_support(inner)
+    if moment_format is None:
+        if moment_where is not None:
+            raise ValueError(
+                "moment_where chooses which moments have a moment_format, but that is "
+                "None; pass moment_format=madax.MomentFormat(bits=8)."
+            )
+        return _quantized_params(inner, error_feedback, rounding, seed)
+
+    def with_codes(
+        tx: optax.GradientTransformation, where: Where | None
+    ) -> optax.GradientTransformationExtraArgs:
+        return with_quantized_state(
+            tx, moment_format=moment_format, where=where, rounding=rounding, seed=seed
+        )
+
+    # Error feedback adds to a momentum of floats, so codes are made of its state.
+    if error_feedback:
+        tx = _quantized_params(inner, True, rounding, seed)
+        return with_codes(tx, _inside(moment_where))
+    return _quantized_params(with_codes(inner, moment_where), False, rounding, seed)
+
+
+def _inside(where: Where | None) -> Where | None:
+    """``where`` for the state of :func:`with_quantized_params` around the optimizer."""
+    if where is None:
+        return None
+    prefix = "inner_state/"
+    return lambda path, x: path.startswith(prefix) and where(path[len(prefix) :], x)
+
+
+def _quantized_params(
+    inner: optax.GradientTransformationExtraArgs,
+    error_feedback: bool,
+    rounding: Rounding,
+    seed: jax.typing.ArrayLike,
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`with_quantized_params` with the moments that ``inner`` has."""
 
     def init_fn(params):
         check_code_scales(params)
         inner_state = inner.init(dequantize_params(params))
-        slope = start(inner, inner_state, params) if error_feedback else None
+        slope = zero_slopes(inner, inner_state, params) if error_feedback else None
         return WithQuantizedParamsState(jnp.zeros([], jnp.int32), inner_state, slope)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params: Tree = None, **extra_args):
         check_state(state, WithQuantizedParamsState)
         paths, ws, _, treedef = flatten_both(params, updates)
         values, slope = dequantize_params(params), state.slope
         before = state.inner_state
+        feedback = ErrorFeedback(inner, updates, params, extra_args)
         if error_feedback:
             check_feedback(inner, params, extra_args)
-            before, slope = limited(inner, before, updates, params, slope, extra_args)
+            before, slope = feedback.limited_momentum(before, slope)
         proposed, inner_state = inner.update(updates, before, values, **extra_args)
         us = treedef.flatten_up_to(proposed)
-        keys = leaf_keys(seed, state.count, paths, extra_args.get("layer"))
+        keys = leaf_keys(seed, state.count, paths, extra_args.get("madax_layer"))
         moves = {
             i: _rounded_sum(ws[i], us[i], key, rounding)
             for i, key in enumerate(one_a_leaf(keys, len(ws), apart=True))
             if is_quantized(ws[i])
         }
         if error_feedback:
-            inner_state, again = with_errors(
-                inner, before, updates, params, list(moves.values()), extra_args
-            )
+            moved = list(moves.values())
+            inner_state, again = feedback.state_with_errors(before, moved)
             moves = dict(zip(moves, again, strict=True))
         for i, move in moves.items():
             us[i] = as_steps(ws[i], move)
@@ -169,60 +226,3 @@ def _rounded_sum(
         bend = 0.5 * w.format.curvature(w.codes)
         steps = steps - rounded(bend * (part * (1 - part)))
     return step_codes(w, steps, jnp.sign(value), bits)
-
-
-def with_dequantized_params(
-    inner: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """Shows a transform the values of parameters in the place of codes.
-
-    Its updates are those of the inner transform, floats. So any direction of optax, or
-    a partition of them, may stand before :func:`scale_by_sign_log` and
-    :func:`lns_quantize`, and train codes natively. Otherwise its state would be made of
-    codes.
-
-    Args:
-      inner: a gradient transformation of gradients to gradients.
-
-    Returns:
-      That for trees that mix arrays and :class:`QuantizedArray`.
-
-    Raises:
-      TypeError: if ``inner`` is not a gradient transformation.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, madax
-      >>> tx = optax.chain(
-      ...     madax.with_dequantized_params(optax.scale_by_adam()),
-      ...     optax.scale_by_learning_rate(0.1),
-      ...     madax.scale_by_sign_log(),
-      ...     madax.clip_log_weights(),
-      ...     madax.lns_quantize(),
-      ... )
-      >>> w = madax.quantize_params(jnp.ones((4, 4)), madax.LogFormat(8))
-      >>> updates, state = tx.update(jnp.ones((4, 4)), tx.init(w), w)
-      >>> bool(jnp.all(optax.apply_updates(w, updates) < w))
-      True
-    """
-    inner = check_inner(inner)
-
-    def init_fn(params):
-        return inner.init(dequantize_params(params))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        if params is not None:
-            params = dequantize_params(params)
-        return inner.update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def check_inner(inner: Any) -> optax.GradientTransformationExtraArgs:
-    """The inner transform, to be given extra arguments, if it is one."""
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(
-            f"inner must be an optax.GradientTransformation, got {inner!r} of type "
-            f"{type(inner).__name__}; pass for example optax.adam(1e-3), and of "
-            "optax.MultiSteps(...) its .gradient_transformation()."
-        )
-    return optax.with_extra_args_support(inner)

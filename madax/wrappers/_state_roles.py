@@ -6,18 +6,18 @@ the difference of two moments. Nothing is run: the jaxpr of a step is read, of s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from madax._core.names import flatten_named
+from madax._core.names import Tree, flatten_named
 from madax._core.tracing import depends_on
 from madax.codes._array import is_quantized
 from madax.codes._quantize import dequantize_params
-from madax.wrappers._step_reader import FACTORS, GRADS, PARAMS, Reader, Value
+from madax.wrappers._step_reader import FACTORS, GRADS, PARAMS, StepReader, Value
 
 
 class StateLeaves(NamedTuple):
@@ -27,60 +27,55 @@ class StateLeaves(NamedTuple):
       paths: their names.
       shapes: their shapes and dtypes.
       treedef: the structure of the state.
-      owner: the index of the parameter that a leaf belongs to: a float that has the
-        shape of the parameter and ends with its path. None for other leaves.
+      parameters: the end of a path that is the path of a parameter; None without one.
+      owners: the path of the parameter that a leaf is a moment of: it also has the
+        shape of the parameter, and is floating. None for other leaves.
       copies: whether a leaf starts as a function of parameters, such as a copy.
     """
 
     paths: list[str]
-    shapes: list[Any]
-    treedef: Any
-    owner: list[int | None]
+    shapes: list[jax.ShapeDtypeStruct]
+    treedef: jax.tree_util.PyTreeDef
+    parameters: list[str | None]
+    owners: list[str | None]
     copies: list[bool]
 
 
-def state_leaves(inner: Any, params: Any) -> StateLeaves:
+def state_leaves(inner: optax.GradientTransformation, params: Tree) -> StateLeaves:
     """The leaves of the state that ``inner`` has for ``params``, arrays or shapes."""
     params = jax.eval_shape(lambda params: params, params)
     paths, shapes, treedef = flatten_named(jax.eval_shape(inner.init, params))
     copies = depends_on(lambda params, _: inner.init(params), params, ())
     names, ws, _ = flatten_named(params, is_leaf=is_quantized)
-
-    def owner(path, leaf):
+    shape_of = {name: w.shape for name, w in zip(names, ws, strict=True)}
+    parameters, owners = [], []
+    for path, leaf in zip(paths, shapes, strict=True):
+        ends = [name for name in names if not name or f"/{path}".endswith(f"/{name}")]
+        name = max(ends, key=len) if ends else None
         # A factored moment may have the shape of a bias, but not its path.
-        ends = [i for i, name in enumerate(names) if f"/{path}".endswith(f"/{name}")]
-        ends += [i for i, name in enumerate(names) if not name]
-        best = max(ends, key=lambda i: len(names[i]), default=None)
-        is_moment = best is not None and ws[best].shape == leaf.shape
-        return best if is_moment and is_float(leaf) else None
-
-    owners = [owner(*leaf) for leaf in zip(paths, shapes, strict=True)]
-    return StateLeaves(paths, shapes, treedef, owners, copies)
+        is_moment = name is not None and shape_of[name] == leaf.shape and is_float(leaf)
+        parameters.append(name)
+        owners.append(name if is_moment else None)
+    return StateLeaves(paths, shapes, treedef, parameters, owners, copies)
 
 
-def is_float(leaf: Any) -> bool:
+def is_float(leaf: jax.ShapeDtypeStruct) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def unfit(inner: Any, params: Any, leaves: StateLeaves) -> dict[int, str]:
-    """Which leaves of a state must not be stored as codes, and why.
-
-    Args:
-      inner: the optimizer.
-      params: the parameters, arrays or shapes.
-      leaves: the leaves of its state.
-
-    Returns:
-      Reasons, by the indices of leaves.
+def reasons_for_floats(
+    inner: optax.GradientTransformationExtraArgs, params: Tree, leaves: StateLeaves
+) -> dict[int, str]:
+    """Why some leaves of a state must not be stored as codes, by their indices.
 
     Raises:
       Exception: what the update of ``inner`` raises, if it cannot be traced.
     """
-    updates, new, reader = _step(inner, params, leaves)
+    updates, new, reader = _read_step(inner, params, leaves)
     decay = {i: c for i, value in enumerate(new) for k, c in value.linear if k == i}
     reasons = {i: "it starts from parameters" for i, x in enumerate(leaves.copies) if x}
 
-    def refuse(i, reason):
+    def refuse(i: int, reason: str) -> None:
         reasons.setdefault(i, reason)
 
     for taken, together in reader.mixed:
@@ -90,9 +85,9 @@ def unfit(inner: Any, params: Any, leaves: StateLeaves) -> dict[int, str]:
     used = set().union(*(value.parts for value in updates))
     while more := {k for j in used if j >= 0 for k in new[j].parts} - used:
         used |= more
-    divisors = {leaves.owner[k]: k for k in reader.rooted if k >= 0}
+    divisors = {leaves.owners[k]: k for k in reader.rooted if k >= 0}
     for i, value in enumerate(new):
-        owner = leaves.owner[i]
+        owner = leaves.owners[i]
         if PARAMS in value.parts and GRADS not in value.parts:
             refuse(i, "a step makes it of parameters without the gradient")
         if decay.get(i) == 1 and i in value.signed:
@@ -111,21 +106,24 @@ def unfit(inner: Any, params: Any, leaves: StateLeaves) -> dict[int, str]:
             refuse(k, f"its root decays faster than {leaves.paths[i]}")
     for i in used:
         # The contribution of one element to a number cannot be taken back.
-        is_number = i >= 0 and leaves.owner[i] is None
+        is_number = i >= 0 and leaves.owners[i] is None
         if is_number and any(k >= 0 for k in new[i].summed - {i}):
             for k in range(len(new)):
                 refuse(k, f"a step puts sums of moments into {leaves.paths[i]}")
     return reasons
 
 
-# --- reading a step -------------------------------------------------------------------
+class _ReadStep(NamedTuple):
+    """What is known of the updates of a step, and of its new leaves of the state."""
+
+    updates: list[Value]
+    new: list[Value]
+    reader: StepReader
 
 
-def _step(
-    inner: Any, params: Any, leaves: StateLeaves
-) -> tuple[list[Value], list[Value], Reader]:
-    """The updates of a step, its new leaves of the state, and what was found."""
-    params = jax.eval_shape(lambda params: params, params)
+def _read_step(
+    inner: optax.GradientTransformationExtraArgs, params: Tree, leaves: StateLeaves
+) -> _ReadStep:
     grads = jax.eval_shape(dequantize_params, params)
     state = leaves.treedef.unflatten(leaves.shapes)
 
@@ -141,25 +139,21 @@ def _step(
         extra = {"value": value, "grad": grads, "value_fn": value_fn}
         return step(grads, params, state, **extra, obj_fn=value_fn)
 
-    closed, out = _first_traced((step, line_search), grads, params, state)
+    trace = functools.partial(jax.make_jaxpr, return_shape=True)
+    try:
+        closed, out = trace(step)(grads, params, state)
+    except (TypeError, ValueError) as error:
+        try:
+            closed, out = trace(line_search)(grads, params, state)
+        except (TypeError, ValueError):
+            raise error from None
     given = [Value(frozenset({GRADS})) for _ in jax.tree.leaves(grads)]
     given += [Value(frozenset({PARAMS})) for _ in jax.tree.leaves(params)]
     for i, leaf in enumerate(leaves.shapes):
         part, linear = frozenset({i}), frozenset({(i, 1.0)})
         is_number = leaf.ndim == 0  # a count or a rate
         given.append(Value(part, linear=linear, multiple=part, positive=is_number))
-    reader = Reader(i for i, x in enumerate(leaves.owner) if x is not None)
-    values = reader.read(closed.jaxpr, closed.consts, given)
+    reader = StepReader(i for i, x in enumerate(leaves.owners) if x is not None)
+    values = reader.read(closed, given)
     updates = len(jax.tree.leaves(out[0]))
-    return values[:updates], values[updates:], reader
-
-
-def _first_traced(steps: Sequence[Callable], *args: Any) -> tuple[Any, Any]:
-    """The jaxpr of the first of some functions that takes arguments, and its shapes."""
-    errors = []
-    for step in steps:
-        try:
-            return jax.make_jaxpr(step, return_shape=True)(*args)
-        except (TypeError, ValueError) as error:
-            errors.append(error)
-    raise errors[0]
+    return _ReadStep(values[:updates], values[updates:], reader)

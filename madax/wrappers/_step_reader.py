@@ -1,4 +1,4 @@
-"""Reading a jaxpr: how each value of a step depends on the leaves of a state.
+"""How each value of a step depends on the leaves of a state, read from its jaxpr.
 
 A few primitives have rules. The results of all others depend on all their arguments,
 and nothing more is known of them.
@@ -6,13 +6,15 @@ and nothing more is known of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+
+from madax._core.tracing import JaxprReader, shape_of
 
 # Beside the indices of leaves, which are not negative: gradients, parameters, and the
 # factors of matrices.
@@ -24,6 +26,9 @@ _POSITIVE = {"abs", "exp", "exp2", "logistic", "square"}
 _POSITIVE_IF_ALL_ARE = {"add", "div", "min", "mul", *_ROOTS}
 _FACTORISATIONS = {"cholesky", "eig", "eigh", "geqrf", "lu", "schur", "svd"}
 _SUMS = {"conv_general_dilated", "cumsum", "dot_general", "reduce_sum"}
+
+
+Leaves = frozenset[int]
 
 
 class Value(NamedTuple):
@@ -40,17 +45,17 @@ class Value(NamedTuple):
       constant: its value, if it is the same number in every step.
     """
 
-    parts: frozenset = frozenset()
-    summed: frozenset = frozenset()
-    linear: frozenset = frozenset()
-    signed: frozenset = frozenset()
-    multiple: frozenset = frozenset()
+    parts: Leaves = frozenset()
+    summed: Leaves = frozenset()
+    linear: frozenset[tuple[int, float]] = frozenset()
+    signed: Leaves = frozenset()
+    multiple: Leaves = frozenset()
     positive: bool = False
     constant: float | None = None
 
 
-class Reader:
-    """Reads jaxprs, and collects what they do with moments.
+class StepReader(JaxprReader[Value]):
+    """Reads a step, and collects what it does with moments.
 
     Attributes:
       moments: the leaves of a state that belong to parameters.
@@ -60,72 +65,36 @@ class Reader:
 
     def __init__(self, moments: Iterable[int]) -> None:
         self.moments = frozenset(moments)
-        self.mixed: list[tuple[str, frozenset]] = []
-        self.rooted: frozenset = frozenset()
+        self.mixed: list[tuple[str, Leaves]] = []
+        self.rooted: Leaves = frozenset()
 
-    def read(self, jaxpr: Any, consts: Sequence[Any], given: Sequence[Value]) -> list:
-        """The results of a jaxpr, from its arguments."""
-        known = dict(zip(jaxpr.constvars, map(_constant, consts), strict=True))
-        known |= dict(zip(jaxpr.invars, given, strict=True))
+    def constant(self, x: jax.typing.ArrayLike) -> Value:
+        if not jnp.issubdtype(jnp.result_type(x), jnp.number):
+            return Value()
+        if isinstance(x, jax.core.Tracer):  # a rate, if it is a number
+            return Value(positive=np.ndim(x) == 0)
+        values = np.ravel(x)
+        is_one = values.size and np.all(values == values[0])
+        constant = float(values[0]) if is_one else None
+        return Value(positive=bool(np.all(values >= 0)), constant=constant)
 
-        def look(x):
-            return _constant(x.val) if isinstance(x, core.Literal) else known[x]
+    def one_of(self, values: Sequence[Value], chosen_by: Sequence[Value] = ()) -> Value:
+        out = _together(values)
+        # A choice does not make a copy of parameters a copy of gradients, too.
+        by = _union(x.parts for x in chosen_by) - {GRADS, PARAMS}
+        constants = {x.constant for x in values}
+        return out._replace(
+            parts=out.parts | by,
+            linear=frozenset.intersection(*(x.linear for x in values)),
+            multiple=frozenset.intersection(*(x.multiple for x in values)),
+            positive=all(x.positive for x in values),
+            constant=constants.pop() if len(constants) == 1 else None,
+        )
 
-        for eqn in jaxpr.eqns:
-            out = self._apply(eqn, [look(x) for x in eqn.invars])
-            known |= dict(zip(eqn.outvars, out, strict=True))
-        return [look(x) for x in jaxpr.outvars]
+    def operation(self, eqn: core.JaxprEqn, args: list[Value]) -> list[Value]:
+        return [self._result(eqn, eqn.primitive.name, args)] * len(eqn.outvars)
 
-    def _apply(self, eqn: Any, args: list[Value]) -> list[Value]:
-        name, params = eqn.primitive.name, eqn.params
-        if name == "optimization_barrier":
-            return args
-        if name == "cond":
-            each = [self._call(branch, args[1:]) for branch in params["branches"]]
-            return [_either(values, args[:1]) for values in zip(*each, strict=True)]
-        if name == "while":
-            n, m = params["cond_nconsts"], params["body_nconsts"]
-            body, consts = params["body_jaxpr"], args[n : n + m]
-            return self._loop(lambda x: self._call(body, consts + x), args[n + m :])
-        if name == "scan":
-            body = params["jaxpr"]
-            # What is stacked has an axis more outside: xs come last, as do ys.
-            carries, xs = (
-                sum(np.ndim(x.aval) == np.ndim(y.aval) for x, y in pairs)
-                for pairs in (
-                    zip(eqn.outvars, body.jaxpr.outvars, strict=True),
-                    zip(eqn.invars, body.jaxpr.invars, strict=True),
-                )
-            )
-            consts, stacked = args[: xs - carries], args[xs:]
-            start = args[xs - carries : xs]
-            start += [Value()] * (len(eqn.outvars) - carries)
-            return self._loop(
-                lambda x: self._call(body, consts + x[:carries] + stacked), start
-            )
-        for inside in params.values():
-            if isinstance(inside, (core.Jaxpr, core.ClosedJaxpr)):
-                jaxpr = getattr(inside, "jaxpr", inside)
-                if len(jaxpr.invars) == len(args):
-                    return self._call(inside, args)
-        return [self._operation(eqn, name, args)] * len(eqn.outvars)
-
-    def _call(self, inside: Any, args: list[Value]) -> list[Value]:
-        consts = getattr(inside, "consts", ())
-        return self.read(getattr(inside, "jaxpr", inside), consts, args)
-
-    def _loop(
-        self, body: Callable[[list[Value]], list[Value]], values: list[Value]
-    ) -> list[Value]:
-        """What is known of values however often a loop runs."""
-        while True:
-            pairs = zip(values, body(values), strict=True)
-            after = [_either(pair) for pair in pairs]
-            if after == values:
-                return values
-            values = after
-
-    def _operation(self, eqn: Any, name: str, args: list[Value]) -> Value:
+    def _result(self, eqn: core.JaxprEqn, name: str, args: list[Value]) -> Value:
         out = _together(args)
         if name in _KEEP:
             return args[0]
@@ -134,7 +103,7 @@ class Reader:
         if name in _SUMS:
             return out._replace(summed=out.summed | out.parts)
         if name == "select_n":
-            return _either(args[1:], args[:1])
+            return self.one_of(args[1:], args[:1])
         if name in ("max", "min", "sub"):
             taken = "the difference of" if name == "sub" else f"the {name}imum of"
             first, second = (x.parts & self.moments for x in args)
@@ -173,21 +142,18 @@ def _sum(a: Value, b: Value) -> Value:
         known = leaf in first or leaf not in a.parts
         if known and (leaf in second or leaf not in b.parts):
             linear[leaf] = first.get(leaf, 0.0) + second.get(leaf, 0.0)
+    constants = [x.constant for x in (a, b) if x.constant is not None]
     signed = a.signed | b.signed
     signed |= frozenset() if b.positive else a.parts
     signed |= frozenset() if a.positive else b.parts
     return _together((a, b))._replace(
         linear=frozenset(linear.items()),
         signed=signed,
-        constant=_added(a.constant, b.constant),
+        constant=sum(constants) if len(constants) == 2 else None,
     )
 
 
-def _added(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a + b
-
-
-def _is_positive(eqn: Any, name: str, args: list[Value]) -> bool:
+def _is_positive(eqn: core.JaxprEqn, name: str, args: list[Value]) -> bool:
     if name in _POSITIVE:
         return True
     if name == "integer_pow":
@@ -197,44 +163,18 @@ def _is_positive(eqn: Any, name: str, args: list[Value]) -> bool:
     if name in ("max", "clamp"):
         return any(x.positive for x in args[:2])
     # A difference of two numbers is 1 minus a decay.
-    is_rate = name == "sub" and np.ndim(eqn.outvars[0].aval) == 0
+    is_rate = name == "sub" and not shape_of(eqn.outvars[0])
     return is_rate or (name in _POSITIVE_IF_ALL_ARE and all(x.positive for x in args))
-
-
-def _constant(x: Any) -> Value:
-    if not jnp.issubdtype(jnp.result_type(x), jnp.number):
-        return Value()
-    if isinstance(x, jax.core.Tracer):  # a rate, if it is a number
-        return Value(positive=np.ndim(x) == 0)
-    values = np.ravel(x)
-    is_one = values.size and np.all(values == values[0])
-    constant = float(values[0]) if is_one else None
-    return Value(positive=bool(np.all(values >= 0)), constant=constant)
 
 
 def _together(values: Sequence[Value]) -> Value:
     """What is known of any function of several values."""
-    parts, summed, signed = (
-        _union(getattr(x, name) for x in values)
-        for name in ("parts", "summed", "signed")
-    )
-    return Value(parts, summed, signed=signed)
-
-
-def _either(values: Sequence[Value], chosen_by: Sequence[Value] = ()) -> Value:
-    """What is known of one of several values."""
-    out = _together(values)
-    # A choice does not make a copy of parameters one of gradients, too.
-    by = _union(x.parts for x in chosen_by) - {GRADS, PARAMS}
-    constants = {x.constant for x in values}
-    return out._replace(
-        parts=out.parts | by,
-        linear=frozenset.intersection(*(x.linear for x in values)),
-        multiple=frozenset.intersection(*(x.multiple for x in values)),
-        positive=all(x.positive for x in values),
-        constant=constants.pop() if len(constants) == 1 else None,
+    return Value(
+        _union(x.parts for x in values),
+        _union(x.summed for x in values),
+        signed=_union(x.signed for x in values),
     )
 
 
-def _union(sets: Iterable[frozenset]) -> frozenset:
+def _union(sets: Iterable[Leaves]) -> Leaves:
     return frozenset().union(*sets)

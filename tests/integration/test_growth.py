@@ -122,10 +122,11 @@ def test_bounds_of_the_paper_hold_every_leaf_and_are_named():
     for _, got, truth in ends(params):
         first = 1e-6 if truth.ndim and truth.max() == 1 else 0.1
         assert np.all(np.abs(got) <= 3.01 * first) or got.ndim == 0
-    fractions = jax.jit(lambda *args: diagnostics.fraction_at_bound(*args, 3.0))
-    fractions(params, state)  # Under jit, values are unknown.
+    jax.jit(diagnostics.fraction_at_bound)(
+        params, state
+    )  # Under jit, values are unknown.
     with pytest.warns(UserWarning) as record:
-        at_bound = diagnostics.fraction_at_bound(params, state, 3.0)
+        at_bound = diagnostics.fraction_at_bound(params, state)
     (warning,) = record
     assert warning.filename == __file__
     names, text = str(warning.message).split(": ", 1)
@@ -173,7 +174,7 @@ def test_matrices_alone_are_bounded():
     params["zeros/kernel"] = jnp.zeros((4, 4))
     for p_scale in (None, 2.0, np.inf):
         after, state = push(madax.clip_log_weights(p_scale), params, 1e3)
-        at_bound = jax.jit(diagnostics.fraction_at_bound)(after, state, p_scale)
+        at_bound = jax.jit(diagnostics.fraction_at_bound)(after, state)
         for name, w in params.items():
             largest = 1e3 + np.max(w)
             if p_scale == 2.0:
@@ -192,7 +193,7 @@ def test_a_free_leaf_ends_at_the_largest_number_of_its_dtype():
     assert jax.jit(diagnostics.fraction_at_bound)(after, state)["bias"] == 1
 
 
-@pytest.mark.parametrize("make", [madax.bbit_madam, madax.lns_madam])
+@pytest.mark.parametrize("make", [madax.papers.bbit_madam, madax.papers.lns_madam])
 def test_a_grid_bounds_every_leaf(make):
     """Its largest magnitude is the bound, and counts as such."""
     params = {"bias": jnp.zeros(4), "kernel": jnp.ones((4, 4))}

@@ -199,7 +199,7 @@ SHARDED = {
     "low_bit_moments": madax.madam(
         0.01, b1=0.9, moment_format=madax.MomentFormat(bits=8)
     ),
-    "lns_madam": madax.lns_madam(),
+    "lns_madam": madax.papers.lns_madam(),
 }
 
 

@@ -155,7 +155,7 @@ def test_multi_steps_accumulates():
 
     expected, inner = run(tx, params, [mean(grads[:4]), mean(grads[4:])])
     assert_close((actual, state.inner_opt_state), (expected, inner))
-    assert int(state.inner_opt_state[0].count) == int(inner[0].count) == 2
+    assert int(state.inner_opt_state.count) == int(inner.count) == 2
 
 
 def test_apply_if_finite_skips_the_whole_step():
@@ -221,13 +221,17 @@ def test_trees_of_states_know_their_moments_and_nothing_else():
     marked = optax.tree.map_params(
         tx, lambda _: "moment", state, transform_non_params=lambda _: "other"
     )
-    assert marked[0].v == marked[0].m == jax.tree.map(lambda _: "moment", params)
-    moments = jax.tree.leaves((marked[0].v, marked[0].m))
+    assert (
+        marked.direction.nu
+        == marked.direction.mu
+        == jax.tree.map(lambda _: "moment", params)
+    )
+    moments = jax.tree.leaves((marked.direction.nu, marked.direction.mu))
     others = [x for x in jax.tree.leaves(marked) if x == "other"]
     assert len(jax.tree.leaves(marked)) == len(moments) + len(others)
     # With a second tree, as for the shardings of a state.
     shapes = optax.tree.map_params(tx, lambda _, p: p.shape, state, params)
-    assert shapes[0].v["dense"]["kernel"] == (4, 3)
+    assert shapes.direction.nu["dense"]["kernel"] == (4, 3)
     counts = dict(optax.tree.get_all_with_path(state, "count"))
     assert {int(count) for count in counts.values()} == {STEPS}
 

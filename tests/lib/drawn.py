@@ -223,8 +223,8 @@ def optimizers(draw, names=("madam",) * 6 + ("bbit_madam", "lns_madam")):
         kw["rounding"] = rounding
     elif name == "bbit_madam":
         some("bits", st.sampled_from([1, 4, 12]))
-        some("base_precision", st.sampled_from([1e-3, 5e-3, 0.01]))
-        spacing = kw.get("base_precision", 1e-3)
+        some("base_step", st.sampled_from([1e-3, 5e-3, 0.01]))
+        spacing = kw.get("base_step", 1e-3)
         grid = LogFormat(kw.get("bits", 12) + 1, spacing)
         # Ties are told apart by no rounding: whole codes, and a bit.
         rate = spacing * (draw(st.integers(0, 300)) + draw(st.floats(-0.4, 0.4)))

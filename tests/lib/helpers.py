@@ -73,7 +73,7 @@ def step(tx, grads, state, params):
 def moment_values(state):
     """The trees v and m of a state of ``scale_by_second_moment``, as floats."""
     if state.window is None:
-        return state.v, state.m
+        return state.nu, state.mu
     ((name, window),) = state.window.items()
     mantissa = int(re.search(r"bits=(\d+)", name)[1]) - 6
 
@@ -86,8 +86,8 @@ def moment_values(state):
         ]
         return treedef.unflatten(values)
 
-    m = None if state.m is None else decode(state.m, oracle.octave_of_m, 1)
-    return decode(state.v, lambda octave: octave, float(window.scale)), m
+    m = None if state.mu is None else decode(state.mu, oracle.octave_of_m, 1)
+    return decode(state.nu, lambda octave: octave, float(window.scale)), m
 
 
 # It is compiled once for each optimizer and tree of shapes.

@@ -110,7 +110,7 @@ def test_a_mesh_trains_as_one_device(axis_type, layout):
         state = INIT(params)
         codes = params["layers"]["w"].codes
         # Moments lie where their weights do, from the first.
-        v = state["layers"][0].v["layers"]["w"]
+        v = state["layers"].direction.nu["layers"]["w"]
         assert v.sharding.is_equivalent_to(codes.sharding, 3)
         params, state = trained(params, state, batches)
     assert len(params["layers"]["w"].codes.sharding.device_set) == 8

@@ -19,6 +19,8 @@ from jax import export
 import madax
 from madax import QuantizedArray
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*beyond p_scale")
+
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 NAMES = (

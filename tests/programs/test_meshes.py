@@ -361,7 +361,7 @@ def test_muon_madam_takes_matrices_on_axes_of_explicit_types():
     shapes = {"w": (16, 24), "stack": (8, 4, 16)}
     specs = {"w": P("data", "model"), "stack": P("model", None, "data")}
     params = {k: normal(*shape) for k, shape in shapes.items()}
-    axes = lambda _, leaf: madax.MatrixDimensionNumbers(-1, -2)
+    axes = lambda _, leaf: madax.transforms.MatrixDimensionNumbers(-1, -2)
     tx = madax.muon_madam(0.1, matrices=axes)
 
     def update(params):

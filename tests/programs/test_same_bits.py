@@ -38,7 +38,7 @@ def on_grid(fmt):
         optax.scale(-0.03),
         madax.scale_by_sign_log(),
         madax.clip_log_weights(),
-        madax.lns_quantize(fmt, rounding="nearest"),
+        madax.papers.quantize_to_grid(fmt, rounding="nearest"),
     )
 
 

@@ -98,11 +98,14 @@ def moments_on_one_device():
 def test_shards_share_the_window_of_their_moments(check_vma):
     params, state = run(MOMENTS, check_vma)
     whole, expected = moments_on_one_device()
-    ((window,), (wanted,)) = (s[0].window.values() for s in (state, expected))
+    ((window,), (wanted,)) = (s.direction.window.values() for s in (state, expected))
     # Nothing is lost: each device has the window, and it is that of the whole leaf.
     for shard in window.octave.addressable_shards:
         np.testing.assert_array_equal(shard.data, wanted.octave)
-    parts = [(params, state[0].v, state[0].m), (whole, expected[0].v, expected[0].m)]
+    parts = [
+        (params, state.direction.nu, state.direction.mu),
+        (whole, expected.direction.nu, expected.direction.mu),
+    ]
     found, wanted = ([tree["whole"] for tree in trees] for trees in parts)
     assert different(found, wanted) == []
     # But for their rounding, without bias, moments of shards are those of one.

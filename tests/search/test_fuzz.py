@@ -186,8 +186,10 @@ class Moments:
         states = (before, after)
         self.raw = [
             {
-                name: np.asarray(jax.tree.leaves(getattr(state, name))[i])
-                for name in ("v", "m")[: 1 + (rule.b1 is not None)]
+                name: np.asarray(jax.tree.leaves(getattr(state, field))[i])
+                for name, field in (("v", "nu"), ("m", "mu"))[
+                    : 1 + (rule.b1 is not None)
+                ]
             }
             for state in states
         ]
@@ -419,13 +421,13 @@ class Oracle:
         self.count += 1
         assert jax.tree.structure(new) == jax.tree.structure(params)
         assert jax.tree.structure(new_state) == jax.tree.structure(state)
-        assert new_state[0].count == new_state[-1].count == self.count
+        assert new_state.count == self.count
         assert all(np.all(np.isfinite(f64(x))) for x in jax.tree.leaves(new_state))
         lists = map(leaves_of, (params, grads, new))
         for i, (w, g, after) in enumerate(zip(*lists, strict=True)):
             check_kind(w, after)
             d, error = directions(
-                self.rule, i, w, g, state[0], new_state[0], self.count
+                self.rule, i, w, g, state.direction, new_state.direction, self.count
             )
             ends = step_interval(self.rule, d, error, self.count)
             if is_quantized(w):
@@ -455,7 +457,9 @@ def take_steps(tree, optimizer, seed, mode, steps):
         for token, w in zip(tokens, leaves_of(params), strict=True):
             if token.kind == "codes":
                 check_quantized(token, w)
-        tx = getattr(madax, name)(learning_rate, **kw)
+        tx = getattr(madax if name == "madam" else madax.papers, name)(
+            learning_rate, **kw
+        )
         state = tx.init(params)
         step = jax.jit(run_step, static_argnums=0) if mode == "jit" else run_step
         oracle = Oracle(rule, params)

@@ -110,7 +110,7 @@ def train(tree, optimizer, seed, mesh=None):
     On the mesh, or else on one device.
     """
     name, learning_rate, kw, _ = optimizer
-    tx = getattr(madax, name)(learning_rate, **kw)
+    tx = getattr(madax if name == "madam" else madax.papers, name)(learning_rate, **kw)
 
     def put(xs):
         one = jax.devices()[0]
@@ -146,7 +146,7 @@ def quantized(tree, weights):
 
 def moments(state):
     """The leaves of each of them, in the order of the parameters."""
-    found = [jax.tree.leaves(x) for x in (state[0].v, state[0].m)]
+    found = [jax.tree.leaves(x) for x in (state.direction.nu, state.direction.mu)]
     return [leaves for leaves in found if leaves]
 
 

@@ -193,7 +193,7 @@ def test_paths_are_the_same_in_every_tree():
     bad = jax.tree.map(lambda x: np.full(x.shape, np.nan), state)
     with pytest.raises(ValueError, match=r"params\['attention/key/bias'\] holds"):
         madax.madam().init(bad)
-    with pytest.raises(ValueError, match=r"state\.v\['attention/key/bias'\]"):
+    with pytest.raises(ValueError, match=r"state\.nu\['attention/key/bias'\]"):
         tx = madax.scale_by_second_moment()
         tx.update(jax.tree.map(lambda x: x[..., None], state), tx.init(state))
 
@@ -305,8 +305,8 @@ def test_a_dead_channel_has_the_scale_of_the_others(fmt, channel_axis):
 
 MAKERS = {
     "madam": madax.madam(),
-    "bbit_madam": madax.bbit_madam(),
-    "lns_madam": madax.lns_madam(),
+    "bbit_madam": madax.papers.bbit_madam(),
+    "lns_madam": madax.papers.lns_madam(),
     "sign_log": madax.scale_by_sign_log(),
     "wrapped": madax.with_quantized_params(optax.adam(0.1)),
 }

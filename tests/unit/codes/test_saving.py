@@ -158,8 +158,8 @@ WRONG = {
         {"scale": lambda x: x.astype(np.float16)},
         "codes of int8 and a scale of float16",
     ),
-    "beyond, up": ({"codes": with_first(8)}, "codes beyond 7, the largest"),
-    "beyond, down": ({"codes": with_first(-128)}, "codes beyond 7, the largest"),
+    "beyond, up": ({"codes": with_first(8)}, "codes beyond 7, the max"),
+    "beyond, down": ({"codes": with_first(-128)}, "codes beyond 7, the max"),
     "negative scale": ({"scale": with_first(-1)}, "not positive and finite"),
     "infinite scale": ({"scale": with_first(np.inf)}, "not positive and finite"),
     "no scale": ({"scale": with_first(np.nan)}, "not positive and finite"),
@@ -355,5 +355,7 @@ if __name__ == "__main__":
 
 
 def test_a_key_that_would_be_read_as_a_dtype_is_refused():
-    with pytest.raises(ValueError, match="'a:bfloat16', which would be read as one of"):
+    with pytest.raises(
+        ValueError, match="'a:bfloat16', which would be read as an array"
+    ):
         madax.to_flat_dict({"a:bfloat16": np.zeros(3, np.uint16)})

@@ -78,8 +78,8 @@ ALIASES = {
     "madam": madax.madam,
     "floor_b1": lambda **kw: madax.madam(floor=1.0, b1=0.5, **kw),
     # A grid has no derivative; that of the step before it is rounded is meant.
-    "bbit_madam": madax.bbit_madam,
-    "lns_madam": madax.lns_madam,
+    "bbit_madam": madax.papers.bbit_madam,
+    "lns_madam": madax.papers.lns_madam,
 }
 
 
@@ -138,10 +138,10 @@ def test_on_a_grid_the_derivative_is_that_of_the_step_before_rounding(name):
     grads = [{"w": jnp.asarray(GRADS[0]["w"], jnp.float32)}]
     if name == "lns_madam":
         rate, plain = 0.03 / np.log(2), lambda h: {"learning_rate": h * np.log(2)}
-        f = lambda h: trained(madax.lns_madam, {"learning_rate": h}, w, grads)
+        f = lambda h: trained(madax.papers.lns_madam, {"learning_rate": h}, w, grads)
     else:  # whose rates are whole numbers of codes: the weights' part
         rate, plain = 0.03, lambda h: {"learning_rate": 0.03, "b2": h}
-        f = lambda h: trained(madax.bbit_madam, {"b2": h}, w, grads)
+        f = lambda h: trained(madax.papers.bbit_madam, {"b2": h}, w, grads)
         rate = 0.9
     want = jax.grad(lambda h: trained(madax.madam, plain(h), w, grads))(rate)
     np.testing.assert_allclose(jax.grad(f)(rate), want, rtol=1e-2, atol=1e-6)
@@ -152,7 +152,7 @@ def test_on_a_grid_the_derivative_is_that_of_the_step_before_rounding(name):
 def test_fake_quantize_has_second_derivatives(backward):
     fmt = madax.LogFormat(bits=16, base_step=1e-3)
     backward_format = fmt if backward else None
-    q = lambda x: madax.fake_quantize(x, fmt, backward_format=backward_format)
+    q = lambda x: madax.papers.fake_quantize(x, fmt, backward_format=backward_format)
     f, x = lambda x: jnp.sum(q(x) ** 3), jnp.array([1.0, 0.5, 0.3])
     hessian = jax.jacrev(jax.jacrev(f)) if backward else jax.hessian(f)
     np.testing.assert_allclose(hessian(x), np.diag(6 * x), rtol=2e-3)
@@ -208,7 +208,7 @@ def test_functions_have_their_second_derivatives_in_loops(name):
 def test_fake_quantize_has_second_derivatives_in_loops(how):
     """Hessian-vector products, and those of the norm of a gradient, of the unrolled."""
     fmt, x = madax.LogFormat(8), jnp.array([0.3, 0.7, 1.1])
-    f = lambda x, i: 2 * jnp.sin(madax.fake_quantize(x, fmt))
+    f = lambda x, i: 2 * jnp.sin(madax.papers.fake_quantize(x, fmt))
 
     def products(how):
         loss = lambda x: jnp.sum(repeat(f, x, 3, how))

@@ -359,7 +359,7 @@ def test_optimizers_are_made_for_the_same_matrices_in_layerwise():
     tx = madax.muon_madam(0.1)
     run = madax.layerwise(tx, *[lambda *args: 0.0] * 3)
     state = jax.eval_shape(run.init, {"ends": ends, "layers": layers})
-    momentum = lambda state: state[0].inner_states["matrix"].inner_state.m
+    momentum = lambda state: state.direction.inner_states["matrix"].inner_state.mu
     in_layers, in_ends = (momentum(state[part])[part] for part in ("layers", "ends"))
     listed = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(L)]
     whole = jax.eval_shape(tx.init, {"ends": ends, "layers": listed})
@@ -383,7 +383,9 @@ def test_the_report_is_a_dict_that_prints_as_a_table():
         "layers/wi/kernel": shape((D, L, F), jnp.float32),
     }
     rule = lambda path, leaf: (
-        madax.MatrixDimensionNumbers(0, 2) if path == "layers/wi/kernel" else None
+        madax.transforms.MatrixDimensionNumbers(0, 2)
+        if path == "layers/wi/kernel"
+        else None
     )
     found = madax.diagnostics.matrices(tree)
     assert found["conv/kernel"] == (1, 72, 16) and found["embed/embedding"] is None

@@ -49,6 +49,14 @@ def test_bits(make):
 
 def test_bits_too_few():
     raises(ValueError, "bits must be in 8 to 16, got 7", lambda: MomentFormat(7))
+    for octaves in (5, 8.0, True):
+        pattern = f"octaves must be 2, 4, 8, 16, 32 or None, got {octaves}"
+        raises(ValueError, pattern, partial(MomentFormat, 8, octaves))
+    pattern = (
+        r"is MomentFormat\(bits=9, octaves=8\), but .* pass MomentFormat\(bits=9\)"
+    )
+    make = partial(madax.madam, moment_format=MomentFormat(9, octaves=8))
+    raises(ValueError, pattern, make)
     make = lambda: LogFormat.from_dynamic_range(2, 10)
     raises(ValueError, "bits must be in 3 to 16, got 2", make)
 
@@ -61,9 +69,8 @@ FIELDS = {
         (0, 1, 0.5, -10, 1e35, INF, NAN),
     ),
     "linear_range": (lambda x: SymlogFormat(8, x), (0, -1, 9e-7, 1100, INF, NAN)),
-    # The argument is called so here, whatever the format calls it.
-    "base_precision": (
-        lambda x: madax.bbit_madam(base_precision=x),
+    "base_step of bbit_madam": (
+        lambda x: madax.papers.bbit_madam(base_step=x),
         (0, -1e-3, 0.02, NAN),
     ),
 }
@@ -72,6 +79,7 @@ FIELDS = {
 @pytest.mark.parametrize("name", FIELDS)
 def test_fields(name):
     make, wrong = FIELDS[name]
+    name = name.split()[0]
     for value in wrong:
         got = re.escape(f"got {value}")
         raises(ValueError, rf"^{name} must be in \[.*\] .*{got}", partial(make, value))
@@ -147,10 +155,10 @@ def test_dequantize_params(dtype):
 
 # --- transforms -----------------------------------------------------------------------
 
-GRID = partial(madax.lns_quantize, FMT)
+GRID = partial(madax.papers.quantize_to_grid, FMT)
 WRAP = partial(madax.with_quantized_params, optax.sgd(0.1))
 MOMENT = partial(madax.scale_by_second_moment, moment_format=MomentFormat(8))
-MADAM, LNS, WRAPPED = madax.madam, madax.lns_madam, madax.with_quantized_params
+MADAM, LNS, WRAPPED = madax.madam, madax.papers.lns_madam, madax.with_quantized_params
 A_KEY, RAW_KEY = jax.random.key(0), jnp.zeros(2, jnp.uint32)
 
 BAD_MAKE = [
@@ -166,8 +174,8 @@ BAD_MAKE = [
     (TypeError, "seed must be .*None", MADAM, {"seed": None}),
     (TypeError, "seed must be .*'0'", WRAP, {"seed": "0"}),
     (TypeError, "seed must be .*1.0", MOMENT, {"seed": 1.0}),
-    (TypeError, "format must be .*8", madax.lns_quantize, {"format": 8}),
-    (TypeError, "format must .*Moment", madax.lns_quantize, {"format": MomentFormat()}),
+    (TypeError, "format must be .*8", GRID.func, {"format": 8}),
+    (TypeError, "format must .*Moment", GRID.func, {"format": MomentFormat()}),
     (TypeError, "format must be .*'int8'", LNS, {"format": "int8"}),
     (TypeError, "format must be", LNS, {"format": None}),
     (TypeError, "moment_format must be .*LogFormat", MADAM, {"moment_format": FMT}),
@@ -271,4 +279,4 @@ BAD_FAKE = [
 @pytest.mark.parametrize("case", BAD_FAKE, ids=lambda case: case[1])
 def test_fake_quantize(case):
     kind, pattern, args, kwargs = case
-    raises(kind, pattern, lambda: madax.fake_quantize(*args, **kwargs))
+    raises(kind, pattern, lambda: madax.papers.fake_quantize(*args, **kwargs))

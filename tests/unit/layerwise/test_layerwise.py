@@ -67,14 +67,14 @@ def test_layerwise_equals_the_ordinary_step(name):
 
 def assert_same_moments(stacks, whole):
     for part in ("ends", "layers"):
-        found, expected = stacks[part][0], whole[0]
-        expected = {"v": expected.v[part], "m": expected.m[part]}
-        found = {"v": found.v[part], "m": found.m[part]}
+        found, expected = stacks[part].direction, whole.direction
+        expected = {"nu": expected.nu[part], "mu": expected.mu[part]}
+        found = {"nu": found.nu[part], "mu": found.mu[part]}
         if part == "layers":
             found = {k: [one(v, i) for i in range(DEPTH)] for k, v in found.items()}
         assert different(found, expected) == []
-    assert stacks["layers"][0].count == whole[0].count
-    (window,) = stacks["layers"][0].window.values()
+    assert stacks["layers"].count == whole.count
+    (window,) = stacks["layers"].direction.window.values()
     assert window.octave.shape == (DEPTH, 2) and window.scale.shape == ()
 
 
@@ -188,6 +188,22 @@ def test_no_second_stack_is_made():
     assert used.alias_size_in_bytes > 0.99 * used.argument_size_in_bytes
     # A layer's values, gradients, moments and steps in float32.
     assert used.temp_size_in_bytes < 0.9 * count
+
+
+def test_by_default_codes_decode_to_float32_and_floats_stay():
+    params = weights(FORMATS["symlog8"])
+    params["layers"]["gain"] = params["layers"]["gain"].astype(jnp.float16)
+    seen = {}
+
+    def of_layer(w, x):
+        seen.update(gain=w["gain"].dtype, codes=w["mlp"]["w"].dtype)
+        return x
+
+    init, step = madax.layerwise(madax.madam(), embed, of_layer, loss)
+    state = jax.eval_shape(init, params)
+    params, *_ = jax.eval_shape(step, params, state, batches()[0])
+    assert seen == {"gain": jnp.float16, "codes": jnp.float32}
+    assert params["layers"]["gain"].dtype == jnp.float16
 
 
 # --- what is refused ------------------------------------------------------------------

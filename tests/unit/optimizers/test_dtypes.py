@@ -9,7 +9,7 @@ import pytest
 from helpers import enable_x64, mostly_nightly, step
 
 import madax
-from madax.codes._scales import share_beyond
+from madax.codes._scales import fraction_above
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
@@ -51,7 +51,7 @@ def test_updates_keep_the_dtype_and_states_never_drift(dtype):
             assert dtypes(state) == first
             assert all(np.all(np.isfinite(w)) for w in jax.tree.leaves(params))
         wide = jnp.promote_types(dtype, jnp.float32)
-        moments = jax.tree.leaves((state[0].v, state[0].m))
+        moments = jax.tree.leaves((state.direction.nu, state.direction.mu))
         assert {m.dtype for m in moments} == {wide}
         for x in jax.tree.leaves(state):
             assert not x.weak_type
@@ -99,7 +99,7 @@ def test_float64_moments_keep_float64_range():
         tx = madax.madam(0.1)
         updates, state = tx.update(jnp.array([1e-100, -1e100, 0.0]), tx.init(w), w)
         np.testing.assert_allclose(w + updates, np.exp([-0.1, 0.1, 0]), rtol=1e-14)
-        assert state[0].v.dtype == jnp.float64
+        assert state.direction.nu.dtype == jnp.float64
 
 
 @pytest.mark.parametrize("scale", [1e-60, 1e60])
@@ -120,7 +120,11 @@ def test_rms_of_float16_weights_is_not_computed_in_float16():
 
 @pytest.mark.parametrize(
     "tx",
-    [madax.madam(0.1), madax.madam(0.1, rounding="nearest"), madax.bbit_madam(0.1)],
+    [
+        madax.madam(0.1),
+        madax.madam(0.1, rounding="nearest"),
+        madax.papers.bbit_madam(0.1),
+    ],
     ids=["stochastic", "nearest", "grid"],
 )
 def test_numbers_of_python_are_leaves_without_jit_too(tx):
@@ -167,7 +171,7 @@ def test_numbers_of_numpy_in_x64_mode_train_as_those_of_python(dtype):
         assert_alike(got, trained(madax.madam, SCALARS, float, seed=3), rtol)
         few = ("learning_rate", "b2", "p_scale", "g_bound", "zero_init_scale")
         got, want = (
-            trained(madax.bbit_madam, few, kind) for kind in (np.float64, float)
+            trained(madax.papers.bbit_madam, few, kind) for kind in (np.float64, float)
         )
         assert_alike(got, want, rtol)
 
@@ -221,5 +225,5 @@ def test_an_axis_of_any_length_has_an_init_and_a_step(count):
             state = jax.eval_shape(tx.init, params)
             updates, _ = jax.eval_shape(tx.update, w, state, params)
             assert updates.shape == shape
-        share = jax.eval_shape(share_beyond, w, jax.ShapeDtypeStruct((), jnp.float32))
+        share = jax.eval_shape(fraction_above, w, jax.ShapeDtypeStruct((), jnp.float32))
         assert share.shape == ()

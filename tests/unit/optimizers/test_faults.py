@@ -37,8 +37,8 @@ MADAMS = {
     "b1_floor": partial(madax.madam, b1=0.9, floor=1.0),
     "nearest": partial(madax.madam, rounding="nearest"),
     "moments8": partial(madax.madam, b1=0.9, moment_format=MomentFormat(8)),
-    "bbit_madam": madax.bbit_madam,
-    "lns_madam": madax.lns_madam,
+    "bbit_madam": madax.papers.bbit_madam,
+    "lns_madam": madax.papers.lns_madam,
 }
 WRAPPED = {
     "wrapped_sgd": lambda lr: madax.with_quantized_params(optax.sgd(lr)),
@@ -220,8 +220,7 @@ def test_the_first_clean_step_after_a_faulty_start(faults, b1):
     """
     w = jnp.float32([0.5, -2.0])
     tx = madax.madam(0.01, p_scale=100.0, b1=b1)
-    first, *rest = tx.init(w)
-    state = (first._replace(count=jnp.int32(faults)), *rest)
+    state = tx.init(w)._replace(count=jnp.int32(faults))
     after, state = jitted_step(tx, jnp.float32([3.0, 0.1]), state, w)
     n = faults + 1
     g_hat = np.sqrt((1 - 0.999**n) / (1 - 0.999))
@@ -242,7 +241,7 @@ def test_stored_moments_are_placed_by_the_first_clean_gradients():
         state = tx.init(w)
         for g in grads:
             _, state = jitted_step(tx, g, state, w)
-        (window,) = state[0].window.values()
+        (window,) = state.direction.window.values()
         return int(window.octave[0])
 
     placed = window_after(clean, clean)
@@ -266,7 +265,7 @@ def test_float64_gradients_too_large_for_the_moments_do_not_place_them():
         for first in (clean, clean.at[0].set(1e25)):
             _, state = jitted_step(tx, first, tx.init(w), w)
             _, state = jitted_step(tx, clean, state, w)
-            (window,) = state[0].window.values()
+            (window,) = state.direction.window.values()
             windows.append(int(window.octave[0]))
         assert windows[0] > 0
         assert abs(windows[1] - windows[0]) <= 1
@@ -401,7 +400,7 @@ def test_a_decay_rate_in_16_bits_is_refused(dtype):
         for init in (tx.init, jax.jit(tx.init)):
             with raises(TypeError, name, *words):
                 init(params)
-    for make in (madax.bbit_madam, madax.lns_madam):
+    for make in (madax.papers.bbit_madam, madax.papers.lns_madam):
         with raises(TypeError, "b2", *words):
             make(b2=jnp.asarray(0.5, dtype))
     with raises(TypeError, "b1", *words):
@@ -438,7 +437,10 @@ def test_huge_steps_of_codes_end_where_they_lead(fmt):
 
 
 def test_a_leaf_of_zeros_with_no_scale_passes_its_updates_on():
-    tx, params = madax.lns_quantize(madax.LogFormat(8), zero_init_scale=0.0), W * 0
+    tx, params = (
+        madax.papers.quantize_to_grid(madax.LogFormat(8), zero_init_scale=0.0),
+        W * 0,
+    )
     updates, _ = tx.update(jnp.full_like(params, 0.1), tx.init(params), params)
     np.testing.assert_array_equal(updates, jnp.full_like(params, 0.1))
 
@@ -536,7 +538,7 @@ def test_weights_cross_the_whole_dtype(dtype, p_scale):
 
 
 @every_dtype
-@pytest.mark.parametrize("make", [madax.bbit_madam, madax.lns_madam])
+@pytest.mark.parametrize("make", [madax.papers.bbit_madam, madax.papers.lns_madam])
 def test_a_grid_that_reaches_beyond_the_dtype_ends_with_it(make, dtype):
     largest = next_to_largest(dtype)
     w = jnp.asarray([largest, -largest, largest / 4], dtype)

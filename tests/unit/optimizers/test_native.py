@@ -60,7 +60,7 @@ def test_jit_with_donation_scan_and_eager_agree():
     step = jax.jit(update, donate_argnums=(0, 1))
     mine = jax.tree.map(jnp.copy, params)
     before, state = mine["kernel"].codes, tx.init(mine)
-    moments = state[0].v["kernel"]
+    moments = state.direction.nu["kernel"]
     for g in grads:
         mine, state = step(mine, state, g)
     same(mine["kernel"], expected["kernel"])

@@ -142,7 +142,7 @@ def test_second_moment_follows_its_oracle(b1, b2):
         np.testing.assert_allclose(got, want, rtol=TOLERANCE, atol=1e-6)
         if b1 is None:
             assert np.all(np.abs(got) <= (1 + 1e-6) / np.sqrt(1 - b2))
-    np.testing.assert_allclose(state.v, model.v, rtol=TOLERANCE)
+    np.testing.assert_allclose(state.nu, model.v, rtol=TOLERANCE)
     assert state.count == model.t == 200
 
 

@@ -127,7 +127,7 @@ def test_bbit_madam_is_the_integer_model(bits, spacing, rate, storage):
         k = lambda t: max(1, round(model_rate(t)))
     else:
         learning_rate, k = rate * spacing, lambda t: rate
-    tx = madax.bbit_madam(learning_rate, bits=bits, base_precision=spacing)
+    tx = madax.papers.bbit_madam(learning_rate, bits=bits, base_step=spacing)
     fmt = LogFormat(bits + 1, spacing)
     assert fmt.levels == 2**bits - 1
     check(tx, fmt, 2**bits - 1, spacing, k, storage)
@@ -145,7 +145,7 @@ def test_lns_madam_is_the_base_2_model(bits, gamma, rate, storage):
     """log2|w| in units of 1 / gamma octaves; a rate is in octaves."""
     fmt = LogFormat.from_gamma(bits, gamma)
     schedule, model_rate = falling(*rate) if isinstance(rate, tuple) else (rate, None)
-    tx = madax.lns_madam(schedule, fmt)
+    tx = madax.papers.lns_madam(schedule, format=fmt)
     magnitudes = 2 ** (bits - 1) - 1
     k = lambda t: gamma * (model_rate(t) if model_rate else rate)
     check(tx, fmt, magnitudes, np.log(2) / gamma, k, storage)
@@ -156,8 +156,8 @@ def test_defaults():
     w = jnp.array([[1.0, -2.0, 0.5]])
     g = jnp.array([[3.0, 3.0, 0.0]])
     for tx, step in (
-        (madax.bbit_madam(), 0.01),
-        (madax.lns_madam(), 2**-7 * np.log(2)),
+        (madax.papers.bbit_madam(), 0.01),
+        (madax.papers.lns_madam(), 2**-7 * np.log(2)),
     ):
         updates, state = tx.update(g, tx.init(w), w)
         moved = np.log(np.abs(optax.apply_updates(w, updates) / w))
@@ -168,12 +168,12 @@ def test_defaults():
         assert not np.any(updates)
 
 
-@pytest.mark.parametrize("make", [madax.bbit_madam, madax.lns_madam])
+@pytest.mark.parametrize("make", [madax.papers.bbit_madam, madax.papers.lns_madam])
 def test_schedules_and_injected_rates(make):
     w, g = jnp.array([[1.0, -2.0, 0.5]]), jnp.array([[3.0, -3.0, 1.0]])
     fixed = make(0.02)
     expected, _ = fixed.update(g, fixed.init(w), w)
-    static = ("bits", "base_precision") if make is madax.bbit_madam else ()
+    static = ("bits", "base_step") if make is madax.papers.bbit_madam else ()
     injected = optax.inject_hyperparams(make, static_args=static)(0.02)
     for tx in (make(lambda count: 0.02 / (1 + count)), injected):
         updates, _ = jax.jit(tx.update)(g, tx.init(w), w)
@@ -184,7 +184,7 @@ def test_schedules_and_injected_rates(make):
     assert np.abs(updates).max() < 1e-6
 
 
-@pytest.mark.parametrize("make", [madax.bbit_madam, madax.lns_madam])
+@pytest.mark.parametrize("make", [madax.papers.bbit_madam, madax.papers.lns_madam])
 def test_a_leaf_of_zeros_comes_onto_the_grid_and_moves(make):
     params = {"w": jnp.ones((4, 4)), "b": jnp.zeros(4)}
     tx = make(0.02)

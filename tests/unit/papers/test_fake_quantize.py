@@ -11,7 +11,8 @@ from helpers import mostly_nightly
 from oracle import decode, encode
 
 import madax
-from madax import LogFormat, UniformFormat, fake_quantize
+from madax import LogFormat, UniformFormat
+from madax.papers import fake_quantize
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -140,6 +141,8 @@ def test_python_numbers_and_numpy_arrays():
 def test_one_value_that_is_not_finite_makes_the_array_nan(bad):
     fmt = LogFormat.from_gamma(bits=8, gamma=8)
     x, g = jnp.ones(3), jnp.array([1.0, bad, 2.0])
-    assert np.all(np.isnan(madax.fake_quantize(g, fmt)))
-    _, vjp = jax.vjp(lambda x: madax.fake_quantize(x, fmt, backward_format=fmt), x)
+    assert np.all(np.isnan(madax.papers.fake_quantize(g, fmt)))
+    _, vjp = jax.vjp(
+        lambda x: madax.papers.fake_quantize(x, fmt, backward_format=fmt), x
+    )
     assert np.all(np.isnan(vjp(g)[0]))

@@ -17,12 +17,8 @@ from jax.sharding import PartitionSpec as P
 from meshes import enter, make_mesh
 
 import madax
-from madax import (
-    MatrixDimensionNumbers,
-    MomentFormat,
-    muon_madam,
-    scale_by_orthogonal_momentum,
-)
+from madax import MomentFormat, muon_madam
+from madax.transforms import MatrixDimensionNumbers, scale_by_orthogonal_momentum
 from madax.transforms._orthogonal import orthogonalized
 
 ORTHOGONAL = scale_by_orthogonal_momentum()
@@ -88,7 +84,7 @@ def test_momentum_against_the_formula_and_gradients_that_are_not_finite():
         with np.errstate(invalid="ignore"):
             g = np.where(np.isfinite(g), np.float64(g), m)
         m = 0.8 * m + 0.2 * g
-        np.testing.assert_allclose(state.m, m, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(state.mu, m, rtol=1e-5, atol=1e-6)
         expected = oracle(0.8 * m + 0.2 * g)
         np.testing.assert_allclose(direction, expected, rtol=2e-3, atol=2e-3)
 
@@ -308,7 +304,12 @@ def test_moments_of_eight_bits_hardly_turn_the_direction():
         return jax.lax.scan(one, tx.init(gs[0]), gs)[1][-1]
 
     exact = directions(ORTHOGONAL, gs)
-    stored = directions(madax.with_quantized_state(ORTHOGONAL, octaves=8), gs)
+    stored = directions(
+        madax.with_quantized_state(
+            ORTHOGONAL, moment_format=madax.MomentFormat(8, octaves=8)
+        ),
+        gs,
+    )
     assert float(jnp.mean(exact * stored)) > 0.9
 
 
@@ -329,7 +330,9 @@ def test_a_mesh_takes_the_steps_of_one_device_to_rounding():
     )
     with enter(mesh):
         state = tx.init(lay(start))
-        m = state[0].inner_states["matrix"].inner_state.inner_state.m["mlp"]["w"]
+        m = state.direction.inner_states["matrix"].inner_state.inner_state.mu["mlp"][
+            "w"
+        ]
         w = lay(start)["mlp"]["w"].codes
         assert m.dtype == jnp.uint8 and m.sharding.is_equivalent_to(w.sharding, 2)
         placed = lay(matrices)
@@ -355,8 +358,8 @@ def test_layers_one_at_a_time_are_the_ordinary_step():
     assert found_losses[-1] < found_losses[0]
     w, w0 = (p["layers"]["mlp"]["w"].codes for p in (found, start))
     assert np.all(np.mean(w != w0, axis=(1, 2)) > 0.4)
-    matrix = state["layers"][0].inner_states["matrix"].inner_state
-    assert matrix.inner_state.m["layers"]["mlp"]["w"].dtype == jnp.uint8
+    matrix = state["layers"].direction.inner_states["matrix"].inner_state
+    assert matrix.inner_state.mu["layers"]["mlp"]["w"].dtype == jnp.uint8
 
 
 # --- other directions -----------------------------------------------------------------
@@ -376,10 +379,10 @@ def test_any_direction_before_sign_log_and_in_a_partition_of_codes():
         madax.clip_log_weights(),
         madax.lns_quantize(rounding="nearest"),
     )
-    codes = optax.chain(madax.with_dequantized_params(direction), *tail)
+    codes = optax.chain(madax.transforms.with_dequantized_params(direction), *tail)
     g = grads_of(1)[0]
     new, state = carried_on(codes, params, codes.init(params), g)
-    mu = state[0].inner_states["adam"].inner_state.mu["mlp"]["w"]
+    mu = state.direction.inner_states["adam"].inner_state.mu["mlp"]["w"]
     np.testing.assert_allclose(mu, 0.1 * g["mlp"]["w"], rtol=1e-5)
     w = np.asarray(params["conv"].dequantize())
     step_of = np.asarray(new["conv"].dequantize()) - w
@@ -416,8 +419,8 @@ def test_bad_input():
     with raises(ValueError, "learning_rate must satisfy"):
         muon_madam(-0.1)
     with raises(TypeError, "inner must be an optax.GradientTransformation"):
-        madax.with_dequantized_params(optax.adam)
-    with raises(ValueError, "updates and state.m must have the same tree structure"):
+        madax.transforms.with_dequantized_params(optax.adam)
+    with raises(ValueError, "updates and state.mu must have the same tree structure"):
         ORTHOGONAL.update(jnp.ones((2, 2)), ORTHOGONAL.init({"a": jnp.ones((2, 2))}))
     with raises(TypeError, "state must be a ScaleByOrthogonalMomentumState"):
         ORTHOGONAL.update(jnp.ones((2, 2)), ())

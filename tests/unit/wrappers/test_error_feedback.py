@@ -201,7 +201,7 @@ ADAM = optax.adam(COSINE, b2=0.99)
     ("tx", "least"),
     {
         "floats": (fed_back(ADAM), 0.4),
-        "8 bits": (madax.with_quantized_state(fed_back(ADAM)), 0.6),
+        "8 bits": (fed_back(ADAM, moment_format=MomentFormat(8)), 0.6),
     }.values(),
     ids=["floats", "8 bits"],
 )
@@ -296,10 +296,8 @@ BAD = {
     "no momentum": (optax.sgd(0.1), "momentum of params.*, but there are 0; leave"),
     "two": (optax.chain(optax.trace(0.9), optax.adam(0.1)), "called mu or trace"),
     "codes": (
-        madax.with_quantized_state(
-            optax.adam(0.1), MomentFormat(8), where=lambda path, x: x.ndim > 0
-        ),
-        "with dtype uint8; put with_quantized_state around",
+        madax.with_quantized_state(optax.adam(0.1), where=lambda path, x: x.ndim > 0),
+        "with dtype uint8; pass moment_format to with_quantized_params",
     ),
     "a list": (optax.sm3(0.1), "but there are 0; leave"),
     "masked": (optax.masked(optax.adam(0.1), {"w": False}), "but there are 0; leave"),

@@ -1,0 +1,254 @@
+"""How ``scale_by_second_moment`` stores moments: as floats, or as codes.
+
+Both ways have the same two methods, which take a moment of a leaf as it is stored and
+return it as it is stored after a gradient.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from madax._core.numerics import BIAS, MANTISSA, moving_average, rounded
+from madax._core.rounding import random_bits
+from madax._core.shards import over_shards
+from madax._core.vectors import entries, one_a_leaf
+from madax.formats._moment_format import MomentFormat
+from madax.formats._moment_grid import (
+    SIGNED_OCTAVES,
+    UNSIGNED_OCTAVES,
+    MomentGrid,
+    MomentWindow,
+    fraction_and_exponent,
+    window_start,
+)
+
+# The min octave of mu before it is placed has bits to spare for what squares to a
+# normal float32.
+_UNPLACED_MU = BIAS - 62
+# Octaves of nu below the octave of the max nu of a leaf. A gradient of 1e-8 of the max
+# is then stored as it is. So is one of 700 times the max, as a step adds only a
+# thousandth of its square.
+_BELOW = 54
+# Windows follow in each of the first steps, and in every eighth afterwards, since that
+# takes a pass over the codes of nu. In between, the decay of nu lowers them.
+_FIRST_STEPS, _INTERVAL = 8, 8
+# With a larger fraction of the newest square in nu, they would fall too far by then.
+_FASTEST = 0.25
+
+
+class SecondMoment(NamedTuple):
+    """A second moment after a gradient."""
+
+    stored: jax.Array
+    exact: jax.Array  # before rounding
+    counted: jax.Array  # where the gradient counts
+    moved: jax.Array  # where weights move: 0/0 does not
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FloatMoments:
+    """The moments of a leaf, stored as they are."""
+
+    def add_square(self, nu: jax.Array, g: jax.Array, rate: jax.Array) -> SecondMoment:
+        """The second moment after a gradient."""
+        counted = g * g < jnp.inf
+        nu = jnp.where(counted, moving_average(nu, g * g, rate), nu)
+        return SecondMoment(nu, nu, counted, counted & (nu > 0))
+
+    def add(
+        self, mu: jax.Array, g: jax.Array, counted: jax.Array, rate: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The first moment after a gradient: as it is stored, and before rounding."""
+        mu = jnp.where(counted, moving_average(mu, g, rate), mu)
+        return mu, mu
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondMomentCodec:
+    """The grids of a second moment nu, and of a first moment mu beside it."""
+
+    format: MomentFormat
+
+    def __post_init__(self) -> None:
+        if self.format.octaves is not None:
+            raise ValueError(
+                f"moment_format is {self.format}, but the octaves of these moments are "
+                f"not to be chosen; pass MomentFormat(bits={self.format.bits})."
+            )
+
+    @property
+    def mu_dtype(self) -> jnp.dtype:
+        """The integer dtype of the first moment's codes: int8 or int16."""
+        return jnp.dtype(f"int{8 * self.format.dtype.itemsize}")
+
+    @property
+    def rounding_variance(self) -> float:
+        """Relative variance of a nu that many gradients have been added to.
+
+        It is half the mean relative spacing of codes: each gradient adds a variance of
+        its fraction of nu times the spacing, and the decay halves the sum.
+        """
+        return 0.5 * 0.7213 * 2.0 ** -(self.format.bits - 6)
+
+    @property
+    def max_nu(self) -> int:
+        """The max code of nu, that of all beyond; 254 octaves if not placed."""
+        return min(2**self.format.bits - 1, 254 << (self.format.bits - 8))
+
+    @property
+    def max_mu(self) -> int:
+        """The max code of ``|mu|``."""
+        return 2 ** (self.format.bits - 1) - 1
+
+    def nu_grid(self, octave: jax.Array) -> MomentGrid:
+        """The grid of nu from an octave up."""
+        return self._grid(octave, octave, 1)
+
+    def mu_grid(self, octave: jax.Array) -> MomentGrid:
+        """The grid of ``|mu|``, given the ``octave`` of nu."""
+        # The max octave of mu squares to the max octave of nu; that gives the min.
+        above = (octave + UNSIGNED_OCTAVES - BIAS + 1) >> 1
+        return self._grid(octave, above - SIGNED_OCTAVES + BIAS, _UNPLACED_MU)
+
+    def _grid(self, window: jax.Array, octave: jax.Array, unplaced: int) -> MomentGrid:
+        # Before it is placed, a grid has more octaves and two digits fewer.
+        placed, digits = window > 0, self.format.bits - 6
+        octave = jnp.where(placed, octave, unplaced)
+        return MomentGrid.above(
+            octave, MANTISSA - jnp.where(placed, digits, digits - 2)
+        )
+
+    def start(self, leaves: int) -> MomentWindow:
+        """The window before the first gradient."""
+        return MomentWindow(
+            jnp.zeros(entries(leaves), jnp.int32), jnp.ones([], jnp.float32)
+        )
+
+    def follow(
+        self,
+        octave: jax.Array,
+        count: jax.Array,
+        nus: Sequence[jax.Array],
+        octaves: jax.typing.ArrayLike,
+        fast: jax.typing.ArrayLike,
+    ) -> jax.Array:
+        """The min octaves in a step, moved to suit the codes of one leaf or more.
+
+        Args:
+          octave: the min octaves before, int32, shape (number of leaves,).
+          count: number of steps taken before this one.
+          nus: the codes of each leaf's nu before.
+          octaves: the number by which the decay of the unit of nu lowers its values.
+          fast: whether a move is due in every step, as :func:`is_fast` tells.
+
+        Returns:
+          The new octaves; 0 for a leaf whose codes are all zero.
+        """
+
+        def suitable():
+            most = jnp.stack([jnp.max(codes, initial=0) for codes in nus])
+            top = self.nu_grid(octave).pattern(most) >> MANTISSA
+            top = jnp.where(most > 0, top, 0)
+            top = over_shards(jax.lax.pmax, top, octave)
+            start = window_start(top - _BELOW, UNSIGNED_OCTAVES)
+            return jnp.where(top > 0, start, 0)
+
+        # The window follows the codes, not the gradients: all gradients would have to
+        # be there before the first could be used up.
+        due = (count < _FIRST_STEPS) | (count % _INTERVAL == 0) | fast
+        start = jax.lax.cond(due, suitable, lambda: octave)
+        # With a short memory, nu is about as large after the step as it was before, not
+        # as small as its decayed part.
+        lowered = jnp.maximum(start - jnp.where(fast, 0, octaves), 1)
+        return jnp.where(start > 0, lowered, 0)
+
+
+def is_fast(rate: jax.Array) -> jax.Array:
+    """Whether memory is so short that windows are moved in every step.
+
+    A value above them is then stored as the max, and still moves its weight. The newest
+    square is a large fraction of nu: divided by its root, it is no outlier.
+    """
+    return rate > _FASTEST
+
+
+def decayed(scale: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``(1 - rate) * scale`` as a fraction in [1, 2), and the octaves it falls by.
+
+    A NaN stays.
+    """
+    # Beyond 100 octaves nothing is left of any nu, and the scale would underflow.
+    product = jnp.maximum(scale - rounded(rate * scale), 2.0**-100)
+    fraction, exponent = fraction_and_exponent(product)
+    return jnp.where(jnp.isnan(product), product, fraction), -exponent
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CodedMoments:
+    """The moments of a leaf, stored as codes."""
+
+    codec: SecondMomentCodec = dataclasses.field(metadata={"static": True})
+    before: jax.Array  # the min octave of nu before the step
+    after: jax.Array  # and after it
+    octaves: jax.Array  # which the decay of the unit of nu lowers its values by
+    max_counted: jax.Array  # the max code of nu with which a gradient counts
+    fraction: jax.Array  # of a squared gradient in nu, in the unit after the step
+    nu_key: jax.Array
+    mu_key: jax.Array | None = None
+
+    def add_square(self, nu: jax.Array, g: jax.Array, rate: jax.Array) -> SecondMoment:
+        """Like that of floats, but values are over the unit of nu."""
+        del rate
+        old = self.codec.nu_grid(self.before).lowered(self.octaves)
+        new = self.codec.nu_grid(self.after)
+        added = self.fraction * (g * g)
+        fits = added < jnp.inf
+        # A choice between product and sum keeps them from being fused, as `rounded`
+        # would.
+        value = old.value(nu) + jnp.where(fits, added, 0)
+        code = new.encode(value, random_bits(self.nu_key, nu.shape))
+        stored = jnp.clip(code, 0, self.codec.max_nu).astype(nu.dtype)
+        # The max code may stand for values beyond it. That the direction depends on the
+        # stored code lets XLA make one kernel of both.
+        counted = fits & (stored <= self.max_counted)
+        return SecondMoment(stored, value, counted, counted)
+
+    def add(
+        self, mu: jax.Array, g: jax.Array, counted: jax.Array, rate: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Like that of floats."""
+        assert self.mu_key is not None
+        old, new = map(self.codec.mu_grid, (self.before, self.after))
+        size = old.value_from_zero(jnp.abs(mu.astype(jnp.int32)))
+        value = jnp.where(mu < 0, -size, size)
+        value = jnp.where(counted, moving_average(value, g, rate), value)
+        bits = random_bits(self.mu_key, mu.shape)
+        code = new.encode_from_zero(jnp.abs(value), bits, self.codec.max_mu)
+        return jnp.where(value < 0, -code, code).astype(mu.dtype), value
+
+
+def coded_moments(
+    codec: SecondMomentCodec,
+    window: MomentWindow,
+    nus: Sequence[jax.Array],
+    rate: jax.Array,
+    count: jax.Array,
+    keys: Sequence[jax.Array],
+) -> tuple[list[CodedMoments], MomentWindow]:
+    """How a step stores the moments of every leaf, and the window after it."""
+    scale, octaves = decayed(window.scale, rate.astype(jnp.float32))
+    fast = is_fast(rate)
+    after = codec.follow(window.octave, count, nus, octaves, fast)
+    fraction = (rate / scale).astype(jnp.float32)
+    max_counted = jnp.where(fast, codec.max_nu, codec.max_nu - 1)
+    max_counted = max_counted.astype(codec.format.dtype)
+    storages = [
+        CodedMoments(codec, old, new, octaves, max_counted, fraction, *key)
+        for old, new, *key in one_a_leaf((window.octave, after, *keys), len(nus))
+    ]
+    return storages, MomentWindow(after, scale)

@@ -1,0 +1,37 @@
+"""The leaves of a tree that have derivatives: floating or complex arrays."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from madax._core.shards import over_shards
+from madax._core.types import Tree
+
+
+def is_inexact(x: jax.typing.ArrayLike) -> bool:
+    """Whether an array, or a number, is of a floating or a complex dtype."""
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def norm(tree: Tree) -> jax.Array:
+    """The root of the sum of squares of a tree, float32."""
+    squares = [jnp.sum(jnp.float32(jnp.abs(x)) ** 2) for x in jax.tree.leaves(tree)]
+    squares = [over_shards(jax.lax.psum, x) for x in squares]
+    return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
+def floats_of(tree: Tree) -> tuple[list[jax.Array], Callable[..., Tree]]:
+    """The leaves that have a derivative, real or complex; a function replaces them.
+
+    It also takes a function to apply to all other leaves, such as integers.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    where = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
+
+    def merge(floats: Sequence[jax.Array], rest: Callable = lambda x: x) -> Tree:
+        new = dict(zip(where, floats, strict=True))
+        out = [new[i] if i in new else rest(old) for i, old in enumerate(leaves)]
+        return treedef.unflatten(out)
+
+    return [leaves[i] for i in where], merge
