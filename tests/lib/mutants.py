@@ -28,7 +28,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-ROOT = pathlib.Path(__file__).parents[2]
+from processes import ROOT
+
 MADAX = ROOT / "madax"
 TIMEOUT = 1800  # seconds: a loop that never ends is a mutant killed, too
 
