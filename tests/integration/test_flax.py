@@ -123,7 +123,7 @@ class Run:
 def train_linen(tx):
     x, y = data()
     net = LinenNet()
-    variables = net.init(jax.random.key(0), x, True)
+    variables = jax.jit(net.init, static_argnums=2)(jax.random.key(0), x, True)
     state = TrainState.create(apply_fn=net.apply, tx=tx, **variables)
     run = Run(state.params)
     for _ in range(STEPS):
@@ -133,7 +133,7 @@ def train_linen(tx):
 
 
 def train_nnx(tx):
-    model = NnxNet(nnx.Rngs(0))
+    model = nnx.jit(lambda: NnxNet(nnx.Rngs(0)))()
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     run = Run(nnx.state(model, nnx.Param))
     for _ in range(STEPS):

@@ -33,7 +33,7 @@ LAYOUTS = {
 }
 MESHES = [
     ("auto", "fsdp"),
-    ("auto", "tensor_parallel"),
+    pytest.param("auto", "tensor_parallel", marks=pytest.mark.nightly),
     pytest.param(
         "explicit",
         "tensor_parallel",
@@ -120,6 +120,7 @@ def test_a_mesh_trains_as_one_device(axis_type, layout):
 # --- a network, its batch spread over the devices -------------------------------------
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 7), reason="XLA gathered float gradients, too"
 )

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from cases import FORMATS
-from helpers import different, raises
+from helpers import different, mostly_nightly, raises
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
 
@@ -37,7 +37,9 @@ def shard_map(fn, in_specs, out_specs, *, check_vma=True):
     return jax.jit(mapped(fn, **kwargs))
 
 
-checked_or_not = pytest.mark.parametrize("check_vma", [True, False])
+checked_or_not = pytest.mark.parametrize(
+    "check_vma", mostly_nightly([True, False], True)
+)
 
 # --- leaves that are whole, and shards of others --------------------------------------
 

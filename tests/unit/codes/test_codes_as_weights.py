@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import formats
+from helpers import mostly_nightly
 
 import madax
 from madax import QuantizedArray
@@ -66,13 +67,15 @@ def take_all(w):
     return {name: w[index] for name, index in INDICES.items()}
 
 
-def test_indexing_takes_what_indexing_the_values_takes():
-    for scale_shape in SCALES:
-        w = make(scale_shape=scale_shape)
-        values = decoded(w)
-        for name, taken in take_all(w).items():
-            assert taken.dtype == jnp.float32
-            np.testing.assert_array_equal(taken, values[INDICES[name]], err_msg=name)
+@pytest.mark.parametrize(
+    "scale_shape", mostly_nightly([(x,) for x in SCALES], ((),), ((6, 1, 5),))
+)
+def test_indexing_takes_what_indexing_the_values_takes(scale_shape):
+    w = make(scale_shape=scale_shape)
+    values = decoded(w)
+    for name, taken in take_all(w).items():
+        assert taken.dtype == jnp.float32
+        np.testing.assert_array_equal(taken, values[INDICES[name]], err_msg=name)
     for index in ((..., J), 2):
         assert isinstance(w[index], jax.Array)
         np.testing.assert_array_equal(w[index], values[index])

@@ -21,6 +21,8 @@ from helpers import different, mostly_nightly, raises
 import madax
 from madax import MomentFormat, UniformFormat
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 class Net(nn.Module):
     @nn.compact

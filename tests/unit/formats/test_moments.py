@@ -19,6 +19,8 @@ import madax
 from madax import MomentFormat
 from madax.formats._second_moment_codec import SecondMomentCodec, decayed
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 GRIDS = {"v": "nu_grid", "m": "mu_grid"}
 BITS = mostly_nightly(range(8, 17), 8, 16)
 WINDOWS = mostly_nightly([1, 2, 77, 100, 101, 190], 1, 100, 190)
@@ -136,7 +138,7 @@ def test_before_placement_every_octave_is_there(bits):
     np.testing.assert_array_equal(back, codes)
 
 
-@pytest.mark.parametrize("rate", [0.0, 1e-5, 1e-3, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("rate", [0.0, 1e-3, 0.9, 1.0])
 def test_the_scale_decays_without_the_codes(rate):
     scale, octave, exact = jnp.float32(1), 0, 0.0
     for _ in range(200):
@@ -150,7 +152,7 @@ def test_the_scale_decays_without_the_codes(rate):
 VALUES = [1.0, 1.06, 1.9999, 2.3, 3e-9, 777.0]
 
 
-@pytest.mark.parametrize("bits", [8, 10, 16])
+@pytest.mark.parametrize("bits", mostly_nightly([8, 10, 16], 8, 16))
 @pytest.mark.parametrize("kind", ["v", "m"])
 def test_stochastic_rounding_is_unbiased(bits, kind):
     fmt, window, n = SecondMomentCodec(MomentFormat(bits)), jnp.int32(87), 2**20
@@ -182,7 +184,7 @@ def runner(**options):
     return jax.jit(lambda grads: jax.lax.scan(step, tx.init(grads[0]), grads))
 
 
-@pytest.mark.parametrize("bits", [8, 13])
+@pytest.mark.parametrize("bits", mostly_nightly([8, 13], 8))
 def test_gradient_scale_is_invisible(bits):
     """Exactly, for powers of 2: the squares' octaves, and the window's, move by two."""
     rng = np.random.default_rng(0)
@@ -207,7 +209,7 @@ def test_any_gradient_scale_is_invisible_in_distribution():
         assert np.mean(direction**2) == pytest.approx(1, rel=0.1)
 
 
-@pytest.mark.parametrize("bits", [8, 9, 16])
+@pytest.mark.parametrize("bits", mostly_nightly([8, 9, 16], 8, 16))
 def test_v_never_returns_to_zero(bits):
     grads = np.zeros((1000, 64), np.float32)
     grads[0] = 10.0 ** np.linspace(-12, 0, 64)
@@ -270,7 +272,10 @@ def test_a_gradient_that_is_not_finite_is_added_to_no_moment(bits):
     assert 60 <= int(placed(state)[0]) <= 70
 
 
-@pytest.mark.parametrize(("bits", "spread"), [(8, 0.4), (10, 0.15), (16, 0.03)])
+@pytest.mark.parametrize(
+    ("bits", "spread"),
+    mostly_nightly([(8, 0.4), (10, 0.15), (16, 0.03)], (8, 0.4), (16, 0.03)),
+)
 def test_codes_track_float_moments_in_distribution(bits, spread):
     """Unbiased, and closer the wider the code; b2 = 0.999 needs thousands of steps."""
     rng = np.random.default_rng(2)
@@ -374,7 +379,7 @@ HARD = {
 
 
 @pytest.mark.parametrize(
-    "name", mostly_nightly(HARD, "growth", "sudden_fall", "outlier_first", "rare")
+    "name", mostly_nightly(HARD, "growth", "outlier_first", "rare")
 )
 def test_directions_are_those_of_float_moments_under_hard_conditions(name):
     """The mean of |direction|, clipped as madam does; v does not stay saturated."""
@@ -445,7 +450,7 @@ def test_a_warm_up_after_a_last_layer_of_zeros():
     assert max(float(jnp.max(t[100:])) for t in jax.tree.leaves(top)) < 0.01
 
 
-@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("bits", mostly_nightly([8, 16], 8))
 def test_training_with_stored_moments_is_as_good(bits):
     """Linear regression: the loss falls as with float32 moments."""
     rng = np.random.default_rng(3)

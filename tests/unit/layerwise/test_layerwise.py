@@ -82,6 +82,7 @@ def norm_of(tree):
     return np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_microbatches_are_means():
     start, batch = weights(), batches()[0]
     # A step takes the gradient off the parameters.
@@ -121,6 +122,7 @@ def test_microbatches_are_means():
     assert metrics["grad_norm"]["ends"] == pytest.approx(float(norm), rel=1e-4)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_layers_pass_integers_on_and_any_tree_of_floats():
     """Positions, masks and a second stream go with what is trained on."""
 

@@ -13,6 +13,8 @@ from helpers import is_quantized, same
 import madax
 from madax import LogFormat, MomentFormat
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 FMT = FORMATS["log8"]
 
 

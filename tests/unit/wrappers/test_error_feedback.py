@@ -10,7 +10,7 @@ import optax
 import oracle
 import pytest
 from cases import FORMATS
-from helpers import normal
+from helpers import mostly_nightly, normal
 
 import madax
 from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat
@@ -116,7 +116,11 @@ def movement(tx, params, steps=4000):
 
 
 @pytest.mark.parametrize(
-    "fmt", [SymlogFormat(8), LogFormat(8), SymlogFormat(4)], ids=repr
+    "fmt",
+    mostly_nightly(
+        [SymlogFormat(8), LogFormat(8), SymlogFormat(4)], LogFormat(8), SymlogFormat(4)
+    ),
+    ids=repr,
 )
 def test_weights_do_not_grow_by_noise(fmt):
     """A code up and a code down are not equally far on a curved grid."""
@@ -156,7 +160,10 @@ def rarely_seen(count):
 
 
 @pytest.mark.parametrize(
-    ("b1", "b2"), [(0.9, 0.9), (0.9, 0.95), (0.95, 0.95), (0.9, 0.999)]
+    ("b1", "b2"),
+    mostly_nightly(
+        [(0.9, 0.9), (0.9, 0.95), (0.95, 0.95), (0.9, 0.999)], (0.9, 0.9), (0.9, 0.999)
+    ),
 )
 def test_it_takes_nothing_from_momentum_at_a_constant_rate(b1, b2):
     """Float leaves are the inner optimizer's to the bit; codes move as far."""
