@@ -44,6 +44,12 @@ def floats(dtype=jnp.float32):
     }
 
 
+TREES = (
+    *("float32", "bfloat16", *SOME),
+    *("log8_channels", "symlog8_channels", "mixed"),
+)
+
+
 @cache
 def trees():
     codes = {name: madax.quantize_params(floats(), f) for name, f in SOME.items()}
@@ -56,7 +62,9 @@ def trees():
     # A leaf of every kind: what runs, runs on this one.
     kinds = dtypes | codes | {"channels": channels["log8_channels"]}
     mixed = {k: v["kernel"] for k, v in kinds.items()} | {"zeros": jnp.zeros(4)}
-    return dtypes | codes | channels | {"mixed": mixed}
+    made = dtypes | codes | channels | {"mixed": mixed}
+    assert tuple(made) == TREES
+    return made
 
 
 def gradients(params, seed=1):
@@ -115,7 +123,7 @@ def check_program(text):
 @pytest.mark.parametrize(
     ("optimizer", "tree"),
     mostly_nightly(
-        itertools.product(NAMES, trees()),
+        itertools.product(NAMES, TREES),
         ("moments8", "mixed"),
         ("bbit_madam", "mixed"),
         ("wrapped_adam", "mixed"),

@@ -21,6 +21,8 @@ from madax import MomentFormat, muon_madam
 from madax.transforms import MatrixDimensionNumbers, scale_by_orthogonal_momentum
 from madax.transforms._orthogonal import orthogonalized
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ORTHOGONAL = scale_by_orthogonal_momentum()
 
 
@@ -246,7 +248,6 @@ def trained(tx, params):
     return params, state
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_other_leaves_take_the_steps_of_madam():
     start = network(FORMATS["symlog8"])
     found, _ = trained(TWO_BYTES, start)
@@ -259,7 +260,6 @@ def test_other_leaves_take_the_steps_of_madam():
         assert np.mean(np.asarray(a != b)) > 0.3
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_codes_take_the_rounded_steps_of_their_values():
     params = network(FORMATS["log8"])
     values = madax.dequantize_params(params)
