@@ -48,7 +48,8 @@ class MadamState(NamedTuple):
 
     Attributes:
       count: number of steps taken, int32 scalar.
-      direction: state of the direction, for :func:`madam` a
+      direction: state of the direction, for :func:`madam` the moments and their window,
+        with the fields ``mu``, ``nu`` and ``window`` of
         :class:`ScaleBySecondMomentState`.
       geometry: sizes of the float leaves at init, and their bounds.
     """
@@ -86,10 +87,10 @@ def from_direction(
     """The optimizer of multiplicative steps along a direction.
 
     It gives the bits that ``optax.chain`` of the public transforms gives, with one
-    count and one geometry in its state. Arguments are those of :func:`madam`, and
-    ``alias``, the function that users call, whose defaults are no cause for a warning.
-    Where codes are simulated, ``to_grid`` takes the place of :func:`rounded_update`,
-    and is also given the value of the max code.
+    count and one geometry in its state. Arguments are as for :func:`madam`, but for
+    ``alias``, the function that users call, whose defaults are no cause for a warning,
+    and ``to_grid``, which takes the place of :func:`rounded_update` where codes are
+    simulated, and is also given the value of the max code.
     """
     learning_rate = check_learning_rate(learning_rate, 0.01)
     g_bound = check_positive("g_bound", g_bound, 10.0)
@@ -101,10 +102,7 @@ def from_direction(
     check_seed(seed)
     decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
     clip, rate = optax.clip(g_bound), optax.scale_by_learning_rate(learning_rate)
-    ignored = _not_default(
-        alias, floor=floor, p_scale=p_scale, zero_init_scale=zero_init_scale
-    )
-
+    on_floats = {"floor": floor, "p_scale": p_scale, "zero_init_scale": zero_init_scale}
     decay = optax.stateless(partial(jax.tree.map, partial(decayed, weight_decay)))
     decay = decay if mask is None else optax.masked(decay, mask)
 
@@ -115,7 +113,7 @@ def from_direction(
             geometry = geometry._replace(bound=grid_scales(p_scale, geometry))
         paths, ws, _ = flatten(params)
         if ws and all(map(is_quantized, ws)) and not is_part(paths):
-            warn_of_leaves(ignored, _IGNORED, stacklevel=2)
+            warn_of_leaves(_not_default(alias, on_floats), _IGNORED, stacklevel=2)
         decay.init(params)  # refuses a mask that does not fit
         count = jnp.zeros([], jnp.int32)
         return MadamState(count, direction.init(params), geometry)
@@ -128,7 +126,7 @@ def from_direction(
             updates, state.direction, params, count=count, madax_layer=madax_layer
         )
         ds, _ = clip.update(ds, optax.EmptyState())
-        paths, ws, leaves, treedef = flatten_both(params, ds)
+        paths, ws, _, treedef = flatten_both(params, ds)
         floors = additive_floors(floor, geometry)
         if decays:
             steps = treedef.unflatten(relative_steps(ws, floors))
@@ -152,7 +150,7 @@ def from_direction(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _not_default(alias: Callable, **given: Number) -> list[str]:
+def _not_default(alias: Callable, given: dict[str, Number]) -> list[str]:
     """The names of arguments that are known to differ from the defaults of an alias."""
     defaults = {k: p.default for k, p in inspect.signature(alias).parameters.items()}
     return [

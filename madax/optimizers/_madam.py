@@ -47,13 +47,11 @@ def madam(
     :math:`\max(3\, \mathrm{rms}_0, \max|w_0|)`, so that no weight exceeds it at init,
     pretrained or not: see :func:`clip_log_weights`.
 
-    The steps are ``scale_by_second_moment``, ``optax.clip``, with a weight decay
-    ``add_decayed_log_weights``, ``optax.scale_by_learning_rate``,
-    ``scale_by_sign_log``, ``clip_log_weights``, ``lns_quantize``; an ``optax.chain`` of
-    these gives the same updates.
-
     Leaves that are codes, from :func:`quantize_params`, are trained natively, by
-    additions of integers. Float leaves beside them are trained as usual.
+    additions of integers. An ``optax.chain`` of ``scale_by_second_moment``,
+    ``optax.clip``, perhaps ``add_decayed_log_weights``,
+    ``optax.scale_by_learning_rate``, ``scale_by_sign_log``, ``clip_log_weights`` and
+    ``lns_quantize`` gives the same updates.
 
     .. warning::
       Transforms of the gradient, such as clipping, go before ``madam`` in a chain. But
@@ -66,9 +64,8 @@ def madam(
       b1: decay rate of a first moment, in [0, 1); None, the paper, for none.
       b2: decay rate of the second moment, in [0, 1).
       p_scale: bound on the weights of every float leaf, relative to its root mean
-        square at init, frozen there; the paper has 1 to 3. None for a bound on matrices
-        alone; ``inf`` for no bound. Codes have the range of their format, so this does
-        nothing on codes: give it to :func:`quantize_params`.
+        square at init; the paper has 1 to 3. None for a bound on matrices alone;
+        ``inf`` for no bound. It does nothing on codes: see :func:`quantize_params`.
       g_bound: bound on the normalised gradient.
       floor: magnitude below which steps are additive, relative to the root mean
         square of the leaf at init; 0, the paper, for none. Above 0, weights near zero

@@ -26,7 +26,7 @@ from madax.optimizers._chain import from_direction
 from madax.transforms._clip import check_p_scale
 from madax.transforms._geometry import geometry_at_init, grid_scales
 from madax.transforms._lns_quantize import rounded_update
-from madax.transforms._second_moment import second_moment
+from madax.transforms._second_moment import Direction
 
 
 class QuantizeToGridState(NamedTuple):
@@ -58,9 +58,8 @@ def quantize_to_grid(
 
     It simulates, on floats, weights that are stored as codes. A weight lands on a grid
     point exactly if the step is less than a factor of two, and to within a rounding
-    otherwise. Leaves that are codes have a format of their own, and are rounded as by
-    :func:`lns_quantize`, which takes the place of this transform in a chain that stores
-    all weights as codes.
+    otherwise. No leaf, vectors included, grows beyond the scale. Leaves that are codes
+    are rounded as by :func:`lns_quantize`.
 
     Args:
       format: the number format of float leaves.
@@ -75,18 +74,16 @@ def quantize_to_grid(
       A gradient transformation from updates to updates that end on the grid.
 
     Raises:
-      ValueError: if an argument is out of range, ``params`` are missing or do not
-        match.
+      ValueError: if an argument is out of range, or ``params`` do not match.
       TypeError: if an argument is of the wrong type, or a leaf is not real floating.
 
     Example:
-      >>> import jax.numpy as jnp, optax, madax
+      >>> import jax.numpy as jnp, madax
       >>> fmt = madax.LogFormat(bits=8, base_step=0.1)
       >>> tx = madax.papers.quantize_to_grid(fmt, rounding="nearest", p_scale=1.0)
       >>> w = jnp.array([1.0, -1.0])
       >>> updates, _ = tx.update(jnp.array([-0.12, 0.6]), tx.init(w), w)
-      >>> on_grid = optax.apply_updates(w, updates)
-      >>> print([f"{code_nats:.1f}" for code_nats in jnp.log(jnp.abs(on_grid))])
+      >>> print([f"{nats:.1f}" for nats in jnp.log(jnp.abs(w + updates))])
       ['-0.1', '-0.9']
 
     References:
@@ -111,9 +108,7 @@ def quantize_to_grid(
         paths, ws, us, treedef = flatten_both(params, updates)
         keys = one_a_leaf(leaf_keys(seed, state.count, paths, madax_layer), len(ws))
         leaves = zip(ws, us, keys, per_leaf(state.scale, ws), strict=True)
-        us = [
-            _update_to_grid(*leaf, format=format, rounding=rounding) for leaf in leaves
-        ]
+        us = [_update_to_grid(*leaf, format, rounding) for leaf in leaves]
         count = jnp.asarray(optax.safe_increment(state.count))
         return treedef.unflatten(us), QuantizeToGridState(count, state.scale)
 
@@ -123,21 +118,16 @@ def quantize_to_grid(
 def grid_madam(
     learning_rate: optax.ScalarOrSchedule,
     format: Format,
+    direction: Direction,
     *,
-    b2: ArrayLike,
     p_scale: ArrayLike | None,
     **options: Number,
 ) -> optax.GradientTransformationExtraArgs:
     """Madam on a grid with nearest rounding; the learning rate is in nats."""
-    return from_direction(
-        second_moment(b2),
-        learning_rate,
-        p_scale=check_p_scale(p_scale, finite=True),
-        floor=0.0,
-        rounding="nearest",
-        to_grid=partial(_update_to_grid, format=format, rounding="nearest"),
-        **options,
-    )
+    to_grid = partial(_update_to_grid, format=format, rounding="nearest")
+    options |= {"p_scale": check_p_scale(p_scale, finite=True), "floor": 0.0}
+    options |= {"rounding": "nearest", "to_grid": to_grid}
+    return from_direction(direction, learning_rate, **options)
 
 
 def _update_to_grid(
@@ -166,21 +156,21 @@ def _float_to_grid(
     """The update that takes ``w`` to a grid point near ``w + u``."""
     bits = rounding_bits(rounding, key, jnp.shape(u))
     dtype = jnp.result_type(w)
-    largest = max_weight(dtype)  # float16 may not reach as far as the scale
+    limit = max_weight(dtype)  # float16 may not reach as far as the scale
     x = widen(w)
     u, scale = u.astype(x.dtype), scale.astype(x.dtype)
     x, step, moved = (relative_to(scale, v) for v in (x, u, x + u))
     code = format.nearest(x).astype(jnp.int32)
     value = format.decode(code)
-    point = jnp.clip(scale * value, -largest, largest).astype(dtype)
+    point = jnp.clip(scale * value, -limit, limit).astype(dtype)
     # A weight counts as on the grid if it is there to within float rounding. Its step
     # is counted from the grid point, as for a quantised leaf. Any other weight first
     # has to get to its grid point, which makes its step longer by that way.
     on_grid = jnp.abs(w - point) <= 8 * float(jnp.finfo(dtype).eps) * jnp.abs(point)
     steps = format.add_step(code, jnp.where(on_grid, step, moved - value))
     new = moved_codes(code, format, steps, jnp.sign(moved), bits)
-    target = jnp.clip(scale * format.decode(new), -largest, largest).astype(dtype)
-    to_target = jnp.where(scale == 0, u, jnp.clip(target - w, -largest, largest))
+    target = jnp.clip(scale * format.decode(new), -limit, limit).astype(dtype)
+    to_target = jnp.where(scale == 0, u, jnp.clip(target - w, -limit, limit))
     # A NaN is no number of steps.
     to_target = jnp.where(jnp.isnan(u), u, to_target)
     return straight_through(u.astype(dtype), to_target.astype(dtype))

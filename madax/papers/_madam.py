@@ -46,11 +46,11 @@ def madam(
 
     Example:
       >>> import jax.numpy as jnp, optax, madax
-      >>> w = jnp.array([1.0, -2.0, 0.0])
-      >>> tx = madax.papers.madam(learning_rate=0.1)
+      >>> w = jnp.array([1.0, -1.0, 0.0])
+      >>> tx = madax.papers.madam(learning_rate=jnp.log(2))
       >>> updates, _ = tx.update(jnp.ones(3), tx.init(w), w)
       >>> print(optax.apply_updates(w, updates).round(3))
-      [ 0.905 -2.21   0.   ]
+      [ 0.5 -2.   0. ]
 
     References:
       Bernstein et al., `Learning compositional functions via multiplicative

@@ -72,8 +72,7 @@ def clip_log_weights(
       :class:`Geometry`.
 
     Raises:
-      ValueError: if an argument is out of range, ``params`` are missing or do not
-        match.
+      ValueError: if an argument is out of range, or ``params`` do not match.
       TypeError: if an argument is not a number, or a leaf is not real floating.
 
     Example:
@@ -118,9 +117,10 @@ def with_first_bound(
     if p_scale is not None:
         beyond = known_values(geometry.peak0 > bounds * (1 + 1e-5))  # not by a rounding
         floats = [x for x in zip(paths, leaves, strict=True) if not is_quantized(x[1])]
+        each = zip(floats, known_values(bounds), beyond, strict=False)
         found = [
             (leaf_name("params", path), awaited(fraction_above(w, bound)))
-            for (path, w), bound, clips in zip(floats, bounds, beyond, strict=False)
+            for (path, w), bound, clips in each
             if clips
         ]
         warn_of_leaves(in_percent(found), CLIPPED, stacklevel=stacklevel + 1)

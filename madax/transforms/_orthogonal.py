@@ -81,8 +81,8 @@ def scale_by_orthogonal_momentum(
 
     Five Newton-Schulz steps bring those singular values of a matrix that are above a
     hundredth of its norm to between 0.7 and 1.2, and keep its singular vectors. Like
-    that of :func:`scale_by_second_moment`, this direction has a root mean square of 1
-    and does not depend on the gradient's scale, so that rates carry over.
+    the direction of :func:`scale_by_second_moment`, this one has a root mean square of
+    1 and does not depend on the gradient's scale, so that rates carry over.
 
     It may stand before :func:`scale_by_sign_log`, or before the learning rate of an
     additive optimizer; on leaves that are floats or codes.
@@ -123,25 +123,22 @@ def scale_by_orthogonal_momentum(
     b1 = check_decay("b1", b1, 0.95)
     check_matrices(matrices)
 
-    def axes_of(paths: Sequence[str], leaves: Sequence[Tree]) -> list[Axes]:
-        axes = []
-        found = read_axes(paths, leaves, matrices, others=True)
-        for path, leaf, each in zip(paths, leaves, found, strict=True):
-            if each is None:
-                raise ValueError(
-                    f"{leaf_name('params', path)} of shape {np.shape(leaf)} is no "
-                    "matrix; use muon_madam, leave it out with optax.partition, or "
-                    "pass matrices(path, leaf) that tells its axes."
-                )
-            axes.append(each)
+    def axes_of(paths, leaves):
+        axes = read_axes(paths, leaves, matrices, others=True)
+        if None in axes:
+            i = axes.index(None)
+            raise ValueError(
+                f"{leaf_name('params', paths[i])} of shape {np.shape(leaves[i])} is no "
+                "matrix; use muon_madam, leave it out with optax.partition, or pass "
+                "matrices(path, leaf) that tells its axes."
+            )
         return axes
 
     return orthogonal_momentum(b1, axes_of)
 
 
 def orthogonal_momentum(
-    b1: ArrayLike,
-    axes_of: Callable[[Sequence[str], Sequence[Tree]], Sequence[Axes]],
+    b1: ArrayLike, axes_of: Callable[..., Sequence[Tree]]
 ) -> optax.GradientTransformationExtraArgs:
     """As :func:`scale_by_orthogonal_momentum`, checked, with the axes of all leaves."""
 
@@ -172,13 +169,10 @@ def orthogonal_momentum(
 # Matrices of the same shape are traced once.
 @jax.jit
 def orthogonalized(x: jax.Array) -> jax.Array:
-    """Matrices of orthogonal rows or columns, of a root mean square of 1.
+    """The matrices of orthogonal rows or columns nearest to matrices of any scale.
 
-    Args:
-      x: matrices, shape (..., rows, columns), float32 or wider, of any scale.
-
-    Returns:
-      Those next to them, to within five Newton-Schulz steps; of zeros, zeros.
+    They have a root mean square of 1, but zeros stay zeros. Five Newton-Schulz steps
+    approach them. The shape is (..., rows, columns).
     """
     rows, columns = x.shape[-2:]
     x = _over(root_mean_square(x, (-2, -1), keepdims=True), x)
@@ -247,13 +241,9 @@ def read_axes(
     *,
     others: bool = False,
 ) -> list[Axes | None]:
-    """The axes of all leaves of a tree; None for those that are no matrix.
+    """The axes of all leaves of a tree; None for leaves that are no matrix.
 
-    Args:
-      paths: of the leaves.
-      leaves: the leaves, or objects with their shapes and dtypes.
-      matrices: the user's rule; None for the default.
-      others: whether tables and last layers are matrices by default, too.
+    By default, tables and last layers are matrices only if ``others``.
     """
     if matrices is not None:
         return [
@@ -270,10 +260,9 @@ def warn_of_unknown(params: Tree, *, stacklevel: int) -> None:
     if is_part(paths):
         return
     shapes = [np.shape(leaf) for leaf in leaves]
-    found: dict[tuple[str, tuple[int, ...]], str] = {}  # one of layers that are alike
-    for path, shape, reading in zip(
-        paths, shapes, read_leaves(paths, shapes), strict=True
-    ):
+    found: dict[tuple, str] = {}  # one of layers that are alike
+    readings = read_leaves(paths, shapes)
+    for path, shape, reading in zip(paths, shapes, readings, strict=True):
         if reading.kind == "unknown":
             name = f"{leaf_name('params', path)} of shape {shape}"
             found.setdefault((re.sub(r"\d+", "", path), shape), name)

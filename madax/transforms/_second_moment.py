@@ -39,8 +39,7 @@ class ScaleBySecondMomentState(NamedTuple):
     """State of :func:`scale_by_second_moment`.
 
     Attributes:
-      count: number of steps taken, int32 scalar; None in the state of :func:`madam`,
-        which counts its steps once.
+      count: number of steps taken, int32 scalar.
       mu: first moment, a tree like the parameters: float32 or wider, or the codes of
         ``moment_format``; None unless ``b1`` is given.
       nu: second moment, likewise.
@@ -48,7 +47,15 @@ class ScaleBySecondMomentState(NamedTuple):
         The key is there so that a checkpoint of other codes does not fit.
     """
 
-    count: Tree
+    count: jax.Array
+    mu: Tree
+    nu: Tree
+    window: Tree
+
+
+class Moments(NamedTuple):
+    """The same without the count, for the optimizers, which count their steps once."""
+
     mu: Tree
     nu: Tree
     window: Tree
@@ -57,16 +64,11 @@ class ScaleBySecondMomentState(NamedTuple):
 class Direction(NamedTuple):
     """A transformation of gradients to directions, for a caller that counts the steps.
 
-    So the optimizers have one count, and XLA sees that all roundings hash the same
-    numbers.
-
-    Attributes:
-      init: ``state = init(params)``.
-      update: ``directions, state = update(updates, state, params, count=count,
-        madax_layer=layer)``, with the count before the step.
+    ``update`` is given the ``count`` before the step, by name. So the optimizers have
+    one count, and XLA sees that all roundings hash the same numbers.
     """
 
-    init: Callable[[Tree], Tree]
+    init: Callable[..., Tree]
     update: Callable[..., Tree]
 
 
@@ -125,16 +127,17 @@ def scale_by_second_moment(
     tx = second_moment(b2, b1=b1, moment_format=moment_format, seed=seed)
 
     def init_fn(params):
-        return tx.init(params)._replace(count=jnp.zeros([], jnp.int32))
+        return ScaleBySecondMomentState(jnp.zeros([], jnp.int32), *tx.init(params))
 
     def update_fn(updates, state, params=None, *, madax_layer=None, **extra_args):
         del extra_args
         check_state(state, ScaleBySecondMomentState)
-        directions, new_state = tx.update(
-            updates, state, params, count=state.count, madax_layer=madax_layer
+        count, *moments = state
+        directions, moments = tx.update(
+            updates, Moments(*moments), params, count=count, madax_layer=madax_layer
         )
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return directions, new_state._replace(count=count)
+        count = jnp.asarray(optax.safe_increment(count))
+        return directions, ScaleBySecondMomentState(count, *moments)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -158,15 +161,16 @@ def second_moment(
         if codec is not None:
             v_dtype, m_dtype = codec.format.dtype, codec.mu_dtype
             window = {repr(moment_format): codec.start(len(leaves))}
-        nu = treedef.unflatten([zeros_like(w, v_dtype) for w in leaves])
-        mu = None
-        if b1 is not None:
-            mu = treedef.unflatten([zeros_like(w, m_dtype) for w in leaves])
-        return ScaleBySecondMomentState(None, mu, nu, window)
+
+        def zeros(dtype):
+            return treedef.unflatten([zeros_like(w, dtype) for w in leaves])
+
+        mu = None if b1 is None else zeros(m_dtype)
+        return Moments(mu, zeros(v_dtype), window)
 
     def update_fn(updates, state, params=None, *, count, madax_layer=None):
         del params
-        check_state(state, ScaleBySecondMomentState)
+        check_state(state, Moments)
         paths, vs, treedef = flatten_named(state.nu)
         gs = flatten_like(updates, treedef, "state.nu", paths, vs)
         ms = [None] * len(vs) if b1 is None else treedef.flatten_up_to(state.mu)
@@ -189,7 +193,7 @@ def second_moment(
             ]
             storages, window = coded_moments(codec, window, vs, rate, count, keys)
             # E[1 / sqrt(v)] is (1 + 3/8 of the relative variance of v) / sqrt(E[v]).
-            # The newest share of v has not been rounded yet.
+            # The newest part of v has not been rounded yet.
             noise = codec.rounding_variance * (1 - rate / bias) ** 2
             correction *= exp(-0.375 * noise) / jnp.sqrt(window.scale)
 
@@ -201,8 +205,7 @@ def second_moment(
             window = {repr(moment_format): window}
         nu = treedef.unflatten(vs)
         mu = None if b1 is None else treedef.unflatten(ms)
-        new_state = state._replace(mu=mu, nu=nu, window=window)
-        return treedef.unflatten(directions), new_state
+        return treedef.unflatten(directions), Moments(mu, nu, window)
 
     return Direction(init_fn, update_fn)
 

@@ -49,8 +49,7 @@ def add_decayed_log_weights(
       decay of 1e-6 and a decay of 0.1 do the same.
 
     Args:
-      weight_decay: :math:`\lambda`, the fraction of a weight that a step of rate 1
-        takes.
+      weight_decay: :math:`\lambda`, the fraction that a step of rate 1 takes.
       mask: which leaves decay, as in optax: a tree of booleans like the parameters,
         or a function from them to one; None for all.
       floor: as for :func:`scale_by_sign_log`.

@@ -6,8 +6,6 @@ before their test classes are built, so what runs is upstream's code, unchanged.
 
 import ast
 import collections
-import functools
-import inspect
 import pathlib
 import re
 import types
@@ -68,13 +66,6 @@ def load_upstream(path, patch, transform=lambda tree: tree):
     return module
 
 
-def with_types(make):
-    """A function whose annotations are types, which upstream asks for, not strings."""
-    typed = functools.wraps(make)(lambda *args, **kwargs: make(*args, **kwargs))
-    typed.__signature__ = inspect.signature(make, eval_str=True)
-    return typed
-
-
 def upstream_class(opt_kwargs, setup=lambda target: target):
     row = {
         "opt_name": "madam",
@@ -85,7 +76,7 @@ def upstream_class(opt_kwargs, setup=lambda target: target):
 
     def patch(module):
         assert callable(module._get_opt_factory)
-        module._get_opt_factory = lambda name: with_types(getattr(madax, name))
+        module._get_opt_factory = lambda name: getattr(madax, name)
         for table in ("_ALL_OPTIMIZERS_UNDER_TEST", "_MAIN_OPTIMIZERS_UNDER_TEST"):
             assert isinstance(getattr(module, table), tuple)
             setattr(module, table, (row,))
