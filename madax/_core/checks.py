@@ -139,11 +139,11 @@ def check_function(name: str, value: object, remedy: str) -> None:
         raise type_error(name, "a function", value, remedy)
 
 
-def check_where(where: object) -> None:
+def check_where(where: object, name: str = "where") -> None:
     """Raises unless ``where``, which chooses leaves, is None or a function."""
     if not (where is None or callable(where)):
         wanted = "a function of (path, leaf)"
-        raise type_error("where", wanted, where, "pass one, or None for the default")
+        raise type_error(name, wanted, where, "pass one, or None for the default")
 
 
 def check_float_dtype(dtype: DTypeLike | None) -> None:

@@ -15,10 +15,10 @@ from madax._core.numerics import BIAS, MANTISSA, minus_product, moving_average
 from madax._core.rounding import random_bits
 from madax._core.shards import over_shards
 from madax._core.vectors import entries, one_a_leaf
-from madax.formats._moment_format import MomentFormat
-from madax.formats._moment_grid import (
+from madax.formats._moment_format import (
     SIGNED_OCTAVES,
     UNSIGNED_OCTAVES,
+    MomentFormat,
     MomentGrid,
     MomentWindow,
     fraction_and_exponent,
@@ -95,7 +95,7 @@ class SecondMomentCodec:
 
     @property
     def max_nu(self) -> int:
-        """The max code of nu, that of all beyond; 254 octaves if not placed."""
+        """The max code of nu, also for values beyond; 254 octaves if not placed."""
         return min(2**self.format.bits - 1, 254 << (self.format.bits - 8))
 
     @property
@@ -185,7 +185,7 @@ class CodedMoments:
     mu_key: jax.Array | None = None
 
     def add_square(self, nu: jax.Array, g: jax.Array, rate: jax.Array) -> SecondMoment:
-        """Like that of floats, but values are over the unit of nu."""
+        """Like the method of floats, but values are over the unit of nu."""
         del rate
         old = self.codec.nu_grid(self.before).lowered(self.octaves)
         new = self.codec.nu_grid(self.after)
@@ -204,7 +204,7 @@ class CodedMoments:
     def add(
         self, mu: jax.Array, g: jax.Array, counted: jax.Array, rate: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Like that of floats."""
+        """Like the method of floats."""
         assert self.mu_key is not None
         old, new = map(self.codec.mu_grid, (self.before, self.after))
         size = old.value_from_zero(jnp.abs(mu.astype(jnp.int32)))

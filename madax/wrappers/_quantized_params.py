@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from madax._core.checks import (
-    check_function,
     check_instance,
     check_seed,
     check_state,
     check_transformation,
+    check_where,
 )
 from madax._core.names import Tree
 from madax._core.numerics import minus_product
@@ -130,8 +130,7 @@ def with_quantized_params(
             f"error_feedback must be True or False, got {error_feedback!r}."
         )
     check_instance("moment_format", moment_format, MomentFormat)
-    if moment_where is not None:
-        check_function("moment_where", moment_where, "pass one of (path, leaf)")
+    check_where(moment_where, "moment_where")
     check_rounding(rounding)
     check_seed(seed)
     if moment_where is not None and moment_format is None:

@@ -27,8 +27,12 @@ from madax._core.tracing import Shapes, shapes_of
 from madax._core.vectors import entries, one_a_leaf
 from madax.codes._array import is_quantized
 from madax.formats._moment_codec import MomentCodec, stack_windows
-from madax.formats._moment_format import MomentFormat
-from madax.formats._moment_grid import SIGNED_OCTAVES, MomentWindow, check_made_for
+from madax.formats._moment_format import (
+    SIGNED_OCTAVES,
+    MomentFormat,
+    MomentWindow,
+    check_made_for,
+)
 from madax.wrappers._state_roles import StateLeaves, reasons_for_floats, state_leaves
 
 # Smaller leaves save little, and the noise of a few codes would hurt them.
@@ -87,8 +91,8 @@ def with_quantized_state(
       rise a few steps.
     - In a leaf without negative values, a positive value stays positive, so Adam never
       divides by a zero that was positive before. Its decay is exact: the factor that
-      all elements have in common goes into a scale. The relative variance of
-      :math:`\nu` from its rounding is that of :class:`MomentFormat`, which makes
+      all elements have in common goes into a scale. Rounding gives :math:`\nu` the
+      relative variance that :class:`MomentFormat` has, which makes
       :math:`1/\sqrt\nu` too large by 3.4 % on average for 8 bits.
 
     Without ``where``, a leaf is stored if it is floating, has 4096 elements or more and
@@ -121,7 +125,7 @@ def with_quantized_state(
       seed: seed of the stochastic rounding.
 
     Returns:
-      An optimizer, whose updates are those of the inner one.
+      An optimizer with the updates of the inner one.
 
     Raises:
       ValueError: if ``rounding`` is unknown, the state is not of this optimizer,
@@ -257,9 +261,9 @@ def quantized_state(
 
 
 def _computed_again(x: Tree) -> Tree:
-    """A tree of arrays; what follows from it is computed again, for less memory.
+    """A tree of arrays, from which results are computed again, for less memory.
 
-    TPUs keep what is there: arithmetic is their bound.
+    TPUs keep results: arithmetic is their bound.
     """
     return jax.lax.platform_dependent(x, tpu=lambda x: x, default=barrier)
 
@@ -329,7 +333,7 @@ def _stored_dtypes(
     leaves, found = jax.tree.flatten(state.inner_state)
     if found != like.treedef:
         raise ValueError(
-            f"the optimizer state has the tree structure {found}, but that of inner is "
+            f"the optimizer state has the tree structure {found}, but inner has "
             f"{like.treedef}; call init again."
         )
     stored = [
