@@ -48,7 +48,7 @@ def test_sizes_and_fractions(run):
     assert at_bound["kernel"] == np.mean(np.abs(params["kernel"].codes) == levels) > 0
 
 
-def test_histograms_are_those_of_the_values(run):
+def test_histograms_match_the_values(run):
     params = run[0]
     floats = madax.dequantize_params(params)
     for got, expected in zip(
