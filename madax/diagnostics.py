@@ -43,7 +43,6 @@ __all__ = [
     "fraction_at_bound",
     "fraction_sign_changed",
     "fraction_zero",
-    "log_weight_histogram",
     "matrices",
     "relative_update_size",
 ]
@@ -182,51 +181,6 @@ def fraction_sign_changed(params: Tree, previous: Tree) -> dict[str, jax.Array]:
     )
 
 
-def log_weight_histogram(
-    params: Tree, *, bins: int = 60, lowest: float = -15.0, highest: float = 5.0
-) -> tuple[dict[str, jax.Array], jax.Array]:
-    r"""Histograms of :math:`\ln|w|`, leaf by leaf.
-
-    Args:
-      params: tree of floating-point or quantised arrays.
-      bins: number of bins.
-      lowest: lower edge of the first bin, in nats.
-      highest: upper edge of the last bin, in nats.
-
-    Returns:
-      The counts, int32, shape (bins,) for each leaf, and the bin edges, shape
-      (bins + 1,). Zeros are in no bin; magnitudes beyond the edges are in the first or
-      last bin.
-
-    Raises:
-      ValueError: if the edges are not in order, or ``bins`` is not a positive int.
-
-    Example:
-      >>> import jax.numpy as jnp, madax
-      >>> counts, edges = madax.diagnostics.log_weight_histogram(
-      ...     {"w": jnp.array([1.0, -1.0, 0.0, 1e-9])}, bins=4)
-      >>> print(counts["w"], edges)
-      [1 0 0 2] [-15. -10.  -5.   0.   5.]
-    """
-    if type(bins) is not int or bins < 1:
-        raise ValueError(f"bins must be an int above 0, got {bins!r} (default: 60).")
-    if not lowest < highest:
-        raise ValueError(
-            f"lowest must be below highest, got lowest={lowest} and "
-            f"highest={highest}; pass the edges in nats, in order."
-        )
-    edges = jnp.linspace(lowest, highest, bins + 1)
-
-    def histogram(w):
-        log_w = jnp.clip(jnp.log(jnp.abs(w)), lowest, highest).ravel()
-        # ln 0 = -inf is clipped into the first bin. Zeros get a weight of 0, so that
-        # they do not count.
-        nonzero = (w != 0).astype(jnp.int32).ravel()
-        return jnp.histogram(log_w, edges, weights=nonzero)[0].astype(jnp.int32)
-
-    return _by_path(histogram, params), edges
-
-
 def code_occupancy(params: Tree) -> dict[str, jax.Array]:
     """The number of weights that each code has, for every quantised leaf.
 
@@ -297,9 +251,9 @@ def _relative_norm(u: jax.Array, w: jax.Array) -> jax.Array:
 if not TYPE_CHECKING:  # A type checker would accept any name.
 
     def __getattr__(name):
-        if name == "descent_bound":
-            raise AttributeError(
-                "madax.diagnostics.descent_bound is gone since 0.3: no rate was chosen "
-                "by it; log relative_update_size instead."
-            )
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        instead = {
+            "descent_bound": "no rate was chosen by it; log relative_update_size",
+            "log_weight_histogram": "use jnp.histogram of jnp.log(jnp.abs(weights))",
+        }
+        why = f"is gone since 0.3: {instead[name]}" if name in instead else "is unknown"
+        raise AttributeError(f"{__name__}.{name} {why}.")

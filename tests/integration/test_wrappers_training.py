@@ -312,7 +312,7 @@ def test_arithmetic_on_codes_is_an_error(name, jit):
         (jax.jit(steps) if jit else steps)()
 
 
-def test_decay_of_codes_is_that_of_their_values():
+def test_decay_of_codes_matches_their_values():
     params, decay = native_params(), optax.add_decayed_weights(0.1)
     grads = gradient(params)
     decayed, _ = decay.update(grads, decay.init(params), params)
