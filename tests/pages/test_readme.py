@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import examples_of_flax, run_examples
+from helpers import needs_flax_0_12, run_examples
 
 import madax
 
@@ -17,7 +17,7 @@ NAMESPACES = ("transforms", "papers", "wrappers", "formats", "diagnostics")
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
-@examples_of_flax
+@needs_flax_0_12
 def test_examples_run_and_train():
     names = run_examples(README)
     assert names["loss"](names["params"]) < 1e-3
