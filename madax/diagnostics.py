@@ -155,7 +155,7 @@ def fraction_zero(params: Tree) -> dict[str, jax.Array]:
       >>> print(madax.diagnostics.fraction_zero({"b": jnp.array([0.0, 1.0])}))
       {'b': Array(0.5, dtype=float32)}
     """
-    return _by_path(lambda w, _: _fraction(w == 0), params, params)
+    return _by_path(lambda w: _fraction(w == 0), params)
 
 
 def fraction_sign_changed(params: Tree, previous: Tree) -> dict[str, jax.Array]:
@@ -178,7 +178,7 @@ def fraction_sign_changed(params: Tree, previous: Tree) -> dict[str, jax.Array]:
       {'w': Array(0.5, dtype=float32)}
     """
     return _by_path(
-        lambda w, p: _fraction(jnp.sign(w) != jnp.sign(p)), params, previous
+        lambda w, before: _fraction(jnp.sign(w) != jnp.sign(before)), params, previous
     )
 
 
@@ -217,14 +217,14 @@ def log_weight_histogram(
         )
     edges = jnp.linspace(lowest, highest, bins + 1)
 
-    def histogram(w, _):
+    def histogram(w):
         log_w = jnp.clip(jnp.log(jnp.abs(w)), lowest, highest).ravel()
         # ln 0 = -inf is clipped into the first bin. Zeros get a weight of 0, so that
         # they do not count.
         nonzero = (w != 0).astype(jnp.int32).ravel()
         return jnp.histogram(log_w, edges, weights=nonzero)[0].astype(jnp.int32)
 
-    return _by_path(histogram, params, params), edges
+    return _by_path(histogram, params), edges
 
 
 def code_occupancy(params: Tree) -> dict[str, jax.Array]:
@@ -260,14 +260,16 @@ def code_occupancy(params: Tree) -> dict[str, jax.Array]:
     }
 
 
-def _by_path(fn: Callable[..., jax.Array], params: Tree, other: Tree) -> dict:
-    """``{path: fn(leaf of params, leaf of other)}``, in float32 or wider."""
+def _by_path(fn: Callable[..., jax.Array], params: Tree, *others: Tree) -> dict:
+    """``{path: fn(leaf of params, leaf of another tree, ...)}``, float32 or wider."""
     paths, leaves, treedef = flatten(dequantize_params(params))
-    other = dequantize_params(other)
-    others = flatten_like(other, treedef, "params", paths, leaves)
+    alike = [
+        flatten_like(dequantize_params(other), treedef, "params", paths, leaves)
+        for other in others
+    ]
     return {
-        path: fn(widen(w), widen(o))
-        for path, w, o in zip(paths, leaves, others, strict=True)
+        path: fn(*map(widen, same))
+        for path, *same in zip(paths, leaves, *alike, strict=True)
     }
 
 
