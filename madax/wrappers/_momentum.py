@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -43,10 +44,9 @@ class CodedLeaves(NamedTuple):
                 )
             if not jnp.issubdtype(found[0].dtype, jnp.floating):
                 raise ValueError(
-                    "error_feedback=True needs a momentum of floats, but inner has a "
-                    f"momentum of {name} with dtype {found[0].dtype}; pass "
-                    "moment_format to with_quantized_params instead of "
-                    "with_quantized_state inside it."
+                    f"error_feedback=True needs a momentum of floats, but {name} has "
+                    f"a momentum with dtype {found[0].dtype}; pass moment_format to "
+                    "with_quantized_params instead of with_quantized_state inside it."
                 )
             momenta += found
         return momenta
@@ -107,11 +107,11 @@ def check_feedback(
     shapes = jax.eval_shape(lambda p, x: (dequantize_params(p), x), params, extra_args)
     place, reason = _place_and_reason(inner, shapes_of(shapes), coded)
     if reason:
+        name = leaf_name("params", coded.paths[place])
         raise ValueError(
-            f"error_feedback=True, but {leaf_name('params', coded.paths[place])} "
-            f"{reason}; leave error_feedback out, or use an optimizer whose updates "
-            "are a linear function of its momentum, element by element, such as "
-            "optax.adamw."
+            f"error_feedback=True, but {name} {reason}; leave error_feedback out, or "
+            "use an optimizer whose updates are a linear function of its momentum, "
+            "element by element, such as optax.adamw."
         )
 
 
@@ -127,12 +127,8 @@ def _place_and_reason(
     def others(state):
         """The leaves of a state that have derivatives, without the momentum."""
         paths, leaves, _ = flatten_named(coded.with_momentum(state, [None] * len(ms)))
-        named = zip(paths, leaves, strict=True)
-        return {
-            path: x
-            for path, x in named
-            if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-        }
+        kinds = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves]
+        return dict(itertools.compress(zip(paths, leaves, strict=True), kinds))
 
     def derivatives(ms, tangents, state, grads, params, extra_args):
         def step(ms):
