@@ -13,7 +13,6 @@ from typing import ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 
 def by_name(
@@ -22,9 +21,8 @@ def by_name(
     """Makes old positions and old names of arguments errors that name the new ones.
 
     Args:
-      places: the arguments that could be given by position in 0.2, after those that
-        still can.
-      gone: what to write instead of an argument that is gone, by its name.
+      places: the arguments that had a position in 0.2, after those that still have one.
+      gone: what to do instead of giving an argument that is gone, by its name.
 
     Returns:
       A decorator that keeps the signature and the annotations of a function.
@@ -33,20 +31,20 @@ def by_name(
     def decorate(function):
         parameters = inspect.signature(function).parameters
         kinds = [parameter.kind for parameter in parameters.values()]
-        positions = kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        left = kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
         name, first = function.__name__, next(iter(parameters))
 
         @functools.wraps(function)
         def checked(*args, **kwargs):
-            old = [*places[: max(len(args) - positions, 0)], *kwargs]
-            for argument in old:
-                if argument in gone:
-                    raise TypeError(f"{name} has no {argument}: {gone[argument]}.")
-            if len(args) > positions and places:
+            for old in (*places[: max(len(args) - left, 0)], *kwargs):
+                if old in gone:
+                    raise TypeError(f"{name} has no {old}: {gone[old]}.")
+            if len(args) > left:
+                place = ("first", "second")[left]
                 raise TypeError(
                     f"{name} takes arguments after {first} by name: write "
-                    f"{places[0]}={args[positions]!r} (it was the "
-                    f"{_ORDINALS[positions]} position until 0.2)."
+                    f"{places[0]}={args[left]!r} (it was the {place} position until "
+                    "0.2)."
                 )
             return function(*args, **kwargs)
 
@@ -62,10 +60,9 @@ class _OldModules(importlib.abc.MetaPathFinder):
         del path, target
         if re.fullmatch(r"madax\._(?!core)[a-z_]+", fullname):
             raise ModuleNotFoundError(
-                f"{fullname} was a module of madax 0.2, which this file was written "
-                "with, for example by pickle; load the file with that version and save "
-                "the parameters by madax.to_flat_dict, which every version reads. The "
-                "state of an optimizer is not carried over: call init.",
+                f"{fullname} was a module of madax 0.2, which wrote this file, for "
+                "example by pickle; load it with that version, save the parameters by "
+                "madax.to_flat_dict, which all versions read, and make a new state.",
                 name=fullname,
             )
 

@@ -2,14 +2,17 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from madax._core.checks import (
+    Number,
     check_learning_rate,
     check_non_negative,
     check_positive,
@@ -17,17 +20,15 @@ from madax._core.checks import (
     check_state,
     warn_of_leaves,
 )
-from madax._core.names import is_part
+from madax._core.names import Tree, is_part
 from madax._core.rounding import Rounding, check_rounding, leaf_keys
-from madax._core.vectors import known_values, one_a_leaf
-from madax.codes._array import is_quantized
+from madax._core.vectors import one_a_leaf
+from madax.codes._array import Leaf, is_quantized
 from madax.codes._leaves import flatten, flatten_both, per_leaf
 from madax.transforms._clip import check_p_scale, clipped, with_first_bound
 from madax.transforms._geometry import (
     Geometry,
-    Leaf,
     additive_floors,
-    check_geometry,
     grid_scales,
     leaf_bounds,
 )
@@ -53,13 +54,12 @@ class MadamState(NamedTuple):
     """
 
     count: jax.Array
-    direction: optax.OptState
+    direction: Tree
     geometry: Geometry
 
 
 def map_rate(
-    fn: Callable[..., float | jax.Array],
-    learning_rate: optax.ScalarOrSchedule,
+    fn: Callable[..., Number], learning_rate: optax.ScalarOrSchedule
 ) -> optax.ScalarOrSchedule:
     """A function of a learning rate, or of the rates of a schedule."""
     if callable(learning_rate):
@@ -72,42 +72,37 @@ def from_direction(
     direction: Direction,
     learning_rate: optax.ScalarOrSchedule,
     *,
-    p_scale: jax.typing.ArrayLike | None,
-    g_bound: jax.typing.ArrayLike,
-    floor: jax.typing.ArrayLike,
-    zero_init_scale: jax.typing.ArrayLike,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    p_scale: ArrayLike | None,
+    g_bound: ArrayLike,
+    floor: ArrayLike,
+    zero_init_scale: ArrayLike,
+    weight_decay: ArrayLike = 0.0,
     mask: Mask | None = None,
     rounding: Rounding,
-    seed: jax.typing.ArrayLike = 0,
-    alias: Callable[..., optax.GradientTransformation],
+    seed: ArrayLike = 0,
+    alias: Callable,
     to_grid: Callable[..., Leaf] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of multiplicative steps along a direction.
 
     It gives the bits that ``optax.chain`` of the public transforms gives, with one
-    count and one geometry in its state. Arguments are those of :func:`madam`, and
-    ``alias``, the function that users call, whose defaults are no cause for a warning.
-    Where codes are simulated, ``to_grid`` takes the place of :func:`rounded_update`,
-    and is also given the value of the max code.
+    count and one geometry in its state. Arguments are as for :func:`madam`, but for
+    ``alias``, the function that users call, whose defaults are no cause for a warning,
+    and ``to_grid``, which takes the place of :func:`rounded_update` where codes are
+    simulated, and is also given the value of the max code.
     """
     learning_rate = check_learning_rate(learning_rate, 0.01)
     g_bound = check_positive("g_bound", g_bound, 10.0)
     weight_decay = check_non_negative("weight_decay", weight_decay, 0.0)
-    floor, zero_init_scale = check_geometry(floor, zero_init_scale)
+    floor = check_non_negative("floor", floor, 0.0)
+    zero_init_scale = check_non_negative("zero_init_scale", zero_init_scale, 0.1)
     p_scale = check_p_scale(p_scale)
     check_rounding(rounding)
     check_seed(seed)
     decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
     clip, rate = optax.clip(g_bound), optax.scale_by_learning_rate(learning_rate)
-    ignored = _not_default(
-        alias, floor=floor, p_scale=p_scale, zero_init_scale=zero_init_scale
-    )
-
-    def add_decay(ds, steps):
-        return jax.tree.map(lambda d, step: decayed(weight_decay, d, step), ds, steps)
-
-    decay = optax.stateless(add_decay)
+    on_floats = {"floor": floor, "p_scale": p_scale, "zero_init_scale": zero_init_scale}
+    decay = optax.stateless(partial(jax.tree.map, partial(decayed, weight_decay)))
     decay = decay if mask is None else optax.masked(decay, mask)
 
     def init_fn(params):
@@ -115,7 +110,9 @@ def from_direction(
         geometry = with_first_bound(p_scale, geometry, params, stacklevel=2)
         if to_grid is not None:
             geometry = geometry._replace(bound=grid_scales(p_scale, geometry))
-        _warn_of_ignored(params, ignored, stacklevel=2)
+        paths, ws, _ = flatten(params)
+        if ws and all(map(is_quantized, ws)) and not is_part(paths):
+            warn_of_leaves(_not_default(alias, on_floats), _IGNORED, stacklevel=2)
         decay.init(params)  # refuses a mask that does not fit
         count = jnp.zeros([], jnp.int32)
         return MadamState(count, direction.init(params), geometry)
@@ -128,7 +125,7 @@ def from_direction(
             updates, state.direction, params, count=count, madax_layer=madax_layer
         )
         ds, _ = clip.update(ds, optax.EmptyState())
-        paths, ws, leaves, treedef = flatten_both(params, ds)
+        paths, ws, _, treedef = flatten_both(params, ds)
         floors = additive_floors(floor, geometry)
         if decays:
             steps = treedef.unflatten(relative_steps(ws, floors))
@@ -152,26 +149,12 @@ def from_direction(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _not_default(
-    alias: Callable[..., optax.GradientTransformation],
-    **given: jax.typing.ArrayLike | None,
-) -> list[str]:
+def _not_default(alias: Callable, given: dict[str, Number]) -> list[str]:
     """The names of arguments that are known to differ from the defaults of an alias."""
-    names = []
-    for name, value in given.items():
-        parameter = inspect.signature(alias).parameters.get(name)
-        if parameter is None or value is None:
-            continue
-        known = known_values(jnp.asarray(value, jnp.float32))
-        default = parameter.default
-        if known.size and (default is None or known != np.float32(default)):
-            names.append(name)
-    return names
-
-
-def _warn_of_ignored(
-    params: optax.Params, ignored: list[str], *, stacklevel: int
-) -> None:
-    paths, leaves, _ = flatten(params)
-    if leaves and all(map(is_quantized, leaves)) and not is_part(paths):
-        warn_of_leaves(ignored, _IGNORED, stacklevel=stacklevel + 1)
+    defaults = {k: p.default for k, p in inspect.signature(alias).parameters.items()}
+    return [
+        name
+        for name, value in given.items()
+        if name in defaults and not isinstance(value, jax.core.Tracer | None)
+        if defaults[name] is None or np.float32(value) != np.float32(defaults[name])
+    ]

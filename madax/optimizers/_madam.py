@@ -1,7 +1,7 @@
 """Madam: multiplicative steps along the gradient over the root of its second moment."""
 
-import jax
 import optax
+from jax.typing import ArrayLike
 
 from madax._core.moved import by_name
 from madax._core.rounding import Rounding
@@ -15,17 +15,17 @@ from madax.transforms._weight_decay import Mask
 def madam(
     learning_rate: optax.ScalarOrSchedule = 0.01,
     *,
-    b1: jax.typing.ArrayLike | None = None,
-    b2: jax.typing.ArrayLike = 0.999,
-    p_scale: jax.typing.ArrayLike | None = None,
-    g_bound: jax.typing.ArrayLike = 10.0,
-    floor: jax.typing.ArrayLike = 0.0,
-    zero_init_scale: jax.typing.ArrayLike = 0.1,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    b1: ArrayLike | None = None,
+    b2: ArrayLike = 0.999,
+    p_scale: ArrayLike | None = None,
+    g_bound: ArrayLike = 10.0,
+    floor: ArrayLike = 0.0,
+    zero_init_scale: ArrayLike = 0.1,
+    weight_decay: ArrayLike = 0.0,
     mask: Mask | None = None,
     moment_format: MomentFormat | None = None,
     rounding: Rounding = "stochastic",
-    seed: jax.typing.ArrayLike = 0,
+    seed: ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Madam, the paper's multiplicative rule made safe for any network.
 
@@ -47,13 +47,11 @@ def madam(
     :math:`\max(3\, \mathrm{rms}_0, \max|w_0|)`, so that no weight exceeds it at init,
     pretrained or not: see :func:`clip_log_weights`.
 
-    The steps are ``scale_by_second_moment``, ``optax.clip``, with a weight decay
-    ``add_decayed_log_weights``, ``optax.scale_by_learning_rate``,
-    ``scale_by_sign_log``, ``clip_log_weights``, ``lns_quantize``; an ``optax.chain`` of
-    these gives the same updates.
-
     Leaves that are codes, from :func:`quantize_params`, are trained natively, by
-    additions of integers. Float leaves beside them are trained as usual.
+    additions of integers. An ``optax.chain`` of ``scale_by_second_moment``,
+    ``optax.clip``, perhaps ``add_decayed_log_weights``,
+    ``optax.scale_by_learning_rate``, ``scale_by_sign_log``, ``clip_log_weights`` and
+    ``lns_quantize`` gives the same updates.
 
     .. warning::
       Transforms of the gradient, such as clipping, go before ``madam`` in a chain. But
@@ -66,9 +64,8 @@ def madam(
       b1: decay rate of a first moment, in [0, 1); None, the paper, for none.
       b2: decay rate of the second moment, in [0, 1).
       p_scale: bound on the weights of every float leaf, relative to its root mean
-        square at init, frozen there; the paper has 1 to 3. None for a bound on matrices
-        alone; ``inf`` for no bound. Codes have the range of their format, so this does
-        nothing on codes: give it to :func:`quantize_params`.
+        square at init; the paper has 1 to 3. None for a bound on matrices alone;
+        ``inf`` for no bound. It does nothing on codes: see :func:`quantize_params`.
       g_bound: bound on the normalised gradient.
       floor: magnitude below which steps are additive, relative to the root mean
         square of the leaf at init; 0, the paper, for none. Above 0, weights near zero

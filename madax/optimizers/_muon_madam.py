@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 
-import jax
 import optax
+from jax.typing import ArrayLike
 
 from madax._core.checks import check_decay
 from madax._core.moved import by_name
@@ -30,24 +30,23 @@ from madax.wrappers._quantized_state import quantized_state
 def muon_madam(
     learning_rate: optax.ScalarOrSchedule = 0.03,
     *,
-    b1: jax.typing.ArrayLike = 0.95,
-    b2: jax.typing.ArrayLike = 0.999,
-    p_scale: jax.typing.ArrayLike | None = None,
-    g_bound: jax.typing.ArrayLike = 10.0,
+    b1: ArrayLike = 0.95,
+    b2: ArrayLike = 0.999,
+    p_scale: ArrayLike | None = None,
+    g_bound: ArrayLike = 10.0,
     matrices: Matrices | None = None,
-    floor: jax.typing.ArrayLike = 1.0,
-    zero_init_scale: jax.typing.ArrayLike = 0.1,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    floor: ArrayLike = 1.0,
+    zero_init_scale: ArrayLike = 0.1,
+    weight_decay: ArrayLike = 0.0,
     mask: Mask | None = None,
     moment_format: MomentFormat | None = None,
     rounding: Rounding = "stochastic",
-    seed: jax.typing.ArrayLike = 0,
+    seed: ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon for matrices, Madam for everything else, with multiplicative steps.
 
-    This is the recommended optimizer, and its defaults are the recommendation:
-    ``madax.muon_madam(schedule)``, with a schedule that decays from 0.03, needs nothing
-    else.
+    This is the recommended optimizer, and its defaults are the recommendation: it needs
+    no more than a schedule that decays from 0.03.
 
     .. math::
 
@@ -77,16 +76,12 @@ def muon_madam(
       g_bound: bound on the direction.
       matrices: ``matrices(path, leaf)`` is a :class:`MatrixDimensionNumbers`, or None
         for a leaf that takes the direction of Madam, given paths like
-        ``"Dense_0/kernel"`` and leaves with a shape and a dtype. None for the default
-        above.
-      floor: magnitude below which steps on floats are additive, as for :func:`madam`;
-        it does nothing on codes.
-      zero_init_scale: scale of float leaves that are all zeros at init, as for
-        :func:`madam`; it does nothing on codes.
+        ``"Dense_0/kernel"`` and leaves with a shape and a dtype.
+      floor: as for :func:`madam`; it does nothing on codes.
+      zero_init_scale: as for :func:`madam`; it does nothing on codes.
       weight_decay: :math:`\lambda`, as for :func:`madam`.
       mask: which leaves decay, as for :func:`madam`.
-      moment_format: how moments are stored, such as ``MomentFormat(bits=8)``; None for
-        float32 or wider.
+      moment_format: how moments are stored, as for :func:`madam`.
       rounding: rounding of code steps, "stochastic" or "nearest".
       seed: seed of the stochastic rounding.
 
@@ -138,17 +133,12 @@ def muon_madam(
 
     # Axes are read from the whole tree, because each part sees only its own leaves.
     def parted(tree, count=None):
-        def other_init(params):
-            return other.init(params)
-
-        def other_update(updates, state, params=None, **extra_args):
-            return other.update(updates, state, params, count=count, **extra_args)
-
         paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
         axes = read_axes(paths, leaves, matrices)
         labels = ["other" if found is None else "matrix" for found in axes]
         matrix = orthogonal(tuple(found for found in axes if found is not None))
-        counted = optax.GradientTransformationExtraArgs(other_init, other_update)
+        update = functools.partial(other.update, count=count)
+        counted = optax.GradientTransformationExtraArgs(other.init, update)
         return optax.partition(
             {"matrix": matrix, "other": counted}, treedef.unflatten(labels)
         )

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
-from madax._core.checks import check_learning_rate
+from madax._core.checks import check_bits, check_learning_rate
 from madax._core.moved import by_name
 from madax.formats._log import LogFormat
 from madax.optimizers._chain import map_rate
 from madax.papers._grid import grid_madam
+from madax.transforms._second_moment import second_moment
 
 
 @by_name("bits", base_precision="write base_step")
@@ -18,10 +20,10 @@ def bbit_madam(
     *,
     bits: int = 12,
     base_step: float = 0.001,
-    b2: jax.typing.ArrayLike = 0.999,
-    p_scale: jax.typing.ArrayLike | None = None,
-    g_bound: jax.typing.ArrayLike = 10.0,
-    zero_init_scale: jax.typing.ArrayLike = 0.1,
+    b2: ArrayLike = 0.999,
+    p_scale: ArrayLike | None = None,
+    g_bound: ArrayLike = 10.0,
+    zero_init_scale: ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""B-bit Madam: Madam on a grid of log-spaced weights, with nearest rounding.
 
@@ -36,24 +38,20 @@ def bbit_madam(
     which the paper calls base precision, and the rate :math:`k` a whole number of
     codes, 1 at least: the rates of a schedule are rounded to whole codes.
 
-    Float leaves stay float arrays, whose values are on the grid; no leaf, vectors
-    included, grows beyond the grid. To store codes, use
-    ``quantize_params(params, LogFormat(bits + 1, base_step))``: the extra bit is the
-    sign. The paper has one magnitude more, because its codes have no zero, and starts
-    from random magnitudes; here codes start at the nearest, and the first step puts a
-    float weight on the grid.
+    Float leaves stay float arrays, whose values are on the grid from the first step on.
+    To store codes, use ``quantize_params(params, LogFormat(bits + 1, base_step))``: the
+    extra bit is the sign. The paper has one magnitude more, because its codes have no
+    zero, and starts from random magnitudes, where this starts from the nearest.
 
     Args:
       learning_rate: :math:`\eta`, in nats per step, or a schedule.
       bits: :math:`B`, bits of a magnitude; the sign is one more. 1 to 15.
       base_step: :math:`\beta`, spacing of the grid, in nats.
       b2: decay rate of the second moment, in [0, 1).
-      p_scale: max magnitude of a float leaf, relative to its root mean square at init;
-        None for three times that, or the max magnitude at init. It does nothing on
+      p_scale: scale of the grid, as for :func:`quantize_to_grid`; it does nothing on
         codes.
       g_bound: bound on the normalised gradient.
-      zero_init_scale: scale given to float leaves that are all zeros at init. It does
-        nothing on codes.
+      zero_init_scale: as for :func:`madax.madam`; it does nothing on codes.
 
     Returns:
       The optimizer, a gradient transformation.
@@ -76,11 +74,7 @@ def bbit_madam(
       weight updates <https://arxiv.org/abs/2006.14560>`_, 2020, Section 5.
     """
     learning_rate = check_learning_rate(learning_rate, 0.01)
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 15:
-        raise ValueError(
-            f"bits must be an int in 1 to 15, got {bits!r} (default: 12); formats are "
-            "static, name it in the static_args of optax.inject_hyperparams."
-        )
+    check_bits(bits, 1, 15, "with the sign, a code has 16 bits at most")
     format = LogFormat(bits + 1, base_step)
 
     def whole_codes(rate):
@@ -94,7 +88,7 @@ def bbit_madam(
     return grid_madam(
         map_rate(whole_codes, learning_rate),
         format,
-        b2=b2,
+        second_moment(b2),
         p_scale=p_scale,
         g_bound=g_bound,
         zero_init_scale=zero_init_scale,

@@ -17,7 +17,7 @@ def fake_quantize(
     r"""Puts an array on a format's grid, and its gradient on another's.
 
     A straight-through quantiser: the forward pass rounds ``x`` to the nearest code
-    of ``format``, with the largest magnitude of the array as the scale; the
+    of ``format``, with the max magnitude of the array as the scale; the
     backward pass treats that as the identity, and rounds the gradient likewise, to
     ``backward_format``. Applied to the weights, activations and outputs of a layer
     it simulates the low-precision matrix products of LNS-Madam. One value that is not

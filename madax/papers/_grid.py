@@ -1,30 +1,32 @@
 """Simulated low precision of weights: floats whose values are on a grid."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from madax._core.checks import (
+    Number,
     check_instance,
     check_non_negative,
-    check_positive,
     check_seed,
     check_state,
 )
 from madax._core.numerics import relative_to, straight_through
 from madax._core.rounding import Rounding, check_rounding, leaf_keys, rounding_bits
 from madax._core.vectors import one_a_leaf
+from madax.codes._array import Leaf
 from madax.codes._leaves import flatten_both, max_weight, per_leaf, widen
 from madax.codes._steps import moved_codes
 from madax.formats._base import Format
 from madax.optimizers._chain import from_direction
-from madax.transforms._geometry import Leaf, geometry_at_init, grid_scales
+from madax.transforms._clip import check_p_scale
+from madax.transforms._geometry import geometry_at_init, grid_scales
 from madax.transforms._lns_quantize import rounded_update
-from madax.transforms._second_moment import second_moment
+from madax.transforms._second_moment import Direction
 
 
 class QuantizeToGridState(NamedTuple):
@@ -44,9 +46,9 @@ def quantize_to_grid(
     format: Format,
     *,
     rounding: Rounding = "stochastic",
-    seed: jax.typing.ArrayLike = 0,
-    p_scale: jax.typing.ArrayLike | None = None,
-    zero_init_scale: jax.typing.ArrayLike = 0.1,
+    seed: ArrayLike = 0,
+    p_scale: ArrayLike | None = None,
+    zero_init_scale: ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rounds updates so that weights stay on the grid of a number format.
 
@@ -56,9 +58,8 @@ def quantize_to_grid(
 
     It simulates, on floats, weights that are stored as codes. A weight lands on a grid
     point exactly if the step is less than a factor of two, and to within a rounding
-    otherwise. Leaves that are codes have a format of their own, and are rounded as by
-    :func:`lns_quantize`, which takes the place of this transform in a chain that stores
-    all weights as codes.
+    otherwise. No leaf, vectors included, grows beyond the scale. Leaves that are codes
+    are rounded as by :func:`lns_quantize`.
 
     Args:
       format: the number format of float leaves.
@@ -73,18 +74,16 @@ def quantize_to_grid(
       A gradient transformation from updates to updates that end on the grid.
 
     Raises:
-      ValueError: if an argument is out of range, ``params`` are missing or do not
-        match.
+      ValueError: if an argument is out of range, or ``params`` do not match.
       TypeError: if an argument is of the wrong type, or a leaf is not real floating.
 
     Example:
-      >>> import jax.numpy as jnp, optax, madax
+      >>> import jax.numpy as jnp, madax
       >>> fmt = madax.LogFormat(bits=8, base_step=0.1)
       >>> tx = madax.papers.quantize_to_grid(fmt, rounding="nearest", p_scale=1.0)
       >>> w = jnp.array([1.0, -1.0])
       >>> updates, _ = tx.update(jnp.array([-0.12, 0.6]), tx.init(w), w)
-      >>> on_grid = optax.apply_updates(w, updates)
-      >>> print([f"{code_nats:.1f}" for code_nats in jnp.log(jnp.abs(on_grid))])
+      >>> print([f"{nats:.1f}" for nats in jnp.log(jnp.abs(w + updates))])
       ['-0.1', '-0.9']
 
     References:
@@ -95,7 +94,7 @@ def quantize_to_grid(
     check_instance("format", format, Format, or_none=False)
     check_rounding(rounding)
     check_seed(seed)
-    p_scale = _check_p_scale(p_scale)
+    p_scale = check_p_scale(p_scale, finite=True)
     zero_init_scale = check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
     def init_fn(params):
@@ -109,9 +108,7 @@ def quantize_to_grid(
         paths, ws, us, treedef = flatten_both(params, updates)
         keys = one_a_leaf(leaf_keys(seed, state.count, paths, madax_layer), len(ws))
         leaves = zip(ws, us, keys, per_leaf(state.scale, ws), strict=True)
-        us = [
-            update_to_grid(*leaf, format=format, rounding=rounding) for leaf in leaves
-        ]
+        us = [_update_to_grid(*leaf, format, rounding) for leaf in leaves]
         count = jnp.asarray(optax.safe_increment(state.count))
         return treedef.unflatten(us), QuantizeToGridState(count, state.scale)
 
@@ -121,75 +118,59 @@ def quantize_to_grid(
 def grid_madam(
     learning_rate: optax.ScalarOrSchedule,
     format: Format,
+    direction: Direction,
     *,
-    b2: jax.typing.ArrayLike,
-    p_scale: jax.typing.ArrayLike | None,
-    g_bound: jax.typing.ArrayLike,
-    zero_init_scale: jax.typing.ArrayLike,
-    alias: Callable[..., optax.GradientTransformation],
+    p_scale: ArrayLike | None,
+    **options: Number,
 ) -> optax.GradientTransformationExtraArgs:
     """Madam on a grid with nearest rounding; the learning rate is in nats."""
-    return from_direction(
-        second_moment(b2),
-        learning_rate,
-        p_scale=_check_p_scale(p_scale),
-        g_bound=g_bound,
-        floor=0.0,
-        zero_init_scale=zero_init_scale,
-        rounding="nearest",
-        alias=alias,
-        to_grid=partial(update_to_grid, format=format, rounding="nearest"),
-    )
+    to_grid = partial(_update_to_grid, format=format, rounding="nearest")
+    options |= {"p_scale": check_p_scale(p_scale, finite=True), "floor": 0.0}
+    options |= {"rounding": "nearest", "to_grid": to_grid}
+    return from_direction(direction, learning_rate, **options)
 
 
-def _check_p_scale(p_scale: jax.typing.ArrayLike | None) -> jax.typing.ArrayLike | None:
-    # A grid has a max value, so its scale is finite.
-    if p_scale is None:
-        return None
-    return check_positive("p_scale", p_scale, None, finite=True)
-
-
-def update_to_grid(
+def _update_to_grid(
     w: Leaf,
     u: jax.Array,
     key: jax.Array,
-    scale: jax.Array | None,
-    *,
+    scale: Number,
     format: Format,
     rounding: Rounding,
 ) -> Leaf:
-    """The update of a leaf that takes it to a grid point near ``w + u``."""
+    """The update of a leaf that ends on the grid, which codes have of their own."""
     if scale is None:
         return rounded_update(w, u, key, rounding)
-    return _update_of_floats(w, u, key, scale, format, rounding)
+    return _float_to_grid(w, u, key, scale, format, rounding)
 
 
 @partial(jax.jit, static_argnums=(4, 5))
-def _update_of_floats(
-    w: jax.Array,
+def _float_to_grid(
+    w: Number,
     u: jax.Array,
     key: jax.Array,
     scale: jax.Array,
     format: Format,
     rounding: Rounding,
 ) -> jax.Array:
+    """The update that takes ``w`` to a grid point near ``w + u``."""
     bits = rounding_bits(rounding, key, jnp.shape(u))
     dtype = jnp.result_type(w)
-    largest = max_weight(dtype)  # float16 may not reach as far as the scale
+    limit = max_weight(dtype)  # float16 may not reach as far as the scale
     x = widen(w)
     u, scale = u.astype(x.dtype), scale.astype(x.dtype)
     x, step, moved = (relative_to(scale, v) for v in (x, u, x + u))
     code = format.nearest(x).astype(jnp.int32)
     value = format.decode(code)
-    point = jnp.clip(scale * value, -largest, largest).astype(dtype)
+    point = jnp.clip(scale * value, -limit, limit).astype(dtype)
     # A weight counts as on the grid if it is there to within float rounding. Its step
     # is counted from the grid point, as for a quantised leaf. Any other weight first
     # has to get to its grid point, which makes its step longer by that way.
     on_grid = jnp.abs(w - point) <= 8 * float(jnp.finfo(dtype).eps) * jnp.abs(point)
     steps = format.add_step(code, jnp.where(on_grid, step, moved - value))
     new = moved_codes(code, format, steps, jnp.sign(moved), bits)
-    target = jnp.clip(scale * format.decode(new), -largest, largest).astype(dtype)
-    to_target = jnp.where(scale == 0, u, jnp.clip(target - w, -largest, largest))
+    target = jnp.clip(scale * format.decode(new), -limit, limit).astype(dtype)
+    to_target = jnp.where(scale == 0, u, jnp.clip(target - w, -limit, limit))
     # A NaN is no number of steps.
     to_target = jnp.where(jnp.isnan(u), u, to_target)
     return straight_through(u.astype(dtype), to_target.astype(dtype))

@@ -2,8 +2,8 @@
 
 import math
 
-import jax
 import optax
+from jax.typing import ArrayLike
 
 from madax._core.checks import check_instance, check_learning_rate
 from madax._core.moved import by_name
@@ -11,6 +11,7 @@ from madax.formats._base import Format
 from madax.formats._log import LogFormat
 from madax.optimizers._chain import map_rate
 from madax.papers._grid import grid_madam
+from madax.transforms._second_moment import second_moment
 
 _UPDATE_GRID = LogFormat.from_gamma(bits=16, gamma=2048)
 
@@ -20,10 +21,10 @@ def lns_madam(
     learning_rate: optax.ScalarOrSchedule = 2**-7,
     *,
     format: Format = _UPDATE_GRID,
-    b2: jax.typing.ArrayLike = 0.999,
-    p_scale: jax.typing.ArrayLike | None = None,
-    g_bound: jax.typing.ArrayLike = 10.0,
-    zero_init_scale: jax.typing.ArrayLike = 0.1,
+    b2: ArrayLike = 0.999,
+    p_scale: ArrayLike | None = None,
+    g_bound: ArrayLike = 10.0,
+    zero_init_scale: ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LNS-Madam: Madam in base 2, its weights kept on a multi-base log grid.
 
@@ -42,12 +43,10 @@ def lns_madam(
       format: the grid of the weight update :math:`Q_U`; by default
         ``LogFormat.from_gamma(bits=16, gamma=2048)``.
       b2: decay rate of the second moment, in [0, 1).
-      p_scale: max magnitude of a float leaf, relative to its root mean square at init;
-        None for three times that, or the max magnitude at init. It does nothing on
+      p_scale: scale of the grid, as for :func:`quantize_to_grid`; it does nothing on
         codes.
       g_bound: bound on the normalised gradient.
-      zero_init_scale: scale given to float leaves that are all zeros at init. It does
-        nothing on codes.
+      zero_init_scale: as for :func:`madax.madam`; it does nothing on codes.
 
     Returns:
       The optimizer, a gradient transformation.
@@ -77,7 +76,7 @@ def lns_madam(
         # on how an array is sharded.
         map_rate(lambda octaves: math.log(2) * octaves, learning_rate),
         format,
-        b2=b2,
+        second_moment(b2),
         p_scale=p_scale,
         g_bound=g_bound,
         zero_init_scale=zero_init_scale,

@@ -1,32 +1,37 @@
 """Geometry: the bound on |w|."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from madax._core.checks import (
     CLIPPED,
+    Number,
     check_non_negative,
     check_positive,
-    check_state,
     in_percent,
     leaf_name,
     warn_of_leaves,
 )
+from madax._core.names import Tree
 from madax._core.numerics import within
 from madax._core.vectors import awaited, known_values
-from madax.codes._array import is_quantized
-from madax.codes._leaves import flatten, flatten_both, per_leaf, widen
+from madax.codes._array import Leaf, is_quantized
+from madax.codes._leaves import flatten, per_leaf, widen
 from madax.codes._scales import fraction_above
-from madax.transforms._geometry import Geometry, Leaf, geometry_at_init, leaf_bounds
+from madax.transforms._geometry import (
+    Geometry,
+    geometry_at_init,
+    leaf_bounds,
+    with_geometry,
+)
 
 
 def clip_log_weights(
-    p_scale: jax.typing.ArrayLike | None = None,
+    p_scale: ArrayLike | None = None,
     *,
-    zero_init_scale: jax.typing.ArrayLike = 0.1,
+    zero_init_scale: ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps weights within a bound frozen at init.
 
@@ -67,8 +72,7 @@ def clip_log_weights(
       :class:`Geometry`.
 
     Raises:
-      ValueError: if an argument is out of range, ``params`` are missing or do not
-        match.
+      ValueError: if an argument is out of range, or ``params`` do not match.
       TypeError: if an argument is not a number, or a leaf is not real floating.
 
     Example:
@@ -86,53 +90,44 @@ def clip_log_weights(
     p_scale = check_p_scale(p_scale)
     zero_init_scale = check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
-    def init_fn(params):
+    def init(params):
         _, geometry = geometry_at_init(params, zero_init_scale)
         return with_first_bound(p_scale, geometry, params, stacklevel=2)
 
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        check_state(state, Geometry)
-        paths, ws, us, treedef = flatten_both(params, updates)
+    def step(paths, ws, us, state):
         state = state._replace(bound=leaf_bounds(p_scale, state, paths, ws))
-        return treedef.unflatten(clipped(ws, us, state.bound)), state
+        return clipped(ws, us, state.bound), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return with_geometry(init, step)
 
 
-def check_p_scale(p_scale: jax.typing.ArrayLike | None) -> jax.typing.ArrayLike | None:
-    """Raises unless ``p_scale`` is None or a positive number, which it returns."""
-    return None if p_scale is None else check_positive("p_scale", p_scale, None)
+def check_p_scale(p_scale: ArrayLike | None, *, finite: bool = False) -> Number:
+    """Raises unless ``p_scale`` is None or a positive number; returns it."""
+    if p_scale is None:
+        return None
+    return check_positive("p_scale", p_scale, None, finite=finite)
 
 
 def with_first_bound(
-    p_scale: jax.typing.ArrayLike | None,
-    geometry: Geometry,
-    params: optax.Params,
-    *,
-    stacklevel: int,
+    p_scale: ArrayLike | None, geometry: Geometry, params: Tree, *, stacklevel: int
 ) -> Geometry:
     """The geometry with the bounds of the first step; warns of weights beyond them."""
     paths, leaves, _ = flatten(params)
     bounds = leaf_bounds(p_scale, geometry, paths, leaves)
-    if p_scale is None:
-        return geometry._replace(bound=bounds)
-    beyond = known_values(geometry.peak0 > bounds * (1 + 1e-5))  # not by a rounding
-    floats = [x for x in zip(paths, leaves, strict=True) if not is_quantized(x[1])]
-    clipped = [
-        (leaf_name("params", path), awaited(fraction_above(w, bound)))
-        for (path, w), bound, too_far in zip(
-            floats, known_values(bounds), beyond, strict=False
-        )
-        if too_far
-    ]
-    warn_of_leaves(in_percent(clipped), CLIPPED, stacklevel=stacklevel + 1)
+    if p_scale is not None:
+        beyond = known_values(geometry.peak0 > bounds * (1 + 1e-5))  # not by a rounding
+        floats = [x for x in zip(paths, leaves, strict=True) if not is_quantized(x[1])]
+        each = zip(floats, known_values(bounds), beyond, strict=False)
+        found = [
+            (leaf_name("params", path), awaited(fraction_above(w, bound)))
+            for (path, w), bound, clips in each
+            if clips
+        ]
+        warn_of_leaves(in_percent(found), CLIPPED, stacklevel=stacklevel + 1)
     return geometry._replace(bound=bounds)
 
 
-def clipped(
-    ws: Sequence[Leaf], us: Sequence[jax.Array], bounds: jax.Array
-) -> list[jax.Array]:
+def clipped(ws: list[Leaf], us: list[jax.Array], bounds: jax.Array) -> list[jax.Array]:
     """The updates that keep float weights within their bounds; steps of codes pass."""
     return [
         u if bound is None else clip_update(w, u, bound)

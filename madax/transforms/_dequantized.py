@@ -27,13 +27,8 @@ def with_dequantized_params(
 
     Example:
       >>> import jax.numpy as jnp, optax, madax
-      >>> tx = optax.chain(
-      ...     madax.transforms.with_dequantized_params(optax.scale_by_adam()),
-      ...     optax.scale_by_learning_rate(0.1),
-      ...     madax.scale_by_sign_log(),
-      ...     madax.clip_log_weights(),
-      ...     madax.lns_quantize(),
-      ... )
+      >>> adam = madax.transforms.with_dequantized_params(optax.adam(0.1))
+      >>> tx = optax.chain(adam, madax.scale_by_sign_log(), madax.lns_quantize())
       >>> w = madax.quantize_params(jnp.ones((4, 4)), madax.LogFormat(8))
       >>> updates, state = tx.update(jnp.ones((4, 4)), tx.init(w), w)
       >>> bool(jnp.all(optax.apply_updates(w, updates) < w))

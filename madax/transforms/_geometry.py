@@ -1,29 +1,27 @@
 """The size of each float leaf at init, from which its bound and its floor follow."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
-from madax._core.checks import check_non_negative
+from madax._core.checks import check_state
 from madax._core.leaf_kinds import read_leaves
-from madax.codes._leaves import max_weight, places_of_floats
+from madax._core.names import Tree
+from madax.codes._leaves import flatten_both, max_weight, places_of_floats
 from madax.codes._scales import bound_on_weights, float_leaf_sizes
-
-# A leaf of parameters: an array, or a QuantizedArray, which has what arrays have.
-Leaf = Any
 
 
 class Geometry(NamedTuple):
     """Sizes of the float leaves at init, in vectors with one entry per leaf.
 
     It is the state of :func:`scale_by_sign_log`, :func:`add_decayed_log_weights` and
-    :func:`clip_log_weights`, and a part of the state of :func:`madam`. All vectors are
-    in flatten order, float32 or wider, of shape (number of float leaves,), or () if
-    there are none.
+    :func:`clip_log_weights`, and a part of the state of :func:`madam`. Vectors are in
+    flatten order, float32 or wider, of shape (float leaves,), or () if there are none.
 
     Attributes:
       rms0: root mean square of each leaf at init, or ``zero_init_scale`` where the leaf
@@ -35,21 +33,11 @@ class Geometry(NamedTuple):
 
     rms0: jax.Array
     peak0: jax.Array
-    bound: Any = None
-
-
-def check_geometry(
-    floor: jax.typing.ArrayLike, zero_init_scale: jax.typing.ArrayLike
-) -> tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]:
-    """Raises unless both are finite numbers that are not negative; returns both."""
-    return (
-        check_non_negative("floor", floor, 0.0),
-        check_non_negative("zero_init_scale", zero_init_scale, 0.1),
-    )
+    bound: Tree = None
 
 
 def geometry_at_init(
-    params: optax.Params, zero_init_scale: jax.typing.ArrayLike
+    params: Tree, zero_init_scale: ArrayLike
 ) -> tuple[list[str], Geometry]:
     """The paths of the float leaves, and their sizes; see ``float_leaf_sizes``."""
     paths, rms, peaks = float_leaf_sizes(params)
@@ -59,7 +47,7 @@ def geometry_at_init(
     return paths, Geometry(rms0, jnp.where(zeros, 0, peaks))
 
 
-def additive_floors(floor: jax.typing.ArrayLike, geometry: Geometry) -> jax.Array:
+def additive_floors(floor: ArrayLike, geometry: Geometry) -> jax.Array:
     """The magnitudes up to which steps are additive, one per float leaf."""
     rms0 = geometry.rms0
     floors = jnp.where(geometry.peak0 == 0, 1.0, floor) * rms0
@@ -68,10 +56,7 @@ def additive_floors(floor: jax.typing.ArrayLike, geometry: Geometry) -> jax.Arra
 
 
 def leaf_bounds(
-    p_scale: jax.typing.ArrayLike | None,
-    geometry: Geometry,
-    paths: Sequence[str],
-    leaves: Sequence[Leaf],
+    p_scale: ArrayLike | None, geometry: Geometry, paths: Sequence[str], leaves: list
 ) -> jax.Array:
     """The bound on the magnitudes of each float leaf, given all leaves of the tree."""
     floats = places_of_floats(geometry.rms0, leaves)
@@ -87,7 +72,29 @@ def leaf_bounds(
     return jnp.minimum(bounds, np.array(ends, bounds.dtype))
 
 
-def grid_scales(p_scale: jax.typing.ArrayLike | None, geometry: Geometry) -> jax.Array:
+def grid_scales(p_scale: ArrayLike | None, geometry: Geometry) -> jax.Array:
     """The value of the max code of each float leaf whose codes are simulated."""
     scales = bound_on_weights(p_scale, geometry.rms0, geometry.peak0)
     return jnp.minimum(scales, jnp.finfo(scales.dtype).max)
+
+
+def with_geometry(
+    init: optax.TransformInitFn,
+    step: Callable[[list, list, list, Geometry], tuple[list, Geometry]],
+) -> optax.GradientTransformationExtraArgs:
+    """The transform whose state is a geometry.
+
+    Args:
+      init: the state for parameters.
+      step: the updates of all leaves and the state, from the paths and values of the
+        leaves, their updates and the state.
+    """
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        check_state(state, Geometry)
+        paths, ws, us, treedef = flatten_both(params, updates)
+        us, state = step(paths, ws, us, state)
+        return treedef.unflatten(us), state
+
+    return optax.GradientTransformationExtraArgs(init, update_fn)

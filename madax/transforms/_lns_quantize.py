@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from madax._core.checks import check_seed, check_state
 from madax._core.moved import by_name
@@ -18,11 +19,10 @@ from madax._core.rounding import (
     rounding_bits,
 )
 from madax._core.vectors import one_a_leaf
-from madax.codes._array import is_quantized
+from madax.codes._array import Leaf, QuantizedArray
 from madax.codes._leaves import flatten_both, max_weight, widen
 from madax.codes._scales import float_leaf_sizes
 from madax.codes._steps import as_steps, step_codes
-from madax.transforms._geometry import Leaf
 
 
 class LnsQuantizeState(NamedTuple):
@@ -40,7 +40,7 @@ _GRID = "use madax.papers.quantize_to_grid, which simulates codes of floats"
 
 @by_name("format", format=_GRID, p_scale=_GRID, zero_init_scale=_GRID)
 def lns_quantize(
-    *, rounding: Rounding = "stochastic", seed: jax.typing.ArrayLike = 0
+    *, rounding: Rounding = "stochastic", seed: ArrayLike = 0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rounds updates so that weights stay on the grid of their codes, or their dtype.
 
@@ -56,9 +56,8 @@ def lns_quantize(
 
     The random numbers are a hash of the seed, the step, the path of a leaf and the
     place of the weight in it. Under ``jax.vmap`` over models, all models share
-    them, unless the seed is mapped over, too. The extra argument ``madax_layer`` of
-    ``update``, an integer, is the index of a layer in a stack, for whoever trains one
-    layer of the stack at a time, as :func:`layerwise` does.
+    them, unless the seed is mapped over, too. Whoever trains one layer of a stack at a
+    time, as :func:`layerwise` does, gives ``update`` its index as ``madax_layer``.
 
     JAX's derivative of a step, as for a learned learning rate, is the derivative of the
     step before it was rounded. Codes are integers and have no derivative.
@@ -119,7 +118,7 @@ def rounded_update(w: Leaf, u: jax.Array, key: jax.Array, rounding: Rounding) ->
 @partial(jax.jit, static_argnums=3)
 def _rounded(w: Leaf, u: jax.Array, key: jax.Array, rounding: Rounding) -> jax.Array:
     bits = rounding_bits(rounding, key, jnp.shape(u))
-    if is_quantized(w):
+    if isinstance(w, QuantizedArray):
         return step_codes(w, u, w.codes.astype(jnp.int32), bits)
     return _step_in_dtype(w, u, bits)
 
@@ -141,8 +140,8 @@ def _step_in_dtype(w: jax.Array, u: jax.Array, bits: jax.Array | None) -> jax.Ar
     pattern = jax.lax.bitcast_convert_type(
         jnp.maximum(jnp.abs(x + u), finest), jnp.int32
     )
-    # The pattern of a power of two, lowered to the spacing; that of its reciprocal then
-    # takes no division.
+    # The pattern of a power of two, lowered to the spacing. The pattern of the
+    # reciprocal then takes no division.
     spacing = (pattern & 0x7F800000) - (info.nmant << 23)
     per_unit = jax.lax.bitcast_convert_type((254 << 23) - spacing, x.dtype)
     spacing = jax.lax.bitcast_convert_type(spacing, x.dtype)
@@ -151,7 +150,7 @@ def _step_in_dtype(w: jax.Array, u: jax.Array, bits: jax.Array | None) -> jax.Ar
     steps = (x + u) * per_unit
     whole = jnp.floor(steps)
     steps = whole + round_steps(steps - whole, bits).astype(x.dtype)
-    largest = max_weight(dtype)
-    target = jnp.clip(steps * spacing, -largest, largest)
-    to_target = jnp.clip(target - x, -largest, largest)
+    limit = max_weight(dtype)
+    target = jnp.clip(steps * spacing, -limit, limit)
+    to_target = jnp.clip(target - x, -limit, limit)
     return straight_through(u, to_target).astype(dtype)

@@ -3,16 +3,17 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from madax._core.checks import check_decay, check_state, leaf_name, warn_of_leaves
 from madax._core.leaf_kinds import Axes, read_leaves
-from madax._core.names import flatten_named, is_part
+from madax._core.names import Tree, flatten_named, is_part
 from madax._core.numerics import decay_rate, moving_average, relative_to
 from madax.codes._array import is_quantized
 from madax.codes._leaves import flatten, flatten_like, zeros_like
@@ -49,7 +50,7 @@ class MatrixDimensionNumbers(NamedTuple):
 
 # The axes of a leaf, given its path and an object with its shape and dtype; None if it
 # is not a matrix.
-Matrices = Callable[[str, Any], MatrixDimensionNumbers | None]
+Matrices = Callable[[str, Tree], MatrixDimensionNumbers | None]
 
 
 class ScaleByOrthogonalMomentumState(NamedTuple):
@@ -59,11 +60,11 @@ class ScaleByOrthogonalMomentumState(NamedTuple):
       mu: momentum, a tree like the parameters, float32 or wider.
     """
 
-    mu: optax.Params
+    mu: Tree
 
 
 def scale_by_orthogonal_momentum(
-    b1: jax.typing.ArrayLike = 0.95,
+    b1: ArrayLike = 0.95,
     *,
     matrices: Matrices | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -80,8 +81,8 @@ def scale_by_orthogonal_momentum(
 
     Five Newton-Schulz steps bring those singular values of a matrix that are above a
     hundredth of its norm to between 0.7 and 1.2, and keep its singular vectors. Like
-    that of :func:`scale_by_second_moment`, this direction has a root mean square of 1
-    and does not depend on the gradient's scale, so that rates carry over.
+    the direction of :func:`scale_by_second_moment`, this one has a root mean square of
+    1 and does not depend on the gradient's scale, so that rates carry over.
 
     It may stand before :func:`scale_by_sign_log`, or before the learning rate of an
     additive optimizer; on leaves that are floats or codes.
@@ -122,25 +123,22 @@ def scale_by_orthogonal_momentum(
     b1 = check_decay("b1", b1, 0.95)
     check_matrices(matrices)
 
-    def axes_of(paths: Sequence[str], leaves: Sequence[Any]) -> list[Axes]:
-        axes = []
-        found = read_axes(paths, leaves, matrices, others=True)
-        for path, leaf, each in zip(paths, leaves, found, strict=True):
-            if each is None:
-                raise ValueError(
-                    f"{leaf_name('params', path)} of shape {np.shape(leaf)} is no "
-                    "matrix; use muon_madam, leave it out with optax.partition, or "
-                    "pass matrices(path, leaf) that tells its axes."
-                )
-            axes.append(each)
+    def axes_of(paths, leaves):
+        axes = read_axes(paths, leaves, matrices, others=True)
+        if None in axes:
+            i = axes.index(None)
+            raise ValueError(
+                f"{leaf_name('params', paths[i])} of shape {np.shape(leaves[i])} is no "
+                "matrix; use muon_madam, leave it out with optax.partition, or pass "
+                "matrices(path, leaf) that tells its axes."
+            )
         return axes
 
     return orthogonal_momentum(b1, axes_of)
 
 
 def orthogonal_momentum(
-    b1: jax.typing.ArrayLike,
-    axes_of: Callable[[Sequence[str], Sequence[Any]], Sequence[Axes]],
+    b1: ArrayLike, axes_of: Callable[..., Sequence[Tree]]
 ) -> optax.GradientTransformationExtraArgs:
     """As :func:`scale_by_orthogonal_momentum`, checked, with the axes of all leaves."""
 
@@ -171,13 +169,10 @@ def orthogonal_momentum(
 # Matrices of the same shape are traced once.
 @jax.jit
 def orthogonalized(x: jax.Array) -> jax.Array:
-    """Matrices of orthogonal rows or columns, of a root mean square of 1.
+    """The matrices of orthogonal rows or columns nearest to matrices of any scale.
 
-    Args:
-      x: matrices, shape (..., rows, columns), float32 or wider, of any scale.
-
-    Returns:
-      Those next to them, to within five Newton-Schulz steps; of zeros, zeros.
+    They have a root mean square of 1, but zeros stay zeros. Five Newton-Schulz steps
+    approach them. The shape is (..., rows, columns).
     """
     rows, columns = x.shape[-2:]
     x = _over(root_mean_square(x, (-2, -1), keepdims=True), x)
@@ -186,7 +181,9 @@ def orthogonalized(x: jax.Array) -> jax.Array:
         # The smaller of both products with itself. Nothing is transposed: XLA would
         # give the parameters another layout, and copy a whole stack of them.
         gram = _product_with_itself(x, x.ndim - (1 if rows <= columns else 2))
+        # may fuse: the sums of a matrix product are in any order, too.
         change = _B * gram + _C * gram @ gram
+        # may fuse: for the same reason
         x = _A * x + (change @ x if rows <= columns else x @ change)
     return _over(root_mean_square(x, (-2, -1), keepdims=True), x)
 
@@ -210,7 +207,7 @@ def _as_matrices(
     if sharding.mesh.explicit_axes and hasattr(jax.sharding, "auto_axes"):
         # Explicit types tell no layout for the product of a matrix with itself, so the
         # compiler chooses one, as on a mesh of Auto axes.
-        run: Any = jax.sharding.auto_axes(
+        run: Tree = jax.sharding.auto_axes(
             lambda x: _as_matrices(fn, x, axes), out_sharding=sharding
         )
         return run(x)
@@ -239,18 +236,14 @@ def in_order(
 
 def read_axes(
     paths: Sequence[str],
-    leaves: Sequence[Any],
+    leaves: Sequence[Tree],
     matrices: Matrices | None,
     *,
     others: bool = False,
 ) -> list[Axes | None]:
-    """The axes of all leaves of a tree; None for those that are no matrix.
+    """The axes of all leaves of a tree; None for leaves that are no matrix.
 
-    Args:
-      paths: of the leaves.
-      leaves: the leaves, or objects with their shapes and dtypes.
-      matrices: the user's rule; None for the default.
-      others: whether tables and last layers are matrices by default, too.
+    By default, tables and last layers are matrices only if ``others``.
     """
     if matrices is not None:
         return [
@@ -261,23 +254,22 @@ def read_axes(
     return [r.axes if others or r.kind == "matrix" else None for r in readings]
 
 
-def warn_of_unknown(params: Any, *, stacklevel: int) -> None:
+def warn_of_unknown(params: Tree, *, stacklevel: int) -> None:
     """Warns of leaves that the default cannot read."""
     paths, leaves, _ = flatten_named(params, is_leaf=is_quantized)
     if is_part(paths):
         return
     shapes = [np.shape(leaf) for leaf in leaves]
-    found: dict[Any, str] = {}  # one of layers that are alike
-    for path, shape, reading in zip(
-        paths, shapes, read_leaves(paths, shapes), strict=True
-    ):
+    found: dict[tuple, str] = {}  # one of layers that are alike
+    readings = read_leaves(paths, shapes)
+    for path, shape, reading in zip(paths, shapes, readings, strict=True):
         if reading.kind == "unknown":
             name = f"{leaf_name('params', path)} of shape {shape}"
             found.setdefault((re.sub(r"\d+", "", path), shape), name)
     warn_of_leaves(list(found.values()), _AMISS, stacklevel=stacklevel + 1)
 
 
-def check_matrices(matrices: Any) -> None:
+def check_matrices(matrices: object) -> None:
     """Raises unless ``matrices`` is None or a function."""
     if matrices is not None and not callable(matrices):
         raise TypeError(
@@ -288,7 +280,7 @@ def check_matrices(matrices: Any) -> None:
         )
 
 
-def _checked(path: str, shape: tuple[int, ...], axes: Any) -> Axes | None:
+def _checked(path: str, shape: tuple[int, ...], axes: Tree) -> Axes | None:
     """The axes that a user gave, counted from 0, if the leaf has them."""
     if axes is None:
         return None

@@ -1,11 +1,12 @@
 """Direction: the gradient over the root of its second moment."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from madax._core.checks import (
     check_b1,
@@ -14,7 +15,7 @@ from madax._core.checks import (
     check_seed,
     check_state,
 )
-from madax._core.names import flatten_named
+from madax._core.names import Tree, flatten_named
 from madax._core.numerics import (
     decay_rate,
     exp,
@@ -24,8 +25,7 @@ from madax._core.numerics import (
 )
 from madax._core.rounding import leaf_keys
 from madax.codes._leaves import compute_dtype, flatten, flatten_like, zeros_like
-from madax.formats._moment_format import MomentFormat
-from madax.formats._moment_grid import check_made_for
+from madax.formats._moment_format import MomentFormat, check_made_for
 from madax.formats._second_moment_codec import (
     CodedMoments,
     FloatMoments,
@@ -47,34 +47,29 @@ class ScaleBySecondMomentState(NamedTuple):
         The key is there so that a checkpoint of other codes does not fit.
     """
 
-    count: Any
-    mu: Any
-    nu: optax.Params
-    window: Any
+    count: Tree
+    mu: Tree
+    nu: Tree
+    window: Tree
 
 
 class Direction(NamedTuple):
     """A transformation of gradients to directions, for a caller that counts the steps.
 
-    So the optimizers have one count, and XLA sees that all roundings hash the same
-    numbers.
-
-    Attributes:
-      init: ``state = init(params)``.
-      update: ``directions, state = update(updates, state, params, count=count,
-        madax_layer=layer)``, with the count before the step.
+    ``update`` is given the ``count`` before the step, by name. So the optimizers have
+    one count, and XLA sees that all roundings hash the same numbers.
     """
 
-    init: Callable[[optax.Params], Any]
-    update: Callable[..., Any]
+    init: Callable[..., Tree]
+    update: Callable[..., Tree]
 
 
 def scale_by_second_moment(
-    b2: jax.typing.ArrayLike = 0.999,
+    b2: ArrayLike = 0.999,
     *,
-    b1: jax.typing.ArrayLike | None = None,
+    b1: ArrayLike | None = None,
     moment_format: MomentFormat | None = None,
-    seed: jax.typing.ArrayLike = 0,
+    seed: ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Normalises each gradient element by the root of its second moment.
 
@@ -139,11 +134,11 @@ def scale_by_second_moment(
 
 
 def second_moment(
-    b2: jax.typing.ArrayLike,
+    b2: ArrayLike,
     *,
-    b1: jax.typing.ArrayLike | None = None,
+    b1: ArrayLike | None = None,
     moment_format: MomentFormat | None = None,
-    seed: jax.typing.ArrayLike = 0,
+    seed: ArrayLike = 0,
 ) -> Direction:
     """As :func:`scale_by_second_moment`, for a caller that counts the steps."""
     b2, b1 = check_decay("b2", b2, 0.999), check_b1(b1)
@@ -157,11 +152,12 @@ def second_moment(
         if codec is not None:
             v_dtype, m_dtype = codec.format.dtype, codec.mu_dtype
             window = {repr(moment_format): codec.start(len(leaves))}
-        nu = treedef.unflatten([zeros_like(w, v_dtype) for w in leaves])
-        mu = None
-        if b1 is not None:
-            mu = treedef.unflatten([zeros_like(w, m_dtype) for w in leaves])
-        return ScaleBySecondMomentState(None, mu, nu, window)
+
+        def zeros(dtype):
+            return treedef.unflatten([zeros_like(w, dtype) for w in leaves])
+
+        mu = None if b1 is None else zeros(m_dtype)
+        return ScaleBySecondMomentState(None, mu, zeros(v_dtype), window)
 
     def update_fn(updates, state, params=None, *, count, madax_layer=None):
         del params
@@ -188,7 +184,7 @@ def second_moment(
             ]
             storages, window = coded_moments(codec, window, vs, rate, count, keys)
             # E[1 / sqrt(v)] is (1 + 3/8 of the relative variance of v) / sqrt(E[v]).
-            # The newest share of v has not been rounded yet.
+            # The newest part of v has not been rounded yet.
             noise = codec.rounding_variance * (1 - rate / bias) ** 2
             correction *= exp(-0.375 * noise) / jnp.sqrt(window.scale)
 
@@ -214,7 +210,7 @@ def _step(
     m: jax.Array | None,
     g: jax.Array,
     rate: jax.Array,
-    b1_rate: Any,
+    b1_rate: Tree,
     correction: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The direction of a leaf, and its moments as they are stored from then on."""
@@ -229,7 +225,7 @@ def _step(
     return over_root(g, value), v, m
 
 
-def _bias_correction(decay: Any, count: jax.Array) -> jax.Array:
+def _bias_correction(decay: ArrayLike, count: jax.Array) -> jax.Array:
     """``1 - decay**count``, without the cancellation that loses digits near 1."""
     rate = decay_rate(decay)
     return jnp.where(jnp.isnan(rate), rate, -expm1(count * log1p(-rate)))

@@ -1,34 +1,38 @@
 """Geometry: an additive step in log|w|."""
 
-import warnings
-from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from madax._core.checks import check_state
+from madax._core.checks import check_non_negative, warn_of_leaves
+from madax._core.names import Tree
 from madax._core.numerics import fast_expm1, within
 from madax._core.vectors import known_values
-from madax.codes._array import is_quantized
-from madax.codes._leaves import compute_dtype, flatten_both, per_leaf, widen
+from madax.codes._array import Leaf, QuantizedArray
+from madax.codes._leaves import compute_dtype, per_leaf, widen
 from madax.codes._scales import check_code_scales
 from madax.transforms._geometry import (
     Geometry,
-    Leaf,
     additive_floors,
-    check_geometry,
     geometry_at_init,
+    with_geometry,
 )
 
+_STUCK = (
+    "all zeros at init, so a multiplicative update with zero_init_scale=0 can never "
+    "move them; initialise them with non-zero values, leave zero_init_scale at its "
+    "default, or train them with another optimizer through optax.partition."
+)
 _MAX_STEP = 80.0  # a log-step that takes any weight to its bound
 
 
 def scale_by_sign_log(
     *,
-    floor: jax.typing.ArrayLike = 0.0,
-    zero_init_scale: jax.typing.ArrayLike = 0.1,
+    floor: ArrayLike = 0.0,
+    zero_init_scale: ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Turns log-steps into additive updates that multiply the weights.
 
@@ -95,53 +99,38 @@ def scale_by_sign_log(
       Bernstein et al., `Learning compositional functions via multiplicative
       weight updates <https://arxiv.org/abs/2006.14560>`_, 2020, Algorithm 1.
     """
-    floor, zero_init_scale = check_geometry(floor, zero_init_scale)
+    floor = check_non_negative("floor", floor, 0.0)
+    zero_init_scale = check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
-    def init_fn(params):
+    def init(params):
         return movable_geometry(params, zero_init_scale, stacklevel=2)
 
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        check_state(state, Geometry)
-        _, ws, ds, treedef = flatten_both(params, updates)
-        us = log_updates(ws, ds, additive_floors(floor, state), skips=True)
-        return treedef.unflatten(us), state
+    def step(paths, ws, ds, state):
+        del paths
+        return log_updates(ws, ds, additive_floors(floor, state), skips=True), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return with_geometry(init, step)
 
 
 def movable_geometry(
-    params: optax.Params, zero_init_scale: jax.typing.ArrayLike, *, stacklevel: int
+    params: Tree, zero_init_scale: ArrayLike, *, stacklevel: int
 ) -> Geometry:
     """The geometry at init; warns of leaves that no multiplicative step can move."""
     check_code_scales(params)
     paths, geometry = geometry_at_init(params, zero_init_scale)
     scales = zip(paths, known_values(geometry.rms0), strict=False)
     stuck = [path or "params" for path, scale in scales if scale == 0]
-    if stuck:
-        warnings.warn(
-            f"{', '.join(stuck)}: all zeros at init, so a multiplicative update with "
-            "zero_init_scale=0 can never move them; initialise them with non-zero "
-            "values, leave zero_init_scale at its default, or train them with "
-            "another optimizer through optax.partition.",
-            UserWarning,
-            stacklevel=stacklevel + 1,
-        )
+    warn_of_leaves(stuck, _STUCK, stacklevel=stacklevel + 1)
     return geometry
 
 
 def log_updates(
-    ws: Sequence[Leaf], ds: Sequence[jax.Array], floors: jax.Array, *, skips: bool
+    ws: list[Leaf], ds: list[jax.Array], floors: jax.Array, *, skips: bool
 ) -> list[jax.Array]:
-    """The updates that take log-steps from weights; numbers of codes for codes.
+    """The updates that take log-steps, in nats, from weights; steps of codes for codes.
 
-    Args:
-      ws: all leaves.
-      ds: the log-steps, in nats.
-      floors: the magnitudes of float leaves up to which steps are additive.
-      skips: whether a log-step that is not finite leaves a float weight unchanged. In
-        the optimizers it makes the weight NaN: there it can only come from a
-        hyperparameter.
+    If it ``skips``, a log-step that is not finite leaves a float weight unchanged. In
+    the optimizers it comes from a hyperparameter, and makes the weight NaN.
     """
     leaves = zip(ws, ds, per_leaf(floors, ws), strict=True)
     return [_update(*leaf, skips) for leaf in leaves]
@@ -150,7 +139,7 @@ def log_updates(
 @partial(jax.jit, static_argnums=3)
 def _update(w: Leaf, d: jax.Array, floor: jax.Array | None, skips: bool) -> jax.Array:
     d = jnp.asarray(d, compute_dtype(w))
-    if is_quantized(w):
+    if isinstance(w, QuantizedArray):
         return w.format.log_step(w.codes, d)
     d = within(jnp.where(jnp.isfinite(d), d, 0) if skips else d, -_MAX_STEP, _MAX_STEP)
     x = widen(w)

@@ -3,13 +3,11 @@
 Public as :func:`madax.diagnostics.count_skipped`.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madax._core.names import flatten_named
+from madax._core.names import Tree, flatten_named
 from madax._core.numerics import decay_rate
 from madax.codes._leaves import flatten, nodes_of, widen
 from madax.formats._moment_format import MomentFormat
@@ -19,7 +17,7 @@ from madax.transforms._second_moment import ScaleBySecondMomentState
 
 
 def count_skipped(
-    grads: Any, state: Any = None, *, b2: jax.typing.ArrayLike = 0.999
+    grads: Tree, state: Tree = None, *, b2: jax.typing.ArrayLike = 0.999
 ) -> dict[str, jax.Array]:
     r"""How many elements of the gradients madam or muon_madam skips, leaf by leaf.
 
@@ -72,7 +70,7 @@ def count_skipped(
         elif node.window is not None:
             ((format, _),) = node.window.items()
             bits = int(format.removesuffix(")").partition("=")[2])
-            # The largest code stands for all values beyond the octaves.
+            # The max code stands for all values beyond the octaves.
             beyond = moment == SecondMomentCodec(MomentFormat(bits)).max_nu
             skipped[path] |= beyond & ~is_fast(decay_rate(b2))
     return {path: jnp.sum(x).astype(jnp.int32) for path, x in skipped.items()}

@@ -1,34 +1,36 @@
 """Direction: decay of the weights, as a part of the log-step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from madax._core.checks import check_non_negative, check_state
+from madax._core.checks import Number, check_non_negative
 from madax._core.moved import by_name
-from madax._core.numerics import relative_to, rounded
-from madax.codes._leaves import flatten_both, per_leaf, widen
+from madax._core.names import Tree
+from madax._core.numerics import plus_product, relative_to
+from madax.codes._array import Leaf, QuantizedArray
+from madax.codes._leaves import per_leaf, widen
 from madax.transforms._geometry import (
-    Geometry,
-    Leaf,
     additive_floors,
-    check_geometry,
     geometry_at_init,
+    with_geometry,
 )
 
 # A tree of booleans like the parameters, or a function from parameters to such a tree.
-Mask = optax.Params | Callable[[optax.Params], optax.Params]
+Mask = Tree | Callable[[Tree], Tree]
 
 
 @by_name("mask")
 def add_decayed_log_weights(
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: ArrayLike = 0.0,
     *,
     mask: Mask | None = None,
-    floor: jax.typing.ArrayLike = 0.0,
-    zero_init_scale: jax.typing.ArrayLike = 0.1,
+    floor: ArrayLike = 0.0,
+    zero_init_scale: ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds decoupled weight decay, as AdamW has it, to the direction of a log-step.
 
@@ -47,8 +49,7 @@ def add_decayed_log_weights(
       decay of 1e-6 and a decay of 0.1 do the same.
 
     Args:
-      weight_decay: :math:`\lambda`, the fraction of a weight that a step of rate 1
-        takes.
+      weight_decay: :math:`\lambda`, the fraction that a step of rate 1 takes.
       mask: which leaves decay, as in optax: a tree of booleans like the parameters,
         or a function from them to one; None for all.
       floor: as for :func:`scale_by_sign_log`.
@@ -76,37 +77,33 @@ def add_decayed_log_weights(
       <https://arxiv.org/abs/1711.05101>`_, 2019.
     """
     weight_decay = check_non_negative("weight_decay", weight_decay, 0.0)
-    floor, zero_init_scale = check_geometry(floor, zero_init_scale)
+    floor = check_non_negative("floor", floor, 0.0)
+    zero_init_scale = check_non_negative("zero_init_scale", zero_init_scale, 0.1)
 
-    def init_fn(params):
+    def init(params):
         return geometry_at_init(params, zero_init_scale)[1]
 
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        check_state(state, Geometry)
-        _, ws, ds, treedef = flatten_both(params, updates)
+    def step(paths, ws, ds, state):
+        del paths
         steps = relative_steps(ws, additive_floors(floor, state))
-        ds = [decayed(weight_decay, *x) for x in zip(ds, steps, strict=True)]
-        return treedef.unflatten(ds), state
+        return list(map(partial(decayed, weight_decay), ds, steps)), state
 
-    tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    tx = with_geometry(init, step)
     return tx if mask is None else optax.masked(tx, mask)
 
 
-def decayed(
-    weight_decay: jax.typing.ArrayLike, d: jax.Array, step: jax.Array
-) -> jax.Array:
+def decayed(weight_decay: ArrayLike, d: jax.Array, step: jax.Array) -> jax.Array:
     """The direction ``d`` of a leaf plus the decay, given its relative step."""
-    return widen(d) + rounded(jnp.asarray(weight_decay * step))
+    return plus_product(widen(d), weight_decay, step)
 
 
-def relative_steps(ws: Sequence[Leaf], floors: jax.Array) -> list[jax.Array]:
+def relative_steps(ws: list[Leaf], floors: jax.Array) -> list[jax.Array]:
     """For each leaf, the log-step that grows its weights by a fraction, over it."""
     return [_relative_step(*x) for x in zip(ws, per_leaf(floors, ws), strict=True)]
 
 
-def _relative_step(w: Leaf, floor: jax.Array | None) -> jax.Array:
-    if floor is None:
+def _relative_step(w: Leaf, floor: Number) -> jax.Array:
+    if isinstance(w, QuantizedArray):
         return w.format.relative_step(w.codes)
     x = widen(w)
     in_floors = relative_to(jnp.where(floor > 0, floor, 1), x)

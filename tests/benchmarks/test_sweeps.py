@@ -19,7 +19,8 @@ from benchmarks import RESULTS
 from benchmarks.__main__ import main
 from benchmarks.accuracy import lr_sensitivity
 from benchmarks.lib import analysis, records
-from benchmarks.lib.optimizers import OPTIMIZERS, UNTUNED, grid
+from benchmarks.lib.contender import grid
+from benchmarks.lib.optimizers import OPTIMIZERS, UNTUNED
 from benchmarks.lib.profiles import TASKS
 from benchmarks.lib.train import train
 
@@ -141,9 +142,7 @@ def test_reports_match_the_records_to_the_digit(resumed, tmp_path, capsys):
     assert f"{best.min():.3g} (" in first and f"at {best.idxmin():g} |" in first
 
 
-def test_committed_tables_match_the_committed_records(
-    tmp_path, capsys, monkeypatch
-):
+def test_committed_tables_match_the_committed_records(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda *args, **options: None)  # Is slow.
     for raw in RESULTS.rglob("*.jsonl"):
         folder = tmp_path / raw.parent.relative_to(RESULTS)

@@ -130,7 +130,7 @@ def levels(fmt):
 
 def spacing(fmt):
     """The step between codes, in nats; None where there is no such."""
-    if hasattr(fmt, "base_step"):
+    if hasattr(fmt, "base_step") and not hasattr(fmt, "linear_range"):
         return fmt.base_step
     if hasattr(fmt, "linear_range"):
         return np.arcsinh(1 / fmt.linear_range) / levels(fmt)
@@ -139,7 +139,7 @@ def spacing(fmt):
 
 def decode(fmt, code):
     c, n = np.asarray(code, np.float64), levels(fmt)
-    if hasattr(fmt, "base_step"):
+    if hasattr(fmt, "base_step") and not hasattr(fmt, "linear_range"):
         return np.sign(c) * np.exp(-fmt.base_step * (n - np.abs(c)))
     if hasattr(fmt, "linear_range"):
         return fmt.linear_range * np.sinh(c * spacing(fmt))
@@ -148,7 +148,7 @@ def decode(fmt, code):
 
 def encode(fmt, x):
     x, n = np.asarray(x, np.float64), levels(fmt)
-    if hasattr(fmt, "base_step"):
+    if hasattr(fmt, "base_step") and not hasattr(fmt, "linear_range"):
         with np.errstate(divide="ignore"):
             magnitude = n + np.log(np.abs(x)) / fmt.base_step
         return np.sign(x) * np.clip(magnitude, 1, n)

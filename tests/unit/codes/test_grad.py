@@ -256,6 +256,20 @@ def test_what_jax_would_say_of_codes_is_an_error(derive):
         jax.grad(fun)(w)
 
 
+def test_by_default_codes_decode_to_float32_and_no_other_leaf_is_cast():
+    params = {"w": codes(0, (4, 4)), "b": jnp.ones(4, jnp.bfloat16)}
+    seen = []
+
+    def loss(params):
+        seen.append({name: x.dtype for name, x in params.items()})
+        return jnp.sum(params["w"] * params["b"])
+
+    grads = madax.grad(loss)(params)
+    expected = {"w": jnp.float32, "b": jnp.bfloat16}
+    assert seen == [expected]
+    assert {name: g.dtype for name, g in grads.items()} == expected
+
+
 def test_bad_arguments_are_named():
     w = codes(0, (4, 4))
     with pytest.raises(TypeError, match="fun must be a function, got 3"):

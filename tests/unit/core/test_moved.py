@@ -25,7 +25,7 @@ CALLS = {
     "bbit_madam": (lambda: papers.bbit_madam(0.1, 12), "bbit_madam", "bits=12"),
     "lns_madam": (lambda: papers.lns_madam(0.1, None), "lns_madam", "format=None"),
     "mask": (lambda: transforms.add_decayed_log_weights(0.1, True), "mask=True"),
-    "base_step": (lambda: papers.bbit_madam(base_step=1), "base_step"),
+    "base_precision": (lambda: papers.bbit_madam(base_precision=1), "base_step"),
     "format": (lambda: madax.lns_quantize(format=None), "papers.quantize_to_grid"),
     "position": (lambda: madax.lns_quantize(madax.LogFormat(8)), "quantize_to_grid"),
     "p_scale": (lambda: madax.lns_quantize(p_scale=1), "papers.quantize_to_grid"),

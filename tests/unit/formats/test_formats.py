@@ -225,7 +225,7 @@ def test_constructors_numbers():
         assert fmt.base_step == pytest.approx(math.log(1000) / (fmt.levels - 1))
         assert fmt.dynamic_range == pytest.approx(1000)
     fmt = SymlogFormat(8, 1 / 3)
-    assert fmt.spacing == pytest.approx(math.asinh(3) / 127)
+    assert fmt.base_step == pytest.approx(math.asinh(3) / 127)
     assert fmt.dynamic_range == pytest.approx(3 / math.sinh(math.asinh(3) / 127))
     assert UniformFormat(8).dynamic_range == 127
     assert isinstance(fmt, madax.formats.Format)

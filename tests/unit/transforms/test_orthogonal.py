@@ -382,7 +382,7 @@ def test_any_direction_before_sign_log_and_in_a_partition_of_codes():
     codes = optax.chain(madax.transforms.with_dequantized_params(direction), *tail)
     g = grads_of(1)[0]
     new, state = carried_on(codes, params, codes.init(params), g)
-    mu = state.direction.inner_states["adam"].inner_state.mu["mlp"]["w"]
+    mu = state[0].inner_states["adam"].inner_state.mu["mlp"]["w"]
     np.testing.assert_allclose(mu, 0.1 * g["mlp"]["w"], rtol=1e-5)
     w = np.asarray(params["conv"].dequantize())
     step_of = np.asarray(new["conv"].dequantize()) - w

@@ -111,10 +111,8 @@ def test_a_step_of_codes_follows_the_formula(fmt):
     updates, _ = tx.update(g, tx.init(q), q)
     codes = np.asarray(q.codes, np.float64)
     d = -rate * (np.sign(g) + weight_decay * relative_steps(fmt, codes))
-    if isinstance(fmt, LogFormat):
+    if isinstance(fmt, LogFormat | SymlogFormat):
         steps = d / fmt.base_step
-    elif isinstance(fmt, SymlogFormat):
-        steps = d / fmt.spacing
     else:
         steps = np.where(codes == 0, d, codes * np.expm1(np.sign(codes) * d))
     room = np.abs(codes + steps) < fmt.levels - 1

@@ -23,6 +23,7 @@ from oracle import decode_moment
 
 import madax
 from madax import MomentFormat, with_quantized_state
+from madax.formats._moment_format import MomentWindow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -364,6 +365,42 @@ def test_adam_takes_three_bytes_per_parameter(tx):
     assert 3 * count < total < 3 * count + 64
 
 
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_moment_format_of_with_quantized_params_nests_the_wrappers(feedback):
+    """As by hand: inside, or around where errors go into the momentum."""
+    params = madax.quantize_params({"w": small_params()["w"]}, FORMATS["symlog8"])
+    grads = {"w": small_grads(1)["w"][0]}
+    coded = functools.partial(madax.with_quantized_params, error_feedback=feedback)
+    by_hand = (
+        with_quantized_state(coded(EXACT_ADAM))
+        if feedback
+        else coded(with_quantized_state(EXACT_ADAM))
+    )
+    tx = coded(EXACT_ADAM, moment_format=EIGHT)
+    found, expected = (step(x, grads, x.init(params), params) for x in (tx, by_hand))
+    assert not different(found, expected)
+    only = coded(
+        EXACT_ADAM, moment_format=EIGHT, moment_where=lambda p, _: "0/nu/" in p
+    )
+    adam = only.init(params).inner_state.inner_state[0]
+    assert adam.nu["w"].dtype == jnp.uint8 and adam.mu["w"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["layers", "blocks"])
+def test_a_layer_has_the_same_bits_in_a_list_and_in_a_stack(name):
+    """Whatever the list is called; and other layers have other bits."""
+    tx = with_quantized_state(optax.sgd(1.0, momentum=0.9), where=everything)
+    g = jnp.linspace(-1, 1, 300)
+
+    def codes(grads, **extra):
+        _, state = tx.update({name: grads}, tx.init({name: grads}), **extra)
+        return state.inner_state[0].trace[name]
+
+    listed = codes([g, g])
+    assert not different(codes(g, madax_layer=1), listed[1])
+    assert np.mean(np.asarray(listed[0] != listed[1])) > 0.1
+
+
 def test_init_has_no_reduction_that_takes_xla_minutes_to_evaluate():
     """It does so while it compiles, as all values are zeros."""
     text = str(jax.make_jaxpr(EXACT.init)(small_params()))
@@ -535,6 +572,14 @@ def test_bad_input():
     adam, params = optax.adam(0.1), small_params()
     with raises(TypeError, "inner must be an optax.GradientTransformation, got <func"):
         with_quantized_state(optax.adam)
+    with pytest.raises(TypeError, match=r"by name: write moment_format=MomentFormat\("):
+        with_quantized_state(adam, EIGHT)
+    with pytest.raises(TypeError, match="has no octaves: write moment_format="):
+        with_quantized_state(adam, octaves=8)
+    with raises(ValueError, "moment_where chooses", "pass moment_format="):
+        madax.with_quantized_params(adam, moment_where=everything)
+    with raises(TypeError, "moment_where must be a function of (path, leaf), got 'mu'"):
+        madax.with_quantized_params(adam, moment_where="mu")
     with raises(TypeError, "moment_format must be a madax.MomentFormat, got 8"):
         with_quantized_state(adam, moment_format=8)
     with raises(TypeError, "where must be a function of (path, leaf), got 'mu'"):
@@ -556,10 +601,7 @@ def test_bad_input():
         update(made._replace(window={OF_0_2: window}), with_quantized_state(adam))
     with raises(ValueError, "the optimizer state has the tree structure"):
         update(made, with_quantized_state(optax.sgd(0.1, momentum=0.9)))
-    window = {
-        k: madax.formats._moment_grid.MomentWindow(*(x[:1] for x in w))
-        for k, w in made.window.items()
-    }
+    window = {k: MomentWindow(*(x[:1] for x in w)) for k, w in made.window.items()}
     with raises(ValueError, "has 2 leaves of codes, but windows of shape (1,)"):
         update(made._replace(window=window), with_quantized_state(adam))
     with raises(TypeError, "state must be a WithQuantizedStateState, got tuple"):
