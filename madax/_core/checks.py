@@ -96,13 +96,10 @@ def check_learning_rate(
     )
 
 
-def check_b1(b1: Number) -> Number:
-    """Raises unless ``b1`` is None or a decay rate in [0, 1)."""
-    return None if b1 is None else check_decay("b1", b1, None)
-
-
 def check_decay(name: str, value: Number, default: float | None) -> Number:
-    """Raises unless ``value`` is the decay rate of a moment, in [0, 1)."""
+    """Raises unless ``value`` is a decay rate in [0, 1), or None if that is default."""
+    if value is default is None:
+        return None
     dtype = getattr(value, "dtype", np.dtype(float))
     if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
         raise TypeError(
