@@ -224,13 +224,12 @@ def check_bits(bits: object, min: int, max: int, reason: str) -> None:
         raise ValueError(f"bits must be in {min} to {max}, got {bits}; {reason}.")
 
 
-def check_instance(
-    name: str, value: object, kind: type, *, or_none: bool = True
-) -> None:
-    """Raises unless ``value`` is an instance of ``kind``, or None where allowed."""
+def check_format(name: str, value: object, kind: type, *, or_none: bool = True) -> None:
+    """Raises unless ``value`` is a format of that kind, or None where allowed."""
     if not (isinstance(value, kind) or (or_none and value is None)):
-        wanted = f"{'None or ' if or_none else ''}a madax.{kind.__name__}"
-        raise type_error(name, wanted, value, "see its fields in the documentation")
+        wanted = f"{'None or ' if or_none else ''}a {kind.__name__}"
+        example = "LogFormat" if kind.__name__ == "Format" else kind.__name__
+        raise type_error(name, wanted, value, f"pass for example madax.{example}(8)")
 
 
 def check_transformation(name: str, value: object) -> None:

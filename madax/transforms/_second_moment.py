@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from madax._core.checks import (
     check_decay,
-    check_instance,
+    check_format,
     check_seed,
     check_state,
 )
@@ -150,7 +150,7 @@ def second_moment(
     """As :func:`scale_by_second_moment`, for a caller that counts the steps."""
     b2, b1 = check_decay("b2", b2, 0.999), check_decay("b1", b1, None)
     check_seed(seed)
-    check_instance("moment_format", moment_format, MomentFormat)
+    check_format("moment_format", moment_format, MomentFormat)
     codec = None if moment_format is None else SecondMomentCodec(moment_format)
 
     def init_fn(params):
