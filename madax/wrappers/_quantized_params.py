@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from madax._core.checks import (
-    check_instance,
+    check_format,
     check_seed,
     check_state,
     check_transformation,
@@ -128,7 +128,7 @@ def with_quantized_params(
         raise TypeError(
             f"error_feedback must be True or False, got {error_feedback!r}."
         )
-    check_instance("moment_format", moment_format, MomentFormat)
+    check_format("moment_format", moment_format, MomentFormat)
     check_where(moment_where, "moment_where")
     check_rounding(rounding)
     check_seed(seed)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from madax._core.checks import (
-    check_instance,
+    check_format,
     check_seed,
     check_state,
     check_transformation,
@@ -144,7 +144,7 @@ def with_quantized_state(
     """
     check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
-    check_instance("moment_format", moment_format, MomentFormat, or_none=False)
+    check_format("moment_format", moment_format, MomentFormat, or_none=False)
     check_where(where)
     check_rounding(rounding)
     check_seed(seed)
