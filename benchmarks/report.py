@@ -24,29 +24,30 @@ from benchmarks.systems.layerwise import layerwise_report
 from benchmarks.systems.memory import memory_report
 from benchmarks.systems.speed import speed_report
 
-# For each name of a file of records, the reports that it gives, in its folder.
-REPORTS = {
-    "runs": (lr_sensitivity_report, no_tuning_report, depth_report),
-    "bits": (bits_report,),
-    "speed": (speed_report,),
-    "memory": (memory_report,),
-    "fit": (fit_report,),
-    "large": (large_report,),
-    "compiled": (compiled_report,),
-    "init": (init_report,),
-    "layerwise": (layerwise_report,),
-    "llama": (llama_report,),
-    "demo": (demo_report,),
-    "stall": (stall_report,),
-    "state": (state_report,),
-    "survey": (survey_report,),
-    "choose": (choose_report,),
-    "hard": (hard_report,),
-    "moments": (moments_report,),
-    "why": (why_report,),
-    "bounds": (bounds_report,),
-    "pretrained": (pretrained_report,),
-}
+REPORTS = (
+    lr_sensitivity_report,
+    no_tuning_report,
+    depth_report,
+    bits_report,
+    speed_report,
+    memory_report,
+    fit_report,
+    large_report,
+    compiled_report,
+    init_report,
+    layerwise_report,
+    llama_report,
+    demo_report,
+    stall_report,
+    state_report,
+    survey_report,
+    choose_report,
+    hard_report,
+    moments_report,
+    why_report,
+    bounds_report,
+    pretrained_report,
+)
 
 
 def report(out: Path = Path("benchmarks/results")) -> None:
@@ -56,6 +57,6 @@ def report(out: Path = Path("benchmarks/results")) -> None:
         out: Folder; files of records are looked for in it and in all below.
     """
     for raw in sorted(out.rglob("*.jsonl")):
-        for write in REPORTS.get(raw.stem, ()):
-            print(f"\n{raw}\n")
-            write(raw.parent)
+        for write in REPORTS:
+            if raw.stem == (write.source or write.name):
+                print(f"\n{raw}\n\n{write(raw.parent)}")

@@ -89,8 +89,29 @@ def setup(app):
     def summarised(app, page, source):
         if page.startswith("api/"):
             names = re.findall(r"^\.\. auto\w+:: (\S+)", source[0], re.MULTILINE)
-            table = ".. autosummary::\n\n" + "".join(f"   {name}\n" for name in names)
-            source[0] = source[0].replace(".. autosummary::\n", table)
+            lines = [".. autosummary::", ":nosignatures:", "", *names, ""]
+            table = "\n   ".join(lines)
+            source[0] = source[0].replace(".. autosummary::", table)
+
+    def anywhere(app, env, node, content):
+        """Docstrings name what is public in short, wherever it is."""
+        for room in (
+            "",
+            ".optimizers",
+            ".transforms",
+            ".wrappers",
+            ".papers",
+            ".formats",
+        ):
+            node["py:module"] = f"madax{room}"
+            target = node["reftype"], node["reftarget"], node, content
+            found = node.get("refdomain") == "py" and env.domains["py"].resolve_xref(
+                env, node["refdoc"], app.builder, *target
+            )
+            if found:
+                return found
+        return None
 
     app.connect("autodoc-process-signature", named)
+    app.connect("missing-reference", anywhere)
     app.connect("source-read", summarised)

@@ -5,15 +5,15 @@ ready for a logger. Leaves may be floats or codes, which count by their values.
 """
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from madax._core.checks import check_positive, leaf_name, warn_of_leaves
-from madax._core.types import Tree
+from madax._core.checks import leaf_name, warn_of_leaves
+from madax._core.names import Tree
 from madax._core.vectors import entries, known_values
 from madax.codes._array import is_quantized
 from madax.codes._leaves import (
@@ -77,10 +77,8 @@ def relative_update_size(params: Tree, updates: Tree) -> dict[str, jax.Array]:
         codes = is_quantized(w) and is_quantized(u)
         return optax.apply_updates(w, u) - w if codes else u
 
-    before, after = (
-        jax.tree.structure(t, is_leaf=is_quantized) for t in (params, updates)
-    )
-    if before == after:
+    structure = partial(jax.tree.structure, is_leaf=is_quantized)
+    if structure(params) == structure(updates):
         updates = jax.tree.map(in_values, params, updates, is_leaf=is_quantized)
     return _by_path(lambda w, u: _relative_norm(u, w), params, updates)
 
@@ -201,7 +199,7 @@ def log_weight_histogram(
       last bin.
 
     Raises:
-      ValueError: if the edges are not in order, or ``bins`` is not positive.
+      ValueError: if the edges are not in order, or ``bins`` is not a positive int.
 
     Example:
       >>> import jax.numpy as jnp, madax
@@ -210,9 +208,8 @@ def log_weight_histogram(
       >>> print(counts["w"], edges)
       [1 0 0 2] [-15. -10.  -5.   0.   5.]
     """
-    check_positive("bins", bins, 60)
-    if not isinstance(bins, int):
-        raise TypeError(f"bins must be an int, got {bins!r} (default: 60).")
+    if type(bins) is not int or bins < 1:
+        raise ValueError(f"bins must be an int above 0, got {bins!r} (default: 60).")
     if not lowest < highest:
         raise ValueError(
             f"lowest must be below highest, got lowest={lowest} and "
@@ -263,9 +260,7 @@ def code_occupancy(params: Tree) -> dict[str, jax.Array]:
     }
 
 
-def _by_path(
-    fn: Callable[[jax.Array, jax.Array], jax.Array], params: Tree, other: Tree
-) -> dict[str, jax.Array]:
+def _by_path(fn: Callable[..., jax.Array], params: Tree, other: Tree) -> dict:
     """``{path: fn(leaf of params, leaf of other)}``, in float32 or wider."""
     paths, leaves, treedef = flatten(dequantize_params(params))
     other = dequantize_params(other)

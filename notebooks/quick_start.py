@@ -77,7 +77,7 @@ def batches(seed=0, size=32):
 
 
 def accuracy(model):
-    """Returns the share of the test digits that are told apart, in percent."""
+    """Returns the fraction of the test digits that are told apart, in percent."""
     model.eval()
     correct = nnx.jit(lambda model: (model(x_test).argmax(-1) == y_test).mean())(model)
     model.train()
@@ -87,14 +87,15 @@ def accuracy(model):
 # %% [markdown]
 # ## Madam in place of Adam
 #
-# `madax.madam` is an `optax.GradientTransformation`. Its learning rate is relative: at
-# 0.01 a typical step changes a weight by 1 %. Start there, and decay it.
+# `madax.muon_madam` is an `optax.GradientTransformation`: Muon for matrices, Madam for
+# everything else. Its learning rate is relative: at 0.03 a typical step changes a
+# weight by 3 %. Start there, and decay it.
 
 # %%
 model = Net(nnx.Rngs(0))
 tx = optax.chain(
     optax.clip_by_global_norm(1.0),
-    madax.madam(optax.cosine_decay_schedule(0.01, STEPS)),
+    madax.muon_madam(optax.cosine_decay_schedule(0.03, STEPS)),
 )
 optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
@@ -117,12 +118,12 @@ print(f"float32: {accuracy(model):.1f} % of the test digits")
 # leaves biases, norms, statistics and random numbers alone. `madax.value_and_grad`
 # takes the place of Flax's. Nothing else changes: a layer that meets codes decodes them
 # where it uses them, statistics move and masks are drawn as before, and the same
-# `madam` trains the codes. `moment_format` stores its second moment in a byte as well.
+# `muon_madam` trains the codes. `moment_format` stores its moments in a byte as well.
 
 # %%
 model8 = madax.quantize_params(Net(nnx.Rngs(0)), madax.SymlogFormat(bits=8))  # one
-tx8 = madax.madam(
-    optax.cosine_decay_schedule(0.01, STEPS),
+tx8 = madax.muon_madam(
+    optax.cosine_decay_schedule(0.03, STEPS),
     moment_format=madax.MomentFormat(bits=8),
 )
 optimizer8 = nnx.Optimizer(model8, tx8, wrt=nnx.Param)
@@ -142,7 +143,7 @@ losses8 = [train_step8(model8, optimizer8, x, y) for x, y in batches()]
 print(f"8 bits: {accuracy(model8):.1f} % of the test digits")
 
 # %% [markdown]
-# What is kept between steps, weights and optimizer state together, in bytes a weight
+# What is kept between steps, weights and optimizer state together, in bytes per weight
 # (Adam in float32 keeps 12):
 
 # %%

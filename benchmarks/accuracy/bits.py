@@ -3,17 +3,16 @@
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import pandas as pd
-import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.lib import records
-from benchmarks.lib.optimizers import FORMATS, Optimizer, cosine, stored
-from benchmarks.lib.profiles import Options, Profile
-from benchmarks.lib.style import markdown, save
+from benchmarks.lib.contender import Contender, points
+from benchmarks.lib.formats import FORMATS
+from benchmarks.lib.optimizers import stored
+from benchmarks.lib.profiles import Flags, Profile
+from benchmarks.lib.style import Report, markdown
 from benchmarks.lib.sweep import Sweep, run_missing
 from benchmarks.lib.train import Budget
 from benchmarks.workloads.fashion_mnist import fashion_mnist
@@ -80,7 +79,7 @@ STORAGES = [
 ]
 
 
-def bits(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+def bits(options: Flags) -> None:
     """Train Fashion-MNIST on weights of 16, 8, 6 and 4 bits, with Madam and Adam.
 
     Every optimizer runs at its default learning rate, in float32 and in every format
@@ -93,7 +92,7 @@ def bits(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
         settings = dataclasses.asdict(budget) | {"schedule": "cosine to zero"}
         if shrink > 1:
             settings["shrink"] = shrink
-        for name, storage, optimizer in rows():
+        for name, storage, contender in rows():
             if options.profile == "smoke" and storage.format not in SMOKE:
                 continue
             fixed = {
@@ -101,21 +100,12 @@ def bits(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
                 "grid": repr(FORMATS.get(storage.format)),
                 "settings": settings,
             }
-            sweep = Sweep(name, optimizer, cosine([optimizer.rate]))
+            sweep = Sweep(name, contender, points(contender.rates))
             run_missing(raw, fixed, workload, sweep, budget)
-    bits_report(options.folder)
+    print(bits_report(options.folder))
 
 
-def bits_report(folder: Path) -> None:
-    """Writes bits.md and bits.png from the records alone."""
-    runs = records.read(folder / "bits.jsonl")
-    table = bits_table(runs)
-    (folder / "bits.md").write_text(f"{table}\n", encoding="utf-8")
-    save(bits_figure(runs), folder / "bits.png")
-    print(table)
-
-
-def rows() -> Iterator[tuple[str, Storage, Optimizer]]:
+def rows() -> Iterator[tuple[str, Storage, Contender]]:
     """Yields every optimizer with every way to store its weights."""
     for storage in STORAGES:
         how = partial(
@@ -184,3 +174,6 @@ def bits_figure(runs: pd.DataFrame) -> Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return fig
+
+
+bits_report = Report("bits", bits_table, bits_figure)

@@ -1,46 +1,22 @@
 """What the bound on weights does: on all leaves, on matrices alone, on none."""
 
-from collections.abc import Callable
+from collections.abc import Hashable
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 import pandas as pd
-import tyro
 
-import madax
-from benchmarks.accuracy.state import EIGHT, quantize
 from benchmarks.lib.analysis import change, medians, number, spread
-from benchmarks.lib.optimizers import Optimizer, cosine
-from benchmarks.lib.profiles import TASKS, Options
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.contender import Contender, points
+from benchmarks.lib.formats import SYMLOG_8
+from benchmarks.lib.optimizers import muon_madam_8, muon_madam_floor
+from benchmarks.lib.profiles import Flags
+from benchmarks.lib.style import Report, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 
 RATES = (0.01, 0.03)
-
-
-class Row(NamedTuple):
-    """What is bounded.
-
-    Attributes:
-      make: schedule to the transformation.
-      against: the row it is compared with; None for the first of its kind.
-      codes: whether matrices are stored in 8 bits.
-    """
-
-    make: Callable[[optax.Schedule], optax.GradientTransformation]
-    against: str | None = None
-    codes: bool = False
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The row as the training loop takes it."""
-        if not self.codes:
-            return Optimizer(self.make, RATES[-1])
-        return Optimizer(self.make, RATES[-1], quantize)
 
 
 def _vectors_bounded(rate: optax.Schedule) -> optax.GradientTransformation:
@@ -49,47 +25,39 @@ def _vectors_bounded(rate: optax.Schedule) -> optax.GradientTransformation:
     def labels(params: optax.Params) -> optax.Params:
         return jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "vector", params)
 
-    floored = partial(madax.muon_madam, rate, floor=1.0)
-    both: dict[Any, Any] = {"matrix": floored(), "vector": floored(p_scale=3.0)}
+    bounded = muon_madam_floor(rate, p_scale=3.0)
+    both: dict[Hashable, optax.GradientTransformation] = {
+        "matrix": muon_madam_floor(rate),
+        "vector": bounded,
+    }
     return optax.partition(both, labels)
 
 
-ROWS = {
-    "all bounded": Row(_vectors_bounded),
-    "matrices bounded": Row(
-        lambda rate: madax.muon_madam(rate, floor=1.0), "all bounded"
+CONTENDERS = {
+    "all bounded": Contender(_vectors_bounded),
+    "matrices bounded": Contender(muon_madam_floor, against="all bounded"),
+    "none bounded": Contender(
+        partial(muon_madam_floor, p_scale=float("inf")), against="all bounded"
     ),
-    "none bounded": Row(
-        lambda rate: madax.muon_madam(rate, floor=1.0, p_scale=float("inf")),
-        "all bounded",
+    "8 bits, all bounded": Contender(
+        partial(muon_madam_8, p_scale=3.0), format=SYMLOG_8
     ),
-    "8 bits, all bounded": Row(
-        lambda rate: madax.muon_madam(rate, p_scale=3.0, moment_format=EIGHT),
-        codes=True,
-    ),
-    "8 bits, matrices bounded": Row(
-        lambda rate: madax.muon_madam(rate, moment_format=EIGHT),
-        "8 bits, all bounded",
-        codes=True,
+    "8 bits, matrices bounded": Contender(
+        muon_madam_8, format=SYMLOG_8, against="8 bits, all bounded"
     ),
 }
 
 
-def bounds(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+def bounds(options: Flags) -> None:
     """Compare bounds on all weights, on matrices alone, and on none.
 
     `muon_madam` in floats and on codes of 8 bits, whose range is their bound, at two
     rates on every workload, with the same seeds.
     """
-    sweeps = [Sweep(name, row.optimizer, cosine(RATES)) for name, row in ROWS.items()]
-    tasks = options.tasks(list(TASKS[options.profile]))
+    sweeps = [Sweep(name, row, points(RATES)) for name, row in CONTENDERS.items()]
+    tasks = options.tasks(every=True)
     run_all(options.folder / "bounds.jsonl", options, tasks, sweeps)
-    bounds_report(options.folder)
-
-
-def bounds_report(folder: Path) -> None:
-    """Writes bounds.md from the records alone."""
-    print(report(folder, "bounds", bounds_table))
+    print(bounds_report(options.folder))
 
 
 def bounds_table(runs: pd.DataFrame) -> str:
@@ -106,7 +74,7 @@ def bounds_table(runs: pd.DataFrame) -> str:
     lines = []
     for workload, rate in dict.fromkeys(key[:2] for key in found):
         line = {"workload": workload, "rate": number(rate)}
-        for name, row in ROWS.items():
+        for name, row in CONTENDERS.items():
             cell = found.get((workload, rate, name))
             base = found.get((workload, rate, row.against))
             if cell is None:
@@ -115,3 +83,6 @@ def bounds_table(runs: pd.DataFrame) -> str:
             line[name] = change(cell, base) if finite else spread(cell)
         lines.append(line)
     return markdown(lines)
+
+
+bounds_report = Report("bounds", bounds_table)

@@ -1,111 +1,74 @@
 """Which optimizer to take? Settings are judged on the workload that did not choose."""
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import optax
 import pandas as pd
-import tyro
 from matplotlib.figure import Figure
 from optax import contrib
 
 import madax
-from benchmarks.accuracy.state import EIGHT, not_a_number, quantize
 from benchmarks.lib.analysis import CAP, at_best, change, medians, ratios
-from benchmarks.lib.optimizers import OPTIMIZERS, UNTUNED, Optimizer, cosine
-from benchmarks.lib.profiles import TASKS, Options
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.contender import Contender, points
+from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8, has_axes
+from benchmarks.lib.optimizers import (
+    OPTIMIZERS,
+    UNTUNED,
+    codes_adam,
+    madam_8,
+    madam_floor,
+    muon_madam_8,
+    muon_madam_floor,
+)
+from benchmarks.lib.profiles import Flags
+from benchmarks.lib.style import Report, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 
 SETTING = ["optimizer", "rate"]
 
 
-class Row(NamedTuple):
-    """An optimizer, and the settings to choose from.
-
-    Attributes:
-      make: schedule to the transformation.
-      rates: half a decade apart, the same number for all.
-      bytes: kept a parameter, in weights and state.
-      codes: whether matrices are stored in 8 bits.
-    """
-
-    make: Callable[[optax.Schedule], optax.GradientTransformation]
-    rates: Sequence[float]
-    bytes: int
-    codes: bool = False
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The row as the training loop takes it."""
-        if not self.codes:
-            return Optimizer(self.make, self.rates[2])
-        return Optimizer(self.make, self.rates[2], quantize)
-
-
-def _adam8(rate: optax.Schedule) -> optax.GradientTransformation:
-    return madax.with_quantized_params(
-        optax.adam(rate), moment_format=EIGHT, moment_where=not_a_number
-    )
-
-
+_adam_8 = partial(codes_adam, moment_format=MOMENTS_8, moment_where=has_axes)
 ADAM = (0.0003, 0.001, 0.003, 0.01, 0.03)
 MADAM = (0.003, 0.01, 0.03, 0.1, 0.3)
-ROWS = {
-    "sgd momentum": Row(OPTIMIZERS["sgd momentum"].make, (0.01, 0.03, 0.1, 0.3, 1), 8),
-    "adam": Row(optax.adam, ADAM, 12),
-    "lion": Row(optax.lion, (3e-5, 0.0001, 0.0003, 0.001, 0.003), 8),
-    "muon": Row(UNTUNED["muon"].make, (0.006, 0.02, 0.06, 0.2, 0.6), 8),
-    "prodigy": Row(contrib.prodigy, (0.1, 0.3, 1, 3, 10), 20),
-    "madam": Row(madax.madam, MADAM, 8),
-    "madam, floor": Row(lambda rate: madax.madam(rate, floor=1.0), MADAM, 8),
-    "madam, floor, b1": Row(
-        lambda rate: madax.madam(rate, floor=1.0, b1=0.9), MADAM, 12
+CONTENDERS = {
+    "sgd momentum": replace(
+        OPTIMIZERS["sgd momentum"], rates=(0.01, 0.03, 0.1, 0.3, 1), bytes=8
     ),
-    "muon_madam, floor": Row(lambda rate: madax.muon_madam(rate, floor=1.0), MADAM, 8),
-    "adam, 8 bits": Row(_adam8, ADAM, 3, codes=True),
-    "madam, 8 bits": Row(
-        lambda rate: madax.madam(rate, moment_format=EIGHT), MADAM, 2, codes=True
+    "adam": Contender(optax.adam, ADAM, bytes=12),
+    "lion": Contender(optax.lion, (3e-5, 0.0001, 0.0003, 0.001, 0.003), bytes=8),
+    "muon": replace(UNTUNED["muon"], rates=(0.006, 0.02, 0.06, 0.2, 0.6), bytes=8),
+    "prodigy": Contender(contrib.prodigy, (0.1, 0.3, 1, 3, 10), bytes=20),
+    "madam": Contender(madax.madam, MADAM, bytes=8),
+    "madam, floor": Contender(madam_floor, MADAM, bytes=8),
+    "madam, floor, b1": Contender(partial(madam_floor, b1=0.9), MADAM, bytes=12),
+    "muon_madam, floor": Contender(muon_madam_floor, MADAM, bytes=8),
+    "adam, 8 bits": Contender(_adam_8, ADAM, SYMLOG_8, bytes=3, against="adam"),
+    "madam, 8 bits": Contender(
+        madam_8, MADAM, SYMLOG_8, bytes=2, against="madam, floor"
     ),
-    "madam, b1, 8 bits": Row(
-        lambda rate: madax.madam(rate, b1=0.9, moment_format=EIGHT),
-        MADAM,
-        3,
-        codes=True,
+    "madam, b1, 8 bits": Contender(
+        partial(madam_8, b1=0.9), MADAM, SYMLOG_8, bytes=3, against="madam, floor, b1"
     ),
-    "muon_madam, 8 bits": Row(
-        lambda rate: madax.muon_madam(rate, moment_format=EIGHT), MADAM, 2, codes=True
+    "muon_madam, 8 bits": Contender(
+        muon_madam_8, MADAM, SYMLOG_8, bytes=2, against="muon_madam, floor"
     ),
-}
-# What is stored in 8 bits, and the same rule in float32.
-FLOATS = {
-    "adam, 8 bits": "adam",
-    "madam, 8 bits": "madam, floor",
-    "madam, b1, 8 bits": "madam, floor, b1",
-    "muon_madam, 8 bits": "muon_madam, floor",
 }
 
 
-def choose(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+def choose(options: Flags) -> None:
     """Choose each optimizer's rate on all workloads but one, and judge it on that one.
 
     Five rates each, half a decade apart, decayed by a cosine to zero, on every
     workload of the profile, with the same seeds; in float32, and with weights and
     state in 8 bits.
     """
-    sweeps = [
-        Sweep(name, row.optimizer, cosine(row.rates)) for name, row in ROWS.items()
-    ]
-    tasks = options.tasks(list(TASKS[options.profile]))
+    sweeps = [Sweep(name, row, points(row.rates)) for name, row in CONTENDERS.items()]
+    tasks = options.tasks(every=True)
     run_all(options.folder / "choose.jsonl", options, tasks, sweeps)
-    choose_report(options.folder)
-
-
-def choose_report(folder: Path) -> None:
-    """Writes choose.md and choose.png from the records alone."""
-    print(report(folder, "choose", choose_table, choose_figure))
+    print(choose_report(options.folder))
 
 
 def left_out(
@@ -146,8 +109,10 @@ def judged(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """
     cells = medians(runs, SETTING)
     cells = cells.assign(ratio=ratios(cells, cells.groupby("workload")["median"].min()))
-    groups = {name: [(name, rate) for rate in row.rates] for name, row in ROWS.items()}
-    floats = [name for name, row in ROWS.items() if not row.codes]
+    groups = {
+        name: [(name, rate) for rate in row.rates] for name, row in CONTENDERS.items()
+    }
+    floats = [name for name, row in CONTENDERS.items() if row.format is None]
     for group, ours in (("any of madax, float32", True), ("any other, float32", False)):
         rows = [name for name in floats if ("madam" in name) == ours]
         groups[group] = [setting for name in rows for setting in groups[name]]
@@ -171,7 +136,7 @@ def choose_table(runs: pd.DataFrame) -> str:
     """
     cells, chosen = judged(runs)
     regrets = chosen.pivot(index="workload", columns="group", values="ratio")
-    regrets = regrets[[name for name in means(chosen).index if name in ROWS]]
+    regrets = regrets[[name for name in means(chosen).index if name in CONTENDERS]]
     regrets = regrets.map(lambda ratio: f"{100 * (ratio - 1):.0f}")
     parts = [
         "The regret is how much larger the error is than the least of all in the "
@@ -194,7 +159,7 @@ def summary(chosen: pd.DataFrame) -> list[dict[str, str]]:
     Args:
       chosen: of ``left_out``.
     """
-    single = chosen[chosen["group"].isin([*ROWS])]
+    single = chosen[chosen["group"].isin([*CONTENDERS])]
     ranks = single.groupby("workload")["ratio"].rank().groupby(single["group"])
     mean_rank, first = ranks.mean(), ranks.apply(lambda rank: (rank == 1).sum())
     calm = means(chosen[chosen["workload"] != "gan"])
@@ -207,7 +172,7 @@ def summary(chosen: pd.DataFrame) -> list[dict[str, str]]:
         name, rate = counts.index[0]
         row = {
             "optimizer": str(group),
-            "bytes": str(ROWS[name].bytes),
+            "bytes": str(CONTENDERS[name].bytes),
             "chosen": f"{'' if name == group else name + ' '}{rate:g} "
             f"({counts.iloc[0]} of {len(mine)})",
             "mean regret": f"{_percent(mean)} ({_percent(low)} to {_percent(high)})",
@@ -215,7 +180,7 @@ def summary(chosen: pd.DataFrame) -> list[dict[str, str]]:
             "median": _percent(mine["ratio"].median()),
             "worst": f"{_percent(worst['ratio'])}, {worst['workload']}",
         }
-        if group in ROWS:
+        if group in CONTENDERS:
             row |= {"mean rank": f"{mean_rank[group]:.1f}", "first": f"{first[group]}"}
         rows.append(row)
     return rows
@@ -237,11 +202,10 @@ def costs(cells: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for workload in cells["workload"].unique():
         row = {"workload": workload}
-        for few, whole in FLOATS.items():
-            if {(workload, few), (workload, whole)} <= {*best.index}:
-                row[few] = change(
-                    best.loc[(workload, few)], best.loc[(workload, whole)]
-                )
+        for name, contender in CONTENDERS.items():
+            pair = [(workload, name), (workload, contender.against)]
+            if {*pair} <= {*best.index}:
+                row[name] = change(*(best.loc[key] for key in pair))
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
@@ -282,3 +246,6 @@ def choose_figure(runs: pd.DataFrame) -> Figure:
 
 def _percent(ratio: float) -> str:
     return f"{100 * (ratio - 1):.0f} %"
+
+
+choose_report = Report("choose", choose_table, choose_figure)

@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.lib import records
-from benchmarks.lib.optimizers import DEMO, cosine
-from benchmarks.lib.style import STYLES, legend, markdown, save
+from benchmarks.lib.contender import points
+from benchmarks.lib.cost import cost
+from benchmarks.lib.optimizers import DEMO
+from benchmarks.lib.style import STYLES, Report, legend, markdown
 from benchmarks.lib.train import Budget, train
-from benchmarks.systems.cost import cost
 from benchmarks.workloads.digits import digits
 
 MULTIPLIERS = (0.1, 1.0, 10.0)
@@ -34,15 +35,13 @@ def demo(out: Path = Path("benchmarks/results/demo"), *, smoke: bool = False) ->
         smoke: Take seconds: too few steps to judge by, enough to see that it works.
     """
     budget = SMOKE if smoke else Budget()
-    out.mkdir(parents=True, exist_ok=True)
-    raw, image = out / "demo.jsonl", out / "demo.png"
-    raw.unlink(missing_ok=True)
+    raw = records.file(out, "demo", fresh=True)
 
     workload = digits()
-    for name, optimizer in DEMO.items():
-        measured = cost(workload, optimizer)
-        rates = [optimizer.rate * multiplier for multiplier in MULTIPLIERS]
-        for run in train(workload, optimizer, cosine(rates), budget, label=name):
+    for name, contender in DEMO.items():
+        measured = cost(workload, contender)
+        rates = [contender.rate * multiplier for multiplier in MULTIPLIERS]
+        for run in train(workload, contender, points(rates), budget, label=name):
             settings = dataclasses.asdict(budget) | {"schedule": "cosine to zero"}
             fixed = {"workload": workload.name, "optimizer": name, "settings": settings}
             place = {"multiplier": MULTIPLIERS[rates.index(run["rate"])]}
@@ -50,16 +49,7 @@ def demo(out: Path = Path("benchmarks/results/demo"), *, smoke: bool = False) ->
 
     print(f"\n{demo_report(out)}\n")
     print(f"Test accuracy, the median of {budget.seeds} seeds.")
-    print(f"Figure:  {image}\nRecords: {raw}")
-
-
-def demo_report(folder: Path) -> str:
-    """Writes demo.md and demo.png from the records alone; returns the table."""
-    runs = records.read(folder / "demo.jsonl")
-    table = demo_table(runs)
-    (folder / "demo.md").write_text(f"{table}\n", encoding="utf-8")
-    save(demo_figure(runs), folder / "demo.png")
-    return table
+    print(f"Figure:  {out / 'demo.png'}\nRecords: {raw}")
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
@@ -160,3 +150,6 @@ def _draw_rates(axes: Axes, cells: pd.DataFrame, dodge: float, style: dict) -> N
         axes.plot(
             x[bad], mid[bad], "kx", markersize=11, label="some or all seeds diverged"
         )
+
+
+demo_report = Report("demo", demo_table, demo_figure)

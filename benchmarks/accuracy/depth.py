@@ -1,46 +1,32 @@
 """Score against depth: how deep a plain MLP each optimizer can train."""
 
 from itertools import cycle
-from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
-import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.lib import records
 from benchmarks.lib.analysis import DEPTH, edges_text, medians
-from benchmarks.lib.optimizers import UNTUNED, cosine, grid
-from benchmarks.lib.profiles import Options
-from benchmarks.lib.style import STYLES, legend, markdown, save
+from benchmarks.lib.contender import grid, points
+from benchmarks.lib.optimizers import UNTUNED
+from benchmarks.lib.profiles import Flags
+from benchmarks.lib.style import STYLES, Report, legend, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 from benchmarks.workloads import PSNR
 
 NAMES = ("sgd momentum", "adam", "madam", "madam floor b1")
 
 
-def depth(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+def depth(options: Flags) -> None:
     """Train MLPs of up to 75 layers to paint a photograph, at five rates each.
 
     The rates are a decade apart, around the default rate, with a cosine to zero.
     """
     sweeps = [
-        Sweep(name, UNTUNED[name], cosine(grid(UNTUNED[name].rate, steps=1, below=2)))
+        Sweep(name, UNTUNED[name], points(grid(UNTUNED[name].rate, steps=1, below=2)))
         for name in NAMES
     ]
     run_all(options.raw, options, options.depths(), sweeps)
-    depth_report(options.folder)
-
-
-def depth_report(folder: Path) -> None:
-    """Writes depth.md and depth.png from the records alone."""
-    cells = depth_cells(records.read(folder / "runs.jsonl"))
-    if cells.empty:
-        return
-    text = depth_table(cells)
-    (folder / "depth.md").write_text(text, encoding="utf-8")
-    save(depth_figure(cells), folder / "depth.png")
-    print(text)
+    print(depth_report(options.folder))
 
 
 def depth_cells(runs: pd.DataFrame) -> pd.DataFrame:
@@ -120,3 +106,8 @@ def depth_figure(cells: pd.DataFrame) -> Figure:
     axes.grid(alpha=0.3)
     legend(fig, columns=4)
     return fig
+
+
+depth_report = Report(
+    "depth", depth_table, depth_figure, source="runs", cells=depth_cells
+)

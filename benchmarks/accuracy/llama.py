@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,50 +20,38 @@ from benchmarks.accuracy.llama_report import BASELINE, best_runs, llama_report
 from benchmarks.data.text import Text, text
 from benchmarks.lib import records
 from benchmarks.lib.choices import check_choices
-from benchmarks.lib.rows import SYMLOG_8, V_8
+from benchmarks.lib.contender import Contender
+from benchmarks.lib.formats import FORMATS, MOMENTS_8, SYMLOG_8
+from benchmarks.lib.optimizers import codes_adam, madam_8, muon_madam_8
+from benchmarks.lib.steps import Functions, Tree, apply, nbytes
 from benchmarks.models import decoder
-from benchmarks.systems.fit import quantize
 
-SYMLOG_16 = madax.SymlogFormat(bits=16, linear_range=1 / 3)
 ADAM_RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
 MADAM_RATES = (0.01, 0.015, 0.02, 0.03, 0.05)
+
+
+_madam = partial(madam_8, b2=0.99)
+_muon_madam = partial(muon_madam_8, b2=0.99)
 
 
 def _clipped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
 
-def _adamw(rate: Any) -> optax.GradientTransformation:
+def _adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     return _clipped(optax.adamw(rate, weight_decay=0.1))
 
 
-def _madam(
-    rate: Any, b2: float = 0.99, b1: float | None = None
+def _adamw_in_3_bytes(
+    rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformation:
-    return madax.madam(rate, b2=b2, b1=b1, moment_format=V_8)
-
-
-def _muon_madam(rate: Any) -> optax.GradientTransformation:
-    return madax.muon_madam(rate, b2=0.99, moment_format=V_8)
-
-
-def _codes_adam(rate: Any) -> optax.GradientTransformation:
-    return madax.with_quantized_params(optax.adam(rate))
-
-
-def _adamw_in_3_bytes(rate: Any) -> optax.GradientTransformation:
-    adamw = optax.adamw(rate, weight_decay=0.1)
-    return _clipped(madax.with_quantized_params(adamw, moment_format=V_8))
-
-
-def _with_error_feedback(rate: Any) -> optax.GradientTransformation:
     adamw = optax.adamw(rate, weight_decay=0.1)
     return _clipped(
-        madax.with_quantized_params(adamw, moment_format=V_8, error_feedback=True)
+        madax.with_quantized_params(adamw, moment_format=MOMENTS_8, **options)
     )
 
 
-def _flash_adamw(rate: Any) -> optax.GradientTransformation:
+def _flash_adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     from flashoptim_jax import flash_adamw  # pyrefly: ignore[missing-import]
 
     # Its kernels are for GPUs; this is the same in plain JAX.
@@ -76,56 +64,30 @@ def _flash_adamw(rate: Any) -> optax.GradientTransformation:
     return _clipped(optax.GradientTransformation(flash.init, update))
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """An optimizer.
-
-    Attributes:
-      make: from a learning rate, or a schedule of it, to the transformation.
-      rates: to choose the best of.
-      format: of the matrices; None for floats.
-      params: dtype of float parameters.
-      p_scale: the bound on codes, as of ``madax.quantize_params``.
-      layerwise: whether codes are trained a layer at a time, which leaves no norm of
-        all gradients to clip.
-    """
-
-    make: Callable[[Any], optax.GradientTransformation]
-    rates: tuple[float, ...]
-    format: madax.formats.Format | None = None
-    params: Any = jnp.float32
-    p_scale: float | None = None
-    layerwise: bool = True
-
-
-ROWS = {
-    BASELINE: Row(_adamw, ADAM_RATES),
-    "madam 8 bits": Row(_madam, MADAM_RATES, SYMLOG_8),
-    "muon_madam 8 bits": Row(_muon_madam, MADAM_RATES, SYMLOG_8),
-    "madam 8 bits, b1": Row(partial(_madam, b1=0.9), MADAM_RATES[1:4], SYMLOG_8),
-    "madam 16 bits": Row(_madam, MADAM_RATES[1:4], SYMLOG_16),
-    "adam on 8 bits": Row(_codes_adam, ADAM_RATES[1:4], SYMLOG_8),
-    "adam on 8 bits, p_scale=10": Row(
-        _codes_adam, ADAM_RATES[1:4], SYMLOG_8, p_scale=10.0
+CONTENDERS = {
+    BASELINE: Contender(_adamw, ADAM_RATES),
+    "madam 8 bits": Contender(_madam, MADAM_RATES, SYMLOG_8),
+    "muon_madam 8 bits": Contender(_muon_madam, MADAM_RATES, SYMLOG_8),
+    "madam 8 bits, b1": Contender(partial(_madam, b1=0.9), MADAM_RATES[1:4], SYMLOG_8),
+    "madam 16 bits": Contender(_madam, MADAM_RATES[1:4], FORMATS["symlog 16"]),
+    "adam on 8 bits": Contender(codes_adam, ADAM_RATES[1:4], SYMLOG_8),
+    "adam on 8 bits, p_scale=10": Contender(
+        codes_adam, ADAM_RATES[1:4], SYMLOG_8, p_scale=10.0
     ),
-    "AdamW in 3 bytes": Row(
-        _adamw_in_3_bytes, ADAM_RATES[1:4], SYMLOG_8, layerwise=False
+    "AdamW in 3 bytes": Contender(_adamw_in_3_bytes, ADAM_RATES[1:4], SYMLOG_8),
+    "AdamW in 3 bytes, error feedback": Contender(
+        partial(_adamw_in_3_bytes, error_feedback=True), ADAM_RATES[1:4], SYMLOG_8
     ),
-    "AdamW in 3 bytes, error feedback": Row(
-        _with_error_feedback, ADAM_RATES[1:4], SYMLOG_8, layerwise=False
-    ),
-    "Adam float32, no clipping": Row(optax.adam, ADAM_RATES[1:4]),
-    "AdamW bfloat16": Row(_adamw, ADAM_RATES[1:4], params=jnp.bfloat16),
+    "Adam float32, no clipping": Contender(optax.adam, ADAM_RATES[1:4]),
+    "AdamW bfloat16": Contender(_adamw, ADAM_RATES[1:4], params=jnp.bfloat16),
 }
 if find_spec("flashoptim_jax") is not None:
-    ROWS["FlashAdamW"] = Row(_flash_adamw, ADAM_RATES[1:4], params=jnp.bfloat16)
-LONG = (
-    BASELINE,
-    "madam 8 bits",
-    "muon_madam 8 bits",
-    "AdamW in 3 bytes",
-    "AdamW in 3 bytes, error feedback",
-)
+    CONTENDERS["FlashAdamW"] = Contender(
+        _flash_adamw, ADAM_RATES[1:4], params=jnp.bfloat16
+    )
+# A layer at a time there is no norm of all gradients to clip.
+CLIPPED = ("AdamW in 3 bytes", "AdamW in 3 bytes, error feedback")
+LONG = (BASELINE, "madam 8 bits", "muon_madam 8 bits", *CLIPPED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,12 +159,11 @@ def llama(
         rows: Names of optimizers; by default all, FlashAdamW where its package is
             there (``pip install madax[rivals]``); five of the long and full profiles.
     """
-    check_choices("rows", rows, ROWS)
+    check_choices("rows", rows, CONTENDERS)
     folder = out or Path("benchmarks/results/llama") / profile
-    folder.mkdir(parents=True, exist_ok=True)
-    raw, budget = folder / "llama.jsonl", PROFILES[profile]
+    raw, budget = records.file(folder, "llama"), PROFILES[profile]
     for source in text:
-        for name in rows or (LONG if profile in ("long", "full") else ROWS):
+        for name in rows or (LONG if profile in ("long", "full") else CONTENDERS):
             for settings in _tuning(raw, source, name, budget):
                 records.append(raw, settings | train(**settings))
     print(llama_report(folder))
@@ -213,7 +174,7 @@ def llama(
 def _tuning(raw: Path, source: str, name: str, budget: Budget) -> Iterator[dict]:
     """Yields the missing runs: first of all rates, then other seeds of the best."""
     fixed = {"source": source, "name": name, "budget": dataclasses.asdict(budget)}
-    rates = ROWS[name].rates
+    rates = CONTENDERS[name].rates
     count = min(budget.rates, len(rates))
     first = (len(rates) - count) // 2
     last = first + count - 1
@@ -240,14 +201,14 @@ def _tuning(raw: Path, source: str, name: str, budget: Budget) -> Iterator[dict]
 
 
 def train(
-    source: str, name: str, budget: dict[str, Any], rate: float, seed: int
-) -> dict[str, Any]:
+    source: str, name: str, budget: records.Record, rate: float, seed: int
+) -> records.Record:
     """Trains once; returns the held-out nats per byte, their curve and a sample."""
     begin = time.perf_counter()
-    chosen, row, data = Budget(**budget), ROWS[name], text(source)
-    params, init, step = _start(chosen, row, rate, seed)
+    chosen, data = Budget(**budget), text(source)
+    params, init, step = _start(chosen, name, rate, seed)
     state = jax.jit(init)(params)
-    kept = sum(x.nbytes for x in jax.tree.leaves((params, state)))
+    kept = nbytes((params, state))
     count = decoder.count(chosen.size)
     train_tokens, tests = jnp.asarray(data.train), jnp.asarray(_tests(data, chosen))
 
@@ -289,37 +250,35 @@ def train(
     }
 
 
-def _start(budget: Budget, row: Row, rate: float, seed: int) -> Any:
+def _start(
+    budget: Budget, name: str, rate: float, seed: int
+) -> tuple[Tree, *Functions]:
     """Returns parameters, and the functions that start and take a step."""
-    warm_up = budget.steps // 10
-    tx = row.make(optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, budget.steps))
+    contender, warm_up = CONTENDERS[name], budget.steps // 10
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, budget.steps)
+    tx = contender.make(schedule)
     floats = jax.jit(partial(decoder.init, budget.size))(jax.random.key(seed))
-    if row.format is None:
-        params = optax.tree.cast(floats, row.params)
-    else:
-        coded = partial(quantize, format=row.format, p_scale=row.p_scale)
-        params = jax.jit(coded)(floats)
-    if row.format is None or not row.layerwise:
+    params = jax.jit(contender.store_stack)(floats)
+    if contender.format is None or name in CLIPPED:
         return params, tx.init, partial(_ordinary, budget, tx)
-    run = madax.layerwise(
-        tx,
-        decoder.embed,
-        partial(decoder.layer, budget.size),
-        decoder.loss,
-        dtype=jnp.dtype(budget.dtype),
-    )
-    return params, run.init, run.step
+    dtype = jnp.dtype(budget.dtype)
+    return params, *decoder.layerwise(budget.size, tx, dtype=dtype)
 
 
-def _ordinary(budget: Budget, tx: Any, params: Any, state: Any, batch: Any) -> Any:
+def _ordinary(
+    budget: Budget,
+    tx: optax.GradientTransformation,
+    params: Tree,
+    state: Tree,
+    batch: jax.Array,
+) -> tuple[Tree, Tree, jax.Array]:
     def loss(params):
         # Mixed precision as usual: float32 parameters, cast for the network.
         weights = madax.dequantize_params(params, jnp.dtype(budget.dtype))
         return decoder.whole_loss(budget.size, weights, batch)
 
     value, grads = madax.value_and_grad(loss)(params)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, value
+    return *apply(tx, params, state, grads), value
 
 
 def _tests(data: Text, budget: Budget) -> np.ndarray:
@@ -330,7 +289,7 @@ def _tests(data: Text, budget: Budget) -> np.ndarray:
     return tokens.astype(np.int32)
 
 
-def _sample(budget: Budget, params: Any, data: Text, count: int = 160) -> str:
+def _sample(budget: Budget, params: Tree, data: Text, count: int = 160) -> str:
     """Returns how a model goes on with the text that is held out."""
     weights = madax.dequantize_params(params, jnp.float32)
 

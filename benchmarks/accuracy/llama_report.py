@@ -1,21 +1,15 @@
 """What models in the shape of Llama come to: a table and a figure, from the records."""
 
 from itertools import cycle
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks.lib.style import STYLES, legend, markdown, report
+from benchmarks.lib.records import Record
+from benchmarks.lib.style import STYLES, Report, legend, markdown
 
 BASELINE = "AdamW float32"
-
-
-def llama_report(folder: Path) -> str:
-    """Writes the table and the figure from a folder's records; returns the table."""
-    return report(folder, "llama", llama_table, llama_figure)
 
 
 def best_runs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -24,13 +18,13 @@ def best_runs(runs: pd.DataFrame) -> pd.DataFrame:
     return first.drop_duplicates(["source", "name"]).sort_index()
 
 
-def _at_best(runs: pd.DataFrame, best: Any) -> pd.DataFrame:
+def _at_best(runs: pd.DataFrame, best: Record) -> pd.DataFrame:
     """Returns the runs of all seeds of one of the best runs."""
     same = (runs["source"] == best["source"]) & (runs["name"] == best["name"])
     return runs[same & (runs["rate"] == best["rate"])]
 
 
-def _losses(runs: pd.DataFrame, best: Any) -> pd.Series:
+def _losses(runs: pd.DataFrame, best: Record) -> pd.Series:
     """Returns the losses of one of the best runs, by seed."""
     return _at_best(runs, best).set_index("seed")["loss"]
 
@@ -48,7 +42,11 @@ def llama_table(runs: pd.DataFrame) -> str:
     best = best_runs(runs)
     for source, group in best.groupby("source", sort=False):
         base = group[group["name"] == BASELINE]
-        base = _losses(runs, base.iloc[0]) if len(base) else pd.Series(dtype=float)
+        base = (
+            _losses(runs, base.to_dict("records")[0])
+            if len(base)
+            else pd.Series(dtype=float)
+        )
         rows = []
         for run in group.to_dict("records"):
             losses = _losses(runs, run)
@@ -102,3 +100,6 @@ def llama_figure(runs: pd.DataFrame) -> Figure:
             axes.grid(alpha=0.3)
     legend(fig, panels[:, 0], columns=3)
     return fig
+
+
+llama_report = Report("llama", llama_table, llama_figure)

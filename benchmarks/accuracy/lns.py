@@ -9,7 +9,8 @@ from flax import nnx
 import madax
 from benchmarks.data import images
 from benchmarks.lib import records
-from benchmarks.lib.optimizers import OPTIMIZERS, Optimizer, cosine
+from benchmarks.lib.contender import Contender, points
+from benchmarks.lib.optimizers import OPTIMIZERS
 from benchmarks.lib.train import Budget, train
 from benchmarks.workloads.images import MLP, classification
 
@@ -50,24 +51,22 @@ def lns(out: Path = Path("benchmarks/results/lns"), *, smoke: bool = False) -> N
         out: Folder for lns.jsonl.
         smoke: Take seconds: too few steps to judge by, enough to see that it works.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    raw = out / "lns.jsonl"
-    raw.unlink(missing_ok=True)
-    in_lns = Optimizer(madax.papers.lns_madam, 2**-6)
+    raw = records.file(out, "lns", fresh=True)
+    in_lns = Contender(madax.papers.lns_madam, (2**-6,))
     cases = [
         ("lns_madam", "8-bit LNS", LnsMLP, in_lns),
         ("lns_madam", "float32", MLP, in_lns),
         ("madam", "float32", MLP, OPTIMIZERS["madam"]),
         ("adam", "float32", MLP, OPTIMIZERS["adam"]),
     ]
-    for name, arithmetic, network, optimizer in cases:
+    for name, arithmetic, network, contender in cases:
         workload = classification(
             "digits mlp", lambda rngs, make=network: make(8, rngs), images("digits")
         )
         budget = SMOKE if smoke else BUDGET
         label = f"{name}, {arithmetic}"
-        points = cosine([optimizer.rate])
-        for run in train(workload, optimizer, points, budget, label=label):
+        rates = points(contender.rates)
+        for run in train(workload, contender, rates, budget, label=label):
             where = {"optimizer": name, "arithmetic": arithmetic}
             records.append(raw, {"workload": workload.name} | where | run)
     runs = records.read(raw)

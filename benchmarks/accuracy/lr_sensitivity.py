@@ -1,23 +1,19 @@
 """Error against the learning rate: the Madam paper's Figure 1, on more workloads."""
 
-from pathlib import Path
-from typing import Annotated
-
 import numpy as np
 import pandas as pd
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.lib import records
 from benchmarks.lib.analysis import edges_text, medians, ratios, regrets, spread
 from benchmarks.lib.analysis import workloads as of_workloads
-from benchmarks.lib.optimizers import OPTIMIZERS, grid
-from benchmarks.lib.profiles import Options
-from benchmarks.lib.style import STYLES, legend, markdown, save
+from benchmarks.lib.contender import Schedule, grid, points
+from benchmarks.lib.optimizers import OPTIMIZERS
+from benchmarks.lib.profiles import Flags
+from benchmarks.lib.style import STYLES, Report, legend, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 
-SCHEDULES = ("constant", "cosine")
+SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
 
 # The paper's own numbers, from the notebook beside its code (make-plots/plot.ipynb of
 # jxbz/madam): accuracy in percent, and for the GAN and Wikitext what is an error.
@@ -47,41 +43,22 @@ PAPER = {
 }
 
 
-def lr_sensitivity(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+def lr_sensitivity(options: Flags) -> None:
     """Sweep the learning rate of SGD, Adam and Madam on every workload.
 
     Eleven rates each, half a decade apart, from three decades below the default rate to
     two above, at a constant rate and with a cosine to zero; the same seeds for all.
     """
     run_all(options.raw, options, options.tasks(), sweeps())
-    lr_sensitivity_report(options.folder)
+    print(lr_sensitivity_report(options.folder))
 
 
 def sweeps() -> list[Sweep]:
     """Returns what to run on every workload."""
     return [
-        Sweep(
-            name,
-            row,
-            [
-                {"rate": rate, "schedule": schedule}
-                for schedule in SCHEDULES
-                for rate in grid(row.rate)
-            ],
-        )
+        Sweep(name, row, points(grid(row.rate), SCHEDULES))
         for name, row in OPTIMIZERS.items()
     ]
-
-
-def lr_sensitivity_report(folder: Path) -> None:
-    """Writes lr-sensitivity.md and lr-sensitivity.png from the records alone."""
-    cells = rate_cells(records.read(folder / "runs.jsonl"))
-    if cells.empty:
-        return
-    text = lr_sensitivity_table(cells)
-    (folder / "lr-sensitivity.md").write_text(text, encoding="utf-8")
-    save(lr_sensitivity_figure(cells), folder / "lr-sensitivity.png")
-    print(text)
 
 
 def rate_cells(runs: pd.DataFrame) -> pd.DataFrame:
@@ -254,3 +231,12 @@ def _draw_lines(axes: Axes, cells: pd.DataFrame) -> None:
             elinewidth=0.6,
             **STYLES[i % len(STYLES)],
         )
+
+
+lr_sensitivity_report = Report(
+    "lr-sensitivity",
+    lr_sensitivity_table,
+    lr_sensitivity_figure,
+    source="runs",
+    cells=rate_cells,
+)

@@ -3,22 +3,20 @@
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
-from pathlib import Path
-from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-import tyro
 from matplotlib.figure import Figure
 
 import madax
 from benchmarks.lib import records
 from benchmarks.lib.analysis import change, medians, spread
-from benchmarks.lib.optimizers import Optimizer, cosine
-from benchmarks.lib.profiles import TASKS, Options, Profile
-from benchmarks.lib.style import STYLES, legend, markdown, report
+from benchmarks.lib.contender import Contender, points
+from benchmarks.lib.optimizers import madam_floor
+from benchmarks.lib.profiles import Flags, Profile
+from benchmarks.lib.style import STYLES, Report, legend, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 
 BITS = (8, 9, 12, 16)
@@ -55,7 +53,7 @@ HARD: dict[str, Gradient] = {
 }
 
 
-def moments(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+def moments(options: Flags) -> None:
     """Store both moments in 8, 9, 12 and 16 bits, and compare with float32.
 
     First directions, over 100 000 steps of gradients that are rare, that grow or fall
@@ -69,23 +67,21 @@ def moments(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
             fixed = {"condition": name, "bits": bits, "steps": steps}
             if not records.find(raw, fixed):
                 records.append(raw, fixed | off(name, bits, steps))
-    hard_report(options.folder)
+    print(hard_report(options.folder))
 
-    sweeps = [Sweep("float32", _optimizer(None), cosine([RATE]))]
-    sweeps += [Sweep(f"{b} bits", _optimizer(b), cosine([RATE])) for b in BITS]
-    tasks = options.tasks(list(TASKS[options.profile]))
+    sweeps = [_sweep("float32", None)]
+    sweeps += [_sweep(f"{b} bits", madax.MomentFormat(b)) for b in BITS]
+    tasks = options.tasks(every=True)
     run_all(options.folder / "moments.jsonl", options, tasks, sweeps)
-    moments_report(options.folder)
+    print(moments_report(options.folder))
 
 
-def _optimizer(bits: int | None) -> Optimizer:
-    stored = None if bits is None else madax.MomentFormat(bits)
-    return Optimizer(
-        partial(madax.madam, floor=1.0, b1=0.9, moment_format=stored), RATE
-    )
+def _sweep(name: str, stored: madax.MomentFormat | None) -> Sweep:
+    madam = partial(madam_floor, b1=0.9, moment_format=stored)
+    return Sweep(name, Contender(madam), points([RATE]))
 
 
-def off(name: str, bits: int, steps: int) -> dict[str, Any]:
+def off(name: str, bits: int, steps: int) -> records.Record:
     """Returns how far directions are off those of float32 moments.
 
     Args:
@@ -123,11 +119,6 @@ def off(name: str, bits: int, steps: int) -> dict[str, Any]:
         "mean": (sums[:, 1] / sums[:, 0]).tolist(),
         "spread": np.sqrt(sums[:, 3] / sums[:, 2]).tolist(),
     }
-
-
-def hard_report(folder: Path) -> None:
-    """Writes hard.md and hard.png from the records alone."""
-    print(report(folder, "hard", hard_table, hard_figure))
 
 
 def hard_table(runs: pd.DataFrame) -> str:
@@ -176,11 +167,6 @@ def hard_figure(runs: pd.DataFrame) -> Figure:
     return fig
 
 
-def moments_report(folder: Path) -> None:
-    """Writes moments.md from the records alone."""
-    print(report(folder, "moments", moments_table))
-
-
 def moments_table(runs: pd.DataFrame) -> str:
     """Returns the errors of every workload by the bits of moments, in Markdown.
 
@@ -197,3 +183,9 @@ def moments_table(runs: pd.DataFrame) -> str:
             row[f"{bits} bits"] = change(by_bits[f"{bits} bits"], exact)
         rows.append(row)
     return markdown(rows)
+
+
+hard_report = Report("hard", hard_table, hard_figure)
+
+
+moments_report = Report("moments", moments_table)

@@ -1,15 +1,11 @@
 """The cost of not tuning: every optimizer at one setting on all workloads."""
 
 from itertools import cycle
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import pandas as pd
-import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.lib import records
 from benchmarks.lib.analysis import (
     CAP,
     REGRET,
@@ -20,9 +16,10 @@ from benchmarks.lib.analysis import (
     regrets,
 )
 from benchmarks.lib.analysis import workloads as of_workloads
+from benchmarks.lib.contender import points
 from benchmarks.lib.optimizers import UNTUNED
-from benchmarks.lib.profiles import Options
-from benchmarks.lib.style import STYLES, legend, markdown, save
+from benchmarks.lib.profiles import Flags, Options
+from benchmarks.lib.style import STYLES, Report, legend, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 
 DRAWN = (
@@ -37,7 +34,7 @@ DRAWN = (
 )
 
 
-def no_tuning(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+def no_tuning(options: Flags) -> None:
     """Run every optimizer at its one default setting on every workload.
 
     Learning-rate-free optimizers run on the schedules that their authors use, all
@@ -46,27 +43,16 @@ def no_tuning(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     lr-sensitivity before, with the same profile and folder.
     """
     run_all(options.raw, options, options.tasks(), sweeps(options))
-    no_tuning_report(options.folder)
+    print(no_tuning_report(options.folder))
 
 
 def sweeps(options: Options) -> list[Sweep]:
     """Returns what to run on every workload."""
     return [
-        Sweep(name, row, [{"rate": row.rate, "schedule": s} for s in row.schedules])
+        Sweep(name, row, points(row.rates, row.schedules))
         for name, row in UNTUNED.items()
         if options.profile != "smoke" or name in DRAWN
     ]
-
-
-def no_tuning_report(folder: Path) -> None:
-    """Writes no-tuning.md and no-tuning.png from the records alone."""
-    cells = default_cells(records.read(folder / "runs.jsonl"))
-    if cells.empty:
-        return
-    text = no_tuning_table(cells)
-    (folder / "no-tuning.md").write_text(text, encoding="utf-8")
-    save(no_tuning_figure(cells), folder / "no-tuning.png")
-    print(text)
 
 
 def default_cells(runs: pd.DataFrame) -> pd.DataFrame:
@@ -153,3 +139,8 @@ def no_tuning_figure(cells: pd.DataFrame) -> Figure:
     axes.grid(alpha=0.3)
     legend(fig, columns=4)
     return fig
+
+
+no_tuning_report = Report(
+    "no-tuning", no_tuning_table, no_tuning_figure, source="runs", cells=default_cells
+)

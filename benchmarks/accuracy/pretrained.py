@@ -13,7 +13,8 @@ import pandas as pd
 
 import madax
 from benchmarks.lib import records
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.steps import apply
+from benchmarks.lib.style import Report, markdown
 from benchmarks.lib.train import Budget, data_order
 from benchmarks.workloads import Workload
 from benchmarks.workloads.digits import digits
@@ -53,16 +54,14 @@ def pretrained(out: Path = Path("benchmarks/results/pretrained")) -> None:
     Args:
         out: Folder for pretrained.md and pretrained.jsonl.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    raw = out / "pretrained.jsonl"
-    raw.unlink(missing_ok=True)
+    raw = records.file(out, "pretrained", fresh=True)
     for run in (*drawn_runs(), *network_runs(digits())):
         records.append(raw, run)
-    pretrained_report(out)
+    print(pretrained_report(out))
     print(f"\nRecords: {raw}")
 
 
-def drawn_runs() -> Iterator[dict[str, Any]]:
+def drawn_runs() -> Iterator[records.Record]:
     """Yields the relative errors of codes of random weights."""
     for name, draw in DRAWS.items():
         draws = [draw(np.random.default_rng(seed)) for seed in range(SEEDS)]
@@ -77,7 +76,7 @@ def drawn_runs() -> Iterator[dict[str, Any]]:
                 }
 
 
-def network_runs(workload: Workload) -> Iterator[dict[str, Any]]:
+def network_runs(workload: Workload) -> Iterator[records.Record]:
     """Yields errors and scores of a network, trained by Adam, then quantised.
 
     Args:
@@ -136,8 +135,7 @@ def train(
         params, state = carry
         batch = workload.batch(workload.train, indices, jax.random.key(0))
         grads = jax.grad(workload.loss)(madax.dequantize_params(params), batch)
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
+        return apply(tx, params, state, grads), None
 
     def run(params, order):
         return jax.lax.scan(step, (params, tx.init(params)), order)[0][0]
@@ -184,11 +182,6 @@ def tails(weights: optax.Params, codes: optax.Params, seed: int) -> dict[str, fl
     }
 
 
-def pretrained_report(folder: Path) -> None:
-    """Writes pretrained.md from the records alone."""
-    print(report(folder, "pretrained", pretrained_table))
-
-
 def pretrained_table(runs: pd.DataFrame) -> str:
     """Returns errors and scores in Markdown, medians over seeds.
 
@@ -206,3 +199,6 @@ def pretrained_table(runs: pd.DataFrame) -> str:
             row[when] = f"{100 * scores['accuracy']:.1f}, {scores['loss']:.3f}"
         rows.append(row)
     return markdown(rows)
+
+
+pretrained_report = Report("pretrained", pretrained_table)

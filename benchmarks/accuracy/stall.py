@@ -1,24 +1,25 @@
 """How far weights move, of how far they should: bfloat16, codes, float32."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pandas as pd
 from matplotlib.figure import Figure
 
 import madax
 from benchmarks.lib import records
-from benchmarks.lib.style import save
+from benchmarks.lib.formats import LOG_8, LOG_16
+from benchmarks.lib.steps import apply
+from benchmarks.lib.style import Report
 
+Rounding = Literal["nearest", "stochastic"]
 STEPS = 10
 RATES = np.logspace(-4, -1, 13)
-LOG_8 = madax.LogFormat.from_dynamic_range(bits=8, ratio=100)
-LOG_16 = madax.LogFormat.from_dynamic_range(bits=16, ratio=1000)
-STORAGES = {
+STORAGES: dict[str, tuple[Callable[[jax.Array], Any], Rounding]] = {
     # name: (how weights are stored, how their steps are rounded)
     "bfloat16, nearest": (lambda w: w.astype(jnp.bfloat16), "nearest"),
     "bfloat16, stochastic": (lambda w: w.astype(jnp.bfloat16), "stochastic"),
@@ -48,9 +49,7 @@ def stall(out: Path = Path("benchmarks/results/stall")) -> None:
     Args:
         out: Folder for stall.png and stall.jsonl.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    raw = out / "stall.jsonl"
-    raw.unlink(missing_ok=True)
+    raw = records.file(out, "stall", fresh=True)
     key_size, key_sign = jax.random.split(jax.random.key(0))
     size = jnp.exp(jax.random.uniform(key_size, (256, 256), minval=-0.7, maxval=0.7))
     weights = size * jax.random.rademacher(key_sign, size.shape, jnp.float32)
@@ -66,7 +65,9 @@ def stall(out: Path = Path("benchmarks/results/stall")) -> None:
     print(f"\nFigure:  {out / 'stall.png'}\nRecords: {raw}")
 
 
-def moved(params: Any, rate: float, rounding: Any) -> float:
+def moved(
+    params: jax.Array | madax.QuantizedArray, rate: float, rounding: Rounding
+) -> float:
     """Returns the mean of how far the weights shrank, in nats.
 
     Args:
@@ -79,19 +80,13 @@ def moved(params: Any, rate: float, rounding: Any) -> float:
     @jax.jit
     def step(params, state):
         grads = jnp.sign(madax.dequantize_params(params, jnp.float32))
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        return apply(tx, params, state, grads)
 
     start, state = params, tx.init(params)
     for _ in range(STEPS):
         params, state = step(params, state)
     before, after = (madax.dequantize_params(p, jnp.float32) for p in (start, params))
     return float(-jnp.mean(jnp.log(after / before)))
-
-
-def stall_report(folder: Path) -> None:
-    """Draws stall.png from the records alone."""
-    save(stall_figure(records.read(folder / "stall.jsonl")), folder / "stall.png")
 
 
 def stall_figure(runs: pd.DataFrame) -> Figure:
@@ -115,3 +110,6 @@ def stall_figure(runs: pd.DataFrame) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend()
     return fig
+
+
+stall_report = Report("stall", figure=stall_figure)

@@ -1,85 +1,43 @@
 """Optimizer state of eight bits against float32, on every workload."""
 
-from pathlib import Path
-from typing import Annotated, NamedTuple
+from dataclasses import replace
 
-import jax
 import optax
 import pandas as pd
-import tyro
 
 import madax
 from benchmarks.lib.analysis import at_best, medians, number, spread
-from benchmarks.lib.optimizers import FORMATS, UNTUNED, Optimizer, cosine, grid
-from benchmarks.lib.profiles import Options
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.contender import Contender, grid, points
+from benchmarks.lib.formats import SYMLOG_8, eight_bit_state
+from benchmarks.lib.optimizers import UNTUNED, muon_madam_8, muon_madam_floor
+from benchmarks.lib.profiles import Flags
+from benchmarks.lib.style import Report, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 
-EIGHT = madax.MomentFormat(8)
-CODES = "symlog 8"
 
-
-class Row(NamedTuple):
-    """A row of the table.
-
-    Attributes:
-      bytes: kept a parameter, in weights and state.
-      optimizer: what is trained.
-      against: the row it is to be as good as; None for those in float32.
-    """
-
-    bytes: int
-    optimizer: Optimizer
-    against: str | None = None
-
-
-def eight_bit(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Stores all of a state but scalars: workloads here are of small leaves."""
-    return madax.with_quantized_state(tx, moment_format=EIGHT, where=not_a_number)
-
-
-def not_a_number(path: str, leaf: jax.ShapeDtypeStruct) -> bool:
-    """Which leaves of a state are stored here."""
-    del path
-    return leaf.ndim > 0
-
-
-def quantize(params: optax.Params) -> optax.Params:
-    """Makes codes of matrices."""
-    return madax.quantize_params(params, FORMATS[CODES])
-
-
-def _adamw8(rate: optax.Schedule) -> optax.GradientTransformation:
-    return eight_bit(optax.adamw(rate))
+def _adamw_8(rate: optax.Schedule) -> optax.GradientTransformation:
+    return eight_bit_state(optax.adamw(rate))
 
 
 def _adamw_codes(rate: optax.Schedule) -> optax.GradientTransformation:
-    return madax.with_quantized_params(_adamw8(rate))
+    return madax.with_quantized_params(_adamw_8(rate))
 
 
-def _direction(rate: optax.Schedule) -> optax.GradientTransformation:
-    return madax.muon_madam(rate, floor=1.0)
-
-
-def _direction_codes(rate: optax.Schedule) -> optax.GradientTransformation:
-    return madax.muon_madam(rate, moment_format=EIGHT)
-
-
-ROWS = {
-    "adamw": Row(12, Optimizer(optax.adamw, 0.003)),
-    "adamw, 8-bit state": Row(6, Optimizer(_adamw8, 0.003), "adamw"),
-    "adamw, 8-bit state and codes": Row(
-        3, Optimizer(_adamw_codes, 0.003, quantize), "adamw"
+CONTENDERS = {
+    "adamw": Contender(optax.adamw, (0.003,), bytes=12),
+    "adamw, 8-bit state": Contender(_adamw_8, (0.003,), bytes=6, against="adamw"),
+    "adamw, 8-bit state and codes": Contender(
+        _adamw_codes, (0.003,), SYMLOG_8, bytes=3, against="adamw"
     ),
-    "muon": Row(8, UNTUNED["muon"]),
-    "muon_madam": Row(8, Optimizer(_direction, 0.03)),
-    "muon_madam, 8-bit moments and codes": Row(
-        2, Optimizer(_direction_codes, 0.03, quantize), "muon_madam"
+    "muon": replace(UNTUNED["muon"], bytes=8),
+    "muon_madam": Contender(muon_madam_floor, (0.03,), bytes=8),
+    "muon_madam, 8-bit moments and codes": Contender(
+        muon_madam_8, (0.03,), SYMLOG_8, bytes=2, against="muon_madam"
     ),
 }
 
 
-def state(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+def state(options: Flags) -> None:
     """Compare optimizer state of eight bits with float32, on every workload.
 
     AdamW with its state in eight bits, on floats and on codes; Muon as optax has it;
@@ -87,17 +45,12 @@ def state(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     parameter. Four rates each, with the same seeds and schedule.
     """
     sweeps = []
-    for name, row in ROWS.items():
+    for name, row in CONTENDERS.items():
         # From half a decade below the rate of the row to a decade above it.
-        rates = grid(row.optimizer.rate, below=1, above=1)[1:]
-        sweeps.append(Sweep(name, row.optimizer, cosine(rates)))
+        rates = grid(row.rate, below=1, above=1)[1:]
+        sweeps.append(Sweep(name, row, points(rates)))
     run_all(options.folder / "state.jsonl", options, options.tasks(), sweeps)
-    state_report(options.folder)
-
-
-def state_report(folder: Path) -> None:
-    """Writes state.md from the records alone."""
-    print(report(folder, "state", state_table))
+    print(state_report(options.folder))
 
 
 def state_table(runs: pd.DataFrame) -> str:
@@ -110,7 +63,7 @@ def state_table(runs: pd.DataFrame) -> str:
     best = at_best(cells).set_index(["workload", "optimizer"])
     lines = []
     for workload in runs["workload"].unique():
-        for name, row in ROWS.items():
+        for name, row in CONTENDERS.items():
             if (workload, name) not in best.index:
                 continue
             cell = best.loc[(workload, name)]
@@ -130,3 +83,6 @@ def state_table(runs: pd.DataFrame) -> str:
                     )
             lines.append(line)
     return markdown(lines)
+
+
+state_report = Report("state", state_table)

@@ -4,7 +4,6 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from optax import contrib
 
 import madax
 from benchmarks.lib import records
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.style import Report, markdown
 from madax.wrappers._state_roles import reasons_for_floats, state_leaves
 
 STEPS, WIDTH, BATCH = 1000, 64, 32
@@ -88,16 +87,14 @@ def survey(out: Path = Path("benchmarks/results/survey")) -> None:
     Args:
         out: Folder for survey.md and survey.jsonl.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    raw = out / "survey.jsonl"
-    raw.unlink(missing_ok=True)
+    raw = records.file(out, "survey", fresh=True)
     for name, make in SURVEY.items():
         record = {"optimizer": name, **fields(make()), **against_floats(make())}
         records.append(raw, record)
-    survey_report(out)
+    print(survey_report(out))
 
 
-def network() -> tuple[Any, Any, Any]:
+def network() -> tuple[optax.Params, jax.Array, jax.Array]:
     """Two matrices and a bias of a network to train; its inputs and noisy targets."""
     rng = np.random.default_rng(0)
 
@@ -115,7 +112,9 @@ def network() -> tuple[Any, Any, Any]:
     return params, x, jnp.tanh(x @ teacher[0]) @ teacher[1] + 0.1 * normal(1024, WIDTH)
 
 
-def against_floats(tx: optax.GradientTransformation, steps: int = STEPS) -> Any:
+def against_floats(
+    tx: optax.GradientTransformation, steps: int = STEPS
+) -> dict[str, float]:
     """Loss and updates with eight bits over those in float32, means of the last tenth.
 
     Args:
@@ -190,11 +189,6 @@ def fields(tx: optax.GradientTransformation) -> dict[str, list[str]]:
     }
 
 
-def survey_report(folder: Path) -> None:
-    """Writes survey.md from the records alone."""
-    print(report(folder, "survey", survey_table))
-
-
 def survey_table(runs: pd.DataFrame) -> str:
     """Returns what is stored of each optimizer, and what it changes, Markdown.
 
@@ -220,3 +214,6 @@ def _by_reason(floats: list[str]) -> str:
         name, reason = text.split(": ", 1)
         names.setdefault(reason, []).append(name)
     return "; ".join(f"{', '.join(of)}: {reason}" for reason, of in names.items())
+
+
+survey_report = Report("survey", survey_table)

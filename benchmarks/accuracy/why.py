@@ -1,22 +1,24 @@
 """Why does Madam lag where it does? One factor at a time."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
 
 import optax
 import pandas as pd
-import tyro
 
 import madax
-from benchmarks.accuracy.state import EIGHT, not_a_number
 from benchmarks.lib import candidates
 from benchmarks.lib.analysis import at_best, change, medians, number
-from benchmarks.lib.optimizers import FORMATS, Optimizer, Schedule, as_trained
-from benchmarks.lib.profiles import LONG, Options
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.contender import Contender, points
+from benchmarks.lib.formats import FORMATS, MOMENTS_8, SYMLOG_8, has_axes
+from benchmarks.lib.optimizers import (
+    madam_8,
+    madam_floor,
+    muon_madam_8,
+    muon_madam_floor,
+)
+from benchmarks.lib.profiles import LONG, Flags
+from benchmarks.lib.style import Report, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 
 BASE = "madam, floor=1"
@@ -51,37 +53,7 @@ FEW = (
 )
 
 
-class Factor(NamedTuple):
-    """One thing that is not as in the base.
-
-    Attributes:
-      make: schedule to the transformation.
-      schedule: of the rate.
-      format: of codes; None for float32.
-      channels: whether each column has a scale of its own.
-      p_scale: the bound on codes, as of ``madax.quantize_params``.
-      evaluated: parameters and optimizer state to the parameters to be scored.
-    """
-
-    make: Callable[[optax.Schedule], optax.GradientTransformation]
-    schedule: Schedule = "cosine"
-    format: str | None = None
-    channels: bool = False
-    p_scale: float | None = None
-    evaluated: Callable[[optax.Params, Any], optax.Params] = as_trained
-
-    def quantize(self, params: optax.Params) -> optax.Params:
-        """Makes codes of matrices, if it is a factor of codes."""
-        if self.format is None:
-            return params
-        axis = -1 if self.channels else None
-        return madax.quantize_params(
-            params, FORMATS[self.format], p_scale=self.p_scale, channel_axis=axis
-        )
-
-
-floored = partial(partial, madax.madam, floor=1.0)
-BASE_TX = floored()
+_codes = partial(Contender, format=SYMLOG_8)
 
 
 def _adam(rate: optax.Schedule, b1: float = 0.9) -> optax.GradientTransformation:
@@ -89,18 +61,14 @@ def _adam(rate: optax.Schedule, b1: float = 0.9) -> optax.GradientTransformation
     return optax.adam(lambda count: 0.1 * rate(count), b1=b1)
 
 
-def _adam_in_3_bytes(rate: optax.Schedule) -> optax.GradientTransformation:
-    return madax.with_quantized_params(
-        _adam(rate), moment_format=EIGHT, moment_where=not_a_number
-    )
-
-
-def _adam_with_feedback(rate: optax.Schedule) -> optax.GradientTransformation:
+def _adam_in_3_bytes(
+    rate: optax.Schedule, *, error_feedback: bool = False
+) -> optax.GradientTransformation:
     return madax.with_quantized_params(
         _adam(rate),
-        moment_format=EIGHT,
-        error_feedback=True,
-        moment_where=not_a_number,
+        moment_format=MOMENTS_8,
+        error_feedback=error_feedback,
+        moment_where=has_axes,
     )
 
 
@@ -113,86 +81,70 @@ def _bounded(rate: optax.Schedule) -> optax.GradientTransformation:
 
 
 FACTORS = {
-    BASE: Factor(BASE_TX),
-    "no floor: the paper's rule": Factor(madax.madam),
-    "floor=0.3": Factor(floored(floor=0.3)),
-    "floor=3": Factor(floored(floor=3.0)),
-    "additive steps: Adam with b1=0": Factor(partial(_adam, b1=0.0)),
-    "warm-up of a tenth": Factor(floored(), "warm-up"),
-    "constant rate": Factor(floored(), "constant"),
-    "b1=0.9": Factor(floored(b1=0.9)),
-    "b1=0.9, warm-up": Factor(floored(b1=0.9), "warm-up"),
-    "b1=b2=0.95": Factor(floored(b1=0.95, b2=0.95)),
-    "b2=0.99": Factor(floored(b2=0.99)),
-    "b2=0.95": Factor(floored(b2=0.95)),
-    "g_bound=3": Factor(floored(g_bound=3.0)),
-    "g_bound=1": Factor(floored(g_bound=1.0)),
-    "directions of rms 1 at most": Factor(_bounded),
-    "p_scale=1": Factor(floored(p_scale=1.0)),
-    "p_scale=10": Factor(floored(p_scale=10.0)),
-    "weight_decay=0.1": Factor(floored(weight_decay=0.1)),
-    "a trained scale for each matrix": Factor(
-        lambda rate: candidates.trained_scales(BASE_TX(rate), rate)
+    BASE: Contender(madam_floor),
+    "no floor: the paper's rule": Contender(madax.madam),
+    "floor=0.3": Contender(partial(madam_floor, floor=0.3)),
+    "floor=3": Contender(partial(madam_floor, floor=3.0)),
+    "additive steps: Adam with b1=0": Contender(partial(_adam, b1=0.0)),
+    "warm-up of a tenth": Contender(madam_floor, schedules=("warm-up",)),
+    "constant rate": Contender(madam_floor, schedules=("constant",)),
+    "b1=0.9": Contender(partial(madam_floor, b1=0.9)),
+    "b1=0.9, warm-up": Contender(partial(madam_floor, b1=0.9), schedules=("warm-up",)),
+    "b1=b2=0.95": Contender(partial(madam_floor, b1=0.95, b2=0.95)),
+    "b2=0.99": Contender(partial(madam_floor, b2=0.99)),
+    "b2=0.95": Contender(partial(madam_floor, b2=0.95)),
+    "g_bound=3": Contender(partial(madam_floor, g_bound=3.0)),
+    "g_bound=1": Contender(partial(madam_floor, g_bound=1.0)),
+    "directions of rms 1 at most": Contender(_bounded),
+    "p_scale=1": Contender(partial(madam_floor, p_scale=1.0)),
+    "p_scale=10": Contender(partial(madam_floor, p_scale=10.0)),
+    "weight_decay=0.1": Contender(partial(madam_floor, weight_decay=0.1)),
+    "a trained scale for each matrix": Contender(
+        lambda rate: candidates.trained_scales(madam_floor(rate), rate)
     ),
-    "a trained scale for each column": Factor(
-        lambda rate: candidates.trained_scales(BASE_TX(rate), rate, columns=True)
+    "a trained scale for each column": Contender(
+        lambda rate: candidates.trained_scales(madam_floor(rate), rate, columns=True)
     ),
-    "matrices keep their norm": Factor(
-        lambda rate: candidates.kept_norms(BASE_TX(rate))
+    "matrices keep their norm": Contender(
+        lambda rate: candidates.kept_norms(madam_floor(rate))
     ),
-    "an additive step before the multiplicative one": Factor(
+    "an additive step before the multiplicative one": Contender(
         candidates.additive_then_multiplicative
     ),
     **{
-        f"gradients at weights with {noise:.0%} of noise": Factor(
-            lambda rate, noise=noise: candidates.with_noise(BASE_TX(rate), noise),
+        f"gradients at weights with {noise:.0%} of noise": Contender(
+            lambda rate, noise=noise: candidates.with_noise(madam_floor(rate), noise),
             evaluated=candidates.without_noise,
         )
         for noise in (0.01, 0.1)
     },
-    "direction of Muon": Factor(partial(madax.muon_madam, floor=1.0)),
-    "direction of Muon, b1=0.9 for the rest": Factor(candidates.muon_and_momentum),
-    "direction of Muon, warm-up": Factor(
-        partial(madax.muon_madam, floor=1.0), "warm-up"
+    "direction of Muon": Contender(muon_madam_floor),
+    "direction of Muon, b1=0.9 for the rest": Contender(candidates.muon_and_momentum),
+    "direction of Muon, warm-up": Contender(muon_madam_floor, schedules=("warm-up",)),
+    "symlog codes, 16 bits": Contender(madax.madam, format=FORMATS["symlog 16"]),
+    "8 bits": _codes(madax.madam),
+    "8 bits, nearest": _codes(partial(madax.madam, rounding="nearest")),
+    "8 bits, nearest at the end": _codes(
+        partial(candidates.nearest_at_the_end, madax.madam)
     ),
-    "symlog codes, 16 bits": Factor(madax.madam, format="symlog 16"),
-    "8 bits": Factor(madax.madam, format="symlog 8"),
-    "8 bits, nearest": Factor(
-        partial(madax.madam, rounding="nearest"), format="symlog 8"
+    "8 bits, a scale for each column": _codes(madax.madam, channel_axis=-1),
+    "8 bits, v too": _codes(madam_8),
+    "8 bits, v too, direction of Muon": _codes(muon_madam_8),
+    "8 bits, v too, direction of Muon, linear_range=0.15": Contender(
+        muon_madam_8, format=FORMATS["finer symlog 8"]
     ),
-    "8 bits, nearest at the end": Factor(
-        partial(candidates.nearest_at_the_end, madax.madam), format="symlog 8"
-    ),
-    "8 bits, a scale for each column": Factor(
-        madax.madam, format="symlog 8", channels=True
-    ),
-    "8 bits, v too": Factor(
-        partial(madax.madam, moment_format=EIGHT), format="symlog 8"
-    ),
-    "8 bits, v too, direction of Muon": Factor(
-        partial(madax.muon_madam, moment_format=EIGHT), format="symlog 8"
-    ),
-    "8 bits, v too, direction of Muon, linear_range=0.15": Factor(
-        partial(madax.muon_madam, moment_format=EIGHT), format="finer symlog 8"
-    ),
-    "direction of Muon, p_scale=10": Factor(
-        partial(madax.muon_madam, floor=1.0, p_scale=10.0)
-    ),
-    "8 bits, v too, direction of Muon, p_scale=10": Factor(
-        partial(madax.muon_madam, moment_format=EIGHT), format="symlog 8", p_scale=10.0
-    ),
-    "Adam": Factor(_adam),
-    "Adam in 3 bytes": Factor(_adam_in_3_bytes, format="symlog 8"),
-    "Adam in 3 bytes, p_scale=10": Factor(
-        _adam_in_3_bytes, format="symlog 8", p_scale=10.0
-    ),
-    "Adam in 3 bytes, p_scale=10, error feedback": Factor(
-        _adam_with_feedback, format="symlog 8", p_scale=10.0
+    "direction of Muon, p_scale=10": Contender(partial(muon_madam_floor, p_scale=10.0)),
+    "8 bits, v too, direction of Muon, p_scale=10": _codes(muon_madam_8, p_scale=10.0),
+    "Adam": Contender(_adam),
+    "Adam in 3 bytes": _codes(_adam_in_3_bytes),
+    "Adam in 3 bytes, p_scale=10": _codes(_adam_in_3_bytes, p_scale=10.0),
+    "Adam in 3 bytes, p_scale=10, error feedback": _codes(
+        partial(_adam_in_3_bytes, error_feedback=True), p_scale=10.0
     ),
 }
 
 
-def why(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+def why(options: Flags) -> None:
     """Change one thing at a time in Madam, where it lags.
 
     On denoising diffusion, a recurrent network, an autoencoder and, some of it, on a
@@ -203,26 +155,17 @@ def why(options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
     for name in options.workloads or RATES:
         tasks = dataclasses.replace(options, workloads=(name,)).tasks()
         run_all(raw, options, tasks, sweeps(name))
-    why_report(options.folder)
+    print(why_report(options.folder))
 
 
 def sweeps(workload: str) -> list[Sweep]:
     """Returns what to run on a workload."""
     rates = RATES.get(workload, RATES["gru"])
     return [
-        Sweep(
-            name,
-            Optimizer(factor.make, rates[1], factor.quantize, factor.evaluated),
-            [{"rate": rate, "schedule": factor.schedule} for rate in rates],
-        )
+        Sweep(name, factor, points(rates, factor.schedules))
         for name, factor in FACTORS.items()
         if workload != LONG or name in FEW
     ]
-
-
-def why_report(folder: Path) -> None:
-    """Writes why.md from the records alone."""
-    print(report(folder, "why", why_table))
 
 
 def why_table(runs: pd.DataFrame) -> str:
@@ -244,3 +187,6 @@ def why_table(runs: pd.DataFrame) -> str:
             row[workload] = f"{text} at {number(cell['rate'])}"
         rows.append(row)
     return markdown(rows)
+
+
+why_report = Report("why", why_table)

@@ -12,6 +12,8 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import jax
+
 from benchmarks.compilers.programs import SIZES
 
 # Compilers answer only in a process that was started with these variables.
@@ -69,7 +71,7 @@ class Chip:
     topology: dict[int, tuple[str, dict[str, Any]]] | None = None
     gpu: dict[str, Any] | None = None
 
-    def devices(self, count: int = 1) -> list[Any]:
+    def devices(self, count: int = 1) -> list[jax.Device]:
         """Returns devices of this chip, on which to put the shapes to compile for."""
         missing = {
             k: v for k, v in ENVIRONMENT.items() if v not in os.environ.get(k, "")
@@ -167,9 +169,10 @@ def compiler(chip: str) -> str | None:
     return None
 
 
-def footprint(compiled: Any) -> dict[str, int]:
+def footprint(compiled: jax.stages.Compiled) -> dict[str, int]:
     """Returns what a compiled program takes of each device's memory, in bytes."""
     used = compiled.memory_analysis()
+    assert used is not None
     return {
         "arguments": used.argument_size_in_bytes,
         "temporaries": used.temp_size_in_bytes,

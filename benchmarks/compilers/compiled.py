@@ -8,16 +8,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 import tyro
-from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 import madax
@@ -26,67 +24,67 @@ from benchmarks.compilers.chips import CHIPS, ENVIRONMENT, compiler, footprint
 from benchmarks.compilers.compiled_report import compiled_report
 from benchmarks.lib import records
 from benchmarks.lib.choices import check_choices
-from benchmarks.lib.rows import BASELINE, LOG_8, RIVALS, ROWS, V_8, Row
+from benchmarks.lib.contender import Contender
+from benchmarks.lib.formats import LOG_8, MOMENTS_8
+from benchmarks.lib.optimizers import BASELINE, RIVALS, TIMED, UNTUNED, codes_adam
+from benchmarks.lib.steps import ShapedStep, Tree, nbytes
 from benchmarks.models import gpt2
-from benchmarks.systems import memory
 
+_fed_back = partial(codes_adam, error_feedback=True)
+_fed_back_8 = partial(_fed_back, moment_format=MOMENTS_8)
 # With rows that take too long to be timed as well.
-OPTIMIZERS = ROWS | {
-    "madam, floor, b1": Row(madax.madam(floor=1.0, b1=0.9)),
-    "lns_madam": Row(madax.papers.lns_madam()),
-    "native 8 adam, error feedback": Row(
-        madax.with_quantized_params(optax.adam(1e-3), error_feedback=True),
-        LOG_8,
-        grads=jnp.bfloat16,
+OPTIMIZERS = TIMED | {
+    "madam, floor, b1": UNTUNED["madam floor b1"],
+    "lns_madam": Contender(madax.papers.lns_madam, (2**-7,)),
+    "native 8 adam, error feedback": Contender(
+        _fed_back, (1e-3,), LOG_8, grads=jnp.bfloat16
     ),
-    "native 8 adam, 8-bit state, error feedback": Row(
-        madax.with_quantized_params(
-            optax.adam(1e-3), moment_format=V_8, error_feedback=True
-        ),
-        LOG_8,
-        grads=jnp.bfloat16,
+    "native 8 adam, 8-bit state, error feedback": Contender(
+        _fed_back_8, (1e-3,), LOG_8, grads=jnp.bfloat16
     ),
     **RIVALS,
 }
 MAIN = (BASELINE, "madam", "native 16", "native 8, 8-bit v", "native 8 adam")
 
-# Shapes of parameters, of the state, of gradients or tokens; and the step.
-Work = tuple[Any, Any, Any, Callable[..., Any]]
 
-
-def leaves(count: int, row: Row) -> Work:
+def leaves(count: int, contender: Contender) -> ShapedStep:
     """Returns the step alone, of 16.8 M parameters in matrices of one size."""
     weights = [jax.ShapeDtypeStruct((2**16 // count, 256), jnp.float32)] * count
-    return _alone(row, row.quantize, weights)
+    return _alone(contender, contender.store, weights)
 
 
-def transformer(size: str, row: Row) -> Work:
+def transformer(size: str, contender: Contender) -> ShapedStep:
     """Returns the step alone, of all leaves of a network."""
     weights = jax.eval_shape(partial(gpt2.init, gpt2.SIZES[size], jax.random.key(0)))
-    return _alone(row, row.quantize, weights)
+    return _alone(contender, contender.store, weights)
 
 
-def stacked(size: str, row: Row) -> Work:
+def stacked(size: str, contender: Contender) -> ShapedStep:
     """Returns the step alone, of a network whose layers are stacked."""
-    model = nnx.eval_shape(lambda: gpt2.GPT2(gpt2.SIZES[size], nnx.Rngs(0)))
-    return _alone(row, row.quantize_stack, madax.split_layers(model, "blocks").params)
+    weights = madax.split_layers(gpt2.shaped(gpt2.SIZES[size]), "blocks").params
+    return _alone(contender, contender.store_stack, weights)
 
 
-def _alone(row: Row, quantize: Callable[[Any], Any], weights: Any) -> Work:
-    params = jax.eval_shape(quantize, weights)
-    grads = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, row.grads), weights)
-    return params, jax.eval_shape(row.tx.init, params), grads, row.step
+def _alone(
+    contender: Contender,
+    store: Callable[[Tree], Tree],
+    weights: Tree,
+) -> ShapedStep:
+    params = jax.eval_shape(store, weights)
+    grads = jax.tree.map(
+        lambda w: jax.ShapeDtypeStruct(w.shape, contender.grads), weights
+    )
+    state = jax.eval_shape(contender.tx.init, params)
+    return ShapedStep(params, state, grads, contender.step)
 
 
-def train_step(size: str, batch: int, length: int, row: Row) -> Work:
+def train_step(size: str, batch: int, length: int, contender: Contender) -> ShapedStep:
     """Returns a whole train step."""
-    work = memory.whole_work(row, gpt2.SIZES[size], batch, length)
-    params, state, step, tokens = work
-    return params, state, tokens, step
+    return gpt2.whole_step(contender, gpt2.SIZES[size], batch, length)
 
 
 TRAIN = "train step of GPT-2 124M"
-TREES: dict[str, Callable[[Row], Work]] = {
+TREES: dict[str, Callable[[Contender], ShapedStep]] = {
     "1 leaf": partial(leaves, 1),
     "4 leaves": partial(leaves, 4),
     "GPT-2 124M": partial(transformer, "124M"),
@@ -113,8 +111,8 @@ class Job:
 def jobs(profile: str) -> Iterator[Job]:
     """Yields what to compile, what matters most first."""
 
-    def each(chips: Any, trees: Any, names: Any) -> Iterator[Job]:
-        return (Job(*these) for these in itertools.product(chips, trees, names))
+    def each(*names: Iterable[str]) -> Iterator[Job]:
+        return (Job(*these) for these in itertools.product(*names))
 
     if profile == "smoke":
         yield from each(["CPU"], ["4 leaves"], MAIN[:2])
@@ -152,8 +150,7 @@ def compiled(
         trees: Some of the profile's parameters to compile steps of; all by default.
         optimizers: Some of the profile's; all by default.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    raw = out / "compiled.jsonl"
+    raw = records.file(out, "compiled")
     wanted = list(dict.fromkeys(jobs(profile)))
     for field, names in (("chip", chips), ("tree", trees), ("optimizer", optimizers)):
         known = sorted({getattr(job, field) for job in wanted})
@@ -200,27 +197,27 @@ def compile_all(raw: Path, jobs: Sequence[Job]) -> None:
 
 
 @functools.cache
-def _sharding(chip: str) -> Any:
+def _sharding(chip: str) -> SingleDeviceSharding:
     """Returns where shapes are put, with its compiler loaded."""
     device = jax.devices("cpu")[0] if chip == "CPU" else CHIPS[chip].devices()[0]
     sharding = SingleDeviceSharding(device)
-    measure(leaves(1, ROWS["sgd"]), sharding)
+    measure(leaves(1, TIMED["sgd"]), sharding)
     return sharding
 
 
-def measure(work: Work, sharding: Any) -> dict[str, Any]:
+def measure(step: ShapedStep, sharding: SingleDeviceSharding) -> records.Record:
     """Compiles a step, for shapes on that device, and returns what can be told of it.
 
     Returns:
       Numbers of ``parameters``, of ``leaves`` and of operations in ``stablehlo``; the
       ``floor``, bytes of what must be read or written; ``lowering_s``, ``compile_s``
       and ``cpu_s``, processor seconds of both, each the least of up to three times;
-      those of ``programs.Work`` and of ``chips.footprint``.
+      those of ``programs.Counts`` and of ``chips.footprint``.
     """
     times: list[tuple[float, float, float]] = []
     while True:
         processor, begin = sum(os.times()[:4]), time.perf_counter()
-        lowered = lower(work, sharding)
+        lowered = step.lower(sharding)
         middle = time.perf_counter()
         program = lowered.compile()
         end = time.perf_counter()
@@ -229,40 +226,25 @@ def measure(work: Work, sharding: Any) -> dict[str, Any]:
         if len(times) == 3 or sum(t[0] + t[1] for t in times) >= 2:
             break
     lowering, compiling, processor = map(min, zip(*times, strict=True))
-    params, state, data, _ = work
     weights = jax.tree.leaves(
-        params, is_leaf=lambda x: isinstance(x, madax.QuantizedArray)
+        step.params, is_leaf=lambda x: isinstance(x, madax.QuantizedArray)
     )
     return {
         "parameters": sum(w.size for w in weights),
         "leaves": len(weights),
-        "floor": 2 * _nbytes((params, state)) + _nbytes(data),
+        "floor": 2 * nbytes((step.params, step.state)) + nbytes(step.data),
         "stablehlo": stablehlo(lowered),
         "lowering_s": round(lowering, 3),
         "compile_s": round(compiling, 3),
         "cpu_s": round(processor, 3),
-        **dataclasses.asdict(programs.work(program.as_text() or "")),
+        **dataclasses.asdict(programs.count(program.as_text() or "")),
         **footprint(program),
     }
 
 
-def lower(work: Work, sharding: Any) -> Any:
-    """Returns the step as it goes to the compiler; JAX caches nothing of it."""
-    *args, step = work
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
-    )
-    # The function is a new one each time, or JAX would know its result.
-    return jax.jit(lambda *x: step(*x), donate_argnums=(0, 1)).lower(*shapes)
-
-
-def stablehlo(lowered: Any) -> int:
+def stablehlo(lowered: jax.stages.Lowered) -> int:
     """Returns the number of operations that the compiler is given."""
     return lowered.as_text().count(" stablehlo.")
-
-
-def _nbytes(tree: Any) -> int:
-    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import cycle
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,17 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.lib.rows import BASELINE
-from benchmarks.lib.style import STYLES, legend, markdown, report
+from benchmarks.lib.optimizers import BASELINE
+from benchmarks.lib.records import Record
+from benchmarks.lib.style import STYLES, Report, legend, markdown
 
 CAPTION = "compiled for, not run"
 # In the order of the figure, a colour and a marker each.
 CHIPS = ("TPU v5e", "H100", "CPU", "TPU v5p", "TPU v6e", "H200", "B200")
-
-
-def compiled_report(folder: Path) -> str:
-    """Writes the table and the figure from a folder's records; returns the table."""
-    return report(folder, "compiled", compiled_table, compiled_figure)
 
 
 def compiled_table(runs: pd.DataFrame) -> str:
@@ -64,7 +58,7 @@ def _section(tree: str, group: pd.DataFrame) -> str:
     return text
 
 
-def _row(run: Any, adam: Any, is_step: bool) -> dict[str, str]:
+def _row(run: Record, adam: Record | None, is_step: bool) -> dict[str, str]:
     def ratio(name: str) -> str:
         return "-" if adam is None else f"{run[name] / adam[name]:.2f}"
 
@@ -146,3 +140,6 @@ def _points(
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
+
+
+compiled_report = Report("compiled", compiled_table, compiled_figure)

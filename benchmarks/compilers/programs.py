@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
 
 SIZES = {"s8": 1, "u8": 1, "pred": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 SIZES |= {"s64": 8, "u64": 8, "f64": 8, "token": 0}
@@ -30,7 +29,7 @@ _TRANSCENDENTAL = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class Counts:
     """What a program, or a part of it, does.
 
     Attributes:
@@ -51,12 +50,12 @@ class Work:
     cycles: int = 0
     foreign: int = 0
 
-    def __add__(self, other: "Work") -> "Work":
+    def __add__(self, other: "Counts") -> "Counts":
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Work(*(a + b for a, b in pairs))
+        return Counts(*(a + b for a, b in pairs))
 
-    def __mul__(self, times: int) -> "Work":
-        return Work(*(times * x for x in dataclasses.astuple(self)))
+    def __mul__(self, times: int) -> "Counts":
+        return Counts(*(times * x for x in dataclasses.astuple(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +88,19 @@ class _Instruction:
         return int(found[1]) if found else otherwise
 
 
-def work(text: str) -> Work:
+_Computation = dict[str, _Instruction]
+_Computations = dict[str, _Computation]
+
+
+def count(text: str) -> Counts:
     """Returns what a program does.
 
     Args:
       text: of the compiled program, as by ``compiled.as_text()``. Of a conditional it
         counts the branch that moves less, which is what branches are there for.
     """
-    computations: dict[str, dict[str, _Instruction]] = {}
-    here: dict[str, _Instruction] = {}
+    computations: _Computations = {}
+    here: _Computation = {}
     entry = ""
     for line in text.splitlines():
         if head := _HEAD.match(line):
@@ -108,12 +111,12 @@ def work(text: str) -> Work:
     return _of_computation(computations, entry)
 
 
-def _of_computation(computations: Any, name: str) -> Work:
+def _of_computation(computations: _Computations, name: str) -> Counts:
     here = computations[name]
-    return sum((_of_one(computations, here, x) for x in here.values()), Work())
+    return sum((_of_one(computations, here, x) for x in here.values()), Counts())
 
 
-def _of_one(computations: Any, here: Any, x: _Instruction) -> Work:
+def _of_one(computations: _Computations, here: _Computation, x: _Instruction) -> Counts:
     """What an instruction outside of kernels does."""
     if x.opcode == "call":
         (name,) = x.called("to_apply")
@@ -126,15 +129,15 @@ def _of_one(computations: Any, here: Any, x: _Instruction) -> Work:
         branches = [_of_computation(computations, name) for name in names]
         return min(branches, key=lambda w: (w.bytes, w.kernels))
     if x.opcode in _NAMES or x.opcode.endswith("-done"):
-        return Work()
+        return Counts()
     if x.opcode.endswith("-start"):
-        return Work(bytes=_copied(x.type))
+        return Counts(bytes=_copied(x.type))
     on_tpu = ":T(" in x.type
     if on_tpu and (
         "ConcatBitcast" in x.rest or (x.opcode != "fusion" and _is_scalar(x))
     ):
-        return Work()
-    return Work(
+        return Counts()
+    return Counts(
         kernels=1,
         bytes=_read(computations, x, here) + _nbytes(x.type),
         operations=_operations(computations, x, here),
@@ -143,7 +146,7 @@ def _of_one(computations: Any, here: Any, x: _Instruction) -> Work:
     )
 
 
-def _read(computations: Any, x: _Instruction, here: Any) -> int:
+def _read(computations: _Computations, x: _Instruction, here: _Computation) -> int:
     """Bytes that a kernel reads from main memory."""
     read = {o: _nbytes(here[o].type) for o in x.operands if o in here}
     if x.opcode == "fusion":
@@ -158,7 +161,9 @@ def _read(computations: Any, x: _Instruction, here: Any) -> int:
     return sum(read.values())
 
 
-def _operations(computations: Any, x: _Instruction, here: Any) -> int:
+def _operations(
+    computations: _Computations, x: _Instruction, here: _Computation
+) -> int:
     """Operations on elements, those of the computations that it calls included."""
     if x.opcode in ("fusion", "call"):
         bodies = [computations[name] for name in x.called("calls", "to_apply")]

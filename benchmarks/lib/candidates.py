@@ -5,13 +5,13 @@ Only matrices have scales and norms of their own.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import madax
+from benchmarks.lib.steps import Tree
 
 
 def _matrices(fn: Callable[..., jax.Array], *trees: optax.Params) -> optax.Params:
@@ -44,7 +44,7 @@ def trained_scales(
     def init_fn(params):
         return inner.init(params), steps.init(totals(params, params))
 
-    def update_fn(updates, state, params: Any = None):
+    def update_fn(updates, state, params: Tree = None):
         logs, scales = steps.update(totals(updates, params), state[1])
         updates, state = inner.update(updates, state[0], params)
         after = optax.apply_updates(params, updates)
@@ -63,7 +63,7 @@ def kept_norms(inner: optax.GradientTransformation) -> optax.GradientTransformat
     def init_fn(params):
         return inner.init(params), norms(params)
 
-    def update_fn(updates, state, params: Any = None):
+    def update_fn(updates, state, params: Tree = None):
         updates, inner_state = inner.update(updates, state[0], params)
         after = optax.apply_updates(params, updates)
         after = _matrices(lambda w, a, b: w * (a / b), after, state[1], norms(after))
@@ -81,7 +81,7 @@ def nearest_at_the_end(
     def init_fn(params):
         return stochastic.init(params), jnp.zeros([], jnp.int32)
 
-    def update_fn(updates, state, params: Any = None):
+    def update_fn(updates, state, params: Tree = None):
         state, count = state
         early, after = stochastic.update(updates, state, params)
         late, _ = nearest.update(updates, state, params)
@@ -103,7 +103,7 @@ def with_noise(
     def init_fn(params):
         return params, inner.init(params), jnp.zeros([], jnp.int32)
 
-    def update_fn(updates, state, params: Any = None):
+    def update_fn(updates, state, params: Tree = None):
         mean, inner_state, count = state
         updates, inner_state = inner.update(updates, inner_state, mean)
         mean = optax.apply_updates(mean, updates)
@@ -114,7 +114,7 @@ def with_noise(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def without_noise(params: optax.Params, state: Any) -> optax.Params:
+def without_noise(params: optax.Params, state: Tree) -> optax.Params:
     """The parameters to be scored, those of :func:`with_noise` without its noise."""
     del params
     return state[0]
@@ -123,7 +123,7 @@ def without_noise(params: optax.Params, state: Any) -> optax.Params:
 def additive_then_multiplicative(rate: optax.Schedule) -> optax.GradientTransformation:
     """A step that adds, and one that multiplies, by the same direction, as in HAM."""
 
-    def update_fn(updates, state, params: Any = None):
+    def update_fn(updates, state, params: Tree = None):
         def step(w, d):
             moved = w + 0.1 * d  # A typical weight is of that size.
             return moved * jnp.exp(jnp.sign(w) * d) - w

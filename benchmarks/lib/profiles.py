@@ -1,9 +1,11 @@
 """Profiles: the sizes of workloads for a smoke test, a laptop and a GPU."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from benchmarks.lib.analysis import DEPTH
 from benchmarks.lib.choices import check_choices
@@ -325,17 +327,18 @@ class Options:
         """The file of records."""
         return self.folder / "runs.jsonl"
 
-    def tasks(self, names: Sequence[str] = EIGHT) -> list[Task]:
+    def tasks(self, *, every: bool = False) -> list[Task]:
         """Returns the workloads to run.
 
         Args:
-          names: those to run where the user names none.
+          every: whether to run all of the profile, not the first eight, where the user
+            names none.
         """
         tasks = TASKS[self.profile]
         check_choices("workloads", self.workloads, tasks)
         if self.profile == "smoke" and not self.workloads:
             return [tasks[name] for name in SMOKE]
-        return [tasks[name] for name in self.workloads or names]
+        return [tasks[name] for name in self.workloads or (tasks if every else EIGHT)]
 
     def depths(self) -> list[Task]:
         """Returns the coordinate MLP at every depth of the profile."""
@@ -347,3 +350,6 @@ class Options:
             )
             for depth in DEPTHS[self.profile]
         ]
+
+
+Flags = Annotated[Options, tyro.conf.arg(name="")]  # As a command takes them.

@@ -13,8 +13,30 @@ from typing import Any
 import jax
 import pandas as pd
 
+Record = dict[Any, Any]  # From names to what JSON can hold.
 
-def append(path: Path, *records: dict[str, Any]) -> None:
+
+def file(folder: Path, name: str, *, fresh: bool = False) -> Path:
+    """Returns the file of records of that name, its folder made if missing.
+
+    Args:
+      folder: where it is.
+      name: without its suffix.
+      fresh: whether to remove what is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    if fresh:
+        path.unlink(missing_ok=True)
+    return path
+
+
+def device_name() -> str:
+    """Returns the kind of the first device, fit for the name of a file."""
+    return jax.devices()[0].device_kind.lower().replace(" ", "-")
+
+
+def append(path: Path, *records: Record) -> None:
     """Appends runs to the file, with the environment they ran in.
 
     Args:
@@ -35,13 +57,13 @@ def read(path: Path) -> pd.DataFrame:
     return pd.DataFrame(_load(path))
 
 
-def remove(path: Path, is_stale: Callable[[dict[str, Any]], bool]) -> None:
+def remove(path: Path, is_stale: Callable[[Record], bool]) -> None:
     """Removes the runs of which ``is_stale`` is true, to be made anew."""
     kept = [run for run in _load(path) if not is_stale(run)]
     path.write_text("".join(f"{json.dumps(run)}\n" for run in kept), encoding="utf-8")
 
 
-def _load(path: Path) -> list[dict[str, Any]]:
+def _load(path: Path) -> list[Record]:
     """Returns the runs, without a last line that a killed process left unfinished."""
     if not path.exists():
         return []
@@ -100,7 +122,7 @@ def _strict(value: Any) -> Any:
     return value
 
 
-def find(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def find(path: Path, settings: Mapping[str, Any]) -> list[Record]:
     """Returns the runs in the file that have all these settings."""
     # Runs from before there was a choice of schedules do not name one.
     runs = [{"schedule": "cosine"} | run for run in _load(path)]

@@ -1,8 +1,9 @@
 """How figures and tables look: lines told apart without colour, too, one legend."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -32,7 +33,9 @@ def legend(
     panels: Iterable[Axes] | None = None,
     *,
     columns: int | None = None,
-    loc: Any = "outside lower center",
+    loc: Literal[
+        "outside lower center", "outside right upper", "outside right lower"
+    ] = "outside lower center",
 ) -> None:
     """Puts one legend for several panels, what they share in it once.
 
@@ -54,28 +57,42 @@ def legend(
     )
 
 
-def save(fig: Figure, path: Path) -> None:
-    """Writes a figure into an image file."""
-    fig.savefig(path, dpi=150)
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Writes the table and the figure of a folder's records, from those alone.
 
+    Attributes:
+      name: of the files; ``name.md`` and ``name.png`` are written.
+      table: what is read to the table, in Markdown.
+      figure: what is read to the figure.
+      source: name of the file of records; None for ``name``.
+      cells: records to what the table and the figure are made of.
+    """
 
-def report(
-    folder: Path,
-    name: str,
-    table: Callable[[pd.DataFrame], str],
-    figure: Callable[[pd.DataFrame], Figure] | None = None,
-) -> str:
-    """Writes the table and the figure of a folder's records; returns the table."""
-    runs = records.read(folder / f"{name}.jsonl")
-    text = f"{table(runs).rstrip()}\n"
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    if figure is not None:
-        save(figure(runs), folder / f"{name}.png")
-    return text
+    name: str
+    table: Callable[[pd.DataFrame], str] | None = None
+    figure: Callable[[pd.DataFrame], Figure] | None = None
+    source: str | None = None
+    cells: Callable[[pd.DataFrame], pd.DataFrame] | None = None
+
+    def __call__(self, folder: Path) -> str:
+        """Returns the table; nothing is written where there are no cells for it."""
+        runs = records.read(folder / f"{self.source or self.name}.jsonl")
+        if self.cells is not None:
+            runs = self.cells(runs)
+            if runs.empty:
+                return ""
+        text = ""
+        if self.table is not None:
+            text = f"{self.table(runs).rstrip()}\n"
+            (folder / f"{self.name}.md").write_text(text, encoding="utf-8")
+        if self.figure is not None:
+            self.figure(runs).savefig(folder / f"{self.name}.png", dpi=150)
+        return text
 
 
 def markdown(
-    rows: Sequence[dict[str, Any]] | pd.DataFrame, *, numbers: bool = False
+    rows: Sequence[records.Record] | pd.DataFrame, *, numbers: bool = False
 ) -> str:
     """Returns rows of text as a Markdown table.
 

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.lib import records
-from benchmarks.lib.optimizers import Optimizer, Point
+from benchmarks.lib.contender import Contender, Point
 from benchmarks.lib.profiles import Options, Task
 from benchmarks.lib.train import Budget, train
 from benchmarks.workloads import Workload
 
 
 class Sweep(NamedTuple):
-    """The runs of one optimizer on one workload, in one compiled program."""
+    """The runs of a contender on one workload, in one compiled program."""
 
     optimizer: str
-    row: Optimizer
+    contender: Contender
     points: Sequence[Point]
 
 
@@ -50,7 +50,9 @@ def run_missing(
         return
     points = [sweep.points[i] for i in missing]
     label = f"{workload.name}, {sweep.optimizer}"
-    runs = train(workload, sweep.row, points, budget, label=label, at_once=at_once)
+    runs = train(
+        workload, sweep.contender, points, budget, label=label, at_once=at_once
+    )
     new = [
         fixed | run
         for i, run in zip(missing * budget.seeds, runs, strict=True)

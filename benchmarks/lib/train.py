@@ -4,7 +4,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,9 @@ import optax
 from tqdm import tqdm
 
 import madax
-from benchmarks.lib.optimizers import Optimizer, Point, hyperparameters
+from benchmarks.lib import records
+from benchmarks.lib.contender import Contender, Point, hyperparameters
+from benchmarks.lib.steps import Tree, apply
 from benchmarks.workloads import Workload
 
 
@@ -43,18 +44,18 @@ class Budget:
 
 def train(
     workload: Workload,
-    optimizer: Optimizer,
+    contender: Contender,
     points: Sequence[Point],
     budget: Budget,
     *,
     label: str,
     at_once: int = 32,
-) -> list[dict[str, Any]]:
+) -> list[records.Record]:
     """Trains once for every seed and point.
 
     Args:
       workload: what to train.
-      optimizer: row of the table of optimizers; its default rate is not used.
+      contender: what to train it with; its own rates are not used.
       points: hyperparameters, with the same keys in all.
       budget: length and number of runs.
       label: name on the progress bar.
@@ -74,7 +75,7 @@ def train(
         name: jnp.array([hyperparameters(point)[name] for point in points], float)
         for name in hyperparameters(points[0])
     }
-    start_all, advance_all = _programs(workload, optimizer, budget.steps, chunk)
+    start_all, advance_all = _programs(workload, contender, budget.steps, chunk)
     seeds = range(budget.seeds)
     weights = [workload.init(jax.random.key(seed)) for seed in seeds]
     carry = start_all(jax.tree.map(lambda *x: jnp.stack(x), *weights), values)
@@ -94,23 +95,23 @@ def train(
 
 
 def _programs(
-    workload: Workload, optimizer: Optimizer, steps: int, chunk: int
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    workload: Workload, contender: Contender, steps: int, chunk: int
+) -> tuple[Callable[..., Tree], Callable[..., tuple]]:
     """Returns two compiled functions, for all seeds and points.
 
     The first starts runs; the second trains to the next evaluation, and measures.
     """
 
     def start(weights, point):
-        params = optimizer.quantize(weights)
-        return params, optimizer.transform(point, steps).init(params)
+        params = contender.store(weights)
+        return params, contender.transform(point, steps).init(params)
 
     def every_point(carry, points, order, data):
         # A seed's points share its batches, so those are gathered once.
         def one(now):
             carry, point = now
-            tx = optimizer.transform(point, steps)
-            return _advance(workload, optimizer, tx, carry, order, data)
+            tx = contender.transform(point, steps)
+            return _advance(workload, contender, tx, carry, order, data)
 
         return jax.lax.map(one, (carry, points), batch_size=chunk)
 
@@ -121,12 +122,12 @@ def _programs(
 
 def _advance(
     workload: Workload,
-    optimizer: Optimizer,
+    contender: Contender,
     tx: optax.GradientTransformation,
-    carry: Any,
+    carry: Tree,
     order: tuple[jax.Array, jax.Array],
-    data: tuple[Any, Any],
-) -> tuple[Any, dict[str, jax.Array]]:
+    data: tuple[Tree, Tree],
+) -> tuple[Tree, dict[str, jax.Array]]:
     """Trains one run on some batches; returns what it carries on, and its scores."""
 
     def step(carry, now):
@@ -136,11 +137,10 @@ def _advance(
         # Stored codes, if any, are trained; the loss is a function of their values.
         weights = madax.dequantize_params(params)
         loss, grads = jax.value_and_grad(workload.loss)(weights, batch)
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), loss
+        return apply(tx, params, state, grads), loss
 
     carry, losses = jax.lax.scan(step, carry, order)
-    weights = madax.dequantize_params(optimizer.evaluated(*carry))
+    weights = madax.dequantize_params(contender.evaluated(*carry))
     finite = [jnp.isfinite(x).all() for x in jax.tree.leaves((weights, losses))]
     return carry, {
         "loss": losses.mean(),
@@ -174,7 +174,7 @@ def data_order(
 
 def _runs(
     measured, points: Sequence[Point], budget: Budget, workload: Workload
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[records.Record]:
     """Takes the measurements, one item per evaluation, apart into runs."""
     # Arrays of shape (evaluations, seeds, points).
     arrays = {name: np.stack([now[name] for now in measured]) for name in measured[0]}

@@ -10,6 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+
+import madax
+from benchmarks.lib.steps import Functions, apply
 
 Params = dict[str, Any]
 QUERIES = 512  # Attended at a time.
@@ -136,7 +140,9 @@ def cross_entropy(x: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Arra
     return _cross_entropy_forward(x, head, targets)[0]
 
 
-def _cross_entropy_forward(x: jax.Array, head: jax.Array, targets: jax.Array) -> Any:
+def _cross_entropy_forward(
+    x: jax.Array, head: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     def add(carry, now):
         total, picked = carry
         first, part = now
@@ -151,7 +157,9 @@ def _cross_entropy_forward(x: jax.Array, head: jax.Array, targets: jax.Array) ->
     return jnp.sum(total - picked), (x, head, targets, total)
 
 
-def _cross_entropy_backward(kept: Any, g: jax.Array) -> Any:
+def _cross_entropy_backward(
+    kept: tuple[jax.Array, ...], g: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     x, head, targets, total = kept
 
     def add(dx, now):
@@ -183,6 +191,34 @@ def whole_loss(size: Size, params: Params, tokens: jax.Array) -> jax.Array:
     one = jax.checkpoint(lambda x, w: (layer(size, w, x), None))
     x, _ = jax.lax.scan(one, embed(params["ends"], tokens), params["layers"])
     return loss(params["ends"], x, tokens)
+
+
+def layerwise(
+    size: Size, tx: optax.GradientTransformation, **options: Any
+) -> Functions:
+    """Returns ``madax.layerwise`` of the network, with options of that."""
+    return madax.layerwise(tx, embed, partial(layer, size), loss, **options)
+
+
+def ordinary(
+    size: Size,
+    tx: optax.GradientTransformation,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> Functions:
+    """Returns the usual step: decode all weights, take all gradients, then update.
+
+    Args:
+      size: of the network.
+      tx: the optimizer.
+      dtype: of the weights in the network; None for their own.
+    """
+
+    def step(params, state, batch):
+        values = madax.dequantize_params(params, dtype)
+        value, grads = jax.value_and_grad(partial(whole_loss, size))(values, batch)
+        return *apply(tx, params, state, grads), value
+
+    return tx.init, step
 
 
 def logits(size: Size, params: Params, tokens: jax.Array) -> jax.Array:

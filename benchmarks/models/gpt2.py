@@ -1,14 +1,16 @@
-"""A decoder-only Transformer in the shape of GPT-2, to measure speed and memory on."""
+"""A decoder-only Transformer in the shape of GPT-2, and train steps to measure."""
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+import madax
+from benchmarks.lib.contender import Contender
+from benchmarks.lib.steps import ShapedStep, Step, Tree
 from benchmarks.workloads.attention import Block
 
 
@@ -61,14 +63,14 @@ class GPT2(nnx.Module):
         return self.tokens.attend(self.norm(x))
 
 
-def init(size: Size, key: jax.Array) -> dict[str, Any]:
+def init(size: Size, key: jax.Array) -> Tree:
     """Returns the parameters, float32."""
     return nnx.to_pure_dict(nnx.state(GPT2(size, nnx.Rngs(key)), nnx.Param))
 
 
 def loss(size: Size, params: optax.Params, tokens: jax.Array) -> jax.Array:
     """Returns the mean nats per token, of sequences of shape (batch, length + 1)."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: GPT2(size, nnx.Rngs(0))))
+    graph = nnx.graphdef(shaped(size))
     return cross_entropy(nnx.merge(graph, params)(tokens[:, :-1]), tokens[:, 1:])
 
 
@@ -76,3 +78,54 @@ def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """Returns the mean nats per token, computed in float32."""
     logits = logits.astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()
+
+
+def train_step(
+    size: Size, batch: int, length: int, contender: Contender, weights: Tree = None
+) -> tuple[Step, jax.Array]:
+    """Returns a whole train step, forwards and backwards too, and its tokens."""
+    del weights
+    shape = (batch, length + 1)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, size.vocabulary)
+
+    def step(params, state, tokens):
+        decoded = madax.dequantize_params(params, contender.grads)
+        grads = jax.grad(partial(loss, size))(decoded, tokens)
+        return contender.step(params, state, grads)
+
+    return step, tokens
+
+
+def whole_step(contender: Contender, size: Size, batch: int, length: int) -> ShapedStep:
+    """Returns the usual train step, which decodes all weights first."""
+    weights = jax.eval_shape(partial(init, size, jax.random.key(0)))
+    step, tokens = train_step(size, batch, length, contender)
+    params = jax.eval_shape(contender.store, weights)
+    return ShapedStep(params, jax.eval_shape(contender.tx.init, params), tokens, step)
+
+
+def layerwise_step(
+    contender: Contender, size: Size, batch: int, length: int
+) -> ShapedStep:
+    """Returns a train step by ``madax.layerwise``."""
+    split = madax.split_layers(shaped(size), "blocks")
+
+    def loss(ends, x, tokens):
+        return cross_entropy(split.ends(ends).logits(x), tokens[:, 1:])
+
+    dtype = contender.grads
+    run = madax.layerwise(
+        contender.tx,
+        lambda ends, tokens: split.ends(ends).embed(tokens[:, :-1]).astype(dtype),
+        split.layer,
+        loss,
+        dtype=dtype,
+    )
+    params = jax.eval_shape(contender.store_stack, split.params)
+    tokens = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
+    return ShapedStep(params, jax.eval_shape(run.init, params), tokens, run.step)
+
+
+def shaped(size: Size) -> GPT2:
+    """Returns the network with shapes in the place of arrays."""
+    return nnx.eval_shape(lambda: GPT2(size, nnx.Rngs(0)))

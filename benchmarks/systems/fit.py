@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import madax
 from benchmarks.compilers.chips import (
     CHIPS,
     ENVIRONMENT,
@@ -30,8 +29,12 @@ from benchmarks.compilers.chips import (
     needed,
 )
 from benchmarks.lib import records
-from benchmarks.lib.rows import SYMLOG_8, V_8
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.contender import Contender
+from benchmarks.lib.formats import SYMLOG_8
+from benchmarks.lib.optimizers import madam_8
+from benchmarks.lib.records import Record
+from benchmarks.lib.steps import Functions, Step, Tree
+from benchmarks.lib.style import Report, markdown
 from benchmarks.models import decoder
 
 # The bytes per parameter of AdamW, whatever the chip: parameters, moments and gradients
@@ -44,7 +47,13 @@ WAYS: dict[Way, str] = {
     "adam": "optax.adam float32, jax.checkpoint",
     "mixed": "optax.adamw mixed precision, jax.checkpoint",
 }
-FLOATS = ("adam", "mixed")  # The others train on codes.
+OURS = Contender(madam_8, (1e-3,), SYMLOG_8)
+CONTENDERS: dict[Way, Contender] = {
+    "layerwise": OURS,
+    "checkpoint": OURS,
+    "adam": Contender(optax.adam, (1e-3,)),
+    "mixed": Contender(optax.adamw, (1e-3,)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +125,7 @@ def fit(
         profile: smoke compiles one small step, full takes hours on two CPU cores.
         only: Compile only for chips, or of models, whose name has this in it.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    raw = out / "fit.jsonl"
+    raw = records.file(out, "fit")
     wanted = [j for j in jobs(profile) if only in j.model or only in j.chip]
     for job in tqdm(dict.fromkeys(wanted), desc="fit"):
         known = records.find(raw, dataclasses.asdict(job))
@@ -181,7 +189,7 @@ def compile_one(raw: Path, /, job: tyro.conf.OmitArgPrefixes[Job]) -> None:
     records.append(raw, dataclasses.asdict(job) | result)
 
 
-def train_step(job: Job, devices: list[Any]) -> tuple[Any, Any]:
+def train_step(job: Job, devices: Sequence[jax.Device]) -> tuple[Step, Tree]:
     """Returns a train step and the shapes that it takes, on those devices."""
     size = decoder.SIZES[job.model]
     mesh = Mesh(devices[: job.chips], ("chips",), axis_types=(AxisType.Auto,))
@@ -190,12 +198,12 @@ def train_step(job: Job, devices: list[Any]) -> tuple[Any, Any]:
     if job.chips > 1:
         gather = partial(jax.lax.with_sharding_constraint, shardings=everywhere)
     params = jax.eval_shape(partial(decoder.init, size), jax.random.key(0))
-    if job.way not in FLOATS:
-        params = jax.eval_shape(quantize, params)
-    init, step = functions(size, job.way, optimizer(job.way, 1e-3), gather)
+    contender = CONTENDERS[job.way]
+    params = jax.eval_shape(contender.store_stack, params)
+    init, step = functions(size, job.way, contender.rate, gather=gather)
     state = jax.eval_shape(init, params)
 
-    def spread(x: Any) -> Any:
+    def spread(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         """A matrix, or a stack of them, along its longer axis."""
         axes: list[str | None] = [None] * len(x.shape)
         if job.chips > 1 and len(x.shape) > 1:
@@ -212,59 +220,21 @@ def train_step(job: Job, devices: list[Any]) -> tuple[Any, Any]:
     return step, (*jax.tree.map(spread, (params, state)), batch)
 
 
-def optimizer(way: Way, rate: Any) -> optax.GradientTransformation:
-    """Returns the optimizer of a way to train, at a rate or a schedule of it."""
-    floats = {"adam": optax.adam, "mixed": optax.adamw}
-    return floats[way](rate) if way in FLOATS else madax.madam(rate, moment_format=V_8)
-
-
-def functions(size: decoder.Size, way: Way, tx: Any, gather: Any = None) -> Any:
+def functions(
+    size: decoder.Size, way: Way, rate: optax.ScalarOrSchedule, **options: Any
+) -> Functions:
     """Returns the functions that make the state, and that take a step.
 
     Args:
       size: of the network.
-      way: key of ``WAYS``; float parameters for those in ``FLOATS``, others codes.
-      tx: the optimizer.
-      gather: an argument of ``madax.layerwise``.
+      way: key of ``WAYS``.
+      rate: learning rate, or a schedule of it.
+      **options: of ``madax.layerwise``.
     """
+    tx = CONTENDERS[way].make(rate)
     if way == "layerwise":
-        one = partial(decoder.layer, size)
-        functions = decoder.embed, one, decoder.loss
-        return madax.layerwise(tx, *functions, dtype=jnp.bfloat16, gather=gather)
-    dtype = None if way == "adam" else jnp.bfloat16
-    return tx.init, partial(_ordinary, size, tx, dtype)
-
-
-def quantize(
-    params: decoder.Params,
-    format: madax.formats.Format = SYMLOG_8,
-    p_scale: float | None = None,
-) -> decoder.Params:
-    """Returns the matrices as codes, with one scale per layer."""
-    layers = madax.quantize_params(
-        params["layers"],
-        format,
-        where=lambda path, w: "norm" not in path,
-        p_scale=p_scale,
-        channel_axis=0,
-    )
-    ends = madax.quantize_params(params["ends"], format, p_scale=p_scale)
-    return {"ends": ends, "layers": layers}
-
-
-def _ordinary(
-    size: decoder.Size, tx: Any, dtype: Any, params: Any, state: Any, batch: Any
-) -> Any:
-    """The usual step: decode all weights, take all gradients, then update."""
-    values = madax.dequantize_params(params, dtype)
-    loss, grads = jax.value_and_grad(partial(decoder.whole_loss, size))(values, batch)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, loss
-
-
-def fit_report(folder: Path) -> str:
-    """Writes the table and the figure from a folder's records; returns the table."""
-    return report(folder, "fit", fit_table, fit_figure)
+        return decoder.layerwise(size, tx, dtype=jnp.bfloat16, **options)
+    return decoder.ordinary(size, tx, None if way == "adam" else jnp.bfloat16)
 
 
 def fit_table(runs: pd.DataFrame) -> str:
@@ -301,7 +271,7 @@ def fit_table(runs: pd.DataFrame) -> str:
     )
 
 
-def _row(run: Any) -> dict[str, str]:
+def _row(run: Record) -> dict[str, str]:
     chips = "" if run["chips"] == 1 else f"{run['chips']} x "
     adamw = ADAMW * run["parameters"] / run["chips"]
     return {
@@ -317,7 +287,7 @@ def _row(run: Any) -> dict[str, str]:
     }
 
 
-def _gathered(found: Any) -> str:
+def _gathered(found: object) -> str:
     if not isinstance(found, dict):
         return "-"
     return ", ".join(f"{v / 1e6:.1f} MB of {k}" for k, v in sorted(found.items()))
@@ -344,6 +314,9 @@ def fit_figure(runs: pd.DataFrame) -> Figure:
     axes.invert_yaxis()
     fig.legend(loc="outside lower center", ncols=3, fontsize=8)
     return fig
+
+
+fit_report = Report("fit", fit_table, fit_figure)
 
 
 if __name__ == "__main__":

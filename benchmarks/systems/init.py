@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -17,24 +17,25 @@ from tqdm import tqdm
 
 import madax
 from benchmarks.lib import records
-from benchmarks.lib.rows import BASELINE, ROWS, SYMLOG_8, V_8
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8
+from benchmarks.lib.optimizers import BASELINE, TIMED
+from benchmarks.lib.steps import Tree
+from benchmarks.lib.style import Report, markdown
 from benchmarks.models import decoder, gpt2
-from benchmarks.systems.speed import device_name
 
 # JAX reports this once for each program that XLA compiles.
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-MAKERS: dict[str, Callable[[Any], Any]] = {
-    BASELINE: ROWS[BASELINE].tx.init,
-    "madam": ROWS["madam"].tx.init,
-    "madam, in jax.jit": jax.jit(ROWS["madam"].tx.init),
-    "muon_madam, 8-bit moments": madax.muon_madam(moment_format=V_8).init,
+MAKERS: dict[str, Callable[[Tree], Tree]] = {
+    BASELINE: TIMED[BASELINE].tx.init,
+    "madam": TIMED["madam"].tx.init,
+    "madam, in jax.jit": jax.jit(TIMED["madam"].tx.init),
+    "muon_madam, 8-bit moments": madax.muon_madam(moment_format=MOMENTS_8).init,
     "quantize_params": partial(madax.quantize_params, format=SYMLOG_8),
-    "adamw, 8-bit state": ROWS["adamw, 8-bit state"].tx.init,
+    "adamw, 8-bit state": TIMED["adamw, 8-bit state"].tx.init,
 }
 
 
-def listed(size: decoder.Size) -> Any:
+def listed(size: decoder.Size) -> Tree:
     """Returns shapes of a decoder whose layers are a list, nine leaves each."""
     shapes = jax.eval_shape(partial(decoder.init, size), jax.random.key(0))
     layer = jax.tree.map(
@@ -43,22 +44,22 @@ def listed(size: decoder.Size) -> Any:
     return {"ends": shapes["ends"], "layers": [layer] * size.layers}
 
 
-def _deep(layers: int) -> Any:
+def _deep(layers: int) -> Tree:
     return listed(dataclasses.replace(decoder.SIZES["tiny"], layers=layers))
 
 
-def _gpt2() -> Any:
+def _gpt2() -> Tree:
     return jax.eval_shape(partial(gpt2.init, gpt2.SIZES["124M"], jax.random.key(0)))
 
 
 # Trees with values, and with shapes alone.
-VALUES: dict[str, Callable[[], Any]] = {
+VALUES: dict[str, Callable[[], Tree]] = {
     "decoder, 11 layers": partial(_deep, 11),
     "decoder, 33 layers": partial(_deep, 33),
     "decoder, 111 layers": partial(_deep, 111),
     "GPT-2 124M": _gpt2,
 }
-SHAPES: dict[str, Callable[[], Any]] = {
+SHAPES: dict[str, Callable[[], Tree]] = {
     "Llama-2 7B": partial(listed, decoder.SIZES["Llama-2 7B"]),
 }
 # Trees, and the processes for each of them and each row.
@@ -79,19 +80,16 @@ def init(
         out: Folder of a folder for this device: init.jsonl and .md.
         profile: smoke takes half a minute, full ten minutes on two CPU cores.
     """
-    folder = out / device_name()
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = folder / "init.jsonl"
-    raw.unlink(missing_ok=True)
+    raw = records.file(out / records.device_name(), "init", fresh=True)
     trees, repeats = PROFILES[profile]
     jobs = [(t, row) for t in trees for _ in range(repeats) for row in MAKERS]
     for job in tqdm(jobs, desc="init"):
         command = [sys.executable, "-m", "benchmarks.systems.init", str(raw), *job]
         subprocess.run(command, check=True)
-    print(init_report(folder))
+    print(init_report(raw.parent))
 
 
-def measure(tree: str, row: str) -> dict[str, Any]:
+def measure(tree: str, row: str) -> records.Record:
     """Makes a tree, then measures one call.
 
     Args:
@@ -131,11 +129,6 @@ def measure(tree: str, row: str) -> dict[str, Any]:
     }
 
 
-def init_report(folder: Path) -> str:
-    """Writes the table from a folder's records, and returns it."""
-    return report(folder, "init", init_table)
-
-
 def init_table(runs: pd.DataFrame) -> str:
     """Returns a Markdown table for each tree, from the records alone."""
     sections = []
@@ -159,6 +152,9 @@ def init_table(runs: pd.DataFrame) -> str:
             f"{adam['leaves']} leaves.\n\n{markdown(rows, numbers=True)}\n"
         )
     return "\n".join(sections)
+
+
+init_report = Report("init", init_table)
 
 
 if __name__ == "__main__":

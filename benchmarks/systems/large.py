@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,13 @@ import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import madax
 from benchmarks.compilers.chips import footprint
 from benchmarks.data.text import text
 from benchmarks.lib import records
-from benchmarks.lib.rows import SYMLOG_8
-from benchmarks.lib.style import STYLES, markdown, report
+from benchmarks.lib.records import Record
+from benchmarks.lib.style import STYLES, Report, markdown
 from benchmarks.models import decoder
-from benchmarks.systems.fit import FLOATS, WAYS, Way, flags, functions, optimizer
-from benchmarks.systems.speed import device_name
+from benchmarks.systems.fit import CONTENDERS, WAYS, Way, flags, functions
 
 # XLA takes three quarters of a GPU's memory unless it is told otherwise.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.985"}
@@ -109,14 +107,12 @@ def _in_its_own_process(run: Run, out: Path) -> None:
 
 def train(out: Path, /, run: tyro.conf.OmitArgPrefixes[Run]) -> None:
     """Trains one model, and appends what it took to the records, if it is not there."""
-    folder = out / device_name()
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = folder / "large.jsonl"
+    raw = records.file(out / records.device_name(), "large")
     if records.find(raw, dataclasses.asdict(run)):
         return
     size, shape = decoder.SIZES[run.model], (run.steps, run.batch, run.length + 1)
     rate = optax.linear_schedule(0.0, run.rate, run.warm_up)
-    init, step = functions(size, run.way, optimizer(run.way, rate))
+    init, step = functions(size, run.way, rate)
     make = jax.jit(partial(_parameters, size, run.way))
     params = jax.eval_shape(make, jax.random.key(0))
     state = jax.eval_shape(init, params)
@@ -155,31 +151,27 @@ def train(out: Path, /, run: tyro.conf.OmitArgPrefixes[Run]) -> None:
 
 def _parameters(size: decoder.Size, way: Way, key: jax.Array) -> decoder.Params:
     """Returns the first parameters, one layer at a time where their floats are many."""
-    if way in FLOATS:
+    contender = CONTENDERS[way]
+    if contender.format is None:
         return decoder.init(size, key)
 
     def one(key: jax.Array) -> decoder.Params:
         stack = decoder.init(size, key, layers=1)["layers"]
-        return madax.quantize_params(jax.tree.map(lambda w: w[0], stack), SYMLOG_8)
+        return contender.store(jax.tree.map(lambda w: w[0], stack))
 
     ends = decoder.init(size, key, layers=1)["ends"]
     return {
-        "ends": madax.quantize_params(ends, SYMLOG_8),
+        "ends": contender.store(ends),
         "layers": jax.lax.map(one, jax.random.split(key, size.layers)),
     }
 
 
-def large_report(folder: Path) -> str:
-    """Writes the table and the figure from a folder's records; returns the table."""
-    return report(folder, "large", large_table, large_figure)
-
-
-def _tokens_per_second(run: Any) -> float:
+def _tokens_per_second(run: Record) -> float:
     """Returns the speed of a run, at its median step."""
     return run["batch"] * run["length"] / statistics.median(run["seconds"][UNTIMED:])
 
 
-def _way(run: Any) -> str:
+def _way(run: Record) -> str:
     return WAYS[run["way"]].removesuffix(", jax.checkpoint")
 
 
@@ -231,6 +223,9 @@ def large_figure(runs: pd.DataFrame) -> Figure:
     lines.set(xlabel="step", ylabel="nats a token")
     lines.grid(alpha=0.3)
     return fig
+
+
+large_report = Report("large", large_table, large_figure)
 
 
 if __name__ == "__main__":

@@ -3,23 +3,22 @@
 import statistics
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pandas as pd
 import tyro
 from tqdm import tqdm
 
-import madax
 from benchmarks.lib import records
-from benchmarks.lib.rows import V_8
-from benchmarks.lib.style import markdown
+from benchmarks.lib.contender import Contender
+from benchmarks.lib.formats import SYMLOG_8
+from benchmarks.lib.optimizers import OPTIMIZERS, madam_8
+from benchmarks.lib.style import Report, markdown
 from benchmarks.models import decoder
-from benchmarks.systems.fit import quantize
-from benchmarks.systems.speed import Running, device_name
+from benchmarks.systems.speed import Running, quantiles
 
 # The network, sequences in a step, tokens in a sequence, and how often it is timed.
 PROFILES = {
@@ -27,10 +26,10 @@ PROFILES = {
     "quick": (decoder.Size(256, 6, 256, 680, 8, 4), 4, 128, 8),
     "full": (decoder.Size(32000, 16, 2048, 5504, 16, 16), 4, 1024, 8),
 }
-ROWS = {
-    "optax.adam float32": (optax.adam(1e-3), None),
-    "madam float32": (madax.madam(), None),
-    "madam 8 bits, 8-bit v": (madax.madam(moment_format=V_8), quantize),
+CONTENDERS = {
+    "optax.adam float32": OPTIMIZERS["adam"],
+    "madam float32": OPTIMIZERS["madam"],
+    "madam 8 bits, 8-bit v": Contender(madam_8, (0.01,), SYMLOG_8),
 }
 
 
@@ -49,42 +48,30 @@ def layerwise(
         profile: smoke takes seconds, quick some minutes on two CPU cores, full is for a
             GPU.
     """
-    folder = out / device_name()
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = folder / "layerwise.jsonl"
-    raw.unlink(missing_ok=True)
-    for name in tqdm(ROWS, desc="layerwise"):
+    raw = records.file(out / records.device_name(), "layerwise", fresh=True)
+    for name in tqdm(CONTENDERS, desc="layerwise"):
         records.append(raw, {"optimizer": name} | compare(name, *PROFILES[profile]))
-    print(layerwise_report(folder))
+    print(layerwise_report(raw.parent))
 
 
 def compare(
     name: str, size: decoder.Size, batch: int, length: int, rounds: int
-) -> dict[str, Any]:
+) -> records.Record:
     """Times both ways of a row by turns; returns one record."""
-    tx, make = ROWS[name]
+    contender = CONTENDERS[name]
     floats = jax.jit(partial(decoder.init, size))(jax.random.key(0))
     shape = (batch, length + 1)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, size.vocabulary)
-    one = partial(decoder.layer, size)
-    by_layer = madax.layerwise(tx, decoder.embed, one, decoder.loss, dtype=jnp.float32)
-
-    def ordinary(params, state, tokens):
-        weights = madax.dequantize_params(params)
-        grads = jax.grad(partial(decoder.whole_loss, size))(weights, tokens)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    def layerwise_step(params, state, tokens):
-        return by_layer.step(params, state, tokens)[:2]
-
     pair = []
-    for init, step in ((tx.init, ordinary), (by_layer.init, layerwise_step)):
-        params = jax.tree.map(jnp.copy, floats)
-        params = params if make is None else jax.jit(make)(params)
+    for init, step in (
+        decoder.ordinary(size, contender.tx),
+        decoder.layerwise(size, contender.tx, dtype=jnp.float32),
+    ):
+        params = jax.jit(contender.store_stack)(floats)
         state = jax.jit(init)(params)
-        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens)
-        pair.append(Running(compiled.compile(), params, state, tokens, 0.0))
+        program = jax.jit(lambda *x, step=step: step(*x)[:2], donate_argnums=(0, 1))
+        compiled = program.lower(params, state, tokens).compile()
+        pair.append(Running(compiled, params, state, tokens, 0.0))
     times = np.array([[r.time() for r in pair] for _ in range(rounds + 1)])[1:]
     return {
         "parameters": decoder.count(size),
@@ -97,20 +84,12 @@ def compare(
     }
 
 
-def layerwise_report(folder: Path) -> str:
-    """Writes the table from a folder's records, and returns it."""
-    table = layerwise_table(records.read(folder / "layerwise.jsonl"))
-    (folder / "layerwise.md").write_text(table, encoding="utf-8")
-    return table
-
-
 def layerwise_table(runs: pd.DataFrame) -> str:
     """Returns the times in Markdown, from the records alone."""
     first = runs.iloc[0]
     rows = []
     for run in runs.to_dict("records"):
-        ratios = np.divide(run["seconds"], run["ordinary_seconds"])
-        low, mid, high = np.quantile(ratios, [0.1, 0.5, 0.9])
+        low, mid, high = quantiles(run["seconds"], run["ordinary_seconds"])
         ordinary = statistics.median(run["ordinary_seconds"])
         rows.append(
             {
@@ -127,3 +106,6 @@ def layerwise_table(runs: pd.DataFrame) -> str:
         f"{first['length']} tokens, in float32, layers computed again on the way back "
         f"in both; on {first['environment']['device']}.\n\n{table}\n"
     )
+
+
+layerwise_report = Report("layerwise", layerwise_table)

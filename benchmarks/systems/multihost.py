@@ -118,7 +118,9 @@ def batches(
         )
 
 
-def summary(workload: Workload, params: optax.Params, loss: Any) -> dict[str, Any]:
+def summary(
+    workload: Workload, params: optax.Params, loss: jax.Array | float
+) -> dict[str, Any]:
     """Returns what a process prints, with a checksum of all codes."""
     score = jax.jit(
         lambda p: workload.metric(madax.dequantize_params(p), workload.test)

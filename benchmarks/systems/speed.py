@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,13 @@ import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import madax
 from benchmarks.lib import records
 from benchmarks.lib.choices import check_choices
-from benchmarks.lib.rows import BASELINE, RIVALS, ROWS, Row
-from benchmarks.lib.style import markdown, report
+from benchmarks.lib.contender import Contender
+from benchmarks.lib.optimizers import BASELINE, RIVALS, TIMED
+from benchmarks.lib.records import Record
+from benchmarks.lib.steps import Step, Tree, nbytes
+from benchmarks.lib.style import Report, markdown
 from benchmarks.models import gpt2
 
 QUEUED = 4  # Steps at a time, unless a profile has more.
@@ -59,8 +61,7 @@ PROFILES = {
 }
 
 Weights = Callable[[], optax.Params]
-Step = Callable[..., Any]
-Make = Callable[[Row, optax.Params], tuple[Step, Any]]
+Make = Callable[[Contender, optax.Params], tuple[Step, Tree]]
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
@@ -68,7 +69,7 @@ def speed(
     out: Path = Path("benchmarks/results/speed"),
     *,
     profile: Literal["smoke", "quick", "full"] = "quick",
-    optimizers: tuple[str, ...] = tuple(name for name in ROWS if name != BASELINE),
+    optimizers: tuple[str, ...] = tuple(name for name in TIMED if name != BASELINE),
     only: str = "",
 ) -> None:
     """Time the optimizer step of every optimizer and format, against optax.adam.
@@ -84,29 +85,22 @@ def speed(
         optimizers: Rows of the table; by default all but FlashAdamW.
         only: Time only steps of trees whose name has this in it.
     """
-    check_choices("optimizers", optimizers, ROWS | RIVALS)
-    folder = out / device_name()
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = folder / "speed.jsonl"
+    check_choices("optimizers", optimizers, TIMED | RIVALS)
+    raw = records.file(out / records.device_name(), "speed")
     records.remove(raw, lambda r: r["optimizer"] in optimizers and only in r["tree"])
     chosen = PROFILES[profile]
     copy = copy_bandwidth(chosen)
-    for tree, weights, make in work(chosen):
+    for tree, weights, make in cases(chosen):
         if only not in tree:
             continue
-        baseline = running(ROWS[BASELINE], weights, make)
+        baseline = running(TIMED[BASELINE], weights, make)
         for name in tqdm(optimizers, desc=tree):
             run = compare(name, weights, make, baseline, chosen)
             records.append(raw, {"tree": tree, "copy_gb_s": copy} | run)
-    print(speed_report(folder))
+    print(speed_report(raw.parent))
 
 
-def speed_report(folder: Path) -> str:
-    """Writes the table and the figure from a folder's records; returns the table."""
-    return report(folder, "speed", speed_table, speed_figure)
-
-
-def work(profile: Profile) -> Iterator[tuple[str, Weights, Make]]:
+def cases(profile: Profile) -> Iterator[tuple[str, Weights, Make]]:
     """Yields what to time: a name, what makes the parameters, what makes the step."""
 
     def normal(leaves: int) -> optax.Params:
@@ -122,34 +116,20 @@ def work(profile: Profile) -> Iterator[tuple[str, Weights, Make]]:
     weights = partial(transformer, gpt2.SIZES[profile.gpt2])
     yield f"GPT-2 {profile.gpt2}", weights, optimizer_step
     size = gpt2.SIZES[profile.train]
-    make = partial(train_step, size, profile.batch, size.context)
+    make = partial(gpt2.train_step, size, profile.batch, size.context)
     name = f"train step, GPT-2 {profile.train}, batch {profile.batch}"
     yield name, partial(transformer, size), make
 
 
-def optimizer_step(row: Row, weights: optax.Params) -> tuple[Step, Any]:
+def optimizer_step(contender: Contender, weights: optax.Params) -> tuple[Step, Tree]:
     """Returns the step from gradients to new parameters, and the gradients."""
     keys = optax.tree.split_key_like(jax.random.key(1), weights)
     grads = jax.tree.map(
-        lambda key, w: 1e-3 * jax.random.normal(key, w.shape, row.grads), keys, weights
+        lambda key, w: 1e-3 * jax.random.normal(key, w.shape, contender.grads),
+        keys,
+        weights,
     )
-    return row.step, grads
-
-
-def train_step(
-    size: gpt2.Size, batch: int, length: int, row: Row, weights: optax.Params
-) -> tuple[Step, Any]:
-    """Returns a whole train step, forwards and backwards too, and its tokens."""
-    del weights
-    shape = (batch, length + 1)
-    tokens = jax.random.randint(jax.random.key(1), shape, 0, size.vocabulary)
-
-    def step(params, state, tokens):
-        decoded = madax.dequantize_params(params, row.grads)
-        grads = jax.grad(partial(gpt2.loss, size))(decoded, tokens)
-        return row.step(params, state, grads)
-
-    return step, tokens
+    return contender.step, grads
 
 
 @dataclasses.dataclass
@@ -164,10 +144,10 @@ class Running:
       compile_s: seconds to trace and compile.
     """
 
-    step: Any
-    params: Any
-    state: Any
-    data: Any
+    step: Step
+    params: Tree
+    state: Tree
+    data: Tree
     compile_s: float
 
     def time(self, steps: int = QUEUED) -> float:
@@ -179,12 +159,12 @@ class Running:
         return (time.perf_counter() - start) / steps
 
 
-def running(row: Row, weights: Weights, make: Make) -> Running:
+def running(contender: Contender, weights: Weights, make: Make) -> Running:
     """Compiles a step and makes what it works on."""
     floats = jax.jit(weights)()
-    step, data = make(row, floats)
-    params = jax.jit(row.quantize)(floats)
-    state = jax.jit(row.tx.init)(params)
+    step, data = make(contender, floats)
+    params = jax.jit(contender.store)(floats)
+    state = jax.jit(contender.tx.init)(params)
     begin = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, data).compile()
     return Running(compiled, params, state, data, time.perf_counter() - begin)
@@ -192,13 +172,13 @@ def running(row: Row, weights: Weights, make: Make) -> Running:
 
 def compare(
     name: str, weights: Weights, make: Make, baseline: Running, profile: Profile
-) -> dict[str, Any]:
+) -> records.Record:
     """Times an optimizer and the baseline by turns.
 
     Args:
-      name: key of ``ROWS`` or ``RIVALS``.
+      name: key of ``TIMED`` or ``RIVALS``.
       weights: makes the parameters, float32.
-      make: from a row and parameters to a step and its data.
+      make: from a contender and parameters to a step and its data.
       baseline: the same step of the baseline.
       profile: how often, and how many steps at a time.
 
@@ -207,20 +187,17 @@ def compare(
       an optimizer step, the bytes a parameter that it cannot help but move: gradients,
       parameters and state read, parameters and state written.
     """
-    row = (ROWS | RIVALS)[name]
+    contender = (TIMED | RIVALS)[name]
     is_step_alone = make is optimizer_step
     rounds = profile.rounds if is_step_alone else profile.train_rounds
     queued = profile.queued if is_step_alone else QUEUED
-    pair = (baseline, running(row, weights, make))
+    pair = (baseline, running(contender, weights, make))
     times = [[r.time(queued) for r in pair] for _ in range(rounds + 2)]
     baseline_seconds, seconds = np.array(times[2:]).T.tolist()
     leaves = jax.tree.leaves(jax.eval_shape(weights))
     count = sum(w.size for w in leaves)
-    kept, grads = (
-        sum(x.nbytes for x in jax.tree.leaves(tree))
-        for tree in ((pair[1].params, pair[1].state), pair[1].data)
-    )
-    moved = (2 * kept + grads) / count if is_step_alone else None
+    kept = nbytes((pair[1].params, pair[1].state))
+    moved = (2 * kept + nbytes(pair[1].data)) / count if is_step_alone else None
     return {
         "optimizer": name,
         "parameters": count,
@@ -247,9 +224,9 @@ def copy_bandwidth(profile: Profile) -> float:
     return 2 * x.nbytes / statistics.median(times[2:]) / 1e9
 
 
-def device_name() -> str:
-    """Returns the kind of the first device, fit for the name of a file."""
-    return jax.devices()[0].device_kind.lower().replace(" ", "-")
+def quantiles(seconds: list[float], baseline: list[float]) -> np.ndarray:
+    """Returns the 10, 50 and 90 % quantiles of times over those of a baseline."""
+    return np.quantile(np.divide(seconds, baseline), [0.1, 0.5, 0.9])
 
 
 def speed_table(runs: pd.DataFrame) -> str:
@@ -268,10 +245,9 @@ def speed_table(runs: pd.DataFrame) -> str:
     return f"On {device}, where a copy moves {copy:.0f} GB/s.\n\n" + "\n".join(sections)
 
 
-def _table_row(run: Any) -> dict[str, str]:
+def _table_row(run: Record) -> dict[str, str]:
     seconds = statistics.median(run["seconds"])
-    ratios = np.divide(run["seconds"], run["baseline_seconds"])
-    low, mid, high = np.quantile(ratios, [0.1, 0.5, 0.9])
+    low, mid, high = quantiles(run["seconds"], run["baseline_seconds"])
     row = {
         "optimizer": run["optimizer"],
         "time / adam": f"{mid:.2f}",
@@ -293,12 +269,8 @@ def speed_figure(runs: pd.DataFrame) -> Figure:
     fig = Figure(figsize=(3.2 * len(groups) + 1.5, 4.2), layout="constrained")
     panels = fig.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, (tree, group) in zip(panels, groups, strict=True):
-        ratios = [
-            np.divide(run["seconds"], run["baseline_seconds"])
-            for run in group.to_dict("records")
-        ]
-        quantiles = np.array([np.quantile(r, [0.1, 0.5, 0.9]) for r in ratios]).T
-        low, mid, high = quantiles
+        pairs = zip(group["seconds"], group["baseline_seconds"], strict=True)
+        low, mid, high = np.transpose([quantiles(*pair) for pair in pairs])
         mine = group["optimizer"].str.contains("madam|native|8-bit state").to_numpy()
         limit = min(mid.max() * 1.1, 4)
         axes.barh(
@@ -315,3 +287,6 @@ def speed_figure(runs: pd.DataFrame) -> Figure:
         axes.set_title(tree, fontsize=9)
     panels[0].invert_yaxis()
     return fig
+
+
+speed_report = Report("speed", speed_table, speed_figure)

@@ -139,11 +139,11 @@ def check_function(name: str, value: object, remedy: str) -> None:
         raise type_error(name, "a function", value, remedy)
 
 
-def check_where(where: object) -> None:
+def check_where(where: object, name: str = "where") -> None:
     """Raises unless ``where``, which chooses leaves, is None or a function."""
     if not (where is None or callable(where)):
         wanted = "a function of (path, leaf)"
-        raise type_error("where", wanted, where, "pass one, or None for the default")
+        raise type_error(name, wanted, where, "pass one, or None for the default")
 
 
 def check_float_dtype(dtype: DTypeLike | None) -> None:
@@ -161,13 +161,9 @@ def leaf_name(tree_name: str, path: str) -> str:
 
 
 def warn_of_leaves(leaves: Sequence[str], amiss: str, *, stacklevel: int) -> None:
-    """Warns once of the named leaves, if any: what is amiss, and what to do.
-
-    The user's call is ``stacklevel`` calls above this one.
-    """
+    """Warns once of the named leaves, if any, ``stacklevel`` calls above this one."""
     if leaves:
-        text = f"{listed(leaves)}: {amiss}"
-        warnings.warn(text, UserWarning, stacklevel=stacklevel + 1)
+        warnings.warn(f"{listed(leaves)}: {amiss}", stacklevel=stacklevel + 1)
 
 
 def in_percent(leaves: Iterable[tuple[str, Number]], above: float = 0.0) -> list[str]:

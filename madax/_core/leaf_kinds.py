@@ -15,30 +15,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from madax._core.leaf_names import (
-    ATTENTION,
-    BIAS,
-    CONVOLUTION,
-    DENSE,
-    DEPTHWISE,
-    EXPERTS,
-    FROM_HEADS,
-    GATE,
-    GENERIC,
-    HEAD,
-    LAST,
-    LAYERS,
-    LORA,
-    PATCHES,
-    ROUTER,
-    STACK,
-    TABLE,
-    TO_HEADS,
-    Axes,
-    Kind,
-    Leaf,
-    size_of,
-)
+from madax._core import leaf_names as like
+from madax._core.leaf_names import Axes, Kind, Leaf, size_of
+from madax._core.names import ENDS, LAYERS
 
 _Below = dict[tuple[str, ...], list[Leaf]]
 
@@ -75,7 +54,7 @@ def _near(leaf: Leaf, below: _Below, end: int | None = None) -> list[Leaf]:
 
     By default these are the leaves beside its module: ``query`` beside ``out/kernel``.
     """
-    end = (-2 if GENERIC.fullmatch(leaf.own) else -1) if end is None else end
+    end = (-2 if like.GENERIC.fullmatch(leaf.own) else -1) if end is None else end
     found = below[leaf.names[:end]]
     return [x for x in found if x.layer == leaf.layer and x is not leaf]
 
@@ -86,15 +65,15 @@ def _near(leaf: Leaf, below: _Below, end: int | None = None) -> list[Leaf]:
 def _find_stacks(leaves: list[Leaf]) -> None:
     """Takes the axes that count layers from the leaves of stacks of layers."""
     tops = {leaf.names[0] for leaf in leaves}
-    layers = [leaf for leaf in leaves if leaf.names[0] == "layers"]
-    if layers and tops <= {"ends", "layers"}:  # the form that layerwise trains
+    layers = [leaf for leaf in leaves if leaf.names[0] == LAYERS]
+    if layers and tops <= {ENDS, LAYERS}:  # the form that layerwise trains
         listed = all(leaf.names[1:2] and leaf.names[1].isdigit() for leaf in layers)
         for leaf in layers:
-            if not listed or "ends" in tops:
+            if not listed or ENDS in tops:
                 leaf.layer = leaf.names[: 1 + listed]
         # Without the ends, it is a stack or one of its layers.
         alike = all(len(x.core) > 2 and not _is_convolution(x) for x in layers)
-        if not listed and ("ends" in tops or alike):
+        if not listed and (ENDS in tops or alike):
             _take_axis(layers, 0)
     for _ in range(2):  # A stack may be a stack of stages, each of several layers.
         taken = set()
@@ -108,7 +87,7 @@ def _find_stacks(leaves: list[Leaf]) -> None:
 def _is_stack(group: list[Leaf]) -> bool:
     """Whether vectors show that leaves count layers, on an axis that is then taken."""
     # Biases of queries have two axes without a stack: heads, and features of a head.
-    vectors = [x for x in group if x.is_vector and not TO_HEADS.fullmatch(x.owner)]
+    vectors = [x for x in group if x.is_vector and not like.TO_HEADS.fullmatch(x.owner)]
     shown = vectors and all(sum(n > 1 for n in x.sizes) > 1 for x in vectors)
     matrices = any(len(leaf.core) > 2 for leaf in group)
     if not (shown and matrices):
@@ -160,9 +139,9 @@ def _as_matrix(leaf: Leaf, below: _Below) -> tuple[Kind, Axes | None]:
     # A gate of shape (1, 1) has no more rows and columns than one of shape ().
     if len(leaf.core) < 2 or leaf.is_vector or max(leaf.sizes) < 2:
         return "vector", None
-    from_heads = FROM_HEADS.fullmatch(leaf.subject) is not None and (
-        any(map(ATTENTION.fullmatch, leaf.names))
-        or any(TO_HEADS.fullmatch(x.subject) for x in _near(leaf, below))
+    from_heads = like.FROM_HEADS.fullmatch(leaf.subject) is not None and (
+        any(map(like.ATTENTION.fullmatch, leaf.names))
+        or any(like.TO_HEADS.fullmatch(x.subject) for x in _near(leaf, below))
     )
     if _is_convolution(leaf) and not from_heads:
         split = _split_convolution(leaf)
@@ -184,9 +163,9 @@ def _split(leaf: Leaf, from_heads: bool) -> Axes | None:
     if len(axes) < 3:
         # PyTorch and Equinox keep the outputs first.
         return (axes[1:], axes[:1]) if leaf.own == "weight" else (axes[:1], axes[1:])
-    to_heads = TO_HEADS.fullmatch(leaf.subject)
-    experts = any(map(EXPERTS.search, leaf.names)) and not (from_heads or to_heads)
-    lora = [x for x in (leaf.owner, leaf.own) if LORA.search(x)]
+    to_heads = like.TO_HEADS.fullmatch(leaf.subject)
+    experts = any(map(like.EXPERTS.search, leaf.names)) and not (from_heads or to_heads)
+    lora = [x for x in (leaf.owner, leaf.own) if like.LORA.search(x)]
     if lora and not experts:
         second = (leaf.own if lora[0].lower() == "lora" else lora[0])[-1] in "bB"
         return (axes[:1], axes[1:]) if second else (axes[:-1], axes[-1:])
@@ -198,11 +177,12 @@ def _split(leaf: Leaf, from_heads: bool) -> Axes | None:
             return axes[1:2], axes[2:]
         counted = len(axes) == 4 and sizes[1] in (2, 3) and sizes[0] > 3
         return (axes[:1] if counted else axes[-3:-2]), axes[-2:]
-    if experts or STACK.search(leaf.subject) or leaf.own in ("kernels", "weights"):
+    if experts or like.STACK.search(leaf.subject) or leaf.own in ("kernels", "weights"):
         return axes[-2:-1], axes[-1:]
     for x in leaf.siblings:  # A bias has the shape of the outputs.
         bias = tuple(n for n in x.sizes if n > 1)
-        count = len(bias) if BIAS.fullmatch(x.own) and len(bias) < len(sizes) else 0
+        is_bias = like.BIAS.fullmatch(x.own) and len(bias) < len(sizes)
+        count = len(bias) if is_bias else 0
         if count and sizes[-count:] == bias:
             return axes[:-count], axes[-count:]
         if count and len(x.sizes) > 1 and sizes[:1] == bias:  # (outputs, 1, 1)
@@ -213,10 +193,10 @@ def _split(leaf: Leaf, from_heads: bool) -> Axes | None:
 def _is_convolution(leaf: Leaf) -> bool:
     """Whether a leaf is a kernel by name, or by two or more window axes of one size."""
     sizes = leaf.sizes
-    if CONVOLUTION.search(leaf.subject):
+    if like.CONVOLUTION.search(leaf.subject):
         return len(sizes) > 2 or min(sizes) < 9  # rank 2: a window of each channel
     windows = sizes[2:] if leaf.own == "weight" else sizes[:-2]
-    other = TO_HEADS.fullmatch(leaf.subject) or STACK.search(leaf.subject)
+    other = like.TO_HEADS.fullmatch(leaf.subject) or like.STACK.search(leaf.subject)
     return len(windows) > 1 and len(set(windows)) == 1 and windows[0] < 33 and not other
 
 
@@ -228,11 +208,11 @@ def _split_convolution(leaf: Leaf) -> Axes:
     before, behind = math.prod(sizes[:-2]), math.prod(sizes[2:])
     outputs_first = leaf.own == "weight" or (leaf.own != "kernel" and behind < before)
     windows = sizes[2:] if outputs_first else sizes[:-2]
-    if len(set(windows)) > 1 and any(map(LAYERS.fullmatch, leaf.names)):
+    if len(set(windows)) > 1 and any(map(like.LAYERS.fullmatch, leaf.names)):
         axes, sizes = axes[1:], sizes[1:]  # The first counts layers.
     inputs, outputs = sizes[1::-1] if outputs_first else sizes[-2:]
     window = math.prod(sizes) // (inputs * outputs)
-    depthwise = any(map(DEPTHWISE.search, leaf.names)) or outputs >= 4 * window
+    depthwise = any(map(like.DEPTHWISE.search, leaf.names)) or outputs >= 4 * window
     if inputs == 1 and depthwise:
         return (), ()
     return (axes[1:], axes[:1]) if outputs_first else (axes[:-1], axes[-1:])
@@ -247,7 +227,7 @@ def _find_roles(leaves: list[Leaf], below: _Below) -> None:
         if leaf.kind in ("matrix", "unknown"):
             leaf.kind = _by_name(leaf, below)
     outside = [leaf for leaf in leaves if leaf.layer is None]
-    layered = len(outside) < len(leaves) or {x.names[0] for x in leaves} == {"ends"}
+    layered = len(outside) < len(leaves) or {x.names[0] for x in leaves} == {ENDS}
     by_size = _BySize(outside, layered)
     found = [by_size.kind_of(leaf) for leaf in outside]
     for leaf, kind in zip(outside, found, strict=True):
@@ -256,22 +236,22 @@ def _find_roles(leaves: list[Leaf], below: _Below) -> None:
 
 def _by_name(leaf: Leaf, below: _Below) -> Kind:
     _, fan_out = leaf.fans
-    heads = [i for i, name in enumerate(leaf.names) if HEAD.fullmatch(name)]
-    if heads and not TO_HEADS.fullmatch(leaf.subject):  # head_0/query
+    heads = [i for i, name in enumerate(leaf.names) if like.HEAD.fullmatch(name)]
+    if heads and not like.TO_HEADS.fullmatch(leaf.subject):  # head_0/query
         # In a classifier of several layers, all but the last feed another one.
         group = _near(leaf, below, heads[0] + 1)
         feeds = fan_out and any(x.fans[0] == fan_out for x in group)
         return leaf.kind if feeds else "head"
-    if LAST.fullmatch(leaf.subject) and leaf.layer is None:
+    if like.LAST.fullmatch(leaf.subject) and leaf.layer is None:
         return "head"
-    if any(map(TABLE.fullmatch, (leaf.own, leaf.subject))) or any(
-        map(PATCHES.search, leaf.names)  # which embeds the input, too
+    if any(map(like.TABLE.fullmatch, (leaf.own, leaf.subject))) or any(
+        map(like.PATCHES.search, leaf.names)  # which embeds the input, too
     ):
         return "table"
-    if GATE.fullmatch(leaf.subject):
+    if like.GATE.fullmatch(leaf.subject):
         experts = [x for x in _near(leaf, below) if len(x.core) > 2]
         return "router" if any(x.sizes[0] == fan_out for x in experts) else leaf.kind
-    return "router" if ROUTER.fullmatch(leaf.subject) else leaf.kind
+    return "router" if like.ROUTER.fullmatch(leaf.subject) else leaf.kind
 
 
 class _BySize:
@@ -283,7 +263,7 @@ class _BySize:
         for leaf in leaves:
             for n in set(leaf.sizes):
                 self.holders[n].append(leaf)
-        biases = [x for x in leaves if BIAS.fullmatch(x.own)]
+        biases = [x for x in leaves if like.BIAS.fullmatch(x.own)]
         self.biased = {(*x.names[:-1], x.sizes) for x in biases}
 
     def kind_of(self, leaf: Leaf) -> Kind:
@@ -292,7 +272,7 @@ class _BySize:
         fan_in, fan_out = leaf.fans
         # A leaf that multiplies features is not looked up, so it is no table.
         biased = (*leaf.names[:-1], (fan_out,)) in self.biased
-        dense = biased or leaf.own == "kernel" or bool(DENSE.search(leaf.subject))
+        dense = biased or leaf.own == "kernel" or bool(like.DENSE.search(leaf.subject))
         if self.is_alone(leaf, fan_out, fan_in, dense):
             return "head"
         tall = self.layered or fan_in > fan_out

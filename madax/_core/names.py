@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 
 import jax
 
-# Any pytree. Public signatures say Tree also for parameters, because the forward
-# references of optax.Params do not resolve in other modules.
+# A pytree: of arrays, of their shapes, or a state. Public signatures have it also for
+# parameters, because typing.get_type_hints does not find the type of optax.Params.
 Tree: TypeAlias = Any
 
 # The two parts of the parameters that :func:`madax.layerwise` trains.

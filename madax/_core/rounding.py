@@ -41,13 +41,7 @@ def leaf_keys(
 
     A leaf has the same key whatever part of the tree it is trained with. Indices in a
     path are numbers: layer 3 of a stack, ``layers/w`` with ``layer=3``, has the key of
-    ``layers/3/w``.
-
-    Args:
-      seed: integer scalar.
-      count: number of steps taken, integer scalar.
-      paths: paths of the leaves, from :func:`madax._core.names.path_names`.
-      layer: index of a layer, integer scalar, if the leaves are a slice of a stack.
+    ``layers/3/w``. All integers are scalars.
     """
     seed = np.uint32(seed % 2**32) if isinstance(seed, int) else seed
     parts = [path.split("/") for path in paths]

@@ -18,13 +18,10 @@ def entries(leaves: int) -> tuple[int, ...]:
 def one_a_leaf(tree: Tree, leaves: int, *, apart: bool = False) -> list[Tree]:
     """Splits a tree of vectors, with one entry per leaf, into trees of scalars.
 
-    Args:
-      tree: vectors of shape (leaves,); of 32 bits or bool if ``apart``.
-      leaves: the number of leaves.
-      apart: whether GPUs shall step each leaf in kernels of its own. Their compilers
-        make one kernel of all steps that take parts of the same vector. That is as good
-        for cheap steps, but an expensive step then takes longer to run and to compile,
-        and more memory.
+    With ``apart``, for vectors of 32 bits or bool, GPUs step each leaf in kernels of
+    its own. Otherwise their compilers make one kernel of all steps that take parts of a
+    vector. That is as good for cheap steps, but an expensive step then takes longer to
+    run and to compile, and more memory.
     """
     if not leaves:
         return []

@@ -20,10 +20,9 @@ _REMEDY = (
     "madax.with_quantized_params(...). optax.apply_updates adds steps of codes."
 )
 
-# What to do once Flax is imported, which may be later than madax, or never: by a module
-# of Flax, and an attribute that it has once it is complete. Modules of madax that
-# import this one add functions.
-AFTER_IMPORT: dict[tuple[str, str], Callable[[], None]] = {}
+# What to do once Flax is imported, which may be later than madax, or never: a function
+# of an attribute of a module of Flax. Modules of madax that import this one add theirs.
+AFTER_IMPORT: dict[tuple[str, str], Callable[[Any], object]] = {}
 
 # Attributes of arrays that codes have, too: attributes of the values, or of the codes
 # where nothing needs to be decoded. A formatted list would take a line for each.
@@ -111,8 +110,9 @@ class QuantizedArray(metaclass=_InErrors):
 
     def __post_init__(self) -> None:
         for module, attribute in list(AFTER_IMPORT):
-            if hasattr(sys.modules.get(module), attribute):
-                AFTER_IMPORT.pop((module, attribute), bool)()
+            found = getattr(sys.modules.get(module), attribute, None)
+            if found is not None:
+                AFTER_IMPORT.pop((module, attribute), bool)(found)
 
     @classmethod
     def steps(cls, delta: jax.Array, format: Format) -> "QuantizedArray":

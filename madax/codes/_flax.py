@@ -19,7 +19,7 @@ from madax.codes._probes import probed, probes_of, without_probes
 _BASE = getattr(nnx, "Pytree", None) or nnx.Object
 
 
-def decode_variables() -> None:
+def decode_variables(variable: type[nnx.Variable]) -> None:
     """Lets ``jnp`` functions take variables of codes by their values.
 
     JAX asks an object for its array once, and a variable answers with its value: codes,
@@ -27,10 +27,10 @@ def decode_variables() -> None:
     variables that users make of codes, and keeps the types that filters and checkpoints
     look at. A subclass of each type of variable would do neither.
     """
-    jax_array: Callable = nnx.Variable.__jax_array__
+    jax_array: Callable = variable.__jax_array__
     # Before Flax 0.11 variables were no pytrees. A jitted function of jnp takes them as
     # constants, whose shape JAX's core asks for: a derivative would be zero.
-    constant = jax.tree_util.all_leaves([nnx.Variable(None)])
+    constant = jax.tree_util.all_leaves([variable(None)])
 
     @wraps(jax_array)
     def decoded(self: Tree) -> Tree:
@@ -51,7 +51,7 @@ def decode_variables() -> None:
             )
         return array
 
-    nnx.Variable.__jax_array__ = decoded
+    variable.__jax_array__ = decoded
 
 
 def holds_modules(tree: Tree) -> bool:

@@ -164,10 +164,10 @@ def _position(argnum: int, args: Sequence[Tree]) -> int:
     return i % len(args)
 
 
-def _decode_variables() -> None:
+def _decode_variables(variable: type) -> None:
     from madax.codes._flax import decode_variables
 
-    decode_variables()
+    decode_variables(variable)
 
 
 AFTER_IMPORT["flax.nnx", "Variable"] = _decode_variables

@@ -40,10 +40,7 @@ def widen(x: ArrayLike) -> jax.Array:
 
 
 def max_weight(dtype: DTypeLike) -> float:
-    """The bound on any weight of a dtype: the number below its max.
-
-    With this bound, ``w + u`` is finite even when ``u`` has been rounded to the dtype.
-    """
+    """The number below the max of a dtype, so that ``w + u`` rounded stays finite."""
     info = jnp.finfo(dtype)
     max = float(info.max)
     _, exponent = math.frexp(max)
@@ -59,11 +56,7 @@ def zeros_like(leaf: Leaf, dtype: DTypeLike | None = None) -> jax.Array:
 def flatten(
     params: optax.Params, name: str = "params"
 ) -> tuple[list[str], list[Tree], jax.tree_util.PyTreeDef]:
-    """Flattens a tree of parameters into paths, leaves and treedef.
-
-    Raises:
-      TypeError: if a leaf is neither real floating nor quantised.
-    """
+    """Paths, leaves, treedef; raises unless leaves are real floating or quantised."""
     paths, leaves, treedef = flatten_named(params, is_leaf=is_quantized)
     for path, leaf in zip(paths, leaves, strict=True):
         if is_quantized(leaf):
@@ -109,11 +102,7 @@ def flatten_like(
 def flatten_both(
     params: optax.Params | None, updates: optax.Updates
 ) -> tuple[list[str], list[Tree], list[jax.Array], jax.tree_util.PyTreeDef]:
-    """Paths and leaves of ``params``, leaves of matching ``updates``, and the treedef.
-
-    Raises:
-      ValueError: if ``params`` is None or the trees do not match.
-    """
+    """Paths and leaves of ``params``, leaves of matching ``updates``, treedef."""
     if params is None:
         raise ValueError(
             "params is None, but a multiplicative update is relative to the "
@@ -130,11 +119,7 @@ def nodes_of(state: optax.OptState, kinds: type[_State] | tuple) -> list[_State]
 
 
 def places_of_floats(vector: jax.Array, leaves: Sequence[Leaf]) -> list[int]:
-    """The places of the float leaves, for each of which ``vector`` has an entry.
-
-    Raises:
-      ValueError: if ``vector`` was made for other leaves.
-    """
+    """The places of float leaves; raises unless ``vector`` has an entry for each."""
     floats = [i for i, leaf in enumerate(leaves) if not is_quantized(leaf)]
     if vector.shape != entries(len(floats)):
         raise ValueError(

@@ -1,7 +1,6 @@
 """Trees of codes as flat dictionaries of arrays, for files of any kind, and back."""
 
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -139,14 +138,10 @@ def _is_here(x: Any) -> bool:
     return getattr(x, "is_fully_addressable", True)
 
 
-def _register_with_flax() -> None:
-    """Lets ``flax.serialization`` take QuantizedArrays apart, and put them together."""
-    sys.modules["flax.serialization"].register_serialization_state(
-        QuantizedArray, QuantizedArray.parts, _from_parts
-    )
-
-
-AFTER_IMPORT["flax.serialization", "register_serialization_state"] = _register_with_flax
+# Lets flax.serialization take QuantizedArrays apart, and put them together.
+AFTER_IMPORT["flax.serialization", "register_serialization_state"] = lambda register: (
+    register(QuantizedArray, QuantizedArray.parts, _from_parts)
+)
 
 
 def _from_parts(target: QuantizedArray, parts: dict[str, Any]) -> QuantizedArray:

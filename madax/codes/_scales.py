@@ -23,10 +23,7 @@ from madax.codes._leaves import flatten, widen
 def float_leaf_sizes(params: optax.Params) -> tuple[list[str], jax.Array, jax.Array]:
     """The paths of float leaves; vectors of root mean squares and of max magnitudes.
 
-    Raises:
-      TypeError: if ``params`` holds shapes (``jax.ShapeDtypeStruct``), or floats of
-        less than 16 bits.
-      ValueError: if a leaf is known to hold a NaN or an infinity.
+    Raises if a leaf is a shape, has less than 16 bits, or is known not to be finite.
     """
     floats = [
         (path, leaf)

@@ -52,7 +52,7 @@ class Format(ABC):
 
     @property
     def storage_dtype(self) -> jnp.dtype:
-        """The integer dtype that holds a code: int8 or int16."""
+        """The dtype that holds a code, int8 or int16."""
         return jnp.dtype(jnp.int8 if self.bits <= 8 else jnp.int16)
 
     @property

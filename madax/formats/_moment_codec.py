@@ -22,9 +22,9 @@ from madax._core.numerics import (
 from madax._core.rounding import Rounding, rounding_bits
 from madax._core.shards import over_shards
 from madax._core.vectors import entries
-from madax.formats._moment_format import MomentFormat
-from madax.formats._moment_grid import (
+from madax.formats._moment_format import (
     UNSIGNED_OCTAVES,
+    MomentFormat,
     MomentGrid,
     MomentWindow,
     fraction_and_exponent,
@@ -114,6 +114,7 @@ class MomentCodec:
         fraction, _ = fraction_and_exponent(window.scale * factor)
         scale = jnp.where(factor >= _MIN_FACTOR, fraction, window.scale)
         squares = jnp.where(signed, 1, 2)
+        # may fuse: integers
         limit = jnp.maximum(
             mean + squares * _REACH, self._top(window) + squares * _RISE
         )
@@ -150,7 +151,7 @@ class MomentCodec:
         # from the pattern, after the product, which no compiler then fuses with a sum.
         value = to_pattern(x * rounded(1 / window.scale))
         pattern = value & 0x7FFFFFFF
-        # Without a sign, 0 is code 0, and anything above it at least code 1.
+        # Without a sign, 0 is code 0, and anything above it is code 1 or more.
         min_code = jnp.minimum(pattern, jnp.where(window.signed, 0, 1))
         code = grid.encode(from_pattern(pattern) + offset, bits)
         code = jnp.clip(code, min_code, max_code)
@@ -209,10 +210,8 @@ def _extremes(x: jax.Array, factor: jax.Array) -> _Extremes:
     size = jnp.abs(x)
     # By default JAX adds up int32 as int64 in x64 mode.
     total, count = (jnp.sum(each, dtype=jnp.int32) for each in _exponents(size))
-    peak = jnp.max(size, initial=0)
-    return _Extremes(
-        jnp.min(x, initial=0), peak, jnp.min(factor, initial=1), total, count
-    )
+    low, high = jnp.min(x, initial=0), jnp.max(size, initial=0)
+    return _Extremes(low, high, jnp.min(factor, initial=1), total, count)
 
 
 def _extremes_at_once(x: jax.Array, factor: jax.Array) -> _Extremes:

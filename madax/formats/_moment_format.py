@@ -1,10 +1,23 @@
-"""Storage: the format of the optimizer's moments, small floats."""
+"""The format of an optimizer's moments, the grids of its codes, and where they lie.
+
+The top bits of a float32 pattern are a grid that is logarithmic from octave to octave
+and uniform within one; adding random bits below the cut before cutting is unbiased
+stochastic rounding. That takes two integer operations and no logarithm.
+"""
 
 import dataclasses
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from madax._core.checks import check_bits
+from madax._core.names import Tree
+from madax._core.numerics import BIAS, MANTISSA, from_pattern, to_pattern
+
+# Octaves of a moment without a sign. A moment with a sign goes as the gradient, not as
+# its square: half as many cover the same range.
+UNSIGNED_OCTAVES, SIGNED_OCTAVES = 64, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,17 +34,16 @@ class MomentFormat:
     - A second moment ``nu`` has 64 octaves and no sign; a first moment ``mu`` has a
       sign and 32 octaves, which is the same range of gradients. The other bits are
       digits: two of them in 8 bits.
-    - The octaves follow the max of ``nu`` in each leaf, up and down. They are moved in
-      each of the first 8 steps, and in every 8th step after that. An element whose
-      ``nu`` jumps above them, as by a gradient of 700 times the max of its leaf, is
-      skipped until they have followed, like an element that is not finite. With a decay
-      rate below 0.75 the octaves are moved in every step, and only elements that are
-      not finite are skipped.
+    - The octaves follow the max of ``nu`` in each leaf, in each of the first 8 steps
+      and in every 8th after that. An element whose ``nu`` jumps above them, as by a
+      gradient of 700 times the max of its leaf, is skipped until they have followed,
+      like an element that is not finite. With a decay rate below 0.75 they follow in
+      every step, and only elements that are not finite are skipped.
     - The decay of ``nu`` is exact. It goes into a scale that all leaves share, so
       ``nu`` is rounded only where a gradient adds to it.
-    - No element is trapped at zero. The min code of ``nu`` is a number below the
-      octaves, which stands for what gradients of up to 1e-8 of the max leave. An
-      element that has had no gradient has this code, too, and does not move.
+    - No element is trapped at zero: the min code of ``nu`` is a number below the
+      octaves, for what gradients of up to 1e-8 of the max leave. An element that has
+      had no gradient has this code, too, and does not move.
     - After many steps, rounding has given ``nu`` a relative variance of about
       :math:`0.36 / 2^{b}`, with :math:`b = \text{bits} - 6` digits, for any decay rate
       near 1. That would make :math:`1/\sqrt\nu` too large on average, by 3.4 % for 8
@@ -75,3 +87,102 @@ class MomentFormat:
     def dtype(self) -> jnp.dtype:
         """The integer dtype of codes without a sign of their own: uint8 or uint16."""
         return jnp.dtype(jnp.uint8 if self.bits == 8 else jnp.uint16)
+
+
+class MomentWindow(NamedTuple):
+    """Where the codes of moments lie: one entry per stored leaf, in flatten order.
+
+    Attributes:
+      octave: biased exponent of the min octave, int32, shape (number of stored
+        leaves,), or () if there are none. In :func:`scale_by_second_moment` it is that
+        of the second moment, and 0 before the first gradient.
+      scale: unit of the values, float32 in [1, 2), same shape; a scalar in
+        :func:`scale_by_second_moment`. What all elements decay by goes here, rather
+        than into codes, which would be rounded.
+      signed: whether a bit of the codes is a sign, bool, same shape; None in
+        :func:`scale_by_second_moment`.
+    """
+
+    octave: jax.Array
+    scale: jax.Array
+    signed: Tree = None
+
+
+def window_start(octave: jax.Array, octaves: jax.typing.ArrayLike) -> jax.Array:
+    """The min octave of a window of normal numbers, ``octave`` if that is possible."""
+    return jnp.clip(octave, 1, 254 - octaves)
+
+
+def fraction_and_exponent(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A positive number as one in [1, 2) and the exponent of a power of two."""
+    pattern = to_pattern(x)
+    exponent = (pattern >> MANTISSA) - BIAS
+    return from_pattern(pattern - (exponent << MANTISSA)), exponent
+
+
+def check_made_for(wanted: str | None, made_for: str | None) -> None:
+    """Raises unless a state was made for a format, by its ``repr``; None for floats.
+
+    In the key of a window, dtypes may follow the format.
+    """
+    if made_for != wanted and not f"{made_for}".startswith(f"{wanted}, "):
+        raise ValueError(
+            f"moment_format is {wanted}, but the optimizer state was made for "
+            f"{made_for}; call init again, or use the state's moment_format."
+        )
+
+
+class MomentGrid(NamedTuple):
+    """Non-negative floats that are some bits of a float32 pattern.
+
+    Attributes:
+      shift: number of bits of the pattern that are cut, int32.
+      origin: the pattern of code 0, int32.
+    """
+
+    shift: jax.Array
+    origin: jax.Array
+
+    @classmethod
+    def above(cls, octave: jax.Array, shift: jax.Array) -> "MomentGrid":
+        """The grid whose code 1 is the first value of an octave."""
+        return cls(shift, (octave << MANTISSA) - (1 << shift))
+
+    def lowered(self, octaves: jax.Array) -> "MomentGrid":
+        """The grid, moved down by some octaves."""
+        return self._replace(origin=self.origin - (octaves << MANTISSA))
+
+    def pattern(self, code: jax.typing.ArrayLike) -> jax.Array:
+        """The patterns of codes, int32; negative below all normal numbers."""
+        return (jnp.asarray(code, jnp.int32) << self.shift) + self.origin
+
+    def value(self, code: jax.typing.ArrayLike) -> jax.Array:
+        """The values of codes, float32; 0 if they are below all normal numbers."""
+        return from_pattern(jnp.maximum(self.pattern(code), 0))
+
+    def value_from_zero(self, code: jax.Array) -> jax.Array:
+        """Like :meth:`value`, but code 0 is zero."""
+        return from_pattern(jnp.where(code > 0, self.pattern(code), 0))
+
+    def encode(self, x: jax.Array, bits: jax.Array) -> jax.Array:
+        """The codes of values, int32, stochastically rounded; negative below the grid.
+
+        Args:
+          x: values, float32, not negative, not NaN.
+          bits: random bits, uint32: a low one is used for each bit that is cut.
+        """
+        # The noise takes the place of the bits that are cut.
+        noise = bits.astype(jnp.int32) & ((1 << self.shift) - 1)
+        return (to_pattern(x) - self.origin + noise) >> self.shift
+
+    def encode_from_zero(
+        self, x: jax.Array, bits: jax.Array, max_code: int
+    ) -> jax.Array:
+        """Like :meth:`encode`, saturated, with nothing between 0 and the first code."""
+        smallest = self.value(1)
+        chance = (bits & 0xFFFF).astype(jnp.float32) * 2.0**-16
+        return jnp.where(
+            x < smallest,
+            (chance * smallest < x).astype(jnp.int32),
+            jnp.minimum(self.encode(x, bits), max_code),
+        )

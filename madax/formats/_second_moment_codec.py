@@ -11,14 +11,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from madax._core.numerics import BIAS, MANTISSA, moving_average, rounded
+from madax._core.numerics import BIAS, MANTISSA, minus_product, moving_average
 from madax._core.rounding import random_bits
 from madax._core.shards import over_shards
 from madax._core.vectors import entries, one_a_leaf
-from madax.formats._moment_format import MomentFormat
-from madax.formats._moment_grid import (
+from madax.formats._moment_format import (
     SIGNED_OCTAVES,
     UNSIGNED_OCTAVES,
+    MomentFormat,
     MomentGrid,
     MomentWindow,
     fraction_and_exponent,
@@ -87,16 +87,15 @@ class SecondMomentCodec:
 
     @property
     def rounding_variance(self) -> float:
-        """Relative variance of a nu that many gradients have been added to.
+        """Relative variance of nu after many gradients: half the mean relative spacing.
 
-        It is half the mean relative spacing of codes: each gradient adds a variance of
-        its fraction of nu times the spacing, and the decay halves the sum.
+        Each gradient adds its fraction of nu times the spacing, and decay halves that.
         """
         return 0.5 * 0.7213 * 2.0 ** -(self.format.bits - 6)
 
     @property
     def max_nu(self) -> int:
-        """The max code of nu, that of all beyond; 254 octaves if not placed."""
+        """The max code of nu, also for values beyond; 254 octaves if not placed."""
         return min(2**self.format.bits - 1, 254 << (self.format.bits - 8))
 
     @property
@@ -117,16 +116,12 @@ class SecondMomentCodec:
     def _grid(self, window: jax.Array, octave: jax.Array, unplaced: int) -> MomentGrid:
         # Before it is placed, a grid has more octaves and two digits fewer.
         placed, digits = window > 0, self.format.bits - 6
-        octave = jnp.where(placed, octave, unplaced)
-        return MomentGrid.above(
-            octave, MANTISSA - jnp.where(placed, digits, digits - 2)
-        )
+        shift = MANTISSA - jnp.where(placed, digits, digits - 2)
+        return MomentGrid.above(jnp.where(placed, octave, unplaced), shift)
 
     def start(self, leaves: int) -> MomentWindow:
         """The window before the first gradient."""
-        return MomentWindow(
-            jnp.zeros(entries(leaves), jnp.int32), jnp.ones([], jnp.float32)
-        )
+        return MomentWindow(jnp.zeros(entries(leaves), jnp.int32), jnp.float32(1))
 
     def follow(
         self,
@@ -136,17 +131,10 @@ class SecondMomentCodec:
         octaves: jax.typing.ArrayLike,
         fast: jax.typing.ArrayLike,
     ) -> jax.Array:
-        """The min octaves in a step, moved to suit the codes of one leaf or more.
+        """The min octaves, moved to suit the codes before a step; 0 if all are zero.
 
-        Args:
-          octave: the min octaves before, int32, shape (number of leaves,).
-          count: number of steps taken before this one.
-          nus: the codes of each leaf's nu before.
-          octaves: the number by which the decay of the unit of nu lowers its values.
-          fast: whether a move is due in every step, as :func:`is_fast` tells.
-
-        Returns:
-          The new octaves; 0 for a leaf whose codes are all zero.
+        The decay of the unit of nu lowers its values by some ``octaves``. If it is
+        ``fast``, a move is due in every step.
         """
 
         def suitable():
@@ -168,21 +156,16 @@ class SecondMomentCodec:
 
 
 def is_fast(rate: jax.Array) -> jax.Array:
-    """Whether memory is so short that windows are moved in every step.
-
-    A value above them is then stored as the max, and still moves its weight. The newest
-    square is a large fraction of nu: divided by its root, it is no outlier.
-    """
+    """Whether memory is so short that windows are moved in every step."""
+    # A value above them is then stored as the max, and still moves its weight. The
+    # newest square is a large fraction of nu: divided by its root, it is no outlier.
     return rate > _FASTEST
 
 
 def decayed(scale: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``(1 - rate) * scale`` as a fraction in [1, 2), and the octaves it falls by.
-
-    A NaN stays.
-    """
+    """``(1 - rate) * scale`` in [1, 2) or NaN, and the octaves that it falls by."""
     # Beyond 100 octaves nothing is left of any nu, and the scale would underflow.
-    product = jnp.maximum(scale - rounded(rate * scale), 2.0**-100)
+    product = jnp.maximum(minus_product(scale, rate, scale), 2.0**-100)
     fraction, exponent = fraction_and_exponent(product)
     return jnp.where(jnp.isnan(product), product, fraction), -exponent
 
@@ -202,7 +185,7 @@ class CodedMoments:
     mu_key: jax.Array | None = None
 
     def add_square(self, nu: jax.Array, g: jax.Array, rate: jax.Array) -> SecondMoment:
-        """Like that of floats, but values are over the unit of nu."""
+        """Like the method of floats, but values are over the unit of nu."""
         del rate
         old = self.codec.nu_grid(self.before).lowered(self.octaves)
         new = self.codec.nu_grid(self.after)
@@ -221,7 +204,7 @@ class CodedMoments:
     def add(
         self, mu: jax.Array, g: jax.Array, counted: jax.Array, rate: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Like that of floats."""
+        """Like the method of floats."""
         assert self.mu_key is not None
         old, new = map(self.codec.mu_grid, (self.before, self.after))
         size = old.value_from_zero(jnp.abs(mu.astype(jnp.int32)))

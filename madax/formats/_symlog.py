@@ -29,13 +29,14 @@ class SymlogFormat(Format):
 
     .. math::
 
-      w &= \text{scale} \cdot \mathrm{linear\_range} \cdot \sinh(c \cdot \text{spacing})
-      \\ \text{spacing} &= \mathrm{asinh}(1 / \mathrm{linear\_range}) / \text{levels}
+      w &= \text{scale} \cdot \mathrm{linear\_range}
+      \cdot \sinh(c \cdot \mathrm{base\_step}) \\
+      \mathrm{base\_step} &= \mathrm{asinh}(1/\mathrm{linear\_range}) / \text{levels}
 
     Steps are multiplicative far from zero, and can cross zero: this is the counterpart
     of ``floor`` on codes. A log-step is an addition of codes, as in :class:`LogFormat`,
-    :math:`c' = c + d / \text{spacing}`: far out it multiplies by :math:`e^{\pm d}`,
-    near zero it adds ``scale * linear_range * d``.
+    :math:`c' = c + d / \mathrm{base\_step}`. Far from zero it multiplies by
+    :math:`e^{\pm d}`, near zero it adds ``scale * linear_range * d``.
 
     Attributes:
       bits: width of a code, sign included, 2 to 16.
@@ -49,7 +50,7 @@ class SymlogFormat(Format):
     Example:
       >>> import madax
       >>> fmt = madax.SymlogFormat(bits=8)
-      >>> print(f"{fmt.spacing:.4f} {fmt.dynamic_range:.0f}")
+      >>> print(f"{fmt.base_step:.4f} {fmt.dynamic_range:.0f}")
       0.0143 210
     """
 
@@ -63,40 +64,42 @@ class SymlogFormat(Format):
         object.__setattr__(self, "linear_range", float(self.linear_range))
 
     @property
-    def spacing(self) -> float:
+    def base_step(self) -> float:
         """Spacing of the codes, in nats where the grid is logarithmic."""
         return math.asinh(1 / self.linear_range) / self.levels
 
     @property
     def dynamic_range(self) -> float:
         """Ratio of the max to the min non-zero magnitude."""
-        return 1 / (self.linear_range * math.sinh(self.spacing))
+        return 1 / (self.linear_range * math.sinh(self.base_step))
 
     def encode(self, x: jax.Array) -> jax.Array:
         """The real-valued code, in [-levels, levels]."""
-        code = arcsinh(x * (1 / self.linear_range)) * (1 / self.spacing)
+        code = arcsinh(x * (1 / self.linear_range)) * (1 / self.base_step)
         return jnp.clip(code, -self.levels, self.levels)
 
     def decode(self, code: jax.Array) -> jax.Array:
         """The value of a code, relative to the scale."""
-        theta = code.astype(jnp.float32) * self.spacing
+        theta = code.astype(jnp.float32) * self.base_step
         return rounded(self.linear_range * sinh(theta))
 
     def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
-        """``d / spacing`` for any code."""
+        """``d / base_step`` for any code."""
         del code
-        return d * (1 / self.spacing)
+        return d * (1 / self.base_step)
 
     def relative_step(self, code: jax.Array) -> jax.Array:
-        """``tanh(code * spacing)``, the hyperbolic sine over its derivative."""
-        x = sinh(code.astype(jnp.float32) * self.spacing)
+        """``tanh(code * base_step)``, the hyperbolic sine over its derivative."""
+        x = sinh(code.astype(jnp.float32) * self.base_step)
         return x / _root(x)
 
     def curvature(self, code: jax.Array) -> jax.Array:
-        """``spacing * tanh(code * spacing)``."""
+        """``base_step * tanh(code * base_step)``."""
         # These are operations of add_step, so a compiler does them once for both.
-        x, _ = sinh_and_decay(rounded(jnp.abs(code.astype(jnp.float32)) * self.spacing))
-        return jnp.where(code < 0, -self.spacing, self.spacing) * (x / _root(x))
+        x, _ = sinh_and_decay(
+            rounded(jnp.abs(code.astype(jnp.float32)) * self.base_step)
+        )
+        return jnp.where(code < 0, -self.base_step, self.base_step) * (x / _root(x))
 
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
         """The difference of two inverse hyperbolic sines, as one log1p if small.
@@ -105,7 +108,7 @@ class SymlogFormat(Format):
         Then asinh(y) - asinh(x) = log1p((u + s(y) - s(x)) / (x + s(x))), and
         s(y) - s(x) = u * (x + y) / (s(x) + s(y)).
         """
-        theta = rounded(jnp.abs(code.astype(jnp.float32)) * self.spacing)
+        theta = rounded(jnp.abs(code.astype(jnp.float32)) * self.base_step)
         sign = jnp.where(code < 0, -1, 1)
         x, decay = sinh_and_decay(theta)
         u = rounded(sign * u * (1 / self.linear_range))
@@ -116,4 +119,4 @@ class SymlogFormat(Format):
         # Both cases share one logarithm.
         moved = log1p(jnp.where(small, ratio, expm1_arcsinh(jnp.abs(y))))
         whole = jnp.where(y < 0, -moved, moved) - theta
-        return sign * jnp.where(small, moved, whole) * (1 / self.spacing)
+        return sign * jnp.where(small, moved, whole) * (1 / self.base_step)

@@ -1,43 +1,20 @@
 """What :func:`madax.layerwise` asks of its arguments, parameters and functions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from madax._core.checks import leaf_name
-from madax._core.names import ENDS, LAYERS, flatten_named
+from madax._core.names import ENDS, LAYERS, Tree, flatten_named
 from madax._core.shards import manual_axes, types_tell
-from madax._core.types import Tree
 from madax.codes._array import is_quantized
 from madax.layerwise._floats import is_inexact
 
 
-def check_arguments(
-    tx: optax.GradientTransformation,
-    dtype: jax.typing.DTypeLike | None,
-    microbatches: int,
-    **functions: Callable,
-) -> None:
-    """Raises unless the arguments of ``layerwise`` are of their types."""
-    if not isinstance(tx, optax.GradientTransformation):
-        raise TypeError(
-            f"tx must be an optax.GradientTransformation, got {tx!r} of type "
-            f"{type(tx).__name__}; pass for example madax.madam(0.02)."
-        )
-    for name, function in functions.items():
-        if not callable(function):
-            raise TypeError(
-                f"{name} must be a function, got {function!r} of type "
-                f"{type(function).__name__}."
-            )
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"dtype must be a floating dtype, got {dtype!r}; pass jnp.float32 or "
-            "jnp.bfloat16."
-        )
+def check_microbatches(microbatches: object) -> None:
+    """Raises unless a number of parts is a positive int."""
     if type(microbatches) is not int or microbatches < 1:
         raise ValueError(f"microbatches must be an int above 0, got {microbatches!r}.")
 

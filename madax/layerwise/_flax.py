@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from madax._core.names import ENDS, LAYERS
-from madax._core.types import Tree
+from madax._core.names import ENDS, LAYERS, Tree
 from madax.layerwise._stacks import is_typed_key
 
 

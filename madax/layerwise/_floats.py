@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from madax._core.names import Tree
 from madax._core.shards import over_shards
-from madax._core.types import Tree
 
 
 def is_inexact(x: jax.typing.ArrayLike) -> bool:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from madax._core.types import Tree
+from madax._core.names import Tree
 
 
 class SplitLayers(NamedTuple):

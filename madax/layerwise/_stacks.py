@@ -12,9 +12,8 @@ import numpy as np
 import optax
 
 from madax._core.checks import leaf_name
-from madax._core.names import ENDS, LAYERS, flatten_named
+from madax._core.names import ENDS, LAYERS, Tree, flatten_named
 from madax._core.tracing import depends_on
-from madax._core.types import Tree
 from madax.codes._quantize import dequantize_params
 
 Optimizer = optax.GradientTransformationExtraArgs

@@ -14,15 +14,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from madax._core.names import ENDS, LAYERS
+from madax._core.checks import (
+    check_float_dtype,
+    check_function,
+    check_transformation,
+)
+from madax._core.names import ENDS, LAYERS, Tree
 from madax._core.shards import axes_returned, barrier, manual_axes, spread, varying
-from madax._core.types import Tree
 from madax.codes._quantize import dequantize_params
 from madax.layerwise._checks import (
-    check_arguments,
     check_devices,
     check_layer_output,
     check_loss,
+    check_microbatches,
     check_params,
     check_updates,
 )
@@ -158,7 +162,11 @@ def layerwise(
       resources <https://arxiv.org/abs/2306.09782>`_, 2023, fuse the update of SGD with
       the backward pass.
     """
-    check_arguments(tx, dtype, microbatches, embed=embed, layer=layer, loss=loss)
+    check_transformation("tx", tx)
+    for name, function in {"embed": embed, "layer": layer, "loss": loss}.items():
+        check_function(name, function, "pass one with the arguments above")
+    check_float_dtype(dtype)
+    check_microbatches(microbatches)
     tx = optax.with_extra_args_support(tx)
     gather = gather or (lambda stored: stored)
     run = _Run(tx, embed, layer, loss, dtype, microbatches, has_aux, gather)

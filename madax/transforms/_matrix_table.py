@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from madax._core.types import Tree
+from madax._core.names import Tree
 from madax.codes._array import is_quantized
 from madax.codes._leaves import flatten
 from madax.transforms._orthogonal import Matrices, check_matrices, in_order, read_axes

@@ -181,7 +181,9 @@ def orthogonalized(x: jax.Array) -> jax.Array:
         # The smaller of both products with itself. Nothing is transposed: XLA would
         # give the parameters another layout, and copy a whole stack of them.
         gram = _product_with_itself(x, x.ndim - (1 if rows <= columns else 2))
+        # may fuse: the sums of a matrix product are in any order, too.
         change = _B * gram + _C * gram @ gram
+        # may fuse: for the same reason
         x = _A * x + (change @ x if rows <= columns else x @ change)
     return _over(root_mean_square(x, (-2, -1), keepdims=True), x)
 

@@ -25,8 +25,7 @@ from madax._core.numerics import (
 )
 from madax._core.rounding import leaf_keys
 from madax.codes._leaves import compute_dtype, flatten, flatten_like, zeros_like
-from madax.formats._moment_format import MomentFormat
-from madax.formats._moment_grid import check_made_for
+from madax.formats._moment_format import MomentFormat, check_made_for
 from madax.formats._second_moment_codec import (
     CodedMoments,
     FloatMoments,

@@ -24,8 +24,7 @@ from madax._core.vectors import entries, one_a_leaf
 from madax.codes._array import QuantizedArray, is_quantized
 from madax.codes._leaves import widen
 from madax.codes._quantize import dequantize_params
-from madax.wrappers._feedback_checks import check_feedback
-from madax.wrappers._momentum import CodedLeaves, coded_leaves
+from madax.wrappers._momentum import CodedLeaves, check_feedback, coded_leaves
 
 
 def zero_slopes(

@@ -14,9 +14,10 @@ from madax._core.checks import (
     check_seed,
     check_state,
     check_transformation,
+    check_where,
 )
 from madax._core.names import Tree
-from madax._core.numerics import rounded
+from madax._core.numerics import minus_product
 from madax._core.rounding import Rounding, check_rounding, leaf_keys, rounding_bits
 from madax._core.vectors import one_a_leaf
 from madax.codes._array import QuantizedArray, is_quantized
@@ -26,8 +27,8 @@ from madax.codes._scales import check_code_scales
 from madax.codes._steps import as_steps, real_steps, step_codes
 from madax.formats._moment_format import MomentFormat
 from madax.wrappers._error_feedback import ErrorFeedback, zero_slopes
-from madax.wrappers._feedback_checks import check_feedback
-from madax.wrappers._quantized_state import Where, check_where, with_quantized_state
+from madax.wrappers._momentum import check_feedback
+from madax.wrappers._quantized_state import Where, with_quantized_state
 
 
 class WithQuantizedParamsState(NamedTuple):
@@ -60,9 +61,10 @@ def with_quantized_params(
     For every quantised leaf, the value is decoded, the inner optimizer proposes an
     additive update :math:`u`, and :math:`w + u` is encoded and rounded. There is no
     float copy of the weights between steps. The inner optimizer trains float leaves.
-
     Stochastic rounding keeps the mean of the value, also where the spacing of codes
-    varies.
+    varies. With ``moment_format``, the moments of ``inner`` become codes, too, as
+    :func:`with_quantized_state` describes: Adam on 8-bit codes then takes three bytes
+    per parameter.
 
     Error feedback puts the errors of rounding into the momentum of ``inner``, and so
     into the next updates:
@@ -73,11 +75,9 @@ def with_quantized_params(
     with respect to the momentum before it, and :math:`\beta` the derivative of the new
     momentum likewise. It keeps one number for each leaf of codes. Without it, errors
     add up to a random walk, and the noise they leave in a weight does not fall with the
-    learning rate. Float leaves get the update of ``inner`` to the bit.
-
-    Where the learning rate rises faster than the momentum decays, as in a warm restart,
-    the momentum of codes is made smaller by as much: it holds errors that were counted
-    at the lower rate.
+    learning rate. Where the rate rises faster than the momentum decays, as in a warm
+    restart, the momentum of codes is made smaller by as much: it holds errors that were
+    counted at the lower rate. Float leaves get the update of ``inner`` to the bit.
 
     Error feedback is for optimizers whose update is a linear function of one momentum,
     element by element: SGD, Adam, AdamW, NAdam, AMSGrad, AdaMax. Others are refused,
@@ -85,10 +85,6 @@ def with_quantized_params(
     clip of updates, averages of updates, centred RMSProp, AdaBelief, schedule-free. A
     step calls ``inner`` three times then, once for single elements. Compilers drop what
     is computed in vain, but not a callback.
-
-    With ``moment_format``, the moments of ``inner`` become codes, too, as
-    :func:`with_quantized_state` describes: Adam on 8-bit codes then takes three bytes
-    per parameter.
 
     :func:`madam` needs no such wrapper: it trains quantised leaves natively.
 
@@ -134,47 +130,26 @@ def with_quantized_params(
             f"error_feedback must be True or False, got {error_feedback!r}."
         )
     check_instance("moment_format", moment_format, MomentFormat)
-    check_where("moment_where", moment_where)
+    check_where(moment_where, "moment_where")
     check_rounding(rounding)
     check_seed(seed)
-    inner = optax.with_extra_args_support(inner)
-    if moment_format is None:
-        if moment_where is not None:
-            raise ValueError(
-                "moment_where chooses which moments have a moment_format, but that is "
-                "None; pass moment_format=madax.MomentFormat(bits=8)."
-            )
-        return _quantized_params(inner, error_feedback, rounding, seed)
-
-    def with_codes(
-        tx: optax.GradientTransformation, where: Where | None
-    ) -> optax.GradientTransformationExtraArgs:
-        return with_quantized_state(
-            tx, moment_format=moment_format, where=where, rounding=rounding, seed=seed
+    if moment_where is not None and moment_format is None:
+        raise ValueError(
+            "moment_where chooses which moments have a moment_format, but that is "
+            "None; pass moment_format=madax.MomentFormat(bits=8)."
         )
-
-    # Error feedback adds to a momentum of floats, so codes are made of its state.
-    if error_feedback:
-        tx = _quantized_params(inner, True, rounding, seed)
-        return with_codes(tx, _inside(moment_where))
-    return _quantized_params(with_codes(inner, moment_where), False, rounding, seed)
-
-
-def _inside(where: Where | None) -> Where | None:
-    """``where`` for the state of :func:`with_quantized_params` around the optimizer."""
-    if where is None:
-        return None
-    prefix = "inner_state/"
-    return lambda path, x: path.startswith(prefix) and where(path[len(prefix) :], x)
-
-
-def _quantized_params(
-    inner: optax.GradientTransformationExtraArgs,
-    error_feedback: bool,
-    rounding: Rounding,
-    seed: jax.typing.ArrayLike,
-) -> optax.GradientTransformationExtraArgs:
-    """:func:`with_quantized_params` with the moments that ``inner`` has."""
+    # Error feedback adds to a momentum of floats, so codes go around it.
+    if moment_format is not None:
+        again = {"rounding": rounding, "seed": seed}
+        if error_feedback:
+            inner = with_quantized_params(inner, error_feedback=True, **again)
+            moment_where = moment_where and _inside(moment_where)
+        inner = with_quantized_state(
+            inner, moment_format=moment_format, where=moment_where, **again
+        )
+        if error_feedback:
+            return inner
+    inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
         check_code_scales(params)
@@ -212,6 +187,12 @@ def _quantized_params(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _inside(where: Where) -> Where:
+    """``where`` for the state of :func:`with_quantized_params` around the optimizer."""
+    prefix = "inner_state/"
+    return lambda path, x: path.startswith(prefix) and where(path[len(prefix) :], x)
+
+
 @partial(jax.jit, static_argnums=3)
 def _rounded_sum(
     w: QuantizedArray, u: jax.Array, key: jax.Array, rounding: Rounding
@@ -224,5 +205,5 @@ def _rounded_sum(
         # that rounding keeps the mean of the value, not of the code.
         part = steps - jnp.floor(steps)
         bend = 0.5 * w.format.curvature(w.codes)
-        steps = steps - rounded(bend * (part * (1 - part)))
+        steps = minus_product(steps, bend, part * (1 - part))
     return step_codes(w, steps, jnp.sign(value), bits)

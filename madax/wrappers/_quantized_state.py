@@ -16,7 +16,10 @@ from madax._core.checks import (
     check_seed,
     check_state,
     check_transformation,
+    check_where,
+    is_float,
 )
+from madax._core.moved import by_name
 from madax._core.names import Tree
 from madax._core.rounding import Rounding, check_rounding, leaf_keys
 from madax._core.shards import barrier
@@ -24,14 +27,13 @@ from madax._core.tracing import Shapes, shapes_of
 from madax._core.vectors import entries, one_a_leaf
 from madax.codes._array import is_quantized
 from madax.formats._moment_codec import MomentCodec, stack_windows
-from madax.formats._moment_format import MomentFormat
-from madax.formats._moment_grid import SIGNED_OCTAVES, MomentWindow, check_made_for
-from madax.wrappers._state_roles import (
-    StateLeaves,
-    is_float,
-    reasons_for_floats,
-    state_leaves,
+from madax.formats._moment_format import (
+    SIGNED_OCTAVES,
+    MomentFormat,
+    MomentWindow,
+    check_made_for,
 )
+from madax.wrappers._state_roles import StateLeaves, reasons_for_floats, state_leaves
 
 # Smaller leaves save little, and the noise of a few codes would hurt them.
 _MIN_SIZE = 4096
@@ -57,6 +59,9 @@ class WithQuantizedStateState(NamedTuple):
     window: dict[str, MomentWindow]
 
 
+@by_name(
+    "moment_format", octaves="write moment_format=madax.MomentFormat(bits, octaves)"
+)
 def with_quantized_state(
     inner: optax.GradientTransformation,
     *,
@@ -73,25 +78,22 @@ def with_quantized_state(
     :func:`with_quantized_params` instead: a parameter then takes three bytes in all.
 
     - A leaf of the state that has a negative value is stored with a sign and 32
-      octaves, any other leaf without a sign and with 64. So nothing depends on the name
-      of :math:`\nu`. The other bits are binary digits: two of them in 8 bits.
+      octaves, any other leaf without a sign and with 64. The other bits are binary
+      digits: two of them in 8 bits. SGD and Muon use a momentum as a whole:
+      ``MomentFormat(8, octaves=8)`` gives it two digits more, and evenly spaced values
+      below a 64th of the max.
     - The octaves are placed below the max of the leaf in every step, so moments may
-      grow or fall by any factor.
-    - Adam divides each element by its own size, so small elements need their digits,
-      too. SGD and Muon use a momentum as a whole: ``MomentFormat(8, octaves=8)`` gives
-      it two digits more, and evenly spaced values below a 64th of the max.
-    - In a leaf without negative values, a positive value stays positive: below the
-      octaves, as from gradients of 1e-9 of the max, it gets the min code. So Adam never
-      divides by a zero that was positive before.
-    - The decay of such a leaf is exact: the factor that all its elements have in common
-      goes into a scale. The relative variance of :math:`\nu` from its rounding is that
-      of :class:`MomentFormat`, which makes :math:`1/\sqrt\nu` too large by 3.4 % on
-      average for 8 bits.
-    - The octaves do not follow a few elements that are far too large: they reach 20
-      above the mean of a leaf with a sign, 40 above the mean of other leaves, and rise
-      by 4 or 8 a step beyond. An element above them, or one that is not finite, keeps
-      its former value in all moments of its parameter, float moments included. So a
-      finite spike costs the momentum of one element, and a real rise a few steps.
+      grow or fall by any factor. They do not follow a few elements that are far too
+      large: they reach 20 above the mean of a leaf with a sign, 40 above the mean of
+      other leaves, and rise by 4 or 8 a step beyond. An element above them, or one that
+      is not finite, keeps its former value in all moments of its parameter, float
+      moments included. So a finite spike costs the momentum of one element, and a real
+      rise a few steps.
+    - In a leaf without negative values, a positive value stays positive, so Adam never
+      divides by a zero that was positive before. Its decay is exact: the factor that
+      all elements have in common goes into a scale. Rounding gives :math:`\nu` the
+      relative variance that :class:`MomentFormat` has, which makes
+      :math:`1/\sqrt\nu` too large by 3.4 % on average for 8 bits.
 
     Without ``where``, a leaf is stored if it is floating, has 4096 elements or more and
     belongs to a parameter, by path and shape; but not if codes would ruin it. ``init``
@@ -107,16 +109,12 @@ def with_quantized_state(
     - all moments, if a step puts sums of them into a number, as in Prodigy;
     - one on which no update depends, so that it is there for others to read.
 
-    A step makes the floats of a leaf when it updates that leaf; ``init`` makes the
-    floats of all leaves at once, unless it is compiled. Moments keep the dtypes that
-    they were made with, whatever dtype gradients have; so ``params`` may be left out.
-
-    A step calls the inner optimizer twice: where codes lie depends on all new values of
-    a leaf, and to keep the values for the second call would take the memory that codes
-    save. Compilers drop what the first call computes in vain, but not a callback.
-
-    :func:`madam` needs no such wrapper: it has a ``moment_format`` of its own. An
-    accumulator of gradients is a moment, too: ``optax.MultiSteps`` goes around this.
+    Moments keep the dtypes that they were made with, whatever dtype gradients have; so
+    ``params`` may be left out. A step calls the inner optimizer twice: where codes lie
+    depends on all new values of a leaf, and to keep the values for the second call
+    would take the memory that codes save. Compilers drop what the first call computes
+    in vain, but not a callback. An accumulator of gradients is a moment, too:
+    ``optax.MultiSteps`` goes around this.
 
     Args:
       inner: any optax optimizer.
@@ -127,7 +125,7 @@ def with_quantized_state(
       seed: seed of the stochastic rounding.
 
     Returns:
-      An optimizer, whose updates are those of the inner one.
+      An optimizer with the updates of the inner one.
 
     Raises:
       ValueError: if ``rounding`` is unknown, the state is not of this optimizer,
@@ -147,7 +145,7 @@ def with_quantized_state(
     check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
     check_instance("moment_format", moment_format, MomentFormat, or_none=False)
-    check_where("where", where)
+    check_where(where)
     check_rounding(rounding)
     check_seed(seed)
 
@@ -156,15 +154,6 @@ def with_quantized_state(
 
     codec = MomentCodec(moment_format.bits, moment_format.octaves or SIGNED_OCTAVES)
     return quantized_state(inner, codec, choose, rounding=rounding, seed=seed)
-
-
-def check_where(name: str, where: object) -> None:
-    """Raises unless ``where`` is None or a function."""
-    if where is not None and not callable(where):
-        raise TypeError(
-            f"{name} must be a function of (path, leaf), got {where!r} of type "
-            f"{type(where).__name__}."
-        )
 
 
 def quantized_state(
@@ -244,18 +233,24 @@ def quantized_state(
         before = decoded(codes)
         inner_updates, inner_state = inner_step(before, params)
         after, treedef = jax.tree.flatten(inner_state)
-        fits = _kept_elements(
-            codec, like, after, dict(zip(dtypes, following, strict=True))
-        )
-        stored = dict(
-            zip(dtypes, zip(before, following, keys, strict=True), strict=True)
-        )
-        for i, fit in fits.items():
+        # An element of a parameter keeps all of its new moments, or none, floats
+        # included: a momentum without its second moment would be a large step.
+        owners: dict[int, int | str] = {i: i for i in dtypes}
+        for i, (owner, copy) in enumerate(zip(like.owners, like.copies, strict=True)):
+            owners |= {} if owner is None or copy else {i: owner}
+        fits: dict[int | str, jax.Array] = {}
+        for i, window in zip(dtypes, following, strict=True):
+            fit = codec.fits(after[i], window)
+            fits[owners[i]] = fits.get(owners[i], True) & fit
+        coded = zip(dtypes, before, following, keys, strict=True)
+        stored = {i: arguments for i, *arguments in coded}
+        for i, owner in owners.items():
             if i in stored:
                 value, window, key = stored[i]
+                fit = fits[owner]
                 after[i] = codec.encode(after[i], value, fit, window, key, rounding)
-            else:
-                after[i] = jnp.where(fit, after[i], leaves[i])
+            elif owner in fits:
+                after[i] = jnp.where(fits[owner], after[i], leaves[i])
         return inner_updates, WithQuantizedStateState(
             jnp.asarray(optax.safe_increment(state.count)),
             treedef.unflatten(after),
@@ -266,9 +261,9 @@ def quantized_state(
 
 
 def _computed_again(x: Tree) -> Tree:
-    """A tree of arrays; what follows from it is computed again, for less memory.
+    """A tree of arrays, from which results are computed again, for less memory.
 
-    TPUs keep what is there: arithmetic is their bound.
+    TPUs keep results: arithmetic is their bound.
     """
     return jax.lax.platform_dependent(x, tpu=lambda x: x, default=barrier)
 
@@ -317,31 +312,6 @@ def _chosen(
     return [i for i in chosen if i not in reasons]
 
 
-def _kept_elements(
-    codec: MomentCodec,
-    like: StateLeaves,
-    new: Sequence[jax.Array],
-    windows: dict[int, MomentWindow],
-) -> dict[int, jax.Array]:
-    """By the indices of leaves of the state, which of their new elements are kept.
-
-    Of a parameter with a stored moment, an element keeps all of its new moments, or
-    none, floats included: a momentum without its second moment would be a large step.
-    """
-    fits: dict[str | int, jax.Array] = {}
-    # Leaves of no parameter are on their own, under their index.
-    owners: dict[int, str | int] = {i: i for i in windows}
-    owners |= {
-        i: owner
-        for i, (owner, copy) in enumerate(zip(like.owners, like.copies, strict=True))
-        if owner is not None and not copy
-    }
-    for i, window in windows.items():
-        fit, owner = codec.fits(new[i], window), owners[i]
-        fits[owner] = fits[owner] & fit if owner in fits else fit
-    return {i: fits[owner] for i, owner in owners.items() if owner in fits}
-
-
 def _window_name(codec: MomentCodec, dtypes: Sequence[jnp.dtype]) -> str:
     """The name of the codes, with the dtypes of the values if not all are float32."""
     names = [jnp.dtype(dtype).name for dtype in dtypes]
@@ -363,7 +333,7 @@ def _stored_dtypes(
     leaves, found = jax.tree.flatten(state.inner_state)
     if found != like.treedef:
         raise ValueError(
-            f"the optimizer state has the tree structure {found}, but that of inner is "
+            f"the optimizer state has the tree structure {found}, but inner has "
             f"{like.treedef}; call init again."
         )
     stored = [

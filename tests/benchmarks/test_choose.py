@@ -9,7 +9,7 @@ from helpers import mostly_nightly
 
 from benchmarks.__main__ import main
 from benchmarks.accuracy import bounds, choose, moments
-from benchmarks.lib.optimizers import Optimizer, hyperparameters
+from benchmarks.lib.contender import Contender, hyperparameters
 
 
 def cells(errors):
@@ -49,18 +49,18 @@ def test_groups_of_optimizers_and_the_table():
         | {"error": (1 if (name, rate) == ("adam", 0.001) else i + 1) * scale}
         | {"diverged": False}
         for (workload, scale), (i, (name, row)), seed in itertools.product(
-            {"a": 1.0, "b": 7.0}.items(), enumerate(choose.ROWS.items()), range(3)
+            {"a": 1.0, "b": 7.0}.items(), enumerate(choose.CONTENDERS.items()), range(3)
         )
         for rate in row.rates
     ]
     _, chosen = choose.judged(pd.DataFrame(runs))
     mean = choose.means(chosen)
-    ours = [i for i, name in enumerate(choose.ROWS) if "madam" in name]
+    ours = [i for i, name in enumerate(choose.CONTENDERS) if "madam" in name]
     assert mean["any of madax, float32"] == pytest.approx(ours[0] + 1)
     assert mean["adam"] == mean["adam, not tuned"] == mean["any other, float32"] == 1
     text = choose.choose_table(pd.DataFrame(runs))
     assert "| adam                  | 12      | 0.001 (2 of 2) " in text
-    assert len({len(row.rates) for row in choose.ROWS.values()}) == 1
+    assert len({len(row.rates) for row in choose.CONTENDERS.values()}) == 1
 
 
 def test_the_interval_is_that_of_a_normal_mean():
@@ -73,7 +73,7 @@ def test_the_interval_is_that_of_a_normal_mean():
 
 def test_a_warm_up_is_of_a_tenth_and_then_a_cosine():
     rates = {}
-    row = Optimizer(lambda rate: rates.setdefault("it", rate), 1.0)
+    row = Contender(lambda rate: rates.setdefault("it", rate))
     for schedule in ("warm-up", "cosine", "constant"):
         rates.clear()
         row.transform(hyperparameters({"rate": 2.0, "schedule": schedule}), 100)

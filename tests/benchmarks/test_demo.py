@@ -13,7 +13,8 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.accuracy.demo import MULTIPLIERS, SMOKE, demo_figure, demo_table
 from benchmarks.lib import records
-from benchmarks.lib.optimizers import DEMO, OPTIMIZERS, Optimizer, cosine
+from benchmarks.lib.contender import Contender, points
+from benchmarks.lib.optimizers import DEMO, OPTIMIZERS
 from benchmarks.lib.train import Budget, train
 from benchmarks.workloads import Workload
 from benchmarks.workloads.digits import digits
@@ -92,7 +93,7 @@ def test_diverged_runs_stay_and_are_marked(tmp_path):
     rates = [sgd.rate * multiplier for multiplier in (0.1, 1, 1e4)]
     raw = tmp_path / "runs.jsonl"
     cost = {"step_us": 1.0, "bytes_per_weight": 8.0}
-    for run in train(parabola(), sgd, cosine(rates), budget, label="sgd"):
+    for run in train(parabola(), sgd, points(rates), budget, label="sgd"):
         # The table wants a multiplier of 10; the rate to diverge is far beyond.
         place = {
             "optimizer": "sgd",
@@ -111,7 +112,7 @@ def test_diverged_runs_stay_and_are_marked(tmp_path):
 def test_all_runs_may_diverge():
     budget = Budget(steps=40, evaluations=1, batch_size=4, seeds=2)
     runs = train(
-        parabola(), OPTIMIZERS["sgd momentum"], cosine([1e4]), budget, label="sgd"
+        parabola(), OPTIMIZERS["sgd momentum"], points([1e4]), budget, label="sgd"
     )
     assert all(run["diverged"] for run in runs)
 
@@ -119,8 +120,8 @@ def test_all_runs_may_diverge():
 def test_same_seed_same_run_whatever_the_rates():
     budget = Budget(steps=10, evaluations=1, batch_size=4, seeds=2)
     sgd = OPTIMIZERS["sgd momentum"]
-    alone = train(parabola(), sgd, cosine([0.01]), budget, label="")
-    among = train(parabola(), sgd, cosine([0.1, 0.01]), budget, label="")
+    alone = train(parabola(), sgd, points([0.01]), budget, label="")
+    among = train(parabola(), sgd, points([0.1, 0.01]), budget, label="")
     for a, b in zip(alone, among[1::2], strict=True):
         assert (a["seed"], a["rate"]) == (b["seed"], b["rate"])
         np.testing.assert_allclose(a["curve"]["loss"], b["curve"]["loss"], rtol=1e-5)
@@ -137,7 +138,9 @@ def test_rate_decays_by_a_cosine_to_zero():
         metric=lambda weight, test: {"accuracy": -weight},
     )
     budget = Budget(steps=4, evaluations=4, batch_size=4, seeds=1)
-    (run,) = train(falling, Optimizer(optax.sgd, 1.0), cosine([2.0]), budget, label="")
+    (run,) = train(
+        falling, Contender(optax.sgd, (1.0,)), points([2.0]), budget, label=""
+    )
     rates = np.diff(run["curve"]["accuracy"], prepend=0)
     np.testing.assert_allclose(rates, 1 + np.cos(np.pi * np.arange(4) / 4), rtol=1e-5)
 

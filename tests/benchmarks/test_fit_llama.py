@@ -87,8 +87,8 @@ def test_the_network_is_causal():
 
 def test_rates_are_tried_until_the_best_is_between_two(tmp_path, monkeypatch):
     raw = tmp_path / "llama.jsonl"
-    row = llama.Row(llama._adamw, (0.001, 0.002, 0.003, 0.004, 0.005))
-    monkeypatch.setattr(llama, "ROWS", {"row": row})
+    row = llama.Contender(llama._adamw, (0.001, 0.002, 0.003, 0.004, 0.005))
+    monkeypatch.setattr(llama, "CONTENDERS", {"row": row})
 
     def runs(best, rates):
         budget = dataclasses.replace(llama.PROFILES["long"], rates=rates)
@@ -159,7 +159,9 @@ def test_flash_adamw_takes_the_steps_of_its_package():
 @pytest.mark.nightly
 def test_llama_runs_resumes_and_learns(tmp_path, monkeypatch, capsys):
     names = ("AdamW float32", "madam 8 bits")
-    monkeypatch.setattr(llama, "ROWS", {name: llama.ROWS[name] for name in names})
+    monkeypatch.setattr(
+        llama, "CONTENDERS", {name: llama.CONTENDERS[name] for name in names}
+    )
     file = tmp_path / "text"
     file.write_bytes(b"to be or not to be, that is the question. " * 200)
     run = lambda: llama.llama(tmp_path, profile="smoke", text=(str(file),))
@@ -187,7 +189,7 @@ def test_llama_runs_resumes_and_learns(tmp_path, monkeypatch, capsys):
 @pytest.mark.nightly
 def test_layerwise_is_timed_against_the_ordinary_step(tmp_path, monkeypatch):
     name = "optax.adam float32"
-    monkeypatch.setattr(layerwise, "ROWS", {name: layerwise.ROWS[name]})
+    monkeypatch.setattr(layerwise, "CONTENDERS", {name: layerwise.CONTENDERS[name]})
     layerwise.layerwise(tmp_path, profile="smoke")
     (raw,) = tmp_path.rglob("layerwise.jsonl")
     (run,) = [json.loads(line) for line in raw.read_text().splitlines()]
@@ -239,7 +241,7 @@ def test_codes_made_a_layer_at_a_time_are_those_of_the_whole():
     """Other random numbers, but the same shapes and sizes, different in each layer."""
     size, key = decoder.SIZES["tiny"], jax.random.key(0)
     made = jax.jit(lambda key: large._parameters(size, "layerwise", key))(key)
-    whole = jax.jit(lambda key: fit.quantize(decoder.init(size, key)))(key)
+    whole = jax.jit(lambda key: fit.OURS.store_stack(decoder.init(size, key)))(key)
     assert jax.tree.structure(made) == jax.tree.structure(whole)
     for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(whole), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)

@@ -19,7 +19,8 @@ from benchmarks import RESULTS
 from benchmarks.__main__ import main
 from benchmarks.accuracy import lr_sensitivity
 from benchmarks.lib import analysis, records
-from benchmarks.lib.optimizers import OPTIMIZERS, UNTUNED, grid
+from benchmarks.lib.contender import grid
+from benchmarks.lib.optimizers import OPTIMIZERS, UNTUNED
 from benchmarks.lib.profiles import TASKS
 from benchmarks.lib.train import train
 

@@ -12,7 +12,8 @@ from helpers import mostly_nightly
 from benchmarks.data import cifar, idx, images
 from benchmarks.data.photo import photo
 from benchmarks.data.text import text
-from benchmarks.lib.optimizers import OPTIMIZERS, cosine
+from benchmarks.lib.contender import points
+from benchmarks.lib.optimizers import OPTIMIZERS
 from benchmarks.lib.profiles import TASKS
 from benchmarks.lib.train import Budget, train
 from benchmarks.workloads.gan import _frechet
@@ -30,7 +31,7 @@ def test_every_workload_learns(name):
     batch = task.budget.batch_size
     budget = Budget(steps=60, evaluations=2, batch_size=batch, seeds=1)
     still, run = train(
-        workload, OPTIMIZERS["adam"], cosine([0.0, 0.03]), budget, label=name
+        workload, OPTIMIZERS["adam"], points([0.0, 0.03]), budget, label=name
     )
     score = workload.measure.name
     assert run["curve"][score][-1] == run[score]

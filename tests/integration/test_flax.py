@@ -4,25 +4,20 @@ They start with leaves of zeros: biases, the last layer, the gate of a residual 
 """
 
 import functools
-import re
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax.training import train_state
+from helpers import needs_flax_0_12
+from models import TrainState
 
 import madax
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-FLAX = tuple(int(n) for n in re.findall(r"\d+", flax.__version__)[:2])
-needs_flax_0_12 = pytest.mark.skipif(
-    FLAX < (0, 12), reason="nnx.Optimizer.update took no model, nnx.merge no copy"
-)
 STEPS = 12
 # Leaves that are zeros at init. Where they stay so, what they multiply has no gradient.
 ZEROS = ("bias", "gate", "last/kernel")
@@ -61,10 +56,6 @@ class LinenNet(nn.Module):
         gate = self.param("gate", nn.initializers.zeros, ())
         x = x + gate * nn.tanh(nn.Dense(16, name="branch")(x))
         return nn.Dense(2, kernel_init=nn.initializers.zeros, name="last")(x)
-
-
-class TrainState(train_state.TrainState):
-    batch_stats: dict
 
 
 class NnxNet(nnx.Module):
@@ -132,7 +123,7 @@ class Run:
 def train_linen(tx):
     x, y = data()
     net = LinenNet()
-    variables = net.init(jax.random.key(0), x, True)
+    variables = jax.jit(net.init, static_argnums=2)(jax.random.key(0), x, True)
     state = TrainState.create(apply_fn=net.apply, tx=tx, **variables)
     run = Run(state.params)
     for _ in range(STEPS):
@@ -142,7 +133,7 @@ def train_linen(tx):
 
 
 def train_nnx(tx):
-    model = NnxNet(nnx.Rngs(0))
+    model = nnx.jit(lambda: NnxNet(nnx.Rngs(0)))()
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     run = Run(nnx.state(model, nnx.Param))
     for _ in range(STEPS):

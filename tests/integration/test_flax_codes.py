@@ -3,34 +3,24 @@
 import re
 from functools import partial
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import FORMATS
 from flax import nnx
-from helpers import is_quantized, mostly_nightly
+from helpers import FLAX, is_quantized, mostly_nightly, same, without_keys
+from models import images
 
 import madax
-from madax import QuantizedArray, SymlogFormat
+from madax import QuantizedArray
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-FLAX = tuple(int(n) for n in re.findall(r"\d+", flax.__version__)[:2])
-FMT = SymlogFormat(8, 1 / 3)
+FMT = FORMATS["symlog8"]
 WIDTH, LAYERS, WORDS, LENGTH = 8, 2, 24, 6
-
-
-def plain(tree):
-    """Arrays that NumPy can compare: keys are what they are made of."""
-    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
-
-
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, plain(a), plain(b))
 
 
 def split(model):
@@ -96,13 +86,6 @@ class Transformer(nnx.Module):
             axes = nnx.StateAxes({...: 0})
             block = nnx.scan(block, in_axes=(nnx.Carry, axes), out_axes=nnx.Carry)
         return self.embed.attend(block(x, self.blocks))
-
-
-def images():
-    rng = np.random.default_rng(0)
-    y = rng.integers(0, 4, 16)
-    x = rng.normal(size=(16, 4, 4, 1)) + y[:, None, None, None]
-    return jnp.asarray(x, jnp.float32), jnp.asarray(y)
 
 
 def words():
@@ -282,7 +265,9 @@ def test_jax_jit_of_a_split_model():
         params, rest, state, value = step(params, rest, state, *images())
         losses.append(float(value))
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
-    moved = jax.tree.map(lambda a, b: np.any(a != b), plain(before), plain(rest))
+    moved = jax.tree.map(
+        lambda a, b: np.any(a != b), *map(without_keys, (before, rest))
+    )
     assert all(jax.tree.leaves(moved["batch_norm"]))
     assert len(quantized_leaves(nnx.merge(graph, params, rest))) == 2
 

@@ -6,15 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.training import train_state
+from cases import FORMATS
 from helpers import is_quantized, same
+from models import TrainState, images
 
 import madax
-from madax import SymlogFormat
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-FMT = SymlogFormat(8, 1 / 3)
+FMT = FORMATS["symlog8"]
 WIDTH, LAYERS, WORDS = 8, 3, 24
 
 
@@ -27,17 +27,6 @@ class Cnn(nn.Module):
         x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(8, (3, 3))(x)))
         x = nn.Dropout(0.5, deterministic=not train)(x.reshape(len(x), -1))
         return nn.Dense(4)(x)
-
-
-class TrainState(train_state.TrainState):
-    batch_stats: dict
-
-
-def images():
-    rng = np.random.default_rng(0)
-    y = rng.integers(0, 4, 16)
-    x = rng.normal(size=(16, 4, 4, 1)) + y[:, None, None, None]
-    return jnp.asarray(x, jnp.float32), jnp.asarray(y)
 
 
 def test_a_train_state_with_statistics_and_dropout():

@@ -184,6 +184,19 @@ def test_every_case_of_upstream_is_run():
     assert count(TestMadamWithLowBitMoments) == whole
 
 
+def test_upstream_skips_none_of_its_cases():
+    """Nor the one that is for a rate whose annotation says that it may be a schedule.
+
+    The other cases fail where they would be skipped.
+    """
+    result = unittest.TestResult()
+    for case in cases(TestMadam):
+        if "schedule_if_type_annotated" in case:
+            TestMadam(case).run(result)
+    assert (len(result.failures), len(result.errors), len(result.skipped)) == (0, 0, 0)
+    assert result.testsRun == bool(cases(TestMadam))
+
+
 # --- sharding -------------------------------------------------------------------------
 
 SHARDED = {

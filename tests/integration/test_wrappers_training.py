@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import FORMATS
 from helpers import is_quantized
 from optax import contrib
 
@@ -18,7 +19,6 @@ import madax
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-FORMAT = madax.LogFormat.from_dynamic_range(bits=16, ratio=1e4)
 RATE = 0.05
 X = jax.random.normal(jax.random.key(1), (64, 8))
 Y = X @ jax.random.normal(jax.random.key(2), (8, 4))
@@ -34,7 +34,7 @@ def float_params():
 
 
 def native_params():
-    return madax.quantize_params(float_params(), FORMAT)
+    return madax.quantize_params(float_params(), FORMATS["log16"])
 
 
 def loss(params, x=X, y=Y):
@@ -349,9 +349,9 @@ def test_averages_of_codes_are_errors(average):
 def test_steps_of_codes_are_added_by_apply_updates_alone():
     params = native_params()
     updates, _ = madam().update(gradient(params), madam().init(params), params)
-    assert updates["kernel"].codes.dtype == FORMAT.step_dtype
+    assert updates["kernel"].codes.dtype == FORMATS["log16"].step_dtype
     moved = optax.apply_updates(params, updates)["kernel"]
-    assert moved.codes.dtype == FORMAT.storage_dtype
+    assert moved.codes.dtype == FORMATS["log16"].storage_dtype
     assert moved.scale == params["kernel"].scale
     with pytest.raises(TypeError, match=r"added by optax\.apply_updates"):
         jax.tree.map(jnp.add, params, updates)

@@ -1,33 +1,17 @@
-"""What several test files need: formats, steps, float64, errors in full."""
+"""What several test files need: steps, equality, float64, errors in full."""
 
 import contextlib
 import re
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 import pytest
-from flax import nnx
 
 import madax
-from madax import LogFormat, MomentFormat, SymlogFormat, UniformFormat
-from madax.formats._second_moment_codec import SecondMomentCodec
-
-FORMATS = {
-    "log8": LogFormat.from_dynamic_range(8, 100),
-    "log16": LogFormat.from_dynamic_range(16, 10_000),
-    "symlog8": SymlogFormat(8, 1 / 3),
-    "symlog16": SymlogFormat(16, 1e-3),
-    "uniform8": UniformFormat(8),
-    "uniform16": UniformFormat(16),
-}
-every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-
-
-def formats(*names):
-    """Some of them, by name."""
-    return {name: FORMATS[name] for name in names}
 
 
 def mostly_nightly(cases, *now):
@@ -48,18 +32,36 @@ def normal(*shape, seed=0, scale=1.0):
     return jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
 
 
+def without_keys(tree):
+    """The tree with the numbers that its random keys are made of."""
+    is_key = lambda x: jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+
+
 def same(a, b):
-    """Asserts that trees have the same values."""
+    """Asserts that trees have the same values, of the same dtypes."""
+
+    def check(x, y):
+        assert jnp.result_type(x) == jnp.result_type(y)
+        np.testing.assert_array_equal(x, y)
+
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    jax.tree.map(check, without_keys(a), without_keys(b))
 
 
-def assert_identical(a, b):
-    """Asserts that trees have the same bits, NaN and signs of zero included."""
+def different(a, b):
+    """The paths of leaves whose bits differ; NaN and the sign of zero count, too."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype and x.shape == y.shape
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    leaves = zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    )
+    return [
+        jax.tree_util.keystr(path)
+        for (path, x), y in leaves
+        if x.dtype != y.dtype
+        or x.shape != y.shape
+        or np.asarray(x).tobytes() != np.asarray(y).tobytes()
+    ]
 
 
 def step(tx, grads, state, params):
@@ -73,20 +75,19 @@ def moment_values(state):
     if state.window is None:
         return state.nu, state.mu
     ((name, window),) = state.window.items()
-    codec = SecondMomentCodec(MomentFormat(int(re.search(r"bits=(\d+)", name)[1])))
-    octaves = list(window.octave.reshape(-1))
+    mantissa = int(re.search(r"bits=(\d+)", name)[1]) - 6
 
-    def decode(tree, grid, unit):
+    def decode(tree, octave_of, unit):
         leaves, treedef = jax.tree.flatten(tree)
-        codes = [np.asarray(x, np.int32) for x in leaves]
+        octaves = [int(x) - 127 for x in window.octave.reshape(-1)]
         values = [
-            unit * np.sign(c) * np.asarray(grid(octave).value(jnp.abs(c)))
-            for c, octave in zip(codes, octaves, strict=True)
+            unit * np.sign(c) * oracle.decode_moment(np.abs(c), octave_of(o), mantissa)
+            for c, o in zip(map(np.int64, leaves), octaves, strict=True)
         ]
         return treedef.unflatten(values)
 
-    m = None if state.mu is None else decode(state.mu, codec.mu_grid, 1)
-    return decode(state.nu, codec.nu_grid, np.float32(window.scale)), m
+    m = None if state.mu is None else decode(state.mu, oracle.octave_of_m, 1)
+    return decode(state.nu, lambda octave: octave, float(window.scale)), m
 
 
 # It is compiled once for each optimizer and tree of shapes.
@@ -115,10 +116,10 @@ def raises(kind, *parts):
     return pytest.raises(kind, match=f"(?s)(?=.*{pattern}).*{REMEDY}")
 
 
-# Since 0.12 there are nnx.List and updates of a model by its optimizer.
-examples_of_flax = pytest.mark.skipif(
-    not hasattr(nnx, "List"), reason="the examples are for Flax 0.12 or newer"
-)
+FLAX = tuple(int(n) for n in re.findall(r"\d+", flax.__version__)[:2])
+# Since then there are nnx.List, parameters that are sharded as they are made, and
+# updates of a model by its optimizer.
+needs_flax_0_12 = pytest.mark.skipif(FLAX < (0, 12), reason="Flax is older than 0.12")
 
 
 def run_examples(page):

@@ -1,462 +1,366 @@
-"""Mistakes put into madax one at a time: make test must fail of each.
+"""Mistakes put into madax one at a time: the tests must fail of each.
 
 ::
 
-    python tests/lib/mutants.py           # all of them: an hour or two
-    python tests/lib/mutants.py clip 12   # those of a file, or of a number
+    python tests/lib/mutants.py --list transforms           # what there is in a room
+    python tests/lib/mutants.py transforms/_clip            # all of a module
+    python tests/lib/mutants.py --sample 60 --seed 1        # some of all, for a night
+    python tests/lib/mutants.py codes/_array:dequantize:120:call rounded
 
-Each is tried on a copy: by the files most likely to find it, and what is then alive, at
-the end, by all of ``make test``. It is an error if a text to change is not there.
+A mutant changes one node of the syntax tree of one function. Its name says which, as
+``room/module:function:line:kind``; names of one commit are always the same. Each is
+tried on a copy of the tree, by the tests of its room in ``tests/unit``, those named
+like the module first. What is then alive is tried by all others, or by none with
+``--unit``. The exit status is 1 if one is alive.
 """
 
+import argparse
+import ast
+import collections
+import dataclasses
 import os
 import pathlib
+import random
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 
-ROOT = pathlib.Path(__file__).parents[2]
+from processes import ROOT
 
-# file of madax: (text that is there once, what it becomes, test files to try first)
-MUTANTS = {
-    "_checks": [
-        ("and not jnp.issubdtype(value.dtype, np.unsignedinteger)", "", "bad_input"),
-        (">= 2**31:", ">= 2**62:", "bad_input"),
-        ("3.4e38 < abs", "1e308 < abs", "bad_input"),
-        ("return (x >= 0) & (x < math.inf)", "return x > 0", "bad_input"),
-        ("(x >= 0) & (x < 1), rule", "(x >= 0) & (x <= 1), rule", "bad_input"),
-        ("return _or_nan(value, ok)", "return value", "faults"),
-        ("lambda x: x > 0, f", "lambda x: x >= 0, f", "bad_input"),
-        ("lowest * (1 - 1e-5)", "lowest * (1 - 0.5)", "bad_input_formats"),
-        ("or np.shape(seed) != ()\n", "", "bad_input_formats"),
-        ("if jnp.issubdtype(dtype, jnp.complexfloating):", "if False:", "bad_input"),
-    ],
-    "_format": [
-        ("jnp.round(self.encode(x))", "jnp.floor(self.encode(x))", "quantized bbit"),
-        ("jnp.int8 if self.bits <= 8", "jnp.int8 if self.bits < 8", "formats"),
-        ("return jnp.dtype(jnp.int32)", "return jnp.dtype(jnp.int16)", "with fuzz"),
-    ],
-    "_formats": [
-        ("jnp.clip(magnitude, 1, self.levels)\n\n", "magnitude\n\n", "formats"),
-        ("(jnp.abs(c) - self.levels)", "(jnp.abs(c) - self.levels + 1)", "formats"),
-        ("new_sign == sign", "new_sign != sign", "formats"),
-        ("jnp.where(code == 0, self.levels", "jnp.where(code == 0, 0", "formats with"),
-        (
-            "jnp.clip(beyond, -self.levels, 1)",
-            "jnp.clip(beyond, -self.levels, 0)",
-            "formats",
-        ),
-        ("steps = levels_of(bits) - 1", "steps = levels_of(bits)", "formats"),
-        ("cls(bits, math.log(2) / gamma)", "cls(bits, 1 / gamma)", "formats"),
-        ("linear_range) / self.levels", "linear_range) / (self.levels + 1)", "formats"),
-        ("ratio = u * slope * decay", "ratio = u * slope", "formats"),
-        ("jnp.where(code < 0, -1, 1)", "jnp.where(code < 0, 1, 1)", "formats"),
-        ("(c != 0) & jnp.isfinite(d)", "jnp.isfinite(d)", "formats"),
-        ("return x / _root(x)", "return x", "weight_decay"),
-    ],
-    "_leaves": [
-        ("largest - float(info.eps) * 2.0 ** (exponent - 1)", "largest", "faults"),
-        ("vector.shape != entries(len(floats))", "False", "bad_input_formats"),
-        ("(leaves,) if leaves else ()", "(leaves,)", "checkpoint"),
-        ("== jnp.float64\n", "== jnp.int8\n", "dtypes"),
-        ("bits > 0 if x", "bits > 1 if x", "compiled"),
-    ],
-    "_scales": [
-        ("if not np.isfinite(value):", "if False:", "bad_input"),
-        ("jnp.full_like(peak, 0.25)", "0 * peak", "quantized_array"),
-        ("jnp.sum(digit.astype(jnp.uint32)", "jnp.sum(digit", "meshes many_weights"),
-        ("jnp.where(peak > 1, 0.125, 1.0)", "jnp.ones_like(peak)", "faults"),
-        ("2 * power <= largest", "False", "properties"),
-    ],
-    "_numerics": [
-        (
-            "moment - rounded(rate * moment) + rounded(rate * x)",
-            "moment - rate * moment + rate * x",
-            "same_bits meshes",
-        ),
-        ("jnp.clip(x, -87.0, 88.0)", "jnp.clip(x, -87.0, 89.0)", "numerics"),
-        (
-            "bits = jnp.minimum(bits, np.iinfo(bits_dtype).max - 1)",
-            "",
-            "same_bits meshes",
-        ),
-        ("exponent == 0, x, mantissa - 1", "exponent == 0, x, x", "numerics"),
-        ("exponent == 0, x,", "exponent == 9, x,", "numerics formats"),
-        ("jnp.where(scale > 1, 0.125, 1.0)", "jnp.ones_like(scale)", "faults with"),
-        ("ans, value, stored: tangents[0]", "*_: 0 * tangents[0]", "derivatives"),
-        ("lambda ans, x: 1 / (1 + x)", "lambda ans, x: 1 / x", "derivatives"),
-        ("jnp.float32(1.5 * 2**23)", "jnp.float32(2**23)", "numerics"),
-        ("0.6691226031125902", "0.6692", "numerics"),
-        ("0.5 * (e + rounded(e * decay))", "0.5 * (e + e)", "numerics"),
-        ("& (moved > 0) & (x != 0)", "& (x != 0)", "formats with"),
-        ("& (moved > 0) & (x != 0)", "& (moved > 0)", "formats with"),
-        ("0.5 * (ans / root)", "(ans / root)", "derivatives"),
-    ],
-    "_rounding": [
-        ("* 2.0**-32", "* 2.0**-32 + 1e-4", "rounding"),
-        ("+ column) * np.uint32(0x9E3779B9)", "+ column)", "rounding"),
-        (", axis) * stride", ", axis)", "rounding"),
-        ("for counter in (count, seed):", "for counter in (count, count):", "rounding"),
-        ("blake2s(name.encode()", "blake2s(b''", "rounding"),
-        ("keys if layer is None else", "keys if True else", "rounding"),
-        ("where.where(there, _mix", "where.where(~there, _mix", "rounding"),
-        ("x = (x ^ (x >> 14))", "x = (x ^ (x >> 31))", "rounding"),
-    ],
-    "_moments": [
-        ("- _BIAS + 1) >> 1", "- _BIAS) >> 1", "moments"),
-        ("(chance * smallest < x)", "(0.5 * smallest < x)", "moments"),
-        ("pattern += octaves << _MANTISSA", "pass", "moments"),
-        ("| (count % _INTERVAL == 0)", "", "moments"),
-        ("rate > _FASTEST", "rate > 1", "moments"),
-        ("jnp.where(fast, 0, octaves)", "octaves", "moments"),
-        ("0.5 * 0.7213", "0.0 * 0.7213", "moments"),
-        ("bits.astype(jnp.int32) & (", "0 & (", "moments"),
-        ("_BELOW = 54", "_BELOW = 40", "moments"),
-    ],
-    "_second_moment": [
-        (
-            "ok = g * g < jnp.inf\n        v",
-            "ok = jnp.isfinite(g)\n        v",
-            "faults",
-        ),
-        ("correction = jnp.sqrt(bias)", "correction = bias", "oracle"),
-        ("correction /= _bias_correction(b1, count)", "pass", "oracle"),
-        ("ok & (v > 0)", "ok", "faults fuzz oracle"),
-        ("jnp.clip(code, 0, self.format.highest_v)", "code", "moments"),
-        ("fits & (stored <= self.highest)", "fits", "moments"),
-        ("0 * correction)", "0)", "faults"),
-        ("exp(-0.375 * noise)", "exp(-0.0 * noise)", "moments"),
-        ("if made_for != wanted:", "if False:", "moments checkpoint"),
-    ],
-    "_sign_log": [
-        ("jnp.where(x < 0, -d, d)", "d", "oracle"),
-        ("skips else d, -_LARGEST, _LARGEST)", "skips else d, -1e3, 1e3)", "faults"),
-        ("jnp.where(zero_init, 1.0, floor)", "floor", "oracle"),
-        ("jnp.where(jnp.isfinite(d), d, 0) if skips else d", "d", "oracle faults"),
-        ("stacklevel=3", "stacklevel=2", "bad_input"),
-        ("jnp.finfo(rms0.dtype).max / 128", "jnp.inf", "faults"),
-    ],
-    "_clip": [
-        (
-            "return jnp.maximum(3 * rms0, peak0)",
-            "return 3 * rms0",
-            "pretrained",
-        ),
-        (
-            "return within(u, -bound - x, bound - x)",
-            "return 0.9 * within(u, -bound - x, bound - x)",
-            "properties oracle",
-        ),
-        ("jnp.where(bound >= 0, u.astype(x.dtype), jnp.nan)", "u", "faults"),
-        ("free = _are_vectors(paths, leaves)", "", "growth oracle"),
-        ("jnp.where(state.peak0 > 0, bounds, jnp.inf)", "bounds", "growth oracle"),
-    ],
-    "_quantize_params": [
-        ("jnp.maximum(3 * rms, peak) if", "3 * rms if", "quantize_defaults"),
-        (
-            "jnp.where(rms == 0, jnp.max(bound, initial=0), bound)",
-            "bound",
-            "quantize_d",
-        ),
-        ("if axis not in channels", "if axis in channels", "quantized_array"),
-        ("np.ndim(leaf) >= 2", "np.ndim(leaf) >= 1", "quantized"),
-        ("np.size(leaf) >= 16", "np.size(leaf) >= 15", "quantized"),
-        (
-            "if facts.lowest > 0 and facts.highest < np.inf:",
-            "if True:",
-            "bad_input_formats",
-        ),
-        ("format.nearest(x)", "format.nearest(0.9 * x)", "quantized"),
-    ],
-    "_quantized_array": [
-        ("return codes == format.step_dtype", "return True", "wrappers_training"),
-        ("codes == format.storage_dtype and", "True and", "wrappers_training"),
-        ('f"codes:{self.format!r}"', '"codes"', "checkpoint quantized"),
-        (
-            "rounded(scale * self.format.decode(self.codes))",
-            "scale * self.format.decode(self.codes)",
-            "same_bits many_weights",
-        ),
-        ("if scales == size:", "if True:", "codes_as_weights"),
-        ("jnp.result_type(i), bool)", "jnp.result_type(i), str)", "codes_as"),
-        ("__array_priority__ = 100", "__array_priority__ = -100", "codes_as"),
-        ("self._at(index).dequantize()", "self.dequantize()[index]", "codes_as"),
-        ("if self.codes.dtype == self.format.step_dtype:", "if False:", "codes_as"),
-        ("dtypes[0] == jax.dtypes.float0", "False", "grad"),
-        ('if not hasattr(self.codes, "dtype"):', "if False:", "freezing"),
-        ('if "flax.serialization" in sys.modules:', "if False:", "saving"),
-        ("let_variables_decode()\n", "let_variables_decode\n", "array_functions"),
-        ("self.scale > 0", "self.scale == self.scale", "trees_of_codes"),
-        ("if codes is None and", "if False and", "trees_of_codes"),
-        ("scale in (np.float32, float)", "True", "trees_of_codes"),
-    ],
-    "_error_feedback": [
-        ("rises = (last > 0)", "rises = (last < 0)", "error"),
-        ("(now * decay > last)", "(now > last)", "error"),
-        ("jnp.where(now > 0, now, last)", "now", "error"),
-        (
-            "jnp.clip(rounded(widen(u)), -w.scale - value, w.scale - value)",
-            "widen(u)",
-            "error",
-        ),
-        ("(wanted - moved) * (1 - widen(decay))", "(wanted - moved)", "error"),
-        ("(slope != 0) & jnp.isfinite(u) & jnp.isfinite(after)", "slope != 0", "error"),
-    ],
-    "_momentum": [
-        ("return []", "return [value] * treedef.num_leaves", "error"),
-        ("all(isinstance(m, kinds) for m in field[2])", "True", "error"),
-    ],
-    "_feedback_checks": [
-        ("if tangent not in updates[i]:", "if False:", "error"),
-        ("if any(j < len(places) for j in updates[i]):", "if False:", "error"),
-        ("            if tangent in x:", "            if False:", "error"),
-    ],
-    "_tracing": [
-        ("elementwise = eqn.primitive.name in", "elementwise = True or", "error"),
-        ("found if elementwise and same", "found if elementwise", "error"),
-    ],
-    "_with_quantized_params": [
-        ("jnp.sign(value)", "jnp.sign(w.codes)", "with"),
-        ("steps = steps - rounded(bend", "steps = steps - 0 * rounded(bend", "error"),
-        ("optax.safe_increment(state.count)", "state.count", "with"),
-    ],
-    "_lns_quantize": [
-        ("jnp.where(jnp.isfinite(u), widen(u), 0)", "widen(u)", "with faults"),
-        ("jnp.where(jnp.isfinite(steps), within", "jnp.where(True, within", "faults"),
-        ("jnp.where(on_grid, step, moved - value)", "step", "bbit"),
-        ("jnp.where(scale == 0, u", "jnp.where(False, u", "bbit faults"),
-        ("jnp.where(jnp.isnan(u), u, to_target)", "to_target", "faults"),
-        ("scale = jnp.minimum(scale, jnp.finfo(scale.dtype).max)", "", "faults"),
-        ("if dtype.itemsize > 2:", "if True:", "rounding many_weights"),
-        (
-            "jnp.maximum(jnp.abs(x + u), finest)",
-            "jnp.abs(x + u)",
-            "many_weights faults",
-        ),
-        ("(254 << 23) - spacing", "(253 << 23) - spacing", "dtypes many_weights"),
-        ("optax.safe_increment(state.count)", "state.count", "faults"),
-    ],
-    "_fake_quantize": [
-        ("jnp.max(jnp.abs(wide), initial=0)", "jnp.max(wide, initial=0)", "fake"),
-        ("if backward_format is None:", "if True:", "fake"),
-        ("format.decode(code)).astype(x.dtype)", "format.decode(code))", "fake"),
-    ],
-    "_grad": [
-        (
-            "return without_probes(fun(*given, **kwargs), weights)",
-            "return fun(*given, **kwargs)",
-            "grad",
-        ),
-        ("if any(isinstance(w, ProbedArray) for w in weights):", "if False:", "grad"),
-        ("[zeros_like(w, dtype) if", "[zeros_like(w) if", "grad"),
-        ("return (grads, value[1]) if has_aux else grads", "return grads", "grad"),
-        ("if not -len(args) <= i < len(args):", "if False:", "grad"),
-    ],
-    "_probes": [
-        ("w.probe.astype(probe.dtype) + probe", "probe", "grad"),
-        (", self.probe[index])", ", self.probe)", "grad"),
-        ("straight_through(self.probe, super()", "(super()", "grad"),
-        ("_shifted(self.probe, 1)", "self.probe", "trees_of_codes"),
-        ("== jax.dtypes.float0:", "is None:", "trees_of_codes"),
-    ],
-    "_flax": [
-        (
-            "nnx.update(module, without_probes(nnx.state(module), weights))",
-            "pass",
-            "flax_codes",
-        ),
-        ("predicates[path[0]]", "predicates[0]", "flax_codes"),
-        ("given[i], array, is_leaf=_is_leaf)", "given[i], array)", "flax_codes"),
-    ],
-    "_aliases": [
-        ("optax.clip(g_bound),\n        *decay", "*decay", "oracle"),
-        (
-            "zero_init_scale=zero_init_scale),\n        lns_quantize(rounding=rounding",
-            "),\n        lns_quantize(rounding=rounding",
-            "oracle",
-        ),
-        ("rounding=rounding, seed=seed", "rounding=rounding", "native rounding"),
-        (
-            "moment_format=moment_format, seed=seed",
-            "moment_format=moment_format",
-            "moments",
-        ),
-        (
-            "xp.abs(rate) / base_step), 1)",
-            "xp.abs(rate) / base_step), 0)",
-            "bbit",
-        ),
-        ("learning_rate(count) * math.log(2)", "learning_rate(count)", "bbit"),
-        ("else learning_rate * math.log(2)", "else learning_rate", "bbit"),
-    ],
-    "_weight_decay": [
-        (
-            "jnp.where(jnp.abs(x) > floor, jnp.sign(x), in_floors)",
-            "jnp.sign(x)",
-            "weight",
-        ),
-        ("weight_decay * _relative_step(w, f)", "weight_decay * f", "weight_decay"),
-    ],
-    "_saving": [
-        ('if f"{path}scale" not in arrays:', "if False:", "saving"),
-        ("if parts.keys() != target.parts().keys():", "if False:", "saving"),
-        ("codes.dtype != format.storage_dtype or", "", "saving"),
-        ("| (codes < -format.levels)", "", "saving"),
-        ("(scale > 0) & (scale < np.inf)", "scale > 0", "saving"),
-        ("if above in leaves and", "if False and", "saving"),
-        ("if name in scales:", "if False:", "saving"),
-        ("if same else array", "", "saving"),
-        ("if wanted.keys() != leaves.keys():", "if False:", "saving"),
-        ("np.shape(leaf) != np.shape(wanted[name])", "False", "saving"),
-        ("if full in flat:", "if False:", "saving"),
-    ],
-    "_layerwise": [
-        ("before, layer=i)", "before, layer=0)", "layerwise"),
-        (
-            "fold_in(jax.random.fold_in(key, i), part)",
-            "fold_in(key, part)",
-            "layerwise",
-        ),
-        ("x / self.microbatches", "x", "layerwise"),
-        ("jnp.add, g_ends", "lambda g, _: g, g_ends", "layerwise"),
-        ("depth - 1 - t", "t", "layerwise"),
-    ],
-    "_stacks": [
-        ("if left == shared:", "if True:", "layerwise"),
-        ("if any(found[:", "if not any(found[:", "layerwise"),
-        ("if after <= reached:", "if True:", "layerwise_leaves"),
-        ("shapes.get(path) == x.shape", "True", "layerwise_leaves"),
-        ("scalars - keys", "scalars", "layerwise_leaves"),
-        ("_with_key_of, (0, 0)", "_with_key_of, (0, None)", "layerwise_leaves"),
-    ],
-    "_state_codes": [
-        ("if bits is None else bits", "", "with_quantized_state"),
-        ("jnp.where(fits, new.astype(jnp.float32), before)", "new", "with_q"),
-        ("jnp.minimum(peak >> _MANTISSA, highest)", "peak >> _MANTISSA", "survey"),
-        ("top + 2 - octaves", "top + 1 - octaves", "with_quantized_state"),
-        ("jnp.where(window.signed, 0, 1)", "0", "with_quantized_state"),
-        ("_LEAST_FACTOR, fraction, scale", "_LEAST_FACTOR, scale, scale", "with_q"),
-    ],
-    "_with_quantized_state": [
-        ("leaf.size >= _LEAST_SIZE and", "", "with_quantized_state"),
-        ('if ", ".join(made_for) != wanted:', "if False:", "with_quantized_state"),
-        ("        if found:", "        if False:", "with_quantized_state"),
-        ("fits[owner] & fit if owner in fits else fit", "fit", "state_survey"),
-        ("after[i] = jnp.where(fit, after[i], leaves[i])", "pass", "state_survey"),
-    ],
-    "_state_roles": [
-        ('endswith(f"/{name}")]', 'endswith("")]', "state_survey"),
-        ("PARAMS in value.parts and", "False and", "state_survey"),
-        ("if decay.get(i) == 1 and", "if False and", "state_survey"),
-        ("if i not in used:", "if False:", "state_survey"),
-    ],
-    "_step_reader": [
-        ("first and second and first != second", "False", "state_survey"),
-        ("signed |= frozenset() if b.positive else a.parts", "", "state_survey"),
-        ("multiple=a.multiple | b.multiple", "multiple=frozenset()", "state_survey"),
-    ],
-    "_leaf_kinds": [
-        ("if layers and tops <=", "if False and tops <=", "leaf_kinds"),
-        ("return _take_axis(group, 0) or", "return False or", "leaf_kinds"),
-        ("if tables or (self.layered and not dense):", "if False:", "leaf_kinds"),
-        ("sizes[:1] == bias", "False", "leaf_kinds"),
-        ("leaf.layer = leaf.layer or prefix", "pass", "leaf_kinds"),
-        ("if inputs == 1 and depthwise:", "if False:", "leaf_kinds"),
-        ("return leaf.kind if feeds else", "return", "leaf_kinds"),
-    ],
-    "_orthogonal": [
-        ("x = _A * x + (change", "x = _B * x + (change", "orthogonal"),
-        ("jnp.where(jnp.isfinite(g), g, ms[i])", "g", "orthogonal"),
-        ("ahead = moving_average(ms[i], g, rate)", "ahead = ms[i]", "orthogonal"),
-        ("_A, _B, _C = 3.4445", "_A, _B, _C = 3.3", "orthogonal"),
-    ],
-    "_split_layers": [
-        ("            if a != b:", "            if False:", "split_layers"),
-        ("if jax.tree.leaves(others):", "if False:", "split_layers"),
-        ("if other != name and", "if False and", "split_layers"),
-        ("fold_in(key, i), x.shape", "fold_in(key, 0), x.shape", "split_layers"),
-        ("if not isinstance(variable, free):", "if False:", "split_layers"),
-    ],
-    "_layerwise_checks": [
-        ("is_inexact(u):", "False:", "layerwise_leaves"),
-        ("if manual_axes() and not types_tell():", "if False:", "shard_map"),
-    ],
-    "_shards": [
-        ("return reduce(x, axes) if axes else x", "return x", "shard_map"),
-        ("and a not in varying(shared)", "", "shard_map"),
-        ("tuple(sorted(axes - varying(x)))", "()", "shard_map"),
-    ],
-    "_skipped": [
-        ("jnp.isfinite(jnp.square(g))", "jnp.isfinite(g)", "diagnostics"),
-        ("skipped[path] |= beyond", "skipped[path] & beyond", "diagnostics"),
-    ],
-    "diagnostics": [
-        ("zero = jnp.all(u == 0)", "zero = False", "diagnostics"),
-        ("(1 - 2**-6) * bound", "1.0 * bound", "diagnostics"),
-        ("if scale is not None", "if scale is None", "growth"),
-        ("jnp.abs(w.codes) == w.format.levels", "w.codes == w.format.levels", "diagn"),
-        ("jnp.sign(w) != jnp.sign(p)", "jnp.sign(w) == jnp.sign(p)", "diagnostics"),
-        ("nonzero = (w != 0)", "nonzero = (w == w)", "diagnostics"),
-        (".ravel() + w.format.levels", ".ravel()", "diagnostics"),
-        ("jnp.nanmin(cosines)", "jnp.nanmax(cosines)", "diagnostics"),
-        ("optax.apply_updates(w, u) - w", "optax.apply_updates(w, u)", "diagnostics"),
-    ],
+MADAX = ROOT / "madax"
+TIMEOUT = 1800  # seconds: a loop that never ends is a mutant killed, too
+
+COMPARISONS = {
+    ast.Lt: ast.GtE,
+    ast.GtE: ast.Lt,
+    ast.Gt: ast.LtE,
+    ast.LtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+ENDS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
+OPERATORS = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.LShift: ast.RShift,
+    ast.RShift: ast.LShift,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+    ast.BitXor: ast.BitOr,
+}
+# Keywords that change nothing of what is right; and ** has none.
+SAFEGUARDS = {None, "strict", "stacklevel"}
+# Functions of one array and options, of which the array may be taken as it is.
+UNWRAPPED = {
+    *("abs", "barrier", "ceil", "clip", "exp", "expm1", "floor", "isfinite", "log"),
+    *("log1p", "max", "maximum", "min", "minimum", "nearest", "optimization_barrier"),
+    *("plus_product", "round", "round_to_int", "rounded", "safe_increment", "sign"),
+    *("sorted", "sqrt", "square", "stop_gradient", "tuple", "widen", "within"),
 }
 
 
-def source(file):
-    return (ROOT / "madax" / f"{file}.py").read_text(encoding="utf-8")
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """A text in place of what stands between two offsets of a file."""
+
+    name: str
+    path: pathlib.Path
+    start: int
+    end: int
+    text: str
+
+    def source(self) -> str:
+        """The file with the mistake in it."""
+        old = self.path.read_bytes()
+        return (old[: self.start] + self.text.encode() + old[self.end :]).decode()
+
+    def __str__(self) -> str:
+        old = self.path.read_bytes()[self.start : self.end].decode()
+        change = f"{old!r} -> {self.text!r}"
+        return f"{self.name}  {change if len(change) < 140 else change[:140] + '...'}"
 
 
-def first_failure(file, old, new, *arguments):
+# --- what can go wrong with a node ----------------------------------------------------
+
+
+def changed(node: ast.AST, **fields: object) -> str:
+    """The source of a node like that one, but for some fields."""
+    old = {name: getattr(node, name) for name in node._fields}
+    return ast.unparse(type(node)(**{**old, **fields}))
+
+
+def name_of(function: ast.expr) -> str:
+    """``where`` of ``jnp.where``."""
+    return getattr(function, "attr", getattr(function, "id", ""))
+
+
+def comparisons(node: ast.Compare) -> Iterator[tuple[str, str]]:
+    for i, op in enumerate(node.ops):
+        for kind, table in (("flipped", COMPARISONS), ("end", ENDS)):
+            if type(op) in table:
+                ops = [*node.ops[:i], table[type(op)](), *node.ops[i + 1 :]]
+                yield kind, f"({changed(node, ops=ops)})"
+
+
+def constants(node: ast.Constant) -> Iterator[tuple[str, str]]:
+    value = node.value
+    if isinstance(value, bool):
+        yield "constant", repr(not value)
+    elif isinstance(value, int):
+        yield "constant", repr(value + 1)
+        if value not in (0, 1):
+            yield "less", repr(value - 1)
+    elif isinstance(value, float):
+        yield "constant", repr(2 * value if value else 1.0)
+
+
+def operators(node: ast.BinOp) -> Iterator[tuple[str, str]]:
+    if type(node.op) in OPERATORS:
+        yield "operator", f"({changed(node, op=OPERATORS[type(node.op)]())})"
+    yield "left", f"({ast.unparse(node.left)})"
+    if isinstance(node.op, ast.BitAnd | ast.BitOr):
+        yield "right", f"({ast.unparse(node.right)})"
+
+
+def choices(node: ast.BoolOp) -> Iterator[tuple[str, str]]:
+    for i in range(len(node.values)):
+        rest = node.values[:i] + node.values[i + 1 :]
+        text = changed(node, values=rest) if len(rest) > 1 else ast.unparse(rest[0])
+        yield f"without {i}", f"({text})"
+
+
+def calls(node: ast.Call) -> Iterator[tuple[str, str]]:
+    args, name = node.args, name_of(node.func)
+    for keyword in node.keywords:
+        if keyword.arg not in SAFEGUARDS:
+            rest = [k for k in node.keywords if k is not keyword]
+            yield f"no {keyword.arg}", changed(node, keywords=rest)
+    if name == "where" and len(args) == 3:
+        condition, one, other = args
+        yield "swapped", changed(node, args=[condition, other, one])
+        yield "then", f"({ast.unparse(one)})"
+        yield "else", f"({ast.unparse(other)})"
+    elif name in UNWRAPPED and args and not isinstance(args[0], ast.Starred):
+        yield f"call {name}", f"({ast.unparse(args[0])})"
+    elif name in UNWRAPPED and isinstance(node.func, ast.Attribute):
+        yield f"call {name}", f"({ast.unparse(node.func.value)})"
+    elif isinstance(node.func, ast.Attribute) and len(args) > 1:
+        yield "argument", changed(node, args=args[:-1])
+
+
+def conditions(node: ast.If | ast.IfExp | ast.While) -> Iterator[tuple[str, str]]:
+    if not isinstance(node.test, ast.Compare):  # which are flipped
+        yield "negated", f"not ({ast.unparse(node.test)})"
+    yield "never", "False"
+    if isinstance(node, ast.If | ast.IfExp):
+        yield "always", "True"
+
+
+def statements(node: ast.stmt) -> Iterator[tuple[str, str]]:
+    """Those without which the rest has a meaning."""
+    if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant):
+        yield "statement", "pass"
+    if isinstance(node, ast.AugAssign | ast.Raise):
+        yield "statement", "pass"
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        used = {x.id for x in ast.walk(node.value) if isinstance(x, ast.Name)}
+        if node.targets[0].id in used:
+            yield "statement", "pass"
+
+
+def mistakes(node: ast.AST) -> Iterator[tuple[ast.AST, str, str]]:
+    """What is replaced, the kind of the mistake, and the source of it."""
+    if isinstance(node, ast.If | ast.IfExp | ast.While):
+        for kind, text in conditions(node):
+            yield node.test, kind, text
+    if isinstance(node, ast.comprehension):
+        for condition in node.ifs:
+            yield condition, "all", "True"
+    table = {
+        ast.Compare: comparisons,
+        ast.Constant: constants,
+        ast.BinOp: operators,
+        ast.BoolOp: choices,
+        ast.Call: calls,
+    }
+    made = table.get(type(node))
+    if isinstance(node, ast.stmt):
+        made = statements
+    if isinstance(node, ast.UnaryOp):
+        made = lambda node: [("unary", f"({ast.unparse(node.operand)})")]
+    for kind, text in made(node) if made else ():
+        yield node, kind, text
+
+
+def visited(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but annotations, docstrings, decorators and the texts of errors."""
+    if isinstance(node, ast.JoinedStr):
+        return
+    yield node
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "decorator_list", "type_params"):
+            continue
+        if isinstance(node, ast.Raise) or getattr(node, "arg", "") in SAFEGUARDS:
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from visited(child)
+
+
+# --- all mutants of a module ----------------------------------------------------------
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """Functions and methods by name, then what a module does outside of them."""
+    for node in tree.body:
+        inner = node.body if isinstance(node, ast.ClassDef) else [node]
+        for part in inner:
+            owner = f"{node.name}." if part is not node else ""
+            yield f"{owner}{getattr(part, 'name', 'module')}", part
+
+
+def mutants_of(path: pathlib.Path) -> list[Mutant]:
+    """In the order of the file; none that leaves the syntax tree as it was."""
+    source = path.read_text(encoding="utf-8")
+    tree, found = ast.parse(source), []
+    lines = source.splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line.encode()))
+    module = path.relative_to(MADAX).with_suffix("").as_posix()
+    numbers = collections.Counter()
+    for function, part in functions(tree):
+        if isinstance(part, ast.Import | ast.ImportFrom):
+            continue
+        for node in visited(part):
+            for place, kind, text in mistakes(node):
+                name = f"{module}:{function}:{place.lineno}:{kind}"
+                numbers[name] += 1
+                if numbers[name] > 1:
+                    name += f" ({numbers[name]})"
+                start = starts[place.lineno - 1] + place.col_offset
+                end = starts[place.end_lineno - 1] + place.end_col_offset
+                if is_another(place, text):
+                    found.append(Mutant(name, path, start, end, text))
+    return found
+
+
+def is_another(node: ast.AST, text: str) -> bool:
+    return isinstance(node, ast.stmt) or ast.dump(node) != ast.dump(
+        ast.parse(text, mode="eval").body
+    )
+
+
+def every_mutant() -> list[Mutant]:
+    return [m for path in sorted(MADAX.rglob("*.py")) for m in mutants_of(path)]
+
+
+def chosen(mutants: list[Mutant], words: list[str]) -> list[Mutant]:
+    """Those of a room, a module, a function, or a name."""
+    if not words:
+        return mutants
+    begins = lambda m, w: m.name == w or re.match(re.escape(w) + r"[/:]", m.name)
+    return [m for m in mutants if any(begins(m, word) for word in words)]
+
+
+# --- trying them ----------------------------------------------------------------------
+
+
+def tests_of(path: pathlib.Path) -> list[str]:
+    """The tests of its room, those whose names share a word with its own first."""
+    module, unit = path.relative_to(MADAX), ROOT / "tests" / "unit"
+    room = unit / module.parent.name.strip("_")
+    if len(module.parts) == 1:
+        files = sorted(unit.glob("test_*.py"))
+    else:
+        files = sorted(room.glob("test_*.py"))
+    words = set(module.stem.strip("_").rstrip("s").split("_"))
+
+    def others(file: pathlib.Path) -> int:
+        own = {word.rstrip("s") for word in file.stem.split("_")}
+        return -len(words & own)
+
+    files.sort(key=others)
+    return [str(file.relative_to(ROOT)) for file in files]
+
+
+def first_failure(mutant: Mutant, *arguments: str) -> str | None:
     """What fails of a copy with the mistake in it, or None if all passes."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / "madax"
         ignored = shutil.ignore_patterns(".*", "build", "__pycache__")
         shutil.copytree(ROOT, copy, ignore=ignored)
-        text = source(file).replace(old, new)
-        (copy / "madax" / f"{file}.py").write_text(text, encoding="utf-8")
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", *arguments],
-            cwd=copy,
-            env=os.environ | {"PYTHONPATH": str(copy), "CI": "1"},
-            capture_output=True,
-            text=True,
-        )
+        changed_file = copy / mutant.path.relative_to(ROOT)
+        changed_file.write_text(mutant.source(), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header"]
+        try:
+            run = subprocess.run(
+                [*command, *arguments],
+                cwd=copy,
+                env=os.environ | {"PYTHONPATH": str(copy), "CI": "1"},
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+            )
+        except subprocess.TimeoutExpired:
+            return "the time that it takes"
     if run.returncode == 0:
         return None
     found = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", run.stdout, re.MULTILINE)
     # As when madax cannot even be imported.
-    return found[1] if found else run.stdout[-200:] + run.stderr[-200:]
+    return found[1] if found else (run.stdout[-200:] + run.stderr[-200:]).strip()
 
 
-def main(words):
-    """Tries the mutants of those files or numbers, or all; 1 if one is alive."""
-    every = [(file, *m) for file, mutants in MUTANTS.items() for m in mutants]
-    stale = [(file, old) for file, old, *_ in every if source(file).count(old) != 1]
-    if stale:
-        sys.exit(f"not there, or more than once: {stale}")
+def tried(mutant: Mutant, unit: bool) -> str | None:
+    """What kills it."""
+    likely = tests_of(mutant.path)
+    found = first_failure(mutant, *likely) if likely else None
+    if found or unit:
+        return found
+    return first_failure(mutant, "-n", "auto", "--dist", "loadfile", "tests", "madax")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("words", nargs="*", help="rooms, modules, functions or names")
+    add("--list", action="store_true", help="only say what there is")
+    add("--sample", type=int, help="so many, of every module in turn")
+    add("--seed", type=int, default=0, help="of the sample")
+    add("--unit", action="store_true", help="try the tests of the room alone")
+    options = parser.parse_args(arguments)
+    mutants = chosen(every_mutant(), options.words)
+    if not mutants:
+        parser.error(f"no mutant is called {' or '.join(options.words)}")
+    if options.sample:
+        random.Random(options.seed).shuffle(mutants)
+        # Each module has its first before any has its second.
+        seen = collections.Counter()
+        turn = {m.name: seen.update([m.path]) or seen[m.path] for m in mutants}
+        mutants = sorted(mutants, key=lambda m: turn[m.name])[: options.sample]
+    if options.list:
+        print(*mutants, f"{len(mutants)} mutants", sep="\n")
+        return 0
     alive = []
-    for number, (*mutant, likely) in enumerate(every):
-        if words and not {mutant[0].strip("_"), str(number)} & set(words):
-            continue
-        files = [
-            str(path.relative_to(ROOT))
-            for word in likely.split()
-            for path in sorted((ROOT / "tests").rglob(f"test_{word}*.py"))
-        ]
-        found = first_failure(*mutant, *files)
-        print(number, mutant, f"killed by {found}" if found else "...")
+    for number, mutant in enumerate(mutants, 1):
+        found = tried(mutant, options.unit)
+        print(f"{number}/{len(mutants)} {mutant}")
+        print(f"    killed by {found}" if found else "    ALIVE")
         if not found:
-            alive.append((number, mutant))
-    for number, mutant in alive.copy():
-        rest = ["-n", "auto", "--dist", "loadfile", "tests", "madax"]
-        if found := first_failure(*mutant, *rest):
-            alive.remove((number, mutant))
-        print(number, mutant, f"killed by {found}" if found else "ALIVE")
-    print(f"{len(alive)} are alive")
+            alive.append(mutant)
+    print(f"{len(mutants) - len(alive)} of {len(mutants)} mutants are killed; alive:")
+    print(*alive, sep="\n")
     return len(alive) > 0
 
 

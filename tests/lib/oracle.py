@@ -15,6 +15,10 @@ in size, and its value relative to the scale:
     log      sign(c) exp(-base_step (n - |c|)),    1 <= |c| but for 0
     symlog   linear_range sinh(c asinh(1 / linear_range) / n)
     uniform  c / n
+
+A moment's code c > 0 of M bits of mantissa and a lowest octave o stands for
+
+    (1 + f / 2^M) 2^(o + e)   where   c - 1 = e 2^M + f
 """
 
 import numpy as np
@@ -126,7 +130,7 @@ def levels(fmt):
 
 def spacing(fmt):
     """The step between codes, in nats; None where there is no such."""
-    if hasattr(fmt, "base_step"):
+    if hasattr(fmt, "base_step") and not hasattr(fmt, "linear_range"):
         return fmt.base_step
     if hasattr(fmt, "linear_range"):
         return np.arcsinh(1 / fmt.linear_range) / levels(fmt)
@@ -135,7 +139,7 @@ def spacing(fmt):
 
 def decode(fmt, code):
     c, n = np.asarray(code, np.float64), levels(fmt)
-    if hasattr(fmt, "base_step"):
+    if hasattr(fmt, "base_step") and not hasattr(fmt, "linear_range"):
         return np.sign(c) * np.exp(-fmt.base_step * (n - np.abs(c)))
     if hasattr(fmt, "linear_range"):
         return fmt.linear_range * np.sinh(c * spacing(fmt))
@@ -144,10 +148,22 @@ def decode(fmt, code):
 
 def encode(fmt, x):
     x, n = np.asarray(x, np.float64), levels(fmt)
-    if hasattr(fmt, "base_step"):
+    if hasattr(fmt, "base_step") and not hasattr(fmt, "linear_range"):
         with np.errstate(divide="ignore"):
             magnitude = n + np.log(np.abs(x)) / fmt.base_step
         return np.sign(x) * np.clip(magnitude, 1, n)
     if hasattr(fmt, "linear_range"):
         return np.clip(np.arcsinh(x / fmt.linear_range) / spacing(fmt), -n, n)
     return np.clip(x * n, -n, n)
+
+
+def decode_moment(code, octave, mantissa):
+    """The size of a stored moment; 0 for code 0."""
+    octaves, rest = np.divmod(np.asarray(code, np.float64) - 1, 2.0**mantissa)
+    size = 2.0 ** (octave + octaves) * (1 + rest / 2**mantissa)
+    return np.where(octaves < 0, 0, size)
+
+
+def octave_of_m(octave):
+    """The first moment ends where the root of the second does, after 32 octaves."""
+    return (octave + 65) // 2 - 32

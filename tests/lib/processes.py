@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,3 +52,10 @@ def once(tmp_path_factory, name: str, make: Callable[[pathlib.Path], None]):
             make(partial)
             partial.rename(path)
     return path
+
+
+def address():
+    """A port at which nobody listens."""
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return f"localhost:{server.getsockname()[1]}"

@@ -69,30 +69,30 @@ FEW = [job for job in LIMITS if job[1] in ("adam", "madam", "native 8, 8-bit v")
 # --- counting -------------------------------------------------------------------------
 
 
-def work(f, *args):
-    return programs.work(jax.jit(f).lower(*args).compile().as_text())
+def counts(f, *args):
+    return programs.count(jax.jit(f).lower(*args).compile().as_text())
 
 
 def test_a_kernel_is_counted_with_its_bytes_and_operations():
     x = jnp.ones(1000)
-    assert work(lambda x: jnp.abs(x * 3 + 1), x) == programs.Work(1, 8000, 3000)
+    assert counts(lambda x: jnp.abs(x * 3 + 1), x) == programs.Counts(1, 8000, 3000)
     # Neither roots nor conversions of type without work count as operations.
-    once = work(lambda x: jnp.sqrt(x.astype(jnp.float32)) + 1, x)
-    assert once == programs.Work(1, 8000, 1000)
+    once = counts(lambda x: jnp.sqrt(x.astype(jnp.float32)) + 1, x)
+    assert once == programs.Counts(1, 8000, 1000)
 
 
 def test_loops_are_unrolled_and_the_lesser_branch_is_taken():
     x = jnp.ones(1000)
     loop = lambda x: jax.lax.fori_loop(0, 7, lambda i, x: jnp.cumsum(jnp.sin(x)), x)
-    once = work(lambda x: jnp.cumsum(jnp.sin(x)), x)
-    many = work(loop, x)
+    once = counts(lambda x: jnp.cumsum(jnp.sin(x)), x)
+    many = counts(loop, x)
     # A counter beside them, for each.
     assert 7 * once.kernels <= many.kernels <= 7 * (once.kernels + 2)
     assert 7 * once.operations <= many.operations <= 7 * (once.operations + 4)
 
     f = lambda p, x: jax.lax.cond(p, lambda x: jnp.sort(x) @ jnp.sort(x), jnp.sum, x)
-    branches = work(f, True, x)
-    assert work(jnp.sum, x).bytes <= branches.bytes < work(jnp.sort, x).bytes
+    branches = counts(f, True, x)
+    assert counts(jnp.sum, x).bytes <= branches.bytes < counts(jnp.sort, x).bytes
 
 
 def test_what_is_kept_on_a_tpu_is_not_in_main_memory():
@@ -113,7 +113,7 @@ ENTRY %main (x: f32[512], s: f32[]) -> f32[256] {
   ROOT %f = f32[256]{0:T(256)} fusion(%done, %n), calls=%c, x={"estimated_cycles":"77"}
 }
 """
-    assert programs.work(text) == programs.Work(1, 2048, 256, 77)
+    assert programs.count(text) == programs.Counts(1, 2048, 256, 77)
 
 
 def test_of_an_operand_that_is_only_sliced_a_kernel_reads_the_slices():
@@ -133,7 +133,7 @@ ENTRY %main (x: f32[4096], y: f32[4]) -> f32[4] {
   ROOT %f = f32[4]{0} fusion(%x, %y), kind=kLoop, calls=%c
 }
 """
-    assert programs.work(text) == programs.Work(1, 4 * 4 * 4, 8)
+    assert programs.count(text) == programs.Counts(1, 4 * 4 * 4, 8)
 
 
 # --- the CPU's ------------------------------------------------------------------------
@@ -141,7 +141,7 @@ ENTRY %main (x: f32[4096], y: f32[4]) -> f32[4] {
 
 def lowered(name):
     device = SingleDeviceSharding(jax.devices("cpu")[0])
-    return compiled.lower(compiled.leaves(4, compiled.OPTIMIZERS[name]), device)
+    return compiled.leaves(4, compiled.OPTIMIZERS[name]).lower(device)
 
 
 @pytest.mark.parametrize("name", mostly_nightly(CPU, "madam", "native 8, 8-bit v"))
@@ -153,7 +153,7 @@ def test_steps_do_not_take_more_operations_and_kernels(name):
     given = compiled.stablehlo(program)
     assert given <= ratio * compiled.stablehlo(lowered("adam"))
     program = program.compile()
-    done = programs.work(program.as_text())
+    done = programs.count(program.as_text())
     assert done.kernels <= kernels
     assert done.operations <= operations * 2**24
     used = footprint(program)

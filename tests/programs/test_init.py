@@ -10,6 +10,8 @@ import pytest
 
 import madax
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def processor_seconds(make, params):
     """What is made, and the processor seconds that it took: other work adds none."""
@@ -18,10 +20,10 @@ def processor_seconds(make, params):
     return made, time.process_time() - begin
 
 
-def test_a_thousand_leaves_of_two_shapes_take_little_more_than_with_adam():
-    """It was 112 seconds for Adam's 0.6, as one program of all leaves was compiled."""
+def test_hundreds_of_leaves_of_two_shapes_take_little_more_than_with_adam():
+    """As one program of all leaves a thousand took 112 seconds, and Adam 0.6."""
     rng = np.random.default_rng(0)
-    shapes = [(17, 16) if i % 2 else (19,) for i in range(1000)]
+    shapes = [(17, 16) if i % 2 else (19,) for i in range(300)]
     params = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
     _, adam = processor_seconds(optax.adam(1e-3).init, params)
     clipped = madax.madam(p_scale=8.0, floor=1.0, weight_decay=0.1)
@@ -31,7 +33,7 @@ def test_a_thousand_leaves_of_two_shapes_take_little_more_than_with_adam():
     made = []
     for make in makers:
         state, seconds = processor_seconds(make, params)
-        assert seconds < 3 * adam + 3
+        assert seconds < 3 * adam + 2
         made.append(state)
     exact = [np.sqrt(np.mean(np.square(np.float64(w)))) for w in params]
     for _, rms0 in optax.tree.get_all_with_path(made[0], "rms0"):

@@ -10,16 +10,17 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
 import processes
 import pytest
-import test_layerwise
-from helpers import FORMATS
+from cases import FORMATS
+from checkpoints import abstract, needs_set_mesh, restore, save
+from helpers import different
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_checkpoint_resume import needs_set_mesh, restore, save
-from test_meshes import different, enter, make_mesh, needs_explicit_axes
-from test_processes import address
+from meshes import enter, make_mesh, needs_explicit_axes
+from processes import address
 
 import madax
 from madax import MomentFormat
@@ -32,7 +33,7 @@ LAYOUTS = {
 }
 MESHES = [
     ("auto", "fsdp"),
-    ("auto", "tensor_parallel"),
+    pytest.param("auto", "tensor_parallel", marks=pytest.mark.nightly),
     pytest.param(
         "explicit",
         "tensor_parallel",
@@ -119,6 +120,7 @@ def test_a_mesh_trains_as_one_device(axis_type, layout):
 # --- a network, its batch spread over the devices -------------------------------------
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 7), reason="XLA gathered float gradients, too"
 )
@@ -126,7 +128,7 @@ def test_fsdp_gathers_codes_and_nothing_else_of_weights():
     mesh, tx = make_mesh("auto"), madax.madam(0.02)
     on = lambda *axes: NamedSharding(mesh, P(*axes))
     gather = lambda w: jax.lax.with_sharding_constraint(w, on())
-    params = test_layerwise.weights(FORMATS["symlog8"])
+    params = layers.weights(FORMATS["symlog8"])
 
     def shardings(x):
         wide = [None] * x.ndim
@@ -134,16 +136,16 @@ def test_fsdp_gathers_codes_and_nothing_else_of_weights():
             wide[-2] = ("data", "model")
         return on(*wide)
 
-    functions = test_layerwise.embed, test_layerwise.layer, test_layerwise.loss
+    functions = layers.embed, layers.layer, layers.loss
     run = madax.layerwise(tx, *functions, dtype=jnp.float32)
-    _, _, expected = test_layerwise.trained(*run, params)
+    _, _, expected = layers.trained(*run, params)
 
     init, step = madax.layerwise(tx, *functions, dtype=jnp.float32, gather=gather)
     placed = jax.device_put(params, jax.tree.map(shardings, params))
     state = jax.eval_shape(init, placed)
     where = jax.tree.map(shardings, (params, state))
     state = jax.jit(init, out_shardings=where[1])(placed)
-    batches = jax.device_put(test_layerwise.batches(), on(None, ("data", "model")))
+    batches = jax.device_put(layers.batches(), on(None, ("data", "model")))
     step = jax.jit(step, out_shardings=(*where, on())).lower(placed, state, batches[0])
     step = step.compile()
     losses = []
@@ -159,7 +161,7 @@ def test_fsdp_gathers_codes_and_nothing_else_of_weights():
     for dtype, shape in sent:
         size = np.prod([int(n) for n in shape.split(",") if n])
         sizes[dtype] = max(size, sizes.get(dtype, 0))
-    weights = test_layerwise.WIDTH**2
+    weights = layers.WIDTH**2
     assert sizes.pop("s8") >= weights
     assert max(sizes.values(), default=0) < weights
 
@@ -176,7 +178,7 @@ def test_a_checkpoint_is_resumed_on_another_mesh(tmp_path):
     mesh = make_mesh("auto")
     layout = "tensor_parallel"
     asked = jax.tree.map(lambda x: NamedSharding(mesh, spec(x, layout)), half)
-    restored = restore(tmp_path / "half", half, asked)
+    restored = restore(tmp_path / "half", abstract(half, asked))
     _, batches = started("auto", layout)
     assert different(trained(*restored, batches[STEPS // 2 :]), on_one_device()) == []
 

@@ -8,54 +8,36 @@ import functools
 import math
 import re
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from cases import FORMATS, OPTIMIZERS
 from flax import linen, nnx
 from flax.training.train_state import TrainState
-from helpers import formats, mostly_nightly, normal
+from helpers import different, mostly_nightly, needs_flax_0_12, normal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import (
+    EXPLICIT,
+    LAYOUTS,
+    SHAPES,
+    Run,
+    enter,
+    make_mesh,
+    needs_explicit_axes,
+    spec,
+    start,
+    start_all,
+    values,
+)
 
 import madax
-from madax import MomentFormat, QuantizedArray
+from madax import MomentFormat
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*beyond p_scale")
 
-FLAX = tuple(int(n) for n in re.findall(r"\d+", flax.__version__)[:2])
-STEPS = 50
 
-# Two roundings may not be fused into one or the other: a product with a power of two
-# has none. XLA fuses Adam's b1 * m + (1 - b1) * g either way, by the shape of a shard.
-EXACT_ADAM = optax.adam(2**-7, b1=0.5, b2=0.75)
-OPTIMIZERS = {
-    "madam": madax.madam(0.02),
-    "floor_b1": madax.madam(
-        optax.linear_schedule(0.05, 0.01, STEPS), b1=0.9, floor=1.0, p_scale=1.5
-    ),
-    "moments8": madax.madam(0.02, b1=0.9, moment_format=MomentFormat(8), seed=3),
-    "bbit_madam": madax.papers.bbit_madam(0.02),
-    "lns_madam": madax.papers.lns_madam(2**-5),
-    "wrapped_adam": madax.with_quantized_params(EXACT_ADAM),
-    # Adam's would be exact only without its quotient by 1 - b1**t.
-    "error_feedback": madax.with_quantized_params(
-        optax.sgd(2**-4, momentum=0.5), error_feedback=True
-    ),
-}
-FORMATS = formats("log8", "log16", "symlog8", "uniform8")
-CHANNEL_AXES = {"log16": -1}
-# Some shards are of odd sizes, or a single row or column.
-SHAPES = {
-    "bias": (8,),
-    "conv": (3, 3, 8, 4),
-    "log16": (8, 36),
-    "log8": (24, 20),
-    "symlog8": (16, 4),
-    "uniform8": (16, 12),
-}
 # What each optimizer trains: two of them all, the others floats and a sample of codes.
 LEAVES = {
     "madam": tuple(SHAPES),
@@ -64,25 +46,14 @@ LEAVES = {
     "bbit_madam": ("bias", "conv", "log16"),
     "lns_madam": ("bias", "conv", "log8"),
     "wrapped_adam": tuple(SHAPES),
-    "error_feedback": tuple(SHAPES),
+    "sgd_feedback": tuple(SHAPES),
 }
-# How the last two axes of a matrix, and that of a vector, lie on a mesh of 2 by 4.
-LAYOUTS = {
-    "data_parallel": (None, None, None),
-    "fsdp": (("data", "model"), None, ("data", "model")),
-    "tensor_parallel": (None, "model", "model"),
-}
-# On axes of explicit types each leaf lies in another of the layouts.
-needs_explicit_axes = pytest.mark.skipif(
-    jax.__version_info__ < (0, 7, 2), reason="sharding in types was not whole yet"
-)
-EXPLICIT = pytest.param("explicit", "mixed", marks=needs_explicit_axes)
 MESHES = [*(("auto", layout) for layout in LAYOUTS), EXPLICIT]
 on_every_mesh = pytest.mark.parametrize(("axis_type", "layout"), MESHES)
 # The optimizers share what one of them does on every mesh.
 RUNS = [("moments8", *mesh) for mesh in MESHES[:-1]]
-RUNS += [(name, "auto", "fsdp") for name in OPTIMIZERS if name != "moments8"]
-RUNS += [(name, *EXPLICIT.values) for name in OPTIMIZERS]
+RUNS += [(name, "auto", "fsdp") for name in LEAVES if name != "moments8"]
+RUNS += [(name, *EXPLICIT.values) for name in LEAVES]
 NOW = [
     *(("moments8", *mesh) for mesh in (("auto", "fsdp"), EXPLICIT.values)),
     ("lns_madam", "auto", "fsdp"),
@@ -99,97 +70,6 @@ with_every_optimizer = pytest.mark.parametrize(
 
 
 @functools.cache
-def make_mesh(axis_type):
-    kind = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}[axis_type]
-    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
-
-
-def enter(mesh):
-    return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh
-
-
-def spec(layout, leaf):
-    """How a leaf of that name lies on the mesh."""
-    if layout == "mixed":
-        layout = list(LAYOUTS)[list(SHAPES).index(leaf) % len(LAYOUTS)]
-    rows, columns, vector = LAYOUTS[layout]
-    ndim = len(SHAPES[leaf])
-    if ndim < 2:
-        return P(vector) if ndim else P()
-    return P(*[None] * (ndim - 2), rows, columns)
-
-
-def random_weights():
-    rng = np.random.default_rng(0)
-    weights = {k: np.float32(rng.normal(size=s) / 8) for k, s in SHAPES.items()}
-    return weights | {"bias": np.zeros(SHAPES["bias"], np.float32)}
-
-
-def random_grads():
-    """A stack of gradients for each leaf, of many sizes, the first without some."""
-    rng = np.random.default_rng(1)
-    sizes = np.exp(rng.normal(size=STEPS))
-    grads = {
-        k: np.float32(rng.normal(size=(*s, STEPS)) * sizes) for k, s in SHAPES.items()
-    }
-    grads["conv"][..., 0] = grads["log8"][..., :3] = 0
-    return {k: np.moveaxis(g, -1, 0) for k, g in grads.items()}
-
-
-@jax.jit
-def quantized(weights):
-    def quantize(k, w):
-        axis = CHANNEL_AXES.get(k)
-        return madax.quantize_params(w, FORMATS[k], channel_axis=axis)
-
-    return {k: quantize(k, w) if k in FORMATS else w for k, w in weights.items()}
-
-
-class Run:
-    """Training from ``init`` on, by one compiled program."""
-
-    def __init__(self, name, params, grads, init=None, steps=range(STEPS)):
-        tx = OPTIMIZERS[name]
-
-        def step(params, state, grads, i):
-            grads = {k: g[i] for k, g in grads.items()}
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        self.state0 = (init or tx.init)(params)
-        carry = params, self.state0
-        step = jax.jit(step).lower(*carry, grads, np.int32(0)).compile()
-        self.program = step.as_text()
-        for i in steps:
-            # Devices of a CPU share threads, in which programs that are under way at
-            # once would wait for each other's collectives.
-            carry = jax.block_until_ready(step(*carry, grads, np.int32(i)))
-        self.params, self.state = carry
-
-
-def place(x, leaf, axis_type, layout, stacked=False):
-    if axis_type is None:
-        return jax.device_put(x, jax.local_devices(backend="cpu")[0])
-    on_mesh = spec(layout, leaf)
-    if stacked:
-        on_mesh = P(None, *on_mesh)
-    return jax.device_put(x, NamedSharding(make_mesh(axis_type), on_mesh))
-
-
-@functools.cache
-def start_all(axis_type=None, layout=None):
-    """All weights, quantised where they lie, and their gradients."""
-    where = axis_type, layout
-    weights = {k: place(w, k, *where) for k, w in random_weights().items()}
-    grads = {k: place(g, k, *where, stacked=True) for k, g in random_grads().items()}
-    return quantized(weights), grads
-
-
-def start(leaves, axis_type=None, layout=None):
-    return [{k: x[k] for k in leaves} for x in start_all(axis_type, layout)]
-
-
-@functools.cache
 def run(name, axis_type=None, layout=None):
     params, grads = start(LEAVES[name], axis_type, layout)
     if axis_type is None:
@@ -197,27 +77,9 @@ def run(name, axis_type=None, layout=None):
     with enter(make_mesh(axis_type)):
         # The calls are eager, but for Adam, whose wrapper decodes all codes first.
         init = None
-        if name in ("wrapped_adam", "error_feedback"):
+        if name in ("wrapped_adam", "sgd_feedback"):
             init = compiled_init(OPTIMIZERS[name], params, axis_type, layout)
         return Run(name, params, grads, init)
-
-
-def different(a, b):
-    """The paths of the leaves that are not the same bits."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    leaves = zip(
-        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
-    )
-    return [
-        jax.tree_util.keystr(path)
-        for (path, x), y in leaves
-        if x.dtype != y.dtype or np.asarray(x).tobytes() != np.asarray(y).tobytes()
-    ]
-
-
-def values(w):
-    """The array of a leaf that has its shape."""
-    return w.codes if isinstance(w, QuantizedArray) else w
 
 
 def misplaced(tree, axis_type, layout):
@@ -457,11 +319,6 @@ def trained_nnx(devices, fmt):
 
         losses = [float(step(model, optimizer)) for _ in range(20)]
         return nnx.state(model, nnx.Param), nnx.state(optimizer), losses
-
-
-needs_flax_0_12 = pytest.mark.skipif(
-    FLAX < (0, 12), reason="nnx did not shard parameters as they are made"
-)
 
 
 @pytest.mark.parametrize(

@@ -5,18 +5,16 @@ This file is also the script that the two run: ``address process path``.
 
 import json
 import pathlib
-import socket
 import sys
 
 import jax
 import numpy as np
 import processes
 import pytest
+from cases import FORMATS
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_meshes import (
-    EXPLICIT,
-    FORMATS,
+from meshes import (
     Run,
     enter,
     make_mesh,
@@ -25,23 +23,13 @@ from test_meshes import (
     start,
     values,
 )
+from processes import address
 
 import madax
 
-# Axes of both types; half of the mesh is in each of the processes.
-MESHES = {"moments8": ("auto", "fsdp"), "lns_madam": EXPLICIT.values}
-LEAVES = {
-    "moments8": ("bias", "log16", "symlog8"),
-    "lns_madam": ("bias", "conv", "log8"),
-}
+# Half of the mesh is in each of the processes.
+NAME, LEAVES = "moments8", ("bias", "log16", "symlog8")
 CHANNELS = "scales of channels"
-
-
-def address():
-    """A port at which nobody listens."""
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return f"localhost:{server.getsockname()[1]}"
 
 
 def trained_in_one_of_two(coordinator, process, path):
@@ -52,26 +40,23 @@ def trained_in_one_of_two(coordinator, process, path):
     assert (jax.local_device_count(), jax.device_count()) == (4, 8)
     found = {}
 
-    def record(name, tree, axis_type):
-        everywhere = NamedSharding(make_mesh(axis_type), P())
+    def record(name, tree):
+        everywhere = NamedSharding(make_mesh("auto"), P())
         gathered = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
         for i, leaf in enumerate(jax.tree.leaves(gathered)):
             found[f"{name} {i}"] = np.asarray(leaf)
 
-    for name, (axis_type, layout) in MESHES.items():
-        if axis_type == "explicit" and jax.__version_info__ < (0, 7, 2):
-            continue
-        with enter(make_mesh(axis_type)):
-            trained = Run(name, *start(LEAVES[name], axis_type, layout))
-        assert not all(values(w).is_fully_addressable for w in trained.params.values())
-        record(name, (trained.params, trained.state), axis_type)
+    with enter(make_mesh("auto")):
+        trained = Run(NAME, *start(LEAVES, "auto", "fsdp"))
+    assert not all(values(w).is_fully_addressable for w in trained.params.values())
+    record(NAME, (trained.params, trained.state))
 
     # These calls are eager. No process has all channels, or may ask for their values.
     w = place(random_weights()["log8"], "log8", "auto", "tensor_parallel")
     with enter(make_mesh("auto")):
         codes = madax.quantize_params(w, FORMATS["log8"], channel_axis=-1)
     assert not codes.scale.is_fully_addressable
-    record(CHANNELS, codes, "auto")
+    record(CHANNELS, codes)
     np.savez(path, **found)
 
 
@@ -98,12 +83,9 @@ def assert_found(found, name, tree):
         assert actual.tobytes() == np.asarray(expected).tobytes(), (name, i)
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_training_in_two_processes_is_that_of_one_device(found, name):
-    if MESHES[name] == EXPLICIT.values and jax.__version_info__ < (0, 7, 2):
-        pytest.skip(EXPLICIT.marks[0].kwargs["reason"])
-    one = Run(name, *start(LEAVES[name]))
-    assert_found(found, name, (one.params, one.state))
+def test_training_in_two_processes_is_that_of_one_device(found):
+    one = Run(NAME, *start(LEAVES))
+    assert_found(found, NAME, (one.params, one.state))
 
 
 def test_channels_in_two_processes_have_the_scales_of_one_device(found):

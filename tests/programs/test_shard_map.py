@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import FORMATS, raises
+from cases import FORMATS
+from helpers import different, mostly_nightly, raises
 from jax.sharding import PartitionSpec as P
-from test_meshes import different, make_mesh
+from meshes import make_mesh
 
 import madax
 from madax import MomentFormat
@@ -36,7 +37,9 @@ def shard_map(fn, in_specs, out_specs, *, check_vma=True):
     return jax.jit(mapped(fn, **kwargs))
 
 
-checked_or_not = pytest.mark.parametrize("check_vma", [True, False])
+checked_or_not = pytest.mark.parametrize(
+    "check_vma", mostly_nightly([True, False], True)
+)
 
 # --- leaves that are whole, and shards of others --------------------------------------
 
@@ -154,7 +157,6 @@ def test_models_of_their_own_have_windows_of_their_own():
 # --- layer by layer, the batch spread over the devices --------------------------------
 
 DEPTH, ROWS, COLUMNS = 3, 16, 8
-TX = madax.madam(0.02, b1=0.9, moment_format=MomentFormat(8))
 
 
 def embed(ends, batch):
@@ -174,7 +176,7 @@ def loss(ends, x, batch, *, mean=lambda x: x):
 
 def layered(mean):
     return madax.layerwise(
-        TX,
+        MOMENTS,
         embed,
         layer,
         functools.partial(loss, mean=mean),

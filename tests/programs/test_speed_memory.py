@@ -17,9 +17,9 @@ FEW = ("adam", "native 8, 8-bit v")
 
 @pytest.fixture
 def few(monkeypatch):
-    rows = {name: speed.ROWS[name] for name in FEW}
-    monkeypatch.setattr(speed, "ROWS", rows)
-    monkeypatch.setattr(memory, "ROWS", rows)
+    rows = {name: speed.TIMED[name] for name in FEW}
+    monkeypatch.setattr(speed, "TIMED", rows)
+    monkeypatch.setattr(memory, "TIMED", rows)
     monkeypatch.setattr(memory, "LAYERWISE", FEW)
 
 
@@ -45,7 +45,7 @@ def test_the_network_is_causal_and_starts_at_chance():
 
 
 def test_an_unknown_optimizer_is_refused_and_records_are_kept(tmp_path):
-    raw = tmp_path / speed.device_name() / "speed.jsonl"
+    raw = tmp_path / records.device_name() / "speed.jsonl"
     raw.parent.mkdir()
     raw.write_text("kept")
     message = r"optimizers must be of \['adam', .*\], got \['unknown'\]"
@@ -94,10 +94,10 @@ def test_memory(few, tmp_path, capsys):
 @pytest.mark.nightly
 def test_layer_by_layer_no_more_than_a_layer_is_decoded():
     deep = dataclasses.replace(gpt2.SIZES["tiny"], layers=12, width=64)
-    row = speed.ROWS["native 8, 8-bit v"]
+    row = speed.TIMED["native 8, 8-bit v"]
     whole, by_layer = (
-        memory.footprint(*make(row, deep, 1, 16))["temporaries"]
-        for make in (memory.whole_work, memory.layerwise_work)
+        memory.footprint(make(row, deep, 1, 16))["temporaries"]
+        for make in (gpt2.whole_step, gpt2.layerwise_step)
     )
     assert by_layer < 0.7 * whole
 

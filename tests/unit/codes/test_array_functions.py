@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import normal, raises, same
+from helpers import mostly_nightly, normal, raises, same
 
 import madax
 from madax import SymlogFormat
@@ -122,7 +122,7 @@ def test_functions_take_codes_as_their_values(kind):
 
 
 @pytest.mark.skipif(OLD_FLAX, reason="refused: see below")
-@pytest.mark.parametrize("kind", [bare, linen, variable])
+@pytest.mark.parametrize("kind", mostly_nightly([bare, linen, variable], variable))
 def test_functions_of_codes_have_the_derivatives_of_their_values(kind):
     # The rule of relu compares what it is given with 0, which no variable can be.
     names = [name for name in taken_by(kind) if (kind, name) != (variable, "relu")]

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import FORMATS
 from flax import nnx
 from helpers import is_quantized
 
 import madax
-from madax import SymlogFormat
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-FMT = SymlogFormat(16, 1 / 3)
+FMT = FORMATS["symlog16"]
 FROZEN = {"frozen": True, "moving": False, "bias": False}
 STEPS = 5
 

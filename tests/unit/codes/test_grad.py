@@ -8,26 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import is_quantized, mostly_nightly
+from cases import FORMATS
+from helpers import is_quantized, mostly_nightly, same
 
 import madax
-from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
+from madax import QuantizedArray
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 WIDTH, LAYERS, WORDS = 16, 3, 40
-FORMATS = [LogFormat(8, 0.05), SymlogFormat(8, 1 / 3), UniformFormat(16)]
 
 
-def same(a, b):
-    def check(x, y):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
-
-    jax.tree.map(check, a, b)
-
-
-def codes(seed, shape, fmt=FORMATS[1], scale_shape=None):
+def codes(seed, shape, fmt=FORMATS["symlog8"], scale_shape=None):
     rng = np.random.default_rng(seed)
     q = rng.integers(-fmt.levels, fmt.levels + 1, shape)
     scale = rng.uniform(
@@ -43,8 +35,8 @@ def params():
     """A network with a tied table, stacked layers, codes of channels, and floats."""
     bias = jnp.linspace(-1, 1, LAYERS * WIDTH).reshape(LAYERS, WIDTH)
     return {
-        "table": codes(0, (WORDS, WIDTH), FORMATS[0]),
-        "place": codes(1, (5, WIDTH), FORMATS[2], (1, WIDTH)),
+        "table": codes(0, (WORDS, WIDTH), FORMATS["log8"]),
+        "place": codes(1, (5, WIDTH), FORMATS["uniform16"], (1, WIDTH)),
         "layers": {
             "kernel": codes(2, (LAYERS, WIDTH, WIDTH), scale_shape=(LAYERS, 1, 1)),
             "bias": bias,
@@ -262,6 +254,20 @@ def test_what_jax_would_say_of_codes_is_an_error(derive):
         derive(fun, w)
     with pytest.raises(TypeError, match="int8"):
         jax.grad(fun)(w)
+
+
+def test_by_default_codes_decode_to_float32_and_no_other_leaf_is_cast():
+    params = {"w": codes(0, (4, 4)), "b": jnp.ones(4, jnp.bfloat16)}
+    seen = []
+
+    def loss(params):
+        seen.append({name: x.dtype for name, x in params.items()})
+        return jnp.sum(params["w"] * params["b"])
+
+    grads = madax.grad(loss)(params)
+    expected = {"w": jnp.float32, "b": jnp.bfloat16}
+    assert seen == [expected]
+    assert {name: g.dtype for name, g in grads.items()} == expected
 
 
 def test_bad_arguments_are_named():

@@ -5,15 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import is_quantized
+from cases import FORMATS, SOME
+from helpers import is_quantized, normal
 from oracle import encode
 
 import madax
-from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
+from madax import LogFormat, QuantizedArray, UniformFormat
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-FMT = LogFormat.from_dynamic_range(bits=8, ratio=1000)
+FMT = FORMATS["log8"]
 
 
 def kinds(tree):
@@ -23,25 +24,17 @@ def kinds(tree):
     return {name(path): is_quantized(leaf) for path, leaf in leaves}
 
 
-def normal(shape, seed=0, scale=1.0):
-    rng = np.random.default_rng(seed)
-    return jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
-
-
-FORMATS = [FMT, LogFormat(16, 3e-4), SymlogFormat(8, 0.3), UniformFormat(4)]
-
-
 @pytest.mark.filterwarnings("ignore:.*beyond p_scale")
 @pytest.mark.parametrize(
     ("fmt", "channel_axis", "p_scale"),
     [
-        *((fmt, None, 3.0) for fmt in FORMATS),
+        *((fmt, None, 3.0) for fmt in SOME.values()),
         *((FMT, axis, None) for axis in (None, 0, -1, (0, -1))),
         (FMT, 0, 1.0),
     ],
 )
 def test_codes_and_scales_follow_the_formula(fmt, channel_axis, p_scale):
-    w = normal((20, 30)) * jnp.exp(normal(30, 1))
+    w = normal(20, 30) * jnp.exp(normal(30, seed=1))
     q = madax.quantize_params(w, fmt, p_scale=p_scale, channel_axis=channel_axis)
     axes = {None: None, 0: 1, -1: 0, (0, -1): ()}[channel_axis]
     rms = np.sqrt(np.mean(np.float64(w) ** 2, axis=axes, keepdims=True))
@@ -62,7 +55,7 @@ def test_codes_and_scales_follow_the_formula(fmt, channel_axis, p_scale):
 
 
 def test_codes_beside_the_mark_of_steps_are_no_array():
-    q = madax.quantize_params(normal((4, 4)), FMT)
+    q = madax.quantize_params(normal(4, 4), FMT)
     treedef = jax.tree.structure(q)
     steps = jnp.zeros((4, 4), FMT.step_dtype)
     assert isinstance(treedef.unflatten([steps, False]), madax.QuantizedArray)
@@ -72,17 +65,17 @@ def test_codes_beside_the_mark_of_steps_are_no_array():
 
 def test_default_predicate():
     params = {
-        "kernel": normal((4, 4)),
-        "conv": normal((3, 3, 1, 8)),
-        "half": normal((8, 8)).astype(jnp.bfloat16),
-        "small": normal((3, 5)),
+        "kernel": normal(4, 4),
+        "conv": normal(3, 3, 1, 8),
+        "half": normal(8, 8).astype(jnp.bfloat16),
+        "small": normal(3, 5),
         "bias": normal(100),
         "vector": normal(100),
         "gain": jnp.float32(1),
         "steps": jnp.zeros((8, 8), jnp.int32),
         "mask": jnp.ones((8, 8), bool),
         "spectrum": jnp.ones((8, 8), jnp.complex64),
-        "done": madax.quantize_params(normal((4, 4)), UniformFormat(8)),
+        "done": madax.quantize_params(normal(4, 4), UniformFormat(8)),
     }
     quantized = madax.quantize_params(params, FMT)
     chosen = {name for name, codes in kinds(quantized).items() if codes}
@@ -93,7 +86,7 @@ def test_default_predicate():
 
 
 def test_where_sees_paths_and_leaves():
-    params = {"Dense_0": {"kernel": normal((4, 4)), "bias": normal(4)}, "x": normal(())}
+    params = {"Dense_0": {"kernel": normal(4, 4), "bias": normal(4)}, "x": normal()}
     seen = []
 
     def where(path, leaf):
@@ -124,7 +117,7 @@ def test_shapes(shape):
 
 
 def test_dequantize_params():
-    params = {"w": normal((4, 4)), "b": jnp.zeros(4, jnp.float16), "n": jnp.int32(3)}
+    params = {"w": normal(4, 4), "b": jnp.zeros(4, jnp.float16), "n": jnp.int32(3)}
     quantized = madax.quantize_params(params, FMT)
     plain = madax.dequantize_params(quantized)
     dtypes = {k: x.dtype.name for k, x in plain.items()}
@@ -142,8 +135,8 @@ def test_dequantize_params():
 
 
 def test_an_exact_zero_stays_zero():
-    w = normal((8, 8)) * (normal((8, 8), 1) > 0)
-    for fmt in FORMATS:
+    w = normal(8, 8) * (normal(8, 8, seed=1) > 0)
+    for fmt in SOME.values():
         q = madax.quantize_params(w, fmt)
         assert np.all(np.asarray(q.codes)[np.asarray(w) == 0] == 0)
         assert np.all(np.asarray(q.dequantize())[np.asarray(w) == 0] == 0)
@@ -152,7 +145,7 @@ def test_an_exact_zero_stays_zero():
 
 
 def test_quantizing_under_jit_and_vmap_is_quantizing():
-    w = normal((3, 8, 8))
+    w = normal(3, 8, 8)
     quantize = lambda w: madax.quantize_params(w, FMT)
     one_by_one = [quantize(x) for x in w]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *one_by_one)
@@ -165,12 +158,12 @@ def test_quantizing_under_jit_and_vmap_is_quantizing():
 
 
 def test_a_quantized_array_is_a_pytree():
-    q = madax.quantize_params(normal((4, 5)), FMT)
+    q = madax.quantize_params(normal(4, 5), FMT)
     leaves, treedef = jax.tree.flatten(q)
     assert [x.shape for x in leaves] == [(4, 5), (1, 1)]
     back = jax.tree.unflatten(treedef, leaves)
     assert is_quantized(back) and back.format == FMT
-    other = madax.quantize_params(normal((4, 5)), LogFormat(8, 0.05))
+    other = madax.quantize_params(normal(4, 5), LogFormat(8, 0.05))
     assert jax.tree.structure(q) != jax.tree.structure(other)
     with pytest.raises(ValueError):
         jax.tree.map(jnp.add, q, other)
@@ -189,7 +182,7 @@ def test_repr_and_nbytes():
     q = madax.quantize_params(jnp.full((4, 4), 0.5), FMT)
     assert repr(q) == f"QuantizedArray(shape=(4, 4), scale=1.5, {FMT!r})"
     assert q.nbytes == 16 + 4
-    wide = madax.quantize_params(normal((6, 5)), LogFormat(9, 0.05), channel_axis=-1)
+    wide = madax.quantize_params(normal(6, 5), LogFormat(9, 0.05), channel_axis=-1)
     assert wide.nbytes == 2 * 30 + 4 * 5
     assert "scale=<(1, 5)>" in repr(wide)
     seen = []
@@ -199,7 +192,7 @@ def test_repr_and_nbytes():
 
 
 def test_code_steps_add_and_leave_the_scale():
-    q = madax.quantize_params(normal((4, 4)), FMT)
+    q = madax.quantize_params(normal(4, 4), FMT)
     steps = QuantizedArray(jnp.ones_like(q.codes), jnp.zeros_like(q.scale), FMT)
     moved = optax.apply_updates({"w": q}, {"w": steps})["w"]
     np.testing.assert_array_equal(moved.codes, q.codes + 1)

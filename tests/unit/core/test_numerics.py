@@ -13,6 +13,8 @@ from madax._core.numerics import (
     expm1,
     log,
     log1p,
+    minus_product,
+    plus_product,
     round_to_int,
     sinh,
     within,
@@ -47,6 +49,13 @@ def test_float64_uses_the_functions_of_jax(name):
     assert y.dtype == np.float64
     expected = getattr(np, name.removeprefix("fast_"))(np.asarray(x))
     np.testing.assert_allclose(y, expected, rtol=1e-14)
+
+
+def test_products_are_rounded_before_they_are_added():
+    a, b, c = np.random.default_rng(0).normal(size=(3, 10_007)).astype(np.float32)
+    for door, expected in ((plus_product, c + a * b), (minus_product, c - a * b)):
+        np.testing.assert_array_equal(jax.jit(door)(c, a, b), expected)
+    assert plus_product(1, 2.0, 3.0) == minus_product(13, 3.0, 2.0) == 7
 
 
 def test_within_is_a_clip():

@@ -9,7 +9,7 @@ import pytest
 import madax
 
 _ROOT = pathlib.Path(madax.__file__).parent
-# A comment on a line of the sum, or above it, gives the reason of an exception.
+# A comment in a statement, or above it, gives the reason of an exception.
 _MARK = "# may fuse: "
 _PRODUCTS = {"multiply", "square", "power"}
 _SUMS = {"add", "subtract"}
@@ -34,6 +34,8 @@ def _is_product(node: ast.expr, names: dict[str, ast.expr]) -> bool:
         case ast.Name(id=name):
             value = names.get(name)
             return value is not None and _is_product(value, {})
+        case ast.BinOp(left=ast.List() | ast.Tuple(), op=ast.Mult()):
+            return False
         case ast.BinOp(left=left, op=ast.Mult(), right=right):
             return not (_is_power_of_two(left) or _is_power_of_two(right))
         case ast.BinOp(left=left, op=ast.Pow()):
@@ -74,13 +76,15 @@ def _operands(node: ast.AST) -> list[ast.expr]:
 def fused_products(source: str) -> list[int]:
     """The lines of sums that have a product as an operand, and no mark."""
     tree, lines = ast.parse(source), source.splitlines()
+    starts = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.stmt)]
     scopes = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.Lambda)]
     found = set()
     for scope in [tree, *scopes]:
         names = {} if scope is tree else _once_assigned(scope)
         for node in ast.walk(scope):
             if any(_is_product(x, names) for x in _operands(node)):
-                around = lines[node.lineno - 2 : node.end_lineno]
+                start = max((i for i in starts if i <= node.lineno), default=1)
+                around = lines[max(start - 2, 0) : node.end_lineno]
                 if not any(_MARK in line for line in around):
                     found.add(node.lineno)
     return sorted(found)
@@ -124,6 +128,7 @@ def test_the_search_finds(code):
         "c + 0.5 * a",
         "c + a * 2.0**-32",
         "c + a / b",
+        "c + [a] * b",
         "c + a * b  # may fuse: both are integers",
         "def f(c, a, b):\n    p = a * b\n    p = rounded(p)\n    return c + p",
     ],

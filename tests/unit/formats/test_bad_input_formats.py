@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import FORMATS
 
 import madax
 from madax import LogFormat, MomentFormat, SymlogFormat, UniformFormat
 
-FMT = LogFormat(8, 0.05)
+FMT = FORMATS["log8"]
 INF, NAN = float("inf"), float("nan")
 
 
@@ -197,12 +198,12 @@ def test_a_seed_of_more_than_31_bits_works(seed):
     tx.update(ones(4, 4), tx.init(params), params)
 
 
-TRANSFORMS = {
+CHAINS = {
     "madam": madax.madam(0.1),
     "madam_moments": madax.madam(0.1, moment_format=MomentFormat(8), b1=0.9),
     "wrapped": madax.with_quantized_params(optax.adam(0.1)),
 }
-every_transform = pytest.mark.parametrize("tx", TRANSFORMS.values(), ids=TRANSFORMS)
+every_chain = pytest.mark.parametrize("tx", list(CHAINS.values()), ids=list(CHAINS))
 
 
 def mixed():
@@ -224,7 +225,7 @@ BAD_UPDATES = [
 ]
 
 
-@every_transform
+@every_chain
 def test_gradients_for_another_tree_are_refused(tx):
     params = mixed()
     state = tx.init(params)
@@ -238,7 +239,7 @@ def test_gradients_for_another_tree_are_refused(tx):
     raises(ValueError, "params is None", lambda: tx.update(grads, state))
 
 
-@every_transform
+@every_chain
 def test_leaves_that_cannot_be_trained_are_refused(tx):
     for bad in (jnp.int32(1), jnp.complex64(1)):
         params = mixed() | {"n": bad}

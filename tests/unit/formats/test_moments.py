@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 import pytest
 from helpers import mostly_nightly, raises
 
@@ -18,19 +19,12 @@ import madax
 from madax import MomentFormat
 from madax.formats._second_moment_codec import SecondMomentCodec, decayed
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 GRIDS = {"v": "nu_grid", "m": "mu_grid"}
 BITS = mostly_nightly(range(8, 17), 8, 16)
 WINDOWS = mostly_nightly([1, 2, 77, 100, 101, 190], 1, 100, 190)
 SIGMAS = 5.0
-
-
-def oracle_decode(bits, code, lowest):
-    """Value of codes >= 0; the smallest is 2**lowest."""
-    m = bits - 6
-    k = np.asarray(code, np.float64) - 1
-    return np.where(
-        k >= 0, (1 + np.mod(k, 2**m) / 2**m) * 2.0 ** (lowest + k // 2**m), 0
-    )
 
 
 def placed(state):
@@ -56,15 +50,6 @@ def stored_v(fmt, state):
     return window.scale * decode("v", fmt, state.nu, window.octave[0])
 
 
-def lowest_v(window):
-    return window - 127
-
-
-def lowest_m(window):
-    """The highest octave of m squares to the highest of v, or to just above it."""
-    return -(-(window - 127 + 64) // 2) - 32
-
-
 def noise(shape, seed=0):
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.integers(0, 2**32, shape, dtype=np.uint32))
@@ -79,9 +64,12 @@ def test_every_code_has_its_value_and_round_trips(bits, window):
     # Codes of one length for all widths, so that XLA compiles once.
     v = np.minimum(np.arange(2**16), fmt.max_nu)
     m = np.clip(np.arange(-(2**15), 2**15), 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
-    for kind, codes, lowest in (("v", v, lowest_v), ("m", m, lowest_m)):
+    octave = window - 127
+    both = (("v", v, octave), ("m", m, oracle.octave_of_m(octave)))
+    for kind, codes, lowest in both:
         values = decode(kind, fmt, codes, where)
-        expected = np.sign(codes) * oracle_decode(bits, np.abs(codes), lowest(window))
+        sizes = oracle.decode_moment(np.abs(codes), lowest, bits - 6)
+        expected = np.sign(codes) * sizes
         np.testing.assert_array_equal(values, expected)
         back = encode(kind, fmt, values, where, noise(codes.shape))
         np.testing.assert_array_equal(back, codes)
@@ -150,7 +138,7 @@ def test_before_placement_every_octave_is_there(bits):
     np.testing.assert_array_equal(back, codes)
 
 
-@pytest.mark.parametrize("rate", [0.0, 1e-5, 1e-3, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("rate", [0.0, 1e-3, 0.9, 1.0])
 def test_the_scale_decays_without_the_codes(rate):
     scale, octave, exact = jnp.float32(1), 0, 0.0
     for _ in range(200):
@@ -164,13 +152,13 @@ def test_the_scale_decays_without_the_codes(rate):
 VALUES = [1.0, 1.06, 1.9999, 2.3, 3e-9, 777.0]
 
 
-@pytest.mark.parametrize("bits", [8, 10, 16])
+@pytest.mark.parametrize("bits", mostly_nightly([8, 10, 16], 8, 16))
 @pytest.mark.parametrize("kind", ["v", "m"])
 def test_stochastic_rounding_is_unbiased(bits, kind):
     fmt, window, n = SecondMomentCodec(MomentFormat(bits)), jnp.int32(87), 2**20
     values = list(VALUES)
     if kind == "m":  # also between zero and the smallest code
-        smallest = 2.0 ** lowest_m(87)
+        smallest = 2.0 ** oracle.octave_of_m(87 - 127)
         values += [-1.06, -777.0, 0.3 * smallest, -0.01 * smallest, 1.01 * smallest]
     random = noise(n)
     for value in np.float32(values):
@@ -196,7 +184,7 @@ def runner(**options):
     return jax.jit(lambda grads: jax.lax.scan(step, tx.init(grads[0]), grads))
 
 
-@pytest.mark.parametrize("bits", [8, 13])
+@pytest.mark.parametrize("bits", mostly_nightly([8, 13], 8))
 def test_gradient_scale_is_invisible(bits):
     """Exactly, for powers of 2: the squares' octaves, and the window's, move by two."""
     rng = np.random.default_rng(0)
@@ -221,7 +209,7 @@ def test_any_gradient_scale_is_invisible_in_distribution():
         assert np.mean(direction**2) == pytest.approx(1, rel=0.1)
 
 
-@pytest.mark.parametrize("bits", [8, 9, 16])
+@pytest.mark.parametrize("bits", mostly_nightly([8, 9, 16], 8, 16))
 def test_v_never_returns_to_zero(bits):
     grads = np.zeros((1000, 64), np.float32)
     grads[0] = 10.0 ** np.linspace(-12, 0, 64)
@@ -284,7 +272,10 @@ def test_a_gradient_that_is_not_finite_is_added_to_no_moment(bits):
     assert 60 <= int(placed(state)[0]) <= 70
 
 
-@pytest.mark.parametrize(("bits", "spread"), [(8, 0.4), (10, 0.15), (16, 0.03)])
+@pytest.mark.parametrize(
+    ("bits", "spread"),
+    mostly_nightly([(8, 0.4), (10, 0.15), (16, 0.03)], (8, 0.4), (16, 0.03)),
+)
 def test_codes_track_float_moments_in_distribution(bits, spread):
     """Unbiased, and closer the wider the code; b2 = 0.999 needs thousands of steps."""
     rng = np.random.default_rng(2)
@@ -388,7 +379,7 @@ HARD = {
 
 
 @pytest.mark.parametrize(
-    "name", mostly_nightly(HARD, "growth", "sudden_fall", "outlier_first", "rare")
+    "name", mostly_nightly(HARD, "growth", "outlier_first", "rare")
 )
 def test_directions_are_those_of_float_moments_under_hard_conditions(name):
     """The mean of |direction|, clipped as madam does; v does not stay saturated."""
@@ -458,7 +449,7 @@ def test_a_warm_up_after_a_last_layer_of_zeros():
     assert max(float(jnp.max(t[100:])) for t in jax.tree.leaves(top)) < 0.01
 
 
-@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("bits", mostly_nightly([8, 16], 8))
 def test_training_with_stored_moments_is_as_good(bits):
     """Linear regression: the loss falls as with float32 moments."""
     rng = np.random.default_rng(3)

@@ -1,127 +1,52 @@
 """Training a layer at a time equals the ordinary step, to the last bit."""
 
 import functools
-import operator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import FORMATS, mostly_nightly, raises
-from test_meshes import EXACT_ADAM, different
+from cases import FORMATS, OPTIMIZERS
+from helpers import different, mostly_nightly, raises
+from layers import (
+    DEPTH,
+    STEPS,
+    batches,
+    embed,
+    layer,
+    listed,
+    loss,
+    one,
+    ordinary,
+    trained,
+    weights,
+)
 
 import madax
 from madax import MomentFormat
 
-DEPTH, WIDTH, VOCABULARY, STEPS = 2, 16, 32, 6
-
-
-# --- a network of equal layers, its embedding tied, and the step as most write it -----
-
-
-def embed(ends, batch):
-    return ends["table"][batch[:, :-1]]
-
-
-def layer(w, x, key=None):
-    """Of sums and products apart, which no compiler fuses into one rounding."""
-    if key is not None:
-        x = jnp.where(jax.random.bernoulli(key, 0.75, x.shape), x, 0)
-    return x + jax.nn.relu((x * w["gain"]) @ w["mlp"]["w"])
-
-
-def loss(ends, x, batch):
-    logits, labels = x @ ends["table"].T, batch[:, 1:]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-@functools.cache
-def weights(format=None):
-    """Parameters whose layers are stacked."""
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.float32(rng.normal(size=shape) / WIDTH**0.5)
-    ends = {"table": normal(VOCABULARY, WIDTH)}
-    layers = {
-        "gain": jnp.ones((DEPTH, WIDTH)),
-        "mlp": {"w": normal(DEPTH, WIDTH, WIDTH)},
-    }
-    if format is not None:
-        ends = madax.quantize_params(ends, format)
-        layers["mlp"] = madax.quantize_params(layers["mlp"], format, channel_axis=0)
-    return {"ends": ends, "layers": layers}
-
-
-def listed(params):
-    """The same with a list of layers."""
-    return params | {"layers": [one(params["layers"], i) for i in range(DEPTH)]}
-
-
-def one(stack, i):
-    return jax.tree.map(operator.itemgetter(i), stack)
-
-
-@functools.cache
-def batches():
-    rng = np.random.default_rng(1)
-    return jnp.asarray(rng.integers(0, VOCABULARY, (STEPS, 8, 9)))
-
-
-def whole_loss(params, batch, key=None):
-    x = embed(params["ends"], batch)
-    for i, w in enumerate(params["layers"]):
-        # The keys of layers, as documented.
-        fold = jax.random.fold_in
-        x = layer(w, x, None if key is None else fold(fold(key, i), 0))
-    return loss(params["ends"], x, batch)
-
-
-def ordinary(tx):
-    """The usual step: decode all weights, take all gradients, then update."""
-
-    def step(params, state, batch, key=None):
-        values = madax.dequantize_params(params)
-        value, grads = jax.value_and_grad(whole_loss)(values, batch, key)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    return step
-
-
-def trained(init, step, params, *, keys=()):
-    init, step, values = jax.jit(init), jax.jit(step), []
-    state = init(params)
-    for i, batch in enumerate(batches()):
-        params, state, value = step(params, state, batch, *[keys[i]] if keys else [])
-        values.append(value)
-    return params, state, values
-
-
 FLOATS = madax.madam(0.02, floor=1.0)
-CODES = madax.madam(0.02, b1=0.9, moment_format=MomentFormat(8), seed=3)
 INJECTED = optax.inject_hyperparams(madax.madam)(
     optax.linear_schedule(0.05, 0.01, STEPS), b2=0.9
 )
-OPTIMIZERS = {
+TRAINED = {
     "floats": (FLOATS, None),
-    "codes": (CODES, FORMATS["symlog8"]),
+    "codes": (OPTIMIZERS["moments8"], FORMATS["symlog8"]),
     "injected": (
         optax.chain(optax.clip(0.01), INJECTED),
         FORMATS["log16"],
     ),
-    "adam": (madax.with_quantized_params(EXACT_ADAM), FORMATS["log8"]),
-    "error_feedback": (
-        madax.with_quantized_params(EXACT_ADAM, error_feedback=True),
-        FORMATS["symlog8"],
-    ),
+    "adam": (OPTIMIZERS["wrapped_adam"], FORMATS["log8"]),
+    "error_feedback": (OPTIMIZERS["adam_feedback"], FORMATS["symlog8"]),
 }
 
 
-@pytest.mark.parametrize("name", mostly_nightly(OPTIMIZERS, "codes"))
+@pytest.mark.parametrize("name", mostly_nightly(TRAINED, "codes"))
 def test_layerwise_equals_the_ordinary_step(name):
     if name == "injected" and jax.__version_info__ < (0, 7):
         pytest.skip("the oldest optax makes hyperparameters integers, like codes")
-    tx, format = OPTIMIZERS[name]
+    tx, format = TRAINED[name]
     start = weights(format)
     keys = [jax.random.key(i) for i in range(STEPS)] if name == "codes" else ()
     params, state, losses = trained(tx.init, ordinary(tx), listed(start), keys=keys)
@@ -157,6 +82,7 @@ def norm_of(tree):
     return np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_microbatches_are_means():
     start, batch = weights(), batches()[0]
     # A step takes the gradient off the parameters.
@@ -196,6 +122,7 @@ def test_microbatches_are_means():
     assert metrics["grad_norm"]["ends"] == pytest.approx(float(norm), rel=1e-4)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_layers_pass_integers_on_and_any_tree_of_floats():
     """Positions, masks and a second stream go with what is trained on."""
 
@@ -365,6 +292,6 @@ def test_bad_input(case):
 
 def test_a_state_of_another_optimizer_is_refused():
     init, _ = madax.layerwise(FLOATS, embed, layer, loss)
-    _, step = madax.layerwise(CODES, embed, layer, loss)
+    _, step = madax.layerwise(OPTIMIZERS["moments8"], embed, layer, loss)
     with raises(ValueError, "the state of the layers does not match that of tx"):
         jax.eval_shape(step, weights(), init(weights()), batches()[0])

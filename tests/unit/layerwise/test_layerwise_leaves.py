@@ -7,12 +7,15 @@ import itertools
 import operator
 from typing import NamedTuple
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import FORMATS, raises
+from cases import FORMATS
+from helpers import raises
+from layers import listed
 
 import madax
 
@@ -22,15 +25,7 @@ DEPTH, WIDTH = 3, 8
 
 
 def normal(*shape, seed=0):
-    return jnp.float32(np.random.default_rng(seed).normal(size=shape) / 3)
-
-
-def one(stack, i):
-    return jax.tree.map(operator.itemgetter(i), stack)
-
-
-def listed(params):
-    return params | {"layers": [one(params["layers"], i) for i in range(DEPTH)]}
+    return helpers.normal(*shape, seed=seed, scale=1 / 3)
 
 
 def moved(tx, functions, params, batch, **options):

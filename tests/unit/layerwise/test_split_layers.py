@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import FORMATS
 from flax import linen, nnx
-from helpers import FORMATS, mostly_nightly, raises
+from helpers import mostly_nightly, raises
 
 import madax
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_identical, is_quantized, normal
+from helpers import different, is_quantized, normal
 
 import madax
 from madax import LogFormat, MomentFormat, SymlogFormat, optimizers, papers, transforms
@@ -86,9 +86,9 @@ def test_madam_gives_the_bits_of_a_chain_of_the_transforms(name):
     params = mixed()
     found, state = after_steps(madax.madam(rate, **OPTIONS[name]), params)
     expected, parts = after_steps(chain(rate, **OPTIONS[name]), params)
-    assert_identical(found, expected)
-    assert_identical((state.count, *state.direction), tuple(parts[0]))
-    assert_identical(state.geometry, parts[-2])
+    assert different(found, expected) == []
+    assert different((state.count, *state.direction), tuple(parts[0])) == []
+    assert different(state.geometry, parts[-2]) == []
     assert any(np.any(np.asarray(found[k] != params[k])) for k in params)
 
 
@@ -109,7 +109,7 @@ def test_extra_arguments_of_other_transforms_change_nothing():
     params = mixed()
     for tx in (madax.madam(0.1), chain(0.1), madax.muon_madam(0.1)):
         plain = after_steps(tx, params)
-        assert_identical(after_steps(tx, params, count=7, layer=3), plain)
+        assert different(after_steps(tx, params, count=7, layer=3), plain) == []
         other, _ = after_steps(tx, params, madax_layer=3)
         assert np.any(other["log"].codes != plain[0]["log"].codes)
 

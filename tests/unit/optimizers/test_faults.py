@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import SOME
 from helpers import (
     enable_x64,
-    formats,
     is_quantized,
     jitted_step,
     moment_values,
@@ -44,7 +44,6 @@ WRAPPED = {
     "wrapped_sgd": lambda lr: madax.with_quantized_params(optax.sgd(lr)),
     "wrapped_adam": lambda lr: madax.with_quantized_params(optax.adam(lr)),
 }
-FORMATS = formats("log8", "log16", "symlog8", "uniform8")
 GRIDS = ("bbit_madam", "lns_madam")  # float leaves, too, are on a grid
 every_madam = pytest.mark.parametrize("name", MADAMS)
 
@@ -69,9 +68,9 @@ def mixed():
     """A leaf of every kind: floats, zeros, codes of every format, channels."""
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.standard_normal((4, 5)), jnp.float32)
-    codes = {k: madax.quantize_params(w, fmt) for k, fmt in FORMATS.items()}
+    codes = {k: madax.quantize_params(w, fmt) for k, fmt in SOME.items()}
     return codes | {
-        "channels": madax.quantize_params(w, FORMATS["log8"], channel_axis=-1),
+        "channels": madax.quantize_params(w, SOME["log8"], channel_axis=-1),
         "float32": w[:2],
         "bfloat16": w[:2].astype(jnp.bfloat16),
         "float16": w[:2].astype(jnp.float16),
@@ -347,12 +346,12 @@ def test_a_huge_rate_leaves_weights_at_the_ends_of_their_range(name, lr=1e30):
             codes = arrays(params)
             for k in ("symlog8", "uniform8"):
                 if k == "symlog8" or name == "wrapped_sgd":
-                    end = -sign * FORMATS[k].levels
+                    end = -sign * SOME[k].levels
                     # A first moment, stored by chance, decides on a sign by chance.
                     ends = {end, -end} if name == "moments8" else {end}
                     assert set(codes[k].ravel()) <= ends
             if name in MADAMS:  # a multiplication moves no sign: far out or close to 0
-                assert set(np.abs(codes["log8"]).ravel()) == {1, FORMATS["log8"].levels}
+                assert set(np.abs(codes["log8"]).ravel()) == {1, SOME["log8"].levels}
     # Back to sensible rates: the right direction, whatever came before.
     before = params
     for _ in range(3):
@@ -411,7 +410,7 @@ def test_a_decay_rate_in_16_bits_is_refused(dtype):
     assert np.all(after["w"] != 1)
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("fmt", SOME.values(), ids=SOME)
 def test_updates_that_are_not_finite_move_no_code(fmt):
     tx = madax.lns_quantize(rounding="nearest")
     params = madax.quantize_params(jnp.ones((4, 4)), fmt)
@@ -420,7 +419,7 @@ def test_updates_that_are_not_finite_move_no_code(fmt):
     same(optax.apply_updates(params, updates), params)
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("fmt", SOME.values(), ids=SOME)
 def test_huge_steps_of_codes_end_where_they_lead(fmt):
     """Also those beyond all integers, signs of logarithmic codes kept; not infinity."""
     tx = madax.lns_quantize()
@@ -459,7 +458,7 @@ def test_codes_do_not_depend_on_the_scale(name):
     """Native codes take the same steps; wrapped optimizers valid ones."""
     step = step_of(name)
     start = {
-        k: madax.quantize_params(jnp.asarray(normal()), f) for k, f in FORMATS.items()
+        k: madax.quantize_params(jnp.asarray(normal()), f) for k, f in SOME.items()
     }
     for size in np.float32([1e-38, 1.1e38]):
         one, other = (
@@ -482,7 +481,7 @@ def test_codes_do_not_depend_on_the_scale(name):
 
 
 @pytest.mark.parametrize("channel_axis", [None, -1])
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("fmt", SOME.values(), ids=SOME)
 def test_weights_of_any_size_become_the_same_codes(fmt, channel_axis):
     """Above 2**124 the reciprocal of the scale is subnormal."""
     quantize = partial(madax.quantize_params, format=fmt, channel_axis=channel_axis)

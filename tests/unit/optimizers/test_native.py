@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import FORMATS
 from helpers import is_quantized, same
 
 import madax
 from madax import LogFormat, MomentFormat
 
-FMT = LogFormat.from_dynamic_range(bits=8, ratio=1000)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+FMT = FORMATS["log8"]
 
 
 def small(seed=0, fmt=FMT):

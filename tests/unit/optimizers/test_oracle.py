@@ -9,6 +9,8 @@ import pytest
 
 import madax
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 STEPS = 1000
 TOLERANCE = 2e-5
 

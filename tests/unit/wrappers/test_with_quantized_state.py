@@ -9,18 +9,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
 import optax
 import pytest
-import test_layerwise
-from helpers import FORMATS, assert_identical, mostly_nightly, raises, step
+from cases import EXACT_ADAM, FORMATS
+from checkpoints import abstract, restore, save
+from helpers import different, mostly_nightly, raises, step
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_checkpoint_resume import restore, save
-from test_meshes import EXACT_ADAM, different, enter, make_mesh
+from meshes import enter, make_mesh
+from oracle import decode_moment
 
 import madax
 from madax import MomentFormat, with_quantized_state
+from madax.formats._moment_format import MomentWindow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -33,16 +36,17 @@ def everything(path, leaf):
     return leaf.ndim > 0
 
 
-def oracle(bits, codes, window, octaves=32):
+def decoded(bits, codes, window, octaves=32):
     """The values of codes, float64."""
     codes = np.asarray(codes, np.int64)
     octave, scale, signed = (np.asarray(x)[0] for x in window)
-    m = bits - 1 - int(np.log2(octaves)) if signed else bits - 6
-    negative = signed & (codes >= 2 ** (bits - 1))
-    k = np.where(negative, codes - 2 ** (bits - 1), codes) - (0 if signed else 1)
-    lowest = 2.0 ** (np.float64(octave) - 127)
-    size = (1 + np.mod(k, 2**m) / 2**m) * lowest * 2.0 ** (k // 2**m)
-    size = np.where(codes > 0, size - (lowest if signed else 0), 0)
+    octave = np.float64(octave) - 127
+    if not signed:
+        return np.float64(scale) * decode_moment(codes, octave, bits - 6)
+    negative = codes >= 2 ** (bits - 1)
+    mantissa = bits - 1 - int(np.log2(octaves))
+    code = np.where(negative, codes - 2 ** (bits - 1), codes) + 1
+    size = decode_moment(code, octave, mantissa) - 2.0**octave
     return np.where(negative, -1, 1) * np.float64(scale) * size
 
 
@@ -62,7 +66,7 @@ def stored(x, fmt=EIGHT, before=None):
         _, state = tx.update(before, state)
     codes, window = jax.jit(tx.update)(x, state)[1][1:]
     (window,) = window.values()
-    return oracle(fmt.bits, codes, window), window
+    return decoded(fmt.bits, codes, window), window
 
 
 # --- what is stored of one leaf -------------------------------------------------------
@@ -127,7 +131,7 @@ def test_a_common_factor_is_exact():
     tx = with_quantized_state(inner)
     _, state = tx.update(g, tx.init(g))
     first, decay = (
-        oracle(8, state[1], state[2]["MomentFormat(bits=8, octaves=32)"]),
+        decoded(8, state[1], state[2]["MomentFormat(bits=8, octaves=32)"]),
         700,
     )
 
@@ -135,7 +139,7 @@ def test_a_common_factor_is_exact():
         return tx.update(0 * g, state)[1], None
 
     state, _ = jax.jit(lambda s: jax.lax.scan(still, s, length=decay))(state)
-    last = oracle(8, state[1], state[2]["MomentFormat(bits=8, octaves=32)"])
+    last = decoded(8, state[1], state[2]["MomentFormat(bits=8, octaves=32)"])
     expected = first * (1 - np.float64(rate)) ** decay
     # A rounding of the scale looks like a rise to an element in a thousand.
     assert np.mean(np.abs(last / expected - 1) < 1e-3) > 0.95
@@ -156,7 +160,7 @@ def test_fewer_octaves_have_more_digits_and_an_even_end(octaves):
     tx = with_quantized_state(latest(), moment_format=MomentFormat(8, octaves))
     _, state = jax.jit(tx.update)(jnp.float32(x), tx.init(jnp.float32(x)))
     (window,) = state.window.values()
-    value = oracle(8, state.inner_state, window, octaves)
+    value = decoded(8, state.inner_state, window, octaves)
     lowest = 2.0 ** (int(window.octave[0]) - 127)
     digits = 7 - int(np.log2(octaves))
     assert np.abs(x).max() < lowest * 2.0**octaves < 8 * np.abs(x).max()
@@ -173,7 +177,7 @@ def test_nearest_rounding():
     _, state = jax.jit(tx.update)(x, tx.init(x))
     (window,) = state.window.values()
     np.testing.assert_array_equal(
-        oracle(8, state.inner_state, window) * 1.0, [1, 1, 1.25, 1.25, 96]
+        decoded(8, state.inner_state, window) * 1.0, [1, 1, 1.25, 1.25, 96]
     )
 
 
@@ -234,7 +238,7 @@ def test_the_direction_of_adam(bits, bound):
         assert np.all(np.asarray(state.inner_state.nu["w"]) > 0)
 
 
-OPTIMIZERS = {
+INNER = {
     "adam": optax.adam(0.1),
     "adamw": optax.adamw(0.1, mu_dtype=jnp.bfloat16),
     "amsgrad": optax.amsgrad(0.1),
@@ -248,9 +252,9 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_nightly(OPTIMIZERS, "adafactor", "muon"))
+@pytest.mark.parametrize("name", mostly_nightly(INNER, "adafactor", "muon"))
 def test_every_optimizer_at_sixteen_bits_is_itself(name):
-    error, length, state = errors(OPTIMIZERS[name], MomentFormat(16), gradients(8))
+    error, length, state = errors(INNER[name], MomentFormat(16), gradients(8))
     assert np.max(error) < 5e-3
     assert np.max(np.abs(length - 1)) < 2e-3
     stored = [x for x in jax.tree.leaves(state.inner_state) if x.dtype == jnp.uint16]
@@ -361,6 +365,42 @@ def test_adam_takes_three_bytes_per_parameter(tx):
     assert 3 * count < total < 3 * count + 64
 
 
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_moment_format_of_with_quantized_params_nests_the_wrappers(feedback):
+    """As by hand: inside, or around where errors go into the momentum."""
+    params = madax.quantize_params({"w": small_params()["w"]}, FORMATS["symlog8"])
+    grads = {"w": small_grads(1)["w"][0]}
+    coded = functools.partial(madax.with_quantized_params, error_feedback=feedback)
+    by_hand = (
+        with_quantized_state(coded(EXACT_ADAM))
+        if feedback
+        else coded(with_quantized_state(EXACT_ADAM))
+    )
+    tx = coded(EXACT_ADAM, moment_format=EIGHT)
+    found, expected = (step(x, grads, x.init(params), params) for x in (tx, by_hand))
+    assert not different(found, expected)
+    only = coded(
+        EXACT_ADAM, moment_format=EIGHT, moment_where=lambda p, _: "0/nu/" in p
+    )
+    adam = only.init(params).inner_state.inner_state[0]
+    assert adam.nu["w"].dtype == jnp.uint8 and adam.mu["w"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["layers", "blocks"])
+def test_a_layer_has_the_same_bits_in_a_list_and_in_a_stack(name):
+    """Whatever the list is called; and other layers have other bits."""
+    tx = with_quantized_state(optax.sgd(1.0, momentum=0.9), where=everything)
+    g = jnp.linspace(-1, 1, 300)
+
+    def codes(grads, **extra):
+        _, state = tx.update({name: grads}, tx.init({name: grads}), **extra)
+        return state.inner_state[0].trace[name]
+
+    listed = codes([g, g])
+    assert not different(codes(g, madax_layer=1), listed[1])
+    assert np.mean(np.asarray(listed[0] != listed[1])) > 0.1
+
+
 def test_init_has_no_reduction_that_takes_xla_minutes_to_evaluate():
     """It does so while it compiles, as all values are zeros."""
     text = str(jax.make_jaxpr(EXACT.init)(small_params()))
@@ -374,7 +414,7 @@ def test_a_loop_is_a_scan_and_compiled_once():
     jitted = jax.jit(functools.partial(step, EXACT))
     for i in range(12):
         params, state = jitted({k: x[i] for k, x in grads.items()}, state, params)
-    assert_identical((params, state), expected)
+    assert different((params, state), expected) == []
     assert jitted._cache_size() == 1
     _, other = trained(with_quantized_state(EXACT_ADAM, seed=4), small_params())
     nu = [x.inner_state[0].nu["w"] for x in (state, other)]
@@ -428,14 +468,12 @@ def test_layers_one_at_a_time_are_the_ordinary_step():
     inner = optax.sgd(2**-5, momentum=0.5)
     inner = with_quantized_state(inner, where=lambda path, x: x.size > 16, seed=1)
     tx = madax.with_quantized_params(inner)
-    start = test_layerwise.weights(FORMATS["log8"])
-    listed = test_layerwise.listed
-    params, state, losses = test_layerwise.trained(
-        tx.init, test_layerwise.ordinary(tx), listed(start)
-    )
-    functions = test_layerwise.embed, test_layerwise.layer, test_layerwise.loss
+    start = layers.weights(FORMATS["log8"])
+    listed = layers.listed
+    params, state, losses = layers.trained(tx.init, layers.ordinary(tx), listed(start))
+    functions = layers.embed, layers.layer, layers.loss
     run = madax.layerwise(tx, *functions, dtype=jnp.float32)
-    found, found_state, found_losses = test_layerwise.trained(*run, start)
+    found, found_state, found_losses = layers.trained(*run, start)
     assert found_losses == losses
     assert different(listed(found), params) == []
     m = found_state["layers"].inner_state.inner_state[0].trace["layers"]["mlp"]["w"]
@@ -462,9 +500,9 @@ def test_a_checkpoint_is_resumed(tmp_path):
     half = [{k: x[part] for k, x in grads.items()} for part in (slice(6), slice(6, 12))]
     tree = carried_on(EXACT, params, EXACT.init(params), half[0])
     save(tmp_path / "half", tree)
-    on = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    restored = restore(tmp_path / "half", tree, jax.tree.map(lambda _: on, tree))
-    assert_identical(carried_on(EXACT, *restored, half[1]), trained(EXACT, params))
+    restored = restore(tmp_path / "half", abstract(tree))
+    resumed = carried_on(EXACT, *restored, half[1])
+    assert different(resumed, trained(EXACT, params)) == []
 
 
 # --- real data ------------------------------------------------------------------------
@@ -534,6 +572,14 @@ def test_bad_input():
     adam, params = optax.adam(0.1), small_params()
     with raises(TypeError, "inner must be an optax.GradientTransformation, got <func"):
         with_quantized_state(optax.adam)
+    with pytest.raises(TypeError, match=r"by name: write moment_format=MomentFormat\("):
+        with_quantized_state(adam, EIGHT)
+    with pytest.raises(TypeError, match="has no octaves: write moment_format="):
+        with_quantized_state(adam, octaves=8)
+    with raises(ValueError, "moment_where chooses", "pass moment_format="):
+        madax.with_quantized_params(adam, moment_where=everything)
+    with raises(TypeError, "moment_where must be a function of (path, leaf), got 'mu'"):
+        madax.with_quantized_params(adam, moment_where="mu")
     with raises(TypeError, "moment_format must be a madax.MomentFormat, got 8"):
         with_quantized_state(adam, moment_format=8)
     with raises(TypeError, "where must be a function of (path, leaf), got 'mu'"):
@@ -555,10 +601,7 @@ def test_bad_input():
         update(made._replace(window={OF_0_2: window}), with_quantized_state(adam))
     with raises(ValueError, "the optimizer state has the tree structure"):
         update(made, with_quantized_state(optax.sgd(0.1, momentum=0.9)))
-    window = {
-        k: madax.formats._moment_grid.MomentWindow(*(x[:1] for x in w))
-        for k, w in made.window.items()
-    }
+    window = {k: MomentWindow(*(x[:1] for x in w)) for k, w in made.window.items()}
     with raises(ValueError, "has 2 leaves of codes, but windows of shape (1,)"):
         update(made._replace(window=window), with_quantized_state(adam))
     with raises(TypeError, "state must be a WithQuantizedStateState, got tuple"):

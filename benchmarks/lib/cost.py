@@ -5,39 +5,34 @@ import time
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from benchmarks.lib.optimizers import Optimizer
+from benchmarks.lib.contender import Contender
+from benchmarks.lib.steps import nbytes
 from benchmarks.workloads import Workload
 
 
 def cost(
-    workload: Workload, optimizer: Optimizer, *, repeats: int = 300
+    workload: Workload, contender: Contender, *, repeats: int = 300
 ) -> dict[str, float]:
     """Measures the step from gradients to new parameters, at the default rate.
 
     Args:
       workload: gives the parameters.
-      optimizer: what to measure.
+      contender: what to measure.
       repeats: steps timed, each on its own, after warm-up.
 
     Returns:
       ``step_us``, median microseconds per step, compiled and with donated buffers, as
       seen from Python; ``bytes_per_weight``, parameters and optimizer state.
     """
-    tx = optimizer.make(optimizer.rate)
     weights = workload.init(jax.random.key(0))
     # Any values will do: no optimizer here takes longer for some than for others.
     grads = jax.tree.map(jnp.ones_like, weights)
-    params = jax.jit(optimizer.quantize)(weights)
-    state = jax.jit(tx.init)(params)
+    params = jax.jit(contender.store)(weights)
+    state = jax.jit(contender.tx.init)(params)
 
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    step = jax.jit(step, donate_argnums=(0, 1))
-    stored = sum(x.nbytes for x in jax.tree.leaves((params, state)))
+    step = jax.jit(contender.step, donate_argnums=(0, 1))
+    stored = nbytes((params, state))
     times = []
     for _ in range(repeats + 10):
         begin = time.perf_counter()
