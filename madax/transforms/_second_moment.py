@@ -9,9 +9,8 @@ import optax
 from jax.typing import ArrayLike
 
 from madax._core.checks import (
-    check_b1,
     check_decay,
-    check_instance,
+    check_format,
     check_seed,
     check_state,
 )
@@ -149,9 +148,9 @@ def second_moment(
     seed: ArrayLike = 0,
 ) -> Direction:
     """As :func:`scale_by_second_moment`, for a caller that counts the steps."""
-    b2, b1 = check_decay("b2", b2, 0.999), check_b1(b1)
+    b2, b1 = check_decay("b2", b2, 0.999), check_decay("b1", b1, None)
     check_seed(seed)
-    check_instance("moment_format", moment_format, MomentFormat)
+    check_format("moment_format", moment_format, MomentFormat)
     codec = None if moment_format is None else SecondMomentCodec(moment_format)
 
     def init_fn(params):

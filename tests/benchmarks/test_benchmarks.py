@@ -90,7 +90,7 @@ def test_files_of_debian_are_found():
 
 
 @pytest.mark.nightly
-def test_bits_resumes_and_its_table_is_that_of_the_records(
+def test_bits_resumes_and_its_table_matches_the_records(
     folder, tmp_path, monkeypatch, capsys
 ):
     rows = [bits.Storage("float32", "-"), bits.Storage("log 8", "stochastic")]

@@ -63,7 +63,7 @@ def test_groups_of_optimizers_and_the_table():
     assert len({len(row.rates) for row in choose.CONTENDERS.values()}) == 1
 
 
-def test_the_interval_is_that_of_a_normal_mean():
+def test_the_interval_matches_a_normal_mean():
     rng = np.random.default_rng(1)
     logs = rng.normal(size=400)
     low, high = np.log(choose.interval(np.exp(logs)))

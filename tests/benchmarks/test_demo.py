@@ -152,7 +152,7 @@ def test_budget_rejects_uneven_evaluations():
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
-def test_convolution_is_that_of_lax(padding, strides):
+def test_convolution_matches_lax(padding, strides):
     keys = jax.random.split(jax.random.key(0))
     images = jax.random.normal(keys[0], (2, 8, 7, 3))
     kernel = jax.random.normal(keys[1], (3, 2, 3, 5))

@@ -237,7 +237,7 @@ def test_longer_sequences_than_one_that_does_not_fit_are_left_out(tmp_path):
 # --- large models ---------------------------------------------------------------------
 
 
-def test_codes_made_a_layer_at_a_time_are_those_of_the_whole():
+def test_codes_made_a_layer_at_a_time_match_the_whole():
     """Other random numbers, but the same shapes and sizes, different in each layer."""
     size, key = decoder.SIZES["tiny"], jax.random.key(0)
     made = jax.jit(lambda key: large._parameters(size, "layerwise", key))(key)
@@ -270,7 +270,7 @@ def test_large_runs_each_way_once(tmp_path, capfd):
     assert "optax.adamw mixed precision" in capfd.readouterr().out
 
 
-def test_committed_tables_are_those_of_the_records():
+def test_committed_tables_match_the_records():
     tables = {
         "fit": fit.fit_table,
         "large": large.large_table,

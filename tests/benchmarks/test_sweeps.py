@@ -127,7 +127,7 @@ def test_what_a_benchmark_writes_makes_no_commit_dirty(tmp_path, monkeypatch):
 
 
 @pytest.mark.nightly
-def test_reports_are_those_of_the_records_to_the_digit(resumed, tmp_path, capsys):
+def test_reports_match_the_records_to_the_digit(resumed, tmp_path, capsys):
     raw, _ = resumed
     (tmp_path / "runs.jsonl").write_bytes(raw.read_bytes())
     main(["report", "--out", str(tmp_path)])
@@ -142,9 +142,7 @@ def test_reports_are_those_of_the_records_to_the_digit(resumed, tmp_path, capsys
     assert f"{best.min():.3g} (" in first and f"at {best.idxmin():g} |" in first
 
 
-def test_committed_tables_are_those_of_the_committed_records(
-    tmp_path, capsys, monkeypatch
-):
+def test_committed_tables_match_the_committed_records(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda *args, **options: None)  # Is slow.
     for raw in RESULTS.rglob("*.jsonl"):
         folder = tmp_path / raw.parent.relative_to(RESULTS)

@@ -144,7 +144,7 @@ def test_an_update_that_cannot_be_traced_asks_for_where():
     "name",
     mostly_nightly(survey.SURVEY, "adabelief", "amsgrad"),
 )
-def test_losses_and_updates_are_those_of_float32(name):
+def test_losses_and_updates_match_float32(name):
     found = survey.against_floats(made(survey.SURVEY[name]))
     # Noise makes updates of 8 bits a little longer.
     assert 0.9 < found["loss"] < 1.06

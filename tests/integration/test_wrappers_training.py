@@ -312,7 +312,7 @@ def test_arithmetic_on_codes_is_an_error(name, jit):
         (jax.jit(steps) if jit else steps)()
 
 
-def test_decay_of_codes_is_that_of_their_values():
+def test_decay_of_codes_matches_their_values():
     params, decay = native_params(), optax.add_decayed_weights(0.1)
     grads = gradient(params)
     decayed, _ = decay.update(grads, decay.init(params), params)
@@ -353,7 +353,7 @@ def test_steps_of_codes_are_added_by_apply_updates_alone():
     moved = optax.apply_updates(params, updates)["kernel"]
     assert moved.codes.dtype == FORMATS["log16"].storage_dtype
     assert moved.scale == params["kernel"].scale
-    with pytest.raises(TypeError, match=r"added by optax\.apply_updates"):
+    with pytest.raises(TypeError, match=r"optax\.apply_updates adds steps of codes"):
         jax.tree.map(jnp.add, params, updates)
 
 

@@ -30,7 +30,7 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
 
 
-def test_results_are_those_of_the_records():
+def test_results_match_the_records():
     root = Path(__file__).parents[2]
     rows = re.findall(
         r"^\| .*\]\((docs/results/.*?)\).*? (\|.*)\|$", README, re.MULTILINE

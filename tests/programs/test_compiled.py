@@ -302,7 +302,7 @@ def committed(name, table):
         yield runs
 
 
-def test_committed_tables_are_those_of_the_records():
+def test_committed_tables_match_the_records():
     for runs in committed("compiled", compiled_report.compiled_table):
         assert np.isin(list(compiled.MAIN), runs["optimizer"]).all()
 
@@ -353,6 +353,6 @@ def test_init(tmp_path, capfd):
     assert (raw.parent / "init.md").read_text() in capfd.readouterr().out
 
 
-def test_committed_tables_of_init_are_those_of_the_records():
+def test_committed_tables_of_init_match_the_records():
     for runs in committed("init", init.init_table):
         assert set(init.MAKERS) == set(runs["optimizer"])

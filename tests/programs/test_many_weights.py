@@ -103,7 +103,7 @@ def test_16_bit_floats_are_rounded_to_a_neighbour(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_steps_in_one_program_are_those_of_one_program_each(dtype):
+def test_steps_in_one_program_match_one_program_each(dtype):
     """XLA may keep float32 in between, which leaves rounded weights as they are."""
     tx = madax.madam(0.02, b1=0.9)
     w = jnp.asarray(W[: N // 8], dtype)

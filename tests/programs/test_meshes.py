@@ -138,14 +138,14 @@ def test_the_runs_compared_change_every_leaf(name):
 
 
 @on_every_mesh
-def test_codes_and_scales_are_those_of_one_device(axis_type, layout):
+def test_codes_and_scales_match_one_device(axis_type, layout):
     params, _ = start_all(axis_type, layout)
     assert misplaced(params, axis_type, layout) == []
     assert different(params, start_all()[0]) == []
 
 
 @with_every_optimizer
-def test_training_is_that_of_one_device(name, axis_type, layout):
+def test_training_matches_one_device(name, axis_type, layout):
     one, mesh = run(name), run(name, axis_type, layout)
     assert different(mesh.state0, one.state0) == []
     assert different(mesh.params, one.params) == []

@@ -83,7 +83,7 @@ def assert_found(found, name, tree):
         assert actual.tobytes() == np.asarray(expected).tobytes(), (name, i)
 
 
-def test_training_in_two_processes_is_that_of_one_device(found):
+def test_training_in_two_processes_matches_one_device(found):
     one = Run(NAME, *start(LEAVES))
     assert_found(found, NAME, (one.params, one.state))
 

@@ -24,7 +24,7 @@ def few(monkeypatch):
 
 
 @pytest.mark.parametrize(("size", "millions"), [("124M", 124.44), ("12M", 11.64)])
-def test_the_tree_is_that_of_gpt2(size, millions):
+def test_the_tree_matches_gpt2(size, millions):
     shapes = jax.eval_shape(lambda: gpt2.init(gpt2.SIZES[size], jax.random.key(0)))
     leaves = jax.tree.leaves(shapes)
     assert len(leaves) == 148
@@ -105,7 +105,7 @@ def test_layer_by_layer_no_more_than_a_layer_is_decoded():
 @pytest.mark.parametrize(
     ("name", "table"), [("speed", speed.speed_table), ("memory", memory.memory_table)]
 )
-def test_committed_tables_are_those_of_the_records(name, table):
+def test_committed_tables_match_the_records(name, table):
     found = sorted((RESULTS / name).rglob(f"{name}.jsonl"))
     assert found
     for raw in found:

@@ -167,7 +167,7 @@ def misplaced(leaves, tree, mesh):
 )
 @settings(max_examples=max(EXAMPLES // 25, 1), phases=PHASES)
 @given(trees, optimizers(ALIASES), seeds)
-def test_steps_and_layouts_are_those_of_one_device(axis_type, tree, optimizer, seed):
+def test_steps_and_layouts_match_one_device(axis_type, tree, optimizer, seed):
     event(optimizer[0])
     for placed in tree:
         event(type(placed.leaf.format or placed.leaf).__name__)

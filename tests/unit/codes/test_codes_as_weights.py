@@ -108,7 +108,7 @@ BINARY = [
 
 
 @pytest.mark.parametrize("operation", BINARY, ids=lambda f: f.__name__)
-def test_operators_are_those_of_the_values(operation):
+def test_operators_match_the_values(operation):
     w, other = make(), make(KINDS[1], (1, 4, 1), seed=1)
     values = w.dequantize()
     for x in (2, 0.5, np.float32(3), np.arange(5.0, dtype=np.float32), values):
@@ -123,7 +123,7 @@ def test_operators_are_those_of_the_values(operation):
 
 
 @pytest.mark.parametrize("fmt", KINDS, ids=repr)
-def test_methods_are_those_of_the_values(fmt):
+def test_methods_match_the_values(fmt):
     w = make(fmt, (1, 4, 1))
     values = decoded(w)
     same = np.testing.assert_array_equal

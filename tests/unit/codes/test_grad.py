@@ -87,7 +87,7 @@ KINDS = itertools.product(
     ("kind", "dtype"),
     mostly_nightly(KINDS, ("loop", jnp.bfloat16), ("scan, checkpoint", jnp.float32)),
 )
-def test_gradients_are_those_of_the_decoded_weights(params, kind, dtype):
+def test_gradients_match_the_decoded_weights(params, kind, dtype):
     fun = partial(loss, kind=kind)
     actual = jax.jit(madax.value_and_grad(fun, dtype=dtype))(params, IDS)
     same(actual, jax.jit(of_decoded(fun, dtype))(params, IDS))
@@ -105,7 +105,7 @@ def test_gradients_are_right_outside_of_jit(params):
     same(madax.value_and_grad(fun)(params), of_decoded(fun)(params))
 
 
-def test_arguments_are_those_of_jax(params):
+def test_arguments_match_jax(params):
     def fun(x, table, bias, *, power):
         y = x @ table.T + bias
         return jnp.sum(y**power), (y, table)

@@ -150,7 +150,7 @@ def test_no_scale_of_weights_gives_a_number_that_is_not_one(dtype):
         assert relative_error(q, w.astype(jnp.float32)) < 0.01
 
 
-def test_the_bound_is_that_of_the_leaf_under_inject_hyperparams():
+def test_the_bound_matches_the_leaf_under_inject_hyperparams():
     params = outlier()
     for p_scale, largest in ((None, 0.5), (3.0, 0.089)):
         tx = optax.inject_hyperparams(madax.madam)(0.01, p_scale=p_scale)

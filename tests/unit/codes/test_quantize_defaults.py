@@ -50,7 +50,7 @@ def quantized_shapes(tree, **options):
 
 
 @pytest.mark.parametrize("bits", [3, 8, 9, 16])
-def test_default_formats_are_those_of_explicit_values(bits):
+def test_default_formats_match_explicit_values(bits):
     assert SymlogFormat(bits) == SymlogFormat(bits, 1 / 3)
     ratio = 100 if bits <= 8 else 10_000
     fmt, explicit = LogFormat(bits), LogFormat.from_dynamic_range(bits, ratio)
@@ -230,7 +230,7 @@ def test_where_that_chooses_nothing_is_refused_with_the_paths():
 # --- whole modules of nnx -------------------------------------------------------------
 
 
-def test_a_whole_module_is_quantised_but_for_its_state():
+def test_a_whole_module_is_quantised_except_its_state():
     model = net()
     before = jax.tree.map(np.asarray, nnx.state(model, nnx.Param))
     coded = madax.quantize_params(model, FMT)

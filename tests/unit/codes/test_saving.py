@@ -258,7 +258,7 @@ def test_bfloat16_that_numpy_kept_without_a_name_is_read():
         madax.from_flat_dict({"w": arrays["w"].view("V1")})
 
 
-def test_numbers_that_jax_would_round_stay_those_of_numpy():
+def test_numbers_that_jax_would_round_stay_in_numpy():
     arrays = {"w": np.float64([1 / 3]), "n": np.int64([2**40]), "x": np.float32([1])}
     restored = madax.from_flat_dict(arrays)
     assert different({k: np.asarray(x) for k, x in restored.items()}, arrays) == []

@@ -81,7 +81,7 @@ def test_a_penalty_over_the_leaves_of_codes_is_infinite(penalty, dtype):
         assert np.isinf(wrap(madax.value_and_grad(loss, dtype=dtype))(w)[0])
 
 
-def test_a_penalty_over_decoded_leaves_is_that_of_the_weights():
+def test_a_penalty_over_decoded_leaves_matches_the_weights():
     penalty = lambda p: PENALTIES["all"](madax.dequantize_params(p))
     value, grads = jax.jit(madax.value_and_grad(penalty))(PARAMS)
     values = np.float64(PARAMS["w"].dequantize())

@@ -133,7 +133,7 @@ def test_float_parts_of_native_trees_have_derivatives(codes, bits):
 
 
 @pytest.mark.parametrize("name", ["bbit_madam", "lns_madam"])
-def test_on_a_grid_the_derivative_is_that_of_the_step_before_rounding(name):
+def test_on_a_grid_the_derivative_matches_the_step_before_rounding(name):
     w = {"w": jnp.asarray(W["w"], jnp.float32)}
     grads = [{"w": jnp.asarray(GRADS[0]["w"], jnp.float32)}]
     if name == "lns_madam":
@@ -254,7 +254,7 @@ def test_a_gradient_penalty_of_a_scanned_stack_of_codes_is_right():
 
 
 @pytest.mark.parametrize("name", mostly_nightly(ALIASES, "lns_madam"))
-def test_second_derivatives_by_the_rate_are_those_of_unrolled_steps(name):
+def test_second_derivatives_by_the_rate_match_unrolled_steps(name):
     grads = jax.tree.map(lambda *g: jnp.float32(jnp.stack(g)), *GRADS)
     w = jax.tree.map(jnp.float32, W)
 

@@ -57,7 +57,7 @@ def applied(model, x):
 
 
 @pytest.mark.parametrize("make", mostly_nightly([sequential, vmapped], sequential))
-def test_the_gradients_are_those_of_the_model(make):
+def test_the_gradients_match_the_model(make):
     model = Model(nnx.Rngs(0), make(nnx.Rngs(1)))
     graph, state = nnx.split(model)
 

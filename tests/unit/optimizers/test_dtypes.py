@@ -156,7 +156,7 @@ SCALARS = {
 @pytest.mark.parametrize(
     "dtype", mostly_nightly(["bfloat16", "float16", "float32"], "bfloat16")
 )
-def test_numbers_of_numpy_in_x64_mode_train_as_those_of_python(dtype):
+def test_numbers_of_numpy_in_x64_mode_train_as_numbers_of_python(dtype):
     """Each is a float64 there, and so is what it is multiplied with."""
     with enable_x64():
         params = {"w": jnp.full((4, 8), 0.5, dtype), "b": jnp.zeros(3, dtype)}
