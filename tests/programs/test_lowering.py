@@ -159,7 +159,9 @@ def test_steps_of_a_model_lower_with_buffers_donated(optimizer, tree):
         check_program(program.mlir_module())
     # In place: all of weights, codes and moments is overwritten by its successor.
     reused = re.findall("tf.aliasing_output|jax.buffer_donor", program.mlir_module())
-    assert len(reused) == donate
+    # The bounds of the last step are for diagnostics: no step of madam reads them.
+    unread = optimizer not in ("bbit_madam", "lns_madam", "wrapped_adam")
+    assert len(reused) == donate - unread
 
 
 @pytest.mark.nightly
