@@ -43,7 +43,6 @@ __all__ = [
     "fraction_at_bound",
     "fraction_sign_changed",
     "fraction_zero",
-    "log_weight_histogram",
     "matrices",
     "relative_update_size",
 ]
@@ -155,7 +154,7 @@ def fraction_zero(params: Tree) -> dict[str, jax.Array]:
       >>> print(madax.diagnostics.fraction_zero({"b": jnp.array([0.0, 1.0])}))
       {'b': Array(0.5, dtype=float32)}
     """
-    return _by_path(lambda w, _: _fraction(w == 0), params, params)
+    return _by_path(lambda w: _fraction(w == 0), params)
 
 
 def fraction_sign_changed(params: Tree, previous: Tree) -> dict[str, jax.Array]:
@@ -178,53 +177,8 @@ def fraction_sign_changed(params: Tree, previous: Tree) -> dict[str, jax.Array]:
       {'w': Array(0.5, dtype=float32)}
     """
     return _by_path(
-        lambda w, p: _fraction(jnp.sign(w) != jnp.sign(p)), params, previous
+        lambda w, before: _fraction(jnp.sign(w) != jnp.sign(before)), params, previous
     )
-
-
-def log_weight_histogram(
-    params: Tree, *, bins: int = 60, lowest: float = -15.0, highest: float = 5.0
-) -> tuple[dict[str, jax.Array], jax.Array]:
-    r"""Histograms of :math:`\ln|w|`, leaf by leaf.
-
-    Args:
-      params: tree of floating-point or quantised arrays.
-      bins: number of bins.
-      lowest: lower edge of the first bin, in nats.
-      highest: upper edge of the last bin, in nats.
-
-    Returns:
-      The counts, int32, shape (bins,) for each leaf, and the bin edges, shape
-      (bins + 1,). Zeros are in no bin; magnitudes beyond the edges are in the first or
-      last bin.
-
-    Raises:
-      ValueError: if the edges are not in order, or ``bins`` is not a positive int.
-
-    Example:
-      >>> import jax.numpy as jnp, madax
-      >>> counts, edges = madax.diagnostics.log_weight_histogram(
-      ...     {"w": jnp.array([1.0, -1.0, 0.0, 1e-9])}, bins=4)
-      >>> print(counts["w"], edges)
-      [1 0 0 2] [-15. -10.  -5.   0.   5.]
-    """
-    if type(bins) is not int or bins < 1:
-        raise ValueError(f"bins must be an int above 0, got {bins!r} (default: 60).")
-    if not lowest < highest:
-        raise ValueError(
-            f"lowest must be below highest, got lowest={lowest} and "
-            f"highest={highest}; pass the edges in nats, in order."
-        )
-    edges = jnp.linspace(lowest, highest, bins + 1)
-
-    def histogram(w, _):
-        log_w = jnp.clip(jnp.log(jnp.abs(w)), lowest, highest).ravel()
-        # ln 0 = -inf is clipped into the first bin. Zeros get a weight of 0, so that
-        # they do not count.
-        nonzero = (w != 0).astype(jnp.int32).ravel()
-        return jnp.histogram(log_w, edges, weights=nonzero)[0].astype(jnp.int32)
-
-    return _by_path(histogram, params, params), edges
 
 
 def code_occupancy(params: Tree) -> dict[str, jax.Array]:
@@ -260,14 +214,16 @@ def code_occupancy(params: Tree) -> dict[str, jax.Array]:
     }
 
 
-def _by_path(fn: Callable[..., jax.Array], params: Tree, other: Tree) -> dict:
-    """``{path: fn(leaf of params, leaf of other)}``, in float32 or wider."""
+def _by_path(fn: Callable[..., jax.Array], params: Tree, *others: Tree) -> dict:
+    """``{path: fn(leaf of params, leaf of another tree, ...)}``, float32 or wider."""
     paths, leaves, treedef = flatten(dequantize_params(params))
-    other = dequantize_params(other)
-    others = flatten_like(other, treedef, "params", paths, leaves)
+    alike = [
+        flatten_like(dequantize_params(other), treedef, "params", paths, leaves)
+        for other in others
+    ]
     return {
-        path: fn(widen(w), widen(o))
-        for path, w, o in zip(paths, leaves, others, strict=True)
+        path: fn(*map(widen, same))
+        for path, *same in zip(paths, leaves, *alike, strict=True)
     }
 
 
@@ -295,9 +251,9 @@ def _relative_norm(u: jax.Array, w: jax.Array) -> jax.Array:
 if not TYPE_CHECKING:  # A type checker would accept any name.
 
     def __getattr__(name):
-        if name == "descent_bound":
-            raise AttributeError(
-                "madax.diagnostics.descent_bound is gone since 0.3: no rate was chosen "
-                "by it; log relative_update_size instead."
-            )
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        instead = {
+            "descent_bound": "no rate was chosen by it; log relative_update_size",
+            "log_weight_histogram": "use jnp.histogram of jnp.log(jnp.abs(weights))",
+        }
+        why = f"is gone since 0.3: {instead[name]}" if name in instead else "is unknown"
+        raise AttributeError(f"{__name__}.{name} {why}.")

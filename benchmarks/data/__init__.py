@@ -3,14 +3,15 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from benchmarks.data import cifar, idx
-from benchmarks.workloads import Batch
 
+Batch = tuple[jax.Array, jax.Array]
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
 
 

@@ -9,8 +9,6 @@ import jax
 import optax
 from flax import nnx
 
-Batch = tuple[jax.Array, jax.Array]
-
 
 @dataclasses.dataclass(frozen=True)
 class Measure:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from benchmarks.data import images
-from benchmarks.workloads import MSE, Batch, Workload, functional
+from benchmarks.data import Batch, images
+from benchmarks.workloads import MSE, Workload, functional
 
 
 class Autoencoder(nnx.Module):

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 from flax import nnx
 
+from benchmarks.data import Batch
 from benchmarks.data.photo import photo
-from benchmarks.workloads import PSNR, Batch, Workload, functional
+from benchmarks.workloads import PSNR, Workload, functional
 
 FREQUENCIES = 64  # And their spread, in half periods over the picture.
 SPREAD = 2.0

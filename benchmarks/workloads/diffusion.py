@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from benchmarks.data import images
-from benchmarks.workloads import MSE, Batch, Workload, functional
+from benchmarks.data import Batch, images
+from benchmarks.workloads import MSE, Workload, functional
 from benchmarks.workloads.layers import Layers
 
 # Of the embedding of times, in radians over the whole time.

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from benchmarks.data import Images, images
-from benchmarks.workloads import Batch, Measure, Workload, functional
+from benchmarks.data import Batch, Images, images
+from benchmarks.workloads import Measure, Workload, functional
 from benchmarks.workloads.images import MLP, classification
 
 LATENT = 16

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from benchmarks.data import Images, images
-from benchmarks.workloads import Batch, Workload, functional
+from benchmarks.data import Batch, Images, images
+from benchmarks.workloads import Workload, functional
 
 
 class ConvNet(nnx.Module):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from benchmarks.data import images
-from benchmarks.workloads import Batch, Measure, Workload, functional
+from benchmarks.data import Batch, images
+from benchmarks.workloads import Measure, Workload, functional
 from benchmarks.workloads.layers import Layers
 
 # Without the constant of the normalisation, so that it is 0 at best.

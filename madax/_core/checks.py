@@ -96,13 +96,10 @@ def check_learning_rate(
     )
 
 
-def check_b1(b1: Number) -> Number:
-    """Raises unless ``b1`` is None or a decay rate in [0, 1)."""
-    return None if b1 is None else check_decay("b1", b1, None)
-
-
 def check_decay(name: str, value: Number, default: float | None) -> Number:
-    """Raises unless ``value`` is the decay rate of a moment, in [0, 1)."""
+    """Raises unless ``value`` is a decay rate in [0, 1), or None if that is default."""
+    if value is default is None:
+        return None
     dtype = getattr(value, "dtype", np.dtype(float))
     if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
         raise TypeError(
@@ -227,13 +224,12 @@ def check_bits(bits: object, min: int, max: int, reason: str) -> None:
         raise ValueError(f"bits must be in {min} to {max}, got {bits}; {reason}.")
 
 
-def check_instance(
-    name: str, value: object, kind: type, *, or_none: bool = True
-) -> None:
-    """Raises unless ``value`` is an instance of ``kind``, or None where allowed."""
+def check_format(name: str, value: object, kind: type, *, or_none: bool = True) -> None:
+    """Raises unless ``value`` is a format of that kind, or None where allowed."""
     if not (isinstance(value, kind) or (or_none and value is None)):
-        wanted = f"{'None or ' if or_none else ''}a madax.{kind.__name__}"
-        raise type_error(name, wanted, value, "see its fields in the documentation")
+        wanted = f"{'None or ' if or_none else ''}a {kind.__name__}"
+        example = "LogFormat" if kind.__name__ == "Format" else kind.__name__
+        raise type_error(name, wanted, value, f"pass for example madax.{example}(8)")
 
 
 def check_transformation(name: str, value: object) -> None:

@@ -14,7 +14,7 @@ from madax._core.checks import (
     CLIPPED,
     check_float_dtype,
     check_float_leaf,
-    check_instance,
+    check_format,
     check_positive,
     check_where,
     in_percent,
@@ -109,7 +109,7 @@ def quantize_params(
       >>> print(quantized["kernel"].codes.dtype, quantized["bias"].dtype)
       int8 float32
     """
-    check_instance("format", format, Format, or_none=False)
+    check_format("format", format, Format, or_none=False)
     check_where(where)
     if p_scale is not None:
         check_positive("p_scale", p_scale, None, finite=True)

@@ -62,7 +62,7 @@ class MomentFormat:
     Example:
       >>> import jax.numpy as jnp, madax
       >>> tx = madax.madam(moment_format=madax.MomentFormat(bits=8))
-      >>> print(tx.init(jnp.ones(1000))[0].v.nbytes)
+      >>> print(tx.init(jnp.ones(1000)).direction.nu.nbytes)
       1000
     """
 

@@ -11,6 +11,7 @@ from madax._core.numerics import (
     arcsinh,
     expm1_arcsinh,
     log1p,
+    plus_product,
     rounded,
     sinh,
     sinh_and_decay,
@@ -20,7 +21,7 @@ from madax.formats._base import Format
 
 def _root(x: jax.Array) -> jax.Array:
     """``sqrt(1 + x**2)``."""
-    return jnp.sqrt(1 + rounded(x * x))
+    return jnp.sqrt(plus_product(1, x, x))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -177,7 +177,7 @@ def _check_alike(modules: dict[str, nnx.Module]) -> None:
     graph = _split(modules[first]).graph
     for name, module in modules.items():
         differs = _split(module).graph != graph
-        # Functions that are equal may be told apart by their addresses in a text.
+        # Texts of equal functions may differ, by their addresses.
         facts, found = (_facts(x, differs) for x in (modules[first], module))
         why = ["the structure of its parts differs"] if differs else []
         for path in reversed([*facts, *found]):

@@ -70,7 +70,7 @@ def splitter(tx: Optimizer, layers: Tree, stack: Tree) -> tuple[Callable, Callab
     treedef = jax.tree.structure(one)
     if jax.tree.structure(stack) != treedef:
         raise ValueError(
-            "the state of the layers does not match that of tx, got "
+            "the state of the layers does not match tx, got "
             f"{jax.tree.structure(stack)}, expected {treedef}; call init again."
         )
     pairs = zip(jax.tree.leaves(stack), jax.tree.leaves(one), strict=True)

@@ -48,7 +48,8 @@ class MadamState(NamedTuple):
 
     Attributes:
       count: number of steps taken, int32 scalar.
-      direction: state of the direction, for :func:`madam` a
+      direction: state of the direction, for :func:`madam` the moments and their window,
+        with the fields ``mu``, ``nu`` and ``window`` of
         :class:`ScaleBySecondMomentState`.
       geometry: sizes of the float leaves at init, and their bounds.
     """

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from madax._core.checks import (
     Number,
-    check_instance,
+    check_format,
     check_non_negative,
     check_seed,
     check_state,
@@ -91,7 +91,7 @@ def quantize_to_grid(
       using multiplicative weight update <https://arxiv.org/abs/2106.13914>`_, 2022,
       the quantised weight update.
     """
-    check_instance("format", format, Format, or_none=False)
+    check_format("format", format, Format, or_none=False)
     check_rounding(rounding)
     check_seed(seed)
     p_scale = check_p_scale(p_scale, finite=True)

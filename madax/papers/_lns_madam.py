@@ -5,7 +5,7 @@ import math
 import optax
 from jax.typing import ArrayLike
 
-from madax._core.checks import check_instance, check_learning_rate
+from madax._core.checks import check_format, check_learning_rate
 from madax._core.moved import by_name
 from madax.formats._base import Format
 from madax.formats._log import LogFormat
@@ -70,7 +70,7 @@ def lns_madam(
       Algorithm 1.
     """
     learning_rate = check_learning_rate(learning_rate, 2**-7)
-    check_instance("format", format, Format, or_none=False)
+    check_format("format", format, Format, or_none=False)
     return grid_madam(
         # The two factors become one, because XLA may or may not merge two: that depends
         # on how an array is sharded.

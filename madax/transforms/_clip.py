@@ -19,7 +19,7 @@ from madax._core.numerics import within
 from madax._core.vectors import awaited, known_values
 from madax.codes._array import Leaf, is_quantized
 from madax.codes._leaves import flatten, per_leaf, widen
-from madax.codes._scales import fraction_above
+from madax.codes._scales import bound_on_weights, fraction_above
 from madax.transforms._geometry import (
     Geometry,
     geometry_at_init,
@@ -115,7 +115,9 @@ def with_first_bound(
     paths, leaves, _ = flatten(params)
     bounds = leaf_bounds(p_scale, geometry, paths, leaves)
     if p_scale is not None:
-        beyond = known_values(geometry.peak0 > bounds * (1 + 1e-5))  # not by a rounding
+        # Not by a rounding, nor by the end of the dtype.
+        limits = bound_on_weights(p_scale, geometry.rms0, geometry.peak0) * (1 + 1e-5)
+        beyond = known_values(geometry.peak0 > limits)
         floats = [x for x in zip(paths, leaves, strict=True) if not is_quantized(x[1])]
         each = zip(floats, known_values(bounds), beyond, strict=False)
         found = [

@@ -9,9 +9,8 @@ import optax
 from jax.typing import ArrayLike
 
 from madax._core.checks import (
-    check_b1,
     check_decay,
-    check_instance,
+    check_format,
     check_seed,
     check_state,
 )
@@ -38,8 +37,7 @@ class ScaleBySecondMomentState(NamedTuple):
     """State of :func:`scale_by_second_moment`.
 
     Attributes:
-      count: number of steps taken, int32 scalar; None in the state of :func:`madam`,
-        which counts its steps once.
+      count: number of steps taken, int32 scalar.
       mu: first moment, a tree like the parameters: float32 or wider, or the codes of
         ``moment_format``; None unless ``b1`` is given.
       nu: second moment, likewise.
@@ -47,7 +45,15 @@ class ScaleBySecondMomentState(NamedTuple):
         The key is there so that a checkpoint of other codes does not fit.
     """
 
-    count: Tree
+    count: jax.Array
+    mu: Tree
+    nu: Tree
+    window: Tree
+
+
+class Moments(NamedTuple):
+    """The same without the count, for the optimizers, which count their steps once."""
+
     mu: Tree
     nu: Tree
     window: Tree
@@ -119,16 +125,17 @@ def scale_by_second_moment(
     tx = second_moment(b2, b1=b1, moment_format=moment_format, seed=seed)
 
     def init_fn(params):
-        return tx.init(params)._replace(count=jnp.zeros([], jnp.int32))
+        return ScaleBySecondMomentState(jnp.zeros([], jnp.int32), *tx.init(params))
 
     def update_fn(updates, state, params=None, *, madax_layer=None, **extra_args):
         del extra_args
         check_state(state, ScaleBySecondMomentState)
-        directions, new_state = tx.update(
-            updates, state, params, count=state.count, madax_layer=madax_layer
+        count, *moments = state
+        directions, moments = tx.update(
+            updates, Moments(*moments), params, count=count, madax_layer=madax_layer
         )
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return directions, new_state._replace(count=count)
+        count = jnp.asarray(optax.safe_increment(count))
+        return directions, ScaleBySecondMomentState(count, *moments)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -141,9 +148,9 @@ def second_moment(
     seed: ArrayLike = 0,
 ) -> Direction:
     """As :func:`scale_by_second_moment`, for a caller that counts the steps."""
-    b2, b1 = check_decay("b2", b2, 0.999), check_b1(b1)
+    b2, b1 = check_decay("b2", b2, 0.999), check_decay("b1", b1, None)
     check_seed(seed)
-    check_instance("moment_format", moment_format, MomentFormat)
+    check_format("moment_format", moment_format, MomentFormat)
     codec = None if moment_format is None else SecondMomentCodec(moment_format)
 
     def init_fn(params):
@@ -157,11 +164,11 @@ def second_moment(
             return treedef.unflatten([zeros_like(w, dtype) for w in leaves])
 
         mu = None if b1 is None else zeros(m_dtype)
-        return ScaleBySecondMomentState(None, mu, zeros(v_dtype), window)
+        return Moments(mu, zeros(v_dtype), window)
 
     def update_fn(updates, state, params=None, *, count, madax_layer=None):
         del params
-        check_state(state, ScaleBySecondMomentState)
+        check_state(state, Moments)
         paths, vs, treedef = flatten_named(state.nu)
         gs = flatten_like(updates, treedef, "state.nu", paths, vs)
         ms = [None] * len(vs) if b1 is None else treedef.flatten_up_to(state.mu)
@@ -196,8 +203,7 @@ def second_moment(
             window = {repr(moment_format): window}
         nu = treedef.unflatten(vs)
         mu = None if b1 is None else treedef.unflatten(ms)
-        new_state = state._replace(mu=mu, nu=nu, window=window)
-        return treedef.unflatten(directions), new_state
+        return treedef.unflatten(directions), Moments(mu, nu, window)
 
     return Direction(init_fn, update_fn)
 

@@ -13,7 +13,7 @@ from madax.codes._leaves import flatten, nodes_of, widen
 from madax.formats._moment_format import MomentFormat
 from madax.formats._second_moment_codec import SecondMomentCodec, is_fast
 from madax.transforms._orthogonal import ScaleByOrthogonalMomentumState
-from madax.transforms._second_moment import ScaleBySecondMomentState
+from madax.transforms._second_moment import Moments, ScaleBySecondMomentState
 
 
 def count_skipped(
@@ -52,10 +52,11 @@ def count_skipped(
     paths, leaves, _ = flatten(grads, "grads")
     by_path = dict(zip(paths, map(widen, leaves), strict=True))
     skipped = {path: ~jnp.isfinite(jnp.square(g)) for path, g in by_path.items()}
-    kinds = (ScaleBySecondMomentState, ScaleByOrthogonalMomentumState)
+    second = ScaleBySecondMomentState, Moments
+    kinds = (*second, ScaleByOrthogonalMomentumState)
     found = []
     for node in nodes_of(state, kinds):
-        tree = node.nu if isinstance(node, ScaleBySecondMomentState) else node.mu
+        tree = node.nu if isinstance(node, second) else node.mu
         names, moments, _ = flatten_named(tree)
         found += [(*leaf, node) for leaf in zip(names, moments, strict=True)]
     shapes = {path: np.shape(moment) for path, moment, _ in found}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from madax._core.checks import (
-    check_instance,
+    check_format,
     check_seed,
     check_state,
     check_transformation,
@@ -26,8 +26,7 @@ from madax.codes._quantize import dequantize_params
 from madax.codes._scales import check_code_scales
 from madax.codes._steps import as_steps, real_steps, step_codes
 from madax.formats._moment_format import MomentFormat
-from madax.wrappers._error_feedback import ErrorFeedback, zero_slopes
-from madax.wrappers._momentum import check_feedback
+from madax.wrappers._error_feedback import ErrorFeedback
 from madax.wrappers._quantized_state import Where, with_quantized_state
 
 
@@ -129,7 +128,7 @@ def with_quantized_params(
         raise TypeError(
             f"error_feedback must be True or False, got {error_feedback!r}."
         )
-    check_instance("moment_format", moment_format, MomentFormat)
+    check_format("moment_format", moment_format, MomentFormat)
     check_where(moment_where, "moment_where")
     check_rounding(rounding)
     check_seed(seed)
@@ -154,7 +153,9 @@ def with_quantized_params(
     def init_fn(params):
         check_code_scales(params)
         inner_state = inner.init(dequantize_params(params))
-        slope = zero_slopes(inner, inner_state, params) if error_feedback else None
+        slope = None
+        if error_feedback:
+            slope = ErrorFeedback(inner, None, params, {}).zero_slopes(inner_state)
         return WithQuantizedParamsState(jnp.zeros([], jnp.int32), inner_state, slope)
 
     def update_fn(updates, state, params: Tree = None, **extra_args):
@@ -164,7 +165,7 @@ def with_quantized_params(
         before = state.inner_state
         feedback = ErrorFeedback(inner, updates, params, extra_args)
         if error_feedback:
-            check_feedback(inner, params, extra_args)
+            feedback.check()
             before, slope = feedback.limited_momentum(before, slope)
         proposed, inner_state = inner.update(updates, before, values, **extra_args)
         us = treedef.flatten_up_to(proposed)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from madax._core.checks import (
-    check_instance,
+    check_format,
     check_seed,
     check_state,
     check_transformation,
@@ -144,14 +144,12 @@ def with_quantized_state(
     """
     check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
-    check_instance("moment_format", moment_format, MomentFormat, or_none=False)
+    check_format("moment_format", moment_format, MomentFormat, or_none=False)
     check_where(where)
     check_rounding(rounding)
     check_seed(seed)
 
-    def choose(params, leaves):
-        return _chosen(inner, params, leaves, where)
-
+    choose = functools.partial(_chosen, inner, where)
     codec = MomentCodec(moment_format.bits, moment_format.octaves or SIGNED_OCTAVES)
     return quantized_state(inner, codec, choose, rounding=rounding, seed=seed)
 
@@ -236,8 +234,8 @@ def quantized_state(
         # An element of a parameter keeps all of its new moments, or none, floats
         # included: a momentum without its second moment would be a large step.
         owners: dict[int, int | str] = {i: i for i in dtypes}
-        for i, (owner, copy) in enumerate(zip(like.owners, like.copies, strict=True)):
-            owners |= {} if owner is None or copy else {i: owner}
+        for i, owner in enumerate(like.owners):
+            owners |= {} if owner is None or like.copies[i] else {i: owner}
         fits: dict[int | str, jax.Array] = {}
         for i, window in zip(dtypes, following, strict=True):
             fit = codec.fits(after[i], window)
@@ -273,20 +271,16 @@ def _computed_again(x: Tree) -> Tree:
 
 def _chosen(
     inner: optax.GradientTransformationExtraArgs,
+    where: Where | None,
     params: Tree,
     leaves: StateLeaves,
-    where: Where | None,
 ) -> list[int]:
     """The indices of the leaves of the state to be stored."""
-    named = list(enumerate(zip(leaves.paths, leaves.shapes, strict=True)))
-    if where is not None:
-        chosen = [i for i, (path, leaf) in named if where(path, leaf)]
-    else:
-        chosen = [
-            i
-            for i, (_, leaf) in named
-            if leaf.size >= _MIN_SIZE and leaves.owners[i] is not None
-        ]
+    of_parameters = zip(leaves.paths, leaves.owners, strict=True)
+    moments = {path for path, owner in of_parameters if owner is not None}
+    choose = where or (lambda path, x: x.size >= _MIN_SIZE and path in moments)
+    named = enumerate(zip(leaves.paths, leaves.shapes, strict=True))
+    chosen = [i for i, leaf in named if choose(*leaf)]
     for i in chosen:
         if not is_float(leaves.shapes[i]):
             raise TypeError(

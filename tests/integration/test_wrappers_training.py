@@ -353,7 +353,7 @@ def test_steps_of_codes_are_added_by_apply_updates_alone():
     moved = optax.apply_updates(params, updates)["kernel"]
     assert moved.codes.dtype == FORMATS["log16"].storage_dtype
     assert moved.scale == params["kernel"].scale
-    with pytest.raises(TypeError, match=r"added by optax\.apply_updates"):
+    with pytest.raises(TypeError, match=r"optax\.apply_updates adds steps of codes"):
         jax.tree.map(jnp.add, params, updates)
 
 

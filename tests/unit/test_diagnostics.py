@@ -149,50 +149,6 @@ def test_fraction_sign_changed(compiled):
     assert_by_path(got, want)
 
 
-EDGES = {"default": {}, "narrow": {"bins": 7, "lowest": -2.0, "highest": 0.5}}
-
-
-@pytest.mark.parametrize("edges", EDGES)
-def test_log_weight_histogram(compiled, edges):
-    options = {"bins": 60, "lowest": -15.0, "highest": 5.0, **EDGES[edges]}
-    bins, lowest, highest = options.values()
-    params = with_zeros(2, 0.2)
-    histogram = compiled(lambda p: diagnostics.log_weight_histogram(p, **EDGES[edges]))
-    counts, got_edges = histogram(params)
-    want_edges = np.linspace(lowest, highest, bins + 1)
-    np.testing.assert_allclose(got_edges, want_edges, rtol=1e-6, atol=3e-6)
-    for path, w in zip(PATHS, leaves64(params), strict=True):
-        log_w = np.clip(np.log(np.abs(w[w != 0])), lowest, highest)
-        want, _ = np.histogram(log_w, want_edges)
-        np.testing.assert_array_equal(counts[path], want, err_msg=path)
-        assert counts[path].sum() == np.count_nonzero(w)
-        assert counts[path].dtype == jnp.int32
-
-
-def test_log_weight_histogram_clamps_what_is_beyond_the_edges(compiled):
-    w = np.float32([1e-37, 1e-20, 0, 0, 3e38, np.inf, np.exp(-7), -np.exp(-7)])
-    histogram = compiled(lambda p: diagnostics.log_weight_histogram(p, bins=4))
-    counts, _ = histogram({"w": w})
-    np.testing.assert_array_equal(counts["w"], [2, 2, 0, 2])
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"bins": 0}, ValueError, "bins must be an int above 0, got 0"),
-        ({"bins": -3}, ValueError, "bins must be an int above 0, got -3"),
-        ({"bins": "6"}, ValueError, "bins must be an int above 0, got '6'"),
-        ({"bins": 2.5}, ValueError, "bins must be an int above 0, got 2.5"),
-        ({"lowest": 5.0}, ValueError, "lowest must be below highest.*lowest=5.0"),
-        ({"highest": np.nan}, ValueError, "lowest must be below highest.*nan"),
-    ],
-    ids=str,
-)
-def test_log_weight_histogram_checks_its_arguments(options, error, message):
-    with pytest.raises(error, match=message):
-        diagnostics.log_weight_histogram(tree(0), **options)
-
-
 TWO_TREES = [diagnostics.relative_update_size, diagnostics.fraction_sign_changed]
 
 
@@ -207,10 +163,6 @@ def test_trees_must_match(function):
 
 ONE_TREE = {
     "fraction_zero": (lambda p: diagnostics.fraction_zero(p)["b"], 0.0),
-    "log_weight_histogram": (
-        lambda p: diagnostics.log_weight_histogram(p)[0]["b"].sum(),
-        1,
-    ),
     "fraction_sign_changed": (
         lambda p: diagnostics.fraction_sign_changed(p, p)["b"],
         0.0,

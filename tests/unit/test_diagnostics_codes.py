@@ -48,17 +48,6 @@ def test_sizes_and_fractions(run):
     assert at_bound["kernel"] == np.mean(np.abs(params["kernel"].codes) == levels) > 0
 
 
-def test_histograms_match_the_values(run):
-    params = run[0]
-    floats = madax.dequantize_params(params)
-    for got, expected in zip(
-        jax.tree.leaves(diagnostics.log_weight_histogram(params)),
-        jax.tree.leaves(diagnostics.log_weight_histogram(floats)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(got, expected)
-
-
 def test_code_occupancy_counts_codes(run):
     params = run[0]
     counts = jax.jit(diagnostics.code_occupancy)(params)

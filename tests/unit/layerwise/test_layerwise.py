@@ -293,5 +293,5 @@ def test_bad_input(case):
 def test_a_state_of_another_optimizer_is_refused():
     init, _ = madax.layerwise(FLOATS, embed, layer, loss)
     _, step = madax.layerwise(OPTIMIZERS["moments8"], embed, layer, loss)
-    with raises(ValueError, "the state of the layers does not match that of tx"):
+    with raises(ValueError, "the state of the layers does not match tx"):
         jax.eval_shape(step, weights(), init(weights()), batches()[0])

@@ -183,7 +183,7 @@ def test_an_element_misses_its_faulty_steps_and_no_other_notices(name):
             np.testing.assert_array_equal(now[~mask], other[~mask])
             states = faulty_state, before_state, clean_state
             for moment, *trees in zip(
-                "vm", *(moment_values(s[0]) for s in states), strict=True
+                "vm", *(moment_values(s.direction) for s in states), strict=True
             ):
                 if trees[0] is None:
                     continue

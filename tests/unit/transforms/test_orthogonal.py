@@ -171,7 +171,7 @@ def test_leaves_that_cannot_be_told_take_the_steps_of_madam_and_are_warned_of():
     assert "params['layers/0/tensor'] of shape (3, 4, 6)" in text
     g = jax.tree.map(jnp.ones_like, params)
     found, _ = muon_madam(0.1).update(g, state, params)
-    plain = madax.madam(0.1)
+    plain = madax.madam(0.1, floor=1.0)
     expected, _ = plain.update(g, plain.init(params), params)
     np.testing.assert_array_equal(
         found["layers"][0]["tensor"], expected["layers"][0]["tensor"]
@@ -264,7 +264,7 @@ def test_codes_take_the_rounded_steps_of_their_values():
     params = network(FORMATS["log8"])
     values = madax.dequantize_params(params)
     grads, rate, fmt = grads_of(1)[0], 0.1, FORMATS["log8"]
-    tx = muon_madam(rate, rounding="nearest")
+    tx = muon_madam(rate, floor=0.0, rounding="nearest")
     new, _ = carried_on(tx, params, tx.init(params), grads)
     for pick in (lambda tree: tree["conv"], lambda tree: tree["mlp"]["w"]):
         w, x, g, moved = map(pick, (params, values, grads, new))

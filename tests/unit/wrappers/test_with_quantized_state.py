@@ -580,7 +580,7 @@ def test_bad_input():
         madax.with_quantized_params(adam, moment_where=everything)
     with raises(TypeError, "moment_where must be a function of (path, leaf), got 'mu'"):
         madax.with_quantized_params(adam, moment_where="mu")
-    with raises(TypeError, "moment_format must be a madax.MomentFormat, got 8"):
+    with raises(TypeError, "moment_format must be a MomentFormat, got 8"):
         with_quantized_state(adam, moment_format=8)
     with raises(TypeError, "where must be a function of (path, leaf), got 'mu'"):
         with_quantized_state(adam, where="mu")
