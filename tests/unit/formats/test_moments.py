@@ -76,7 +76,7 @@ def test_every_code_has_its_value_and_round_trips(bits, window):
 
 
 @pytest.mark.parametrize("bits", [8, 9, 12, 16])
-def test_octaves_and_saturation(bits):
+def test_codes_span_their_octaves_and_saturate(bits):
     fmt, window = SecondMomentCodec(MomentFormat(bits)), jnp.int32(100)
     top = fmt.max_nu
     lowest, highest = decode("v", fmt, np.array([1, top]), window)
