@@ -77,7 +77,7 @@ SQUARE = {"w": jnp.ones((64, 64))}
         (lambda: optax.ema(0.9), ["ema/w"]),
     ],
 )
-def test_what_is_stored(make, fields):
+def test_moments_are_stored_as_codes_and_nothing_else(make, fields):
     found = stored(made(make), SQUARE)
     assert [name.removeprefix("inner_state/") for name in found] == fields
 

@@ -90,6 +90,17 @@ def moment_values(state):
     return decode(state.nu, lambda octave: octave, float(window.scale)), m
 
 
+@contextlib.contextmanager
+def long_run():
+    """Compiles well what runs for long, also where the rest is compiled quickly."""
+    quick = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", quick)
+
+
 # It is compiled once for each optimizer and tree of shapes.
 jitted_step = jax.jit(step, static_argnums=0)
 

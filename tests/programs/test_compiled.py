@@ -263,7 +263,9 @@ def test_failures_stay_in_the_table_with_their_error(tmp_path):
 
 
 @pytest.mark.nightly
-def test_compiled(tmp_path, capfd, monkeypatch):
+def test_the_command_compiled_writes_its_records_and_table(
+    tmp_path, capfd, monkeypatch
+):
     compiled.compiled(tmp_path, profile="smoke")
     runs = records.read(tmp_path / "compiled.jsonl")
     assert list(runs["optimizer"]) == ["adam", "madam"]
@@ -344,7 +346,7 @@ def test_the_least_of_several_inits_is_in_the_table():
 
 
 @pytest.mark.nightly
-def test_init(tmp_path, capfd):
+def test_the_command_init_writes_its_records_and_table(tmp_path, capfd):
     init.init(tmp_path, profile="smoke")
     (raw,) = tmp_path.rglob("init.jsonl")
     runs = records.read(raw)

@@ -85,7 +85,7 @@ FUNCTIONS = ("exp", "expm1", "log", "log1p", "sinh", "arcsinh")
 
 @compiled_otherwise
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions(name, how):
+def test_functions_have_the_same_bits_however_compiled(name, how):
     f, x = getattr(numerics, name), random_numbers(100_000)
     x = np.abs(x) if name.startswith("log") else np.clip(x, -80, 80)
     # What goes in may be a product, and what comes out a term of a sum.
@@ -96,7 +96,7 @@ def test_functions(name, how):
 
 @compiled_otherwise
 @pytest.mark.parametrize("name", mostly_nightly(FORMATS, "log16", "symlog16"))
-def test_formats(name, how):
+def test_formats_have_the_same_bits_however_compiled(name, how):
     fmt = FORMATS[name]
     rng = np.random.default_rng(1)
     code = rng.integers(-fmt.levels, fmt.levels + 1, 100_000).astype(np.int32)
@@ -149,7 +149,7 @@ def train(step, carry, grads):
 
 @compiled_otherwise
 @pytest.mark.parametrize("name", mostly_nightly(LEAVES, "moments8"))
-def test_optimizers(name, how):
+def test_optimizers_have_the_same_bits_however_compiled(name, how):
     params, grads = weights_and_grads(LEAVES[name])
     tx = (OPTIMIZERS | GRIDS)[name]
     start = params, tx.init(params)

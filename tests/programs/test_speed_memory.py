@@ -55,7 +55,7 @@ def test_an_unknown_optimizer_is_refused_and_records_are_kept(tmp_path):
 
 
 @pytest.mark.nightly
-def test_speed(few, tmp_path, capsys):
+def test_the_command_speed_writes_its_records_and_table(few, tmp_path, capsys):
     speed.speed(tmp_path, profile="smoke", optimizers=(FEW[1],))
     (raw,) = tmp_path.rglob("speed.jsonl")
     runs = [json.loads(line) for line in raw.read_text().splitlines()]
@@ -73,7 +73,7 @@ def test_speed(few, tmp_path, capsys):
 
 
 @pytest.mark.nightly
-def test_memory(few, tmp_path, capsys):
+def test_the_command_memory_writes_its_records_and_table(few, tmp_path, capsys):
     memory.memory(tmp_path, profile="smoke")
     (raw,) = tmp_path.rglob("memory.jsonl")
     runs = [json.loads(line) for line in raw.read_text().splitlines()]

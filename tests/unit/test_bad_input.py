@@ -300,7 +300,7 @@ SILENT = {
 
 
 @pytest.mark.parametrize("name", SILENT)
-def test_no_warning(name):
+def test_good_input_warns_of_nothing(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SILENT[name]()

@@ -59,7 +59,7 @@ SCALES = [(1e-30, 1e-32), (1.0, 1e-3), (1e30, 1e30), (1e-20, 1e10), (3e37, 3e35)
 
 
 @pytest.mark.parametrize(("w_scale", "u_scale"), SCALES)
-def test_relative_update_size(compiled, w_scale, u_scale):
+def test_relative_update_size_matches_numpy(compiled, w_scale, u_scale):
     params, updates = tree(0, w_scale), tree(1, u_scale)
     want = [
         norm(u) / norm(w)
@@ -92,7 +92,7 @@ def test_relative_update_size_by_hand(compiled, name):
 )
 @pytest.mark.filterwarnings("ignore:.*beyond p_scale", "ignore:.*at their bound")
 @pytest.mark.parametrize("p_scale", mostly_nightly([None, 0.5, 1.0, 3.0], 0.5))
-def test_fraction_at_bound(compiled, p_scale, dtype):
+def test_fraction_at_bound_matches_numpy(compiled, p_scale, dtype):
     params = tree(0, dtype=dtype)
     tx = madax.madam(0.5, p_scale=p_scale)
     state = tx.init(params)
@@ -132,13 +132,13 @@ def with_zeros(seed, share):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_fraction_zero(compiled, share):
+def test_fraction_zero_matches_numpy(compiled, share):
     params = with_zeros(0, share)
     want = [np.mean(w == 0) for w in leaves64(params)]
     assert_by_path(compiled(diagnostics.fraction_zero)(params), want)
 
 
-def test_fraction_sign_changed(compiled):
+def test_fraction_sign_changed_matches_numpy(compiled):
     params, previous = with_zeros(0, 0.3), with_zeros(1, 0.3)
     want = [
         np.mean(np.sign(w) != np.sign(p))

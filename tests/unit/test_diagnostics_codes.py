@@ -31,7 +31,7 @@ def values(params):
     return {k: np.float64(w) for k, w in madax.dequantize_params(params).items()}
 
 
-def test_sizes_and_fractions(run):
+def test_sizes_and_fractions_are_taken_of_decoded_values(run):
     params, updates, state, after = run
     before, now = values(params), values(after)
     sizes = jax.jit(diagnostics.relative_update_size)(params, updates)

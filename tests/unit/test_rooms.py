@@ -144,3 +144,15 @@ def test_what_is_tested_is_named_in_one_place(name):
     defined = re.compile(rf"^{name}\b.* =", re.MULTILINE)
     places = [path for path in FILES if defined.search(path.read_text("utf-8"))]
     assert len(places) == 1, places
+
+
+# --- how much there is of it ----------------------------------------------------------
+
+
+def test_few_names_are_public():
+    assert len(madax.__all__) <= 24
+
+
+def test_types_are_seldom_left_open():
+    sources = [path.read_text(encoding="utf-8") for path in MODULES.values()]
+    assert sum(len(re.findall(r"\bAny\b", source)) for source in sources) <= 100

@@ -93,7 +93,7 @@ def test_labels_of_parts_of_codes_are_an_error(inner):
         tx.init(make())
 
 
-def test_averages_of_values():
+def test_averages_are_taken_of_values():
     """An average of codes is an error; the average of their values is written so."""
     average = madax.dequantize_params(make())
     params, values = make(), [average]
@@ -150,7 +150,7 @@ class Adapted(nnx.Module):
         return self.layer(x)
 
 
-def test_adapters_of_nnx():
+def test_adapters_of_nnx_train_on_frozen_codes():
     linear = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
     linear.kernel = nnx.Param(make()["frozen"])
     model = Adapted(linear, nnx.Rngs(1))

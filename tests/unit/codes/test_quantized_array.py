@@ -63,7 +63,7 @@ def test_codes_beside_the_mark_of_steps_are_no_array():
         treedef.unflatten([q.codes, False])
 
 
-def test_default_predicate():
+def test_matrices_of_some_size_are_quantised_by_default():
     params = {
         "kernel": normal(4, 4),
         "conv": normal(3, 3, 1, 8),
@@ -109,14 +109,14 @@ def test_where_sees_paths_and_leaves():
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3, 0), (0,), (2, 3, 4)], ids=str)
-def test_shapes(shape):
+def test_codes_keep_the_shape(shape):
     q = madax.quantize_params(jnp.ones(shape), FMT, where=lambda path, w: True)
     assert (q.shape, q.ndim, q.size) == (shape, len(shape), int(np.prod(shape)))
     assert q.dequantize().shape == shape
     assert q.dequantize(jnp.bfloat16).dtype == jnp.bfloat16
 
 
-def test_dequantize_params():
+def test_dequantize_params_decodes_codes_alone():
     params = {"w": normal(4, 4), "b": jnp.zeros(4, jnp.float16), "n": jnp.int32(3)}
     quantized = madax.quantize_params(params, FMT)
     plain = madax.dequantize_params(quantized)
@@ -178,7 +178,7 @@ def test_a_quantized_array_is_a_pytree():
     assert "QuantizedArray" in repr(mapped)
 
 
-def test_repr_and_nbytes():
+def test_repr_and_nbytes_describe_the_codes():
     q = madax.quantize_params(jnp.full((4, 4), 0.5), FMT)
     assert repr(q) == f"QuantizedArray(shape=(4, 4), scale=1.5, {FMT!r})"
     assert q.nbytes == 16 + 4

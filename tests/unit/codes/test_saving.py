@@ -282,7 +282,7 @@ def test_codes_of_no_format_are_an_error(text):
         madax.from_flat_dict(arrays)
 
 
-def test_flax_serialization(params):
+def test_flax_serialization_keeps_every_bit(params):
     data = serialization.to_bytes(params)
     fresh = jax.tree.map(jnp.zeros_like, params)
     assert different(serialization.from_bytes(fresh, data), params) == []
@@ -305,7 +305,7 @@ def test_flax_may_be_imported_after_madax():
     assert out.startswith("QuantizedArray(shape=(4, 4)")
 
 
-def test_pickle_and_copies(params):
+def test_pickles_and_copies_keep_every_bit(params):
     for again in (
         pickle.loads(pickle.dumps(params)),
         copy.deepcopy(params),
@@ -318,7 +318,7 @@ def restore_with_orbax(path):
     return madax.from_flat_dict(checkpoints.restore(path))
 
 
-def test_orbax_without_a_target(params, tmp_path):
+def test_orbax_restores_without_a_target(params, tmp_path):
     checkpoints.save(tmp_path / "orbax", params)
     assert different(restore_with_orbax(tmp_path / "orbax"), params) == []
 

@@ -116,7 +116,7 @@ def test_no_product_is_a_direct_operand_of_a_sum():
         "c + a * 3.0",
     ],
 )
-def test_the_search_finds(code):
+def test_the_search_finds_a_product_in_a_sum(code):
     assert fused_products(code)
 
 
@@ -133,5 +133,5 @@ def test_the_search_finds(code):
         "def f(c, a, b):\n    p = a * b\n    p = rounded(p)\n    return c + p",
     ],
 )
-def test_the_search_lets_pass(code):
+def test_the_search_lets_other_sums_pass(code):
     assert not fused_products(code)

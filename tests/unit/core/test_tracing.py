@@ -59,7 +59,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("fn", "expected"), CASES.values(), ids=CASES)
-def test_dependences(fn, expected):
+def test_dependences_are_found(fn, expected):
     assert dependences(fn, X, X) == expected
     assert depends_on(fn, X, X) == [0 in found for found in expected]
 

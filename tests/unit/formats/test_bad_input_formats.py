@@ -37,7 +37,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_bits(make):
+def test_widths_out_of_range_are_refused(make):
     for bits in (0, 1, -8, 17):
         raises(
             ValueError, rf"bits must be in \d+ to 16, got {bits}\b", partial(make, bits)
@@ -47,7 +47,7 @@ def test_bits(make):
         raises(TypeError, f"bits must be an int, got {got}", partial(make, bits))
 
 
-def test_bits_too_few():
+def test_moments_need_eight_bits_and_octaves_a_power_of_two():
     raises(ValueError, "bits must be in 8 to 16, got 7", lambda: MomentFormat(7))
     for octaves in (5, 8.0, True):
         pattern = f"octaves must be 2, 4, 8, 16, 32 or None, got {octaves}"
@@ -77,7 +77,7 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_fields(name):
+def test_fields_out_of_range_are_refused(name):
     make, wrong = FIELDS[name]
     name = name.split()[0]
     for value in wrong:
@@ -141,14 +141,14 @@ BAD_QUANTIZE = {
 
 
 @pytest.mark.parametrize("case", BAD_QUANTIZE.values(), ids=BAD_QUANTIZE)
-def test_quantize_params(case):
+def test_quantize_params_refuses_bad_arguments(case):
     kind, pattern, params, arguments = case
     call = lambda: madax.quantize_params(params, **{"format": FMT} | arguments)
     raises(kind, pattern, call)
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.complex64, bool])
-def test_dequantize_params(dtype):
+def test_dequantize_params_refuses_other_dtypes(dtype):
     call = lambda: madax.dequantize_params(madax.quantize_params(W, FMT), dtype)
     raises(TypeError, "dtype must be a floating dtype", call)
 
@@ -186,7 +186,7 @@ BAD_MAKE = [
 
 
 @pytest.mark.parametrize("case", BAD_MAKE, ids=lambda case: f"{case[1]}")
-def test_arguments_of_transforms(case):
+def test_transforms_refuse_bad_arguments(case):
     kind, pattern, make, arguments = case
     raises(kind, pattern, partial(make, **arguments))
 
@@ -277,6 +277,6 @@ BAD_FAKE = [
 
 
 @pytest.mark.parametrize("case", BAD_FAKE, ids=lambda case: case[1])
-def test_fake_quantize(case):
+def test_fake_quantize_refuses_bad_arguments(case):
     kind, pattern, args, kwargs = case
     raises(kind, pattern, lambda: madax.papers.fake_quantize(*args, **kwargs))

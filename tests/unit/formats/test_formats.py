@@ -127,7 +127,7 @@ def test_a_value_that_is_not_zero_has_no_code_zero(fmt):
 @pytest.mark.parametrize(
     "fmt", [LogFormat(8, 0.05), SymlogFormat(8, 0.3), UniformFormat(8)], ids=repr
 )
-def test_shapes(fmt, shape):
+def test_every_shape_is_kept(fmt, shape):
     def everything(code, x):
         real = (fmt.encode(x), fmt.log_step(code, x), fmt.add_step(code, x))
         return *real, fmt.decode(code), fmt.saturate(code, jnp.sign(x))
@@ -214,7 +214,7 @@ def test_small_additive_steps_are_not_lost_in_the_width_of_the_code(fmt):
     np.testing.assert_allclose(got[normal], expected[normal], rtol=0.02)
 
 
-def test_constructors_numbers():
+def test_constructors_compute_the_spacing():
     fmt = LogFormat.from_gamma(bits=8, gamma=8)
     assert fmt.base_step == pytest.approx(math.log(2) / 8, rel=1e-15)
     assert math.log2(fmt.dynamic_range) == pytest.approx(126 / 8)

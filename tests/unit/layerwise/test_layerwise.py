@@ -284,7 +284,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case[2][:24])
-def test_bad_input(case):
+def test_bad_input_is_refused(case):
     kind, new, *message = case
     with raises(kind, *message):
         call(**new)

@@ -142,7 +142,7 @@ def test_integers_that_would_be_trained_are_refused():
 
 
 @pytest.mark.parametrize("layers", [{}, {"w": np.ones((0, 8, 8))}, {"w": np.ones(())}])
-def test_no_layers(layers):
+def test_no_layers_are_refused(layers):
     init, _ = madax.layerwise(optax.sgd(1.0), *INTEGER_LAYERS)
     with raises(ValueError, "params['layers'] must be a tree of", "not empty, got"):
         init({"ends": {}, "layers": layers})

@@ -88,7 +88,7 @@ def test_the_gradients_match_the_model(make):
     assert model.blocks is not None
 
 
-def test_codes_and_dropout():
+def test_codes_are_trained_with_dropout():
     model = Model(
         nnx.Rngs(0), nnx_list([Block(nnx.Rngs(i), 0.5) for i in range(DEPTH)])
     )
@@ -266,7 +266,7 @@ def test_streams_may_be_shared_and_one_layer_is_a_list():
     assert split.params["layers"]["mlp"]["kernel"].shape == (1, WIDTH, WIDTH)
 
 
-def test_linen_scan():
+def test_a_scan_of_linen_is_split():
     class Body(linen.Module):
         @linen.compact
         def __call__(self, x, _=None):
@@ -299,7 +299,7 @@ def test_linen_scan():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, grads)
 
 
-def test_bad_input():
+def test_bad_input_is_refused():
     with raises(TypeError, "model must be a flax.nnx.Module, got 3"):
         madax.split_layers(3, "blocks")
     model = Model(nnx.Rngs(0), sequential(nnx.Rngs(1)))

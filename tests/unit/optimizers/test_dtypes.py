@@ -226,7 +226,7 @@ def test_an_axis_of_any_length_has_an_init_and_a_step(count):
             ),
             w,
         )
-        tx = madax.madam(0.1, floor=1.0, moment_format=madax.MomentFormat(8))
+        tx = madax.madam(0.1, moment_format=madax.MomentFormat(8))
         for params in (w, q):
             state = jax.eval_shape(tx.init, params)
             updates, _ = jax.eval_shape(tx.update, w, state, params)

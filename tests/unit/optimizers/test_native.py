@@ -151,7 +151,7 @@ def advance(tx, params, state, grads):
 
 
 @pytest.mark.parametrize(("bits", "bound"), [(8, 2.1), (16, 3.1)])
-def test_memory(bits, bound):
+def test_parameters_and_state_take_few_bytes(bits, bound):
     w = jnp.ones((256, 256))
     params = madax.quantize_params({"w": w}, LogFormat(bits))
     tx = madax.madam(moment_format=MomentFormat(8))

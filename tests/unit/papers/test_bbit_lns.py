@@ -153,7 +153,7 @@ def test_lns_madam_is_the_base_2_model(bits, gamma, rate, storage):
     check(tx, fmt, magnitudes, np.log(2) / gamma, k, storage)
 
 
-def test_defaults():
+def test_defaults_are_the_papers():
     """12 bits of 0.001 nats and ten codes per step; base 2, 2**-7 octaves per step."""
     w = jnp.array([[1.0, -2.0, 0.5]])
     g = jnp.array([[3.0, 3.0, 0.0]])

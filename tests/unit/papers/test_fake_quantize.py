@@ -87,7 +87,7 @@ def test_none_leaves_values_or_gradients_alone():
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (2, 3, 4)], ids=str)
 @every_grid
-def test_shapes_and_zeros(fmt, shape):
+def test_every_shape_is_kept_and_zeros_stay_zero(fmt, shape):
     both = lambda x: fake_quantize(x, fmt, backward_format=fmt)
 
     @jax.jit
@@ -114,7 +114,7 @@ def test_narrow_dtypes_are_kept_and_computed_in_float32(fmt, dtype="bfloat16"):
 
 
 @every_grid
-def test_jit_vmap_and_grad(fmt):
+def test_jit_vmap_and_grad_change_nothing(fmt):
     x = example((5, 4, 3))
     fake = lambda x: fake_quantize(x, fmt, backward_format=fmt)
     loss = lambda x: jnp.sum(fake(x) ** 3)

@@ -397,7 +397,7 @@ def test_any_direction_before_sign_log_and_in_a_partition_of_codes():
 # --- what is refused ------------------------------------------------------------------
 
 
-def test_bad_input():
+def test_bad_input_is_refused():
     params = network()
     with raises(ValueError, "params['conv/bias'] of shape (3,) is no matrix"):
         ORTHOGONAL.init({"conv": {"bias": jnp.ones(3)}})

@@ -171,7 +171,7 @@ def test_fewer_octaves_have_more_digits_and_an_even_end(octaves):
     assert small.size == 0 or small.max() <= 1.0001 * lowest * 2.0**-digits
 
 
-def test_nearest_rounding():
+def test_nearest_rounding_takes_the_nearest_code():
     tx = with_quantized_state(latest(), where=everything, rounding="nearest")
     x = jnp.float32([1.0, 1.12, 1.13, 1.3, 100.0])
     _, state = jax.jit(tx.update)(x, tx.init(x))
@@ -221,7 +221,7 @@ ADAM = optax.scale_by_adam()
 @pytest.mark.parametrize(
     ("bits", "bound"), mostly_nightly([(8, 0.2), (16, 1e-3)], (8, 0.2))
 )
-def test_the_direction_of_adam(bits, bound):
+def test_adam_with_stored_moments_keeps_its_direction(bits, bound):
     error, length, state = errors(ADAM, MomentFormat(bits), gradients(50))
     assert error[0] < 1e-6  # unrounded as long as nothing has been stored
     assert np.mean(error) < bound
@@ -261,7 +261,7 @@ def test_every_optimizer_at_sixteen_bits_is_itself(name):
     assert stored and all(x.shape == SHAPE for x in stored)
 
 
-def test_lion_and_its_signs():
+def test_lion_keeps_most_of_its_signs():
     found, _ = directions(with_quantized_state(optax.scale_by_lion()), gradients(50))
     exact, _ = directions(optax.scale_by_lion(), gradients(50))
     assert np.mean(np.asarray(found) == np.asarray(exact)) > 0.9
@@ -568,7 +568,7 @@ def update(state, tx, params=None):
     return tx.update(params, state, params)
 
 
-def test_bad_input():
+def test_bad_input_is_refused():
     adam, params = optax.adam(0.1), small_params()
     with raises(TypeError, "inner must be an optax.GradientTransformation, got <func"):
         with_quantized_state(optax.adam)
