@@ -4,16 +4,18 @@ Each returns scalars, or small vectors, by the path of a leaf (``"Dense_0/kernel
 ready for a logger. Leaves may be floats or codes, which count by their values.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from madax._core.checks import leaf_name, warn_of_leaves
-from madax._core.names import Tree
+from madax._core.names import Tree, flatten_named
+from madax._core.numerics import decay_rate
 from madax._core.vectors import entries, known_values
 from madax.codes._array import is_quantized
 from madax.codes._leaves import (
@@ -26,10 +28,18 @@ from madax.codes._leaves import (
 )
 from madax.codes._quantize import dequantize_params
 from madax.codes._scales import split_max
+from madax.formats._moment_format import MomentFormat
+from madax.formats._second_moment_codec import SecondMomentCodec, is_fast
 from madax.papers._grid import QuantizeToGridState
 from madax.transforms._geometry import Geometry
-from madax.transforms._matrix_table import matrices
-from madax.transforms._skipped import count_skipped
+from madax.transforms._orthogonal import (
+    Matrices,
+    ScaleByOrthogonalMomentumState,
+    check_matrices,
+    in_order,
+    read_axes,
+)
+from madax.transforms._second_moment import Moments, ScaleBySecondMomentState
 
 _STUCK = (
     "half of the weights or more are at their bound and may be unable to grow; pass a "
@@ -46,6 +56,64 @@ __all__ = [
     "matrices",
     "relative_update_size",
 ]
+
+
+class _MatrixTable(dict[str, tuple[int, int, int] | None]):
+    """For each path None, or (matrices in the stack, rows, columns)."""
+
+    def __init__(self, found: dict, storage: Sequence[tuple[tuple[int, ...], str]]):
+        super().__init__(found)
+        self._storage = storage
+
+    def __repr__(self) -> str:
+        rows = [("leaf", "shape", "storage", "direction")]
+        cells = zip(self.items(), self._storage, strict=True)
+        for (path, found), (shape, stored) in cells:
+            direction = "Madam" if found is None else "{} of {} x {}".format(*found)
+            rows.append((path, str(shape), stored, direction))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return "\n".join(lines)
+
+
+def matrices(params: Tree, matrices: Matrices | None = None) -> _MatrixTable:
+    """How :func:`madax.muon_madam` reads a tree: which leaves are which matrices.
+
+    Args:
+      params: tree of floating-point or quantised arrays, or of their shapes.
+      matrices: the optimizer's ``matrices``.
+
+    Returns:
+      For each path None, for a leaf that takes the direction of Madam, or (matrices in
+      the stack, rows, columns), in the order of the leaf's own axes. The dict prints as
+      a table.
+
+    Raises:
+      ValueError: if ``matrices`` gives axes that a leaf does not have.
+      TypeError: if a leaf is not real floating.
+
+    Example:
+      >>> import jax.numpy as jnp, madax
+      >>> query = {"kernel": jnp.ones((64, 4, 16)), "bias": jnp.ones((4, 16))}
+      >>> madax.diagnostics.matrices({"query": query})
+      leaf          shape        storage  direction
+      query/bias    (4, 16)      float32  Madam
+      query/kernel  (64, 4, 16)  float32  1 of 64 x 64
+    """
+    check_matrices(matrices)
+    paths, leaves, _ = flatten(params)
+    found, storage = {}, []
+    for path, leaf, axes in zip(
+        paths, leaves, read_axes(paths, leaves, matrices), strict=True
+    ):
+        shape = np.shape(leaf)
+        found[path] = None
+        if axes is not None:
+            groups = in_order(shape, axes)
+            found[path] = tuple(math.prod(shape[i] for i in x) for x in groups)
+        stored = leaf.format if is_quantized(leaf) else jnp.result_type(leaf)
+        storage.append((shape, str(stored)))
+    return _MatrixTable(found, storage)
 
 
 def relative_update_size(params: Tree, updates: Tree) -> dict[str, jax.Array]:
@@ -214,6 +282,67 @@ def code_occupancy(params: Tree) -> dict[str, jax.Array]:
     }
 
 
+def count_skipped(
+    grads: Tree, state: Tree = None, *, b2: jax.typing.ArrayLike = 0.999
+) -> dict[str, jax.Array]:
+    r"""How many elements of the gradients madam or muon_madam skips, leaf by leaf.
+
+    ``scale_by_second_moment`` skips an element that is not finite, or whose square
+    overflows: neither its moments nor its weight change in that step. With a
+    ``moment_format`` it also skips one whose second moment is beyond the octaves,
+    unless ``b2`` is below 0.75.
+    ``scale_by_orthogonal_momentum`` keeps an element that is not finite out of its
+    momentum. The state tells which of the two transforms a leaf has, and which elements
+    were beyond the octaves.
+
+    Args:
+      grads: tree of floating-point arrays, no wider than their moments: float64
+        gradients of float32 weights are to be cast first, as the optimizer does.
+      state: the state that ``update`` returned for these gradients; None for moments in
+        floats on all leaves.
+      b2: the decay rate of the optimizer's second moment.
+
+    Returns:
+      A count for each leaf, an int32 scalar.
+
+    Raises:
+      ValueError: if ``state`` does not hold the moments of these gradients.
+      TypeError: if a leaf is not real floating.
+
+    Example:
+      >>> import jax.numpy as jnp, madax
+      >>> grads = {"w": jnp.array([1.0, jnp.nan, -jnp.inf, 1e30])}
+      >>> print(madax.diagnostics.count_skipped(grads)["w"])
+      3
+    """
+    paths, leaves, _ = flatten(grads, "grads")
+    by_path = dict(zip(paths, map(widen, leaves), strict=True))
+    skipped = {path: ~jnp.isfinite(jnp.square(g)) for path, g in by_path.items()}
+    second = ScaleBySecondMomentState, Moments
+    kinds = (*second, ScaleByOrthogonalMomentumState)
+    found = []
+    for node in nodes_of(state, kinds):
+        tree = node.nu if isinstance(node, second) else node.mu
+        names, moments, _ = flatten_named(tree)
+        found += [(*leaf, node) for leaf in zip(names, moments, strict=True)]
+    shapes = {path: np.shape(moment) for path, moment, _ in found}
+    if state is not None and shapes != {k: np.shape(g) for k, g in by_path.items()}:
+        raise ValueError(
+            "state must hold a moment of madam or muon_madam for each leaf of grads, "
+            f"got moments of the shapes {shapes}; pass the state that update returned."
+        )
+    for path, moment, node in found:
+        if isinstance(node, ScaleByOrthogonalMomentumState):
+            skipped[path] = ~jnp.isfinite(by_path[path])
+        elif node.window is not None:
+            ((format, _),) = node.window.items()
+            bits = int(format.removesuffix(")").partition("=")[2])
+            # The max code stands for all values beyond the octaves.
+            beyond = moment == SecondMomentCodec(MomentFormat(bits)).max_nu
+            skipped[path] |= beyond & ~is_fast(decay_rate(b2))
+    return {path: jnp.sum(x).astype(jnp.int32) for path, x in skipped.items()}
+
+
 def _by_path(fn: Callable[..., jax.Array], params: Tree, *others: Tree) -> dict:
     """``{path: fn(leaf of params, leaf of another tree, ...)}``, float32 or wider."""
     paths, leaves, treedef = flatten(dequantize_params(params))
@@ -246,14 +375,3 @@ def _relative_norm(u: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.where(
         zero, 0, ratio * jnp.sqrt(jnp.sum(u * u)) / jnp.sqrt(jnp.sum(w * w))
     )
-
-
-if not TYPE_CHECKING:  # A type checker would accept any name.
-
-    def __getattr__(name):
-        instead = {
-            "descent_bound": "no rate was chosen by it; log relative_update_size",
-            "log_weight_histogram": "use jnp.histogram of jnp.log(jnp.abs(weights))",
-        }
-        why = f"is gone since 0.3: {instead[name]}" if name in instead else "is unknown"
-        raise AttributeError(f"{__name__}.{name} {why}.")

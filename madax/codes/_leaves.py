@@ -42,9 +42,8 @@ def widen(x: ArrayLike) -> jax.Array:
 def max_weight(dtype: DTypeLike) -> float:
     """The number below the max of a dtype, so that ``w + u`` rounded stays finite."""
     info = jnp.finfo(dtype)
-    max = float(info.max)
-    _, exponent = math.frexp(max)
-    return max - float(info.eps) * 2.0 ** (exponent - 1)
+    _, exponent = math.frexp(info.max)
+    return float(info.max) - float(info.eps) * 2.0 ** (exponent - 1)
 
 
 def zeros_like(leaf: Leaf, dtype: DTypeLike | None = None) -> jax.Array:

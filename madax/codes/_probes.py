@@ -38,10 +38,6 @@ class ProbedArray(QuantizedArray):
             probe = w.probe.astype(probe.dtype) + probe
         return cls(w.codes, w.scale, w.format, probe)
 
-    def without_probe(self) -> QuantizedArray:
-        """The codes alone."""
-        return QuantizedArray(self.codes, self.scale, self.format)
-
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype that the codes decode to."""
@@ -100,8 +96,9 @@ def without_probes(
     """The results of a loss of ``weights``, without the probes added to them."""
     if any(isinstance(w, ProbedArray) for w in weights):
         return tree  # a loss within a loss
-    return jax.tree.map(
-        lambda x: x.without_probe() if isinstance(x, ProbedArray) else x,
-        tree,
-        is_leaf=is_leaf,
-    )
+
+    def codes_of(x):
+        is_probed = isinstance(x, ProbedArray)
+        return QuantizedArray(x.codes, x.scale, x.format) if is_probed else x
+
+    return jax.tree.map(codes_of, tree, is_leaf=is_leaf)

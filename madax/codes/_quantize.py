@@ -164,11 +164,8 @@ def dequantize_params(params: Tree, dtype: DTypeLike | None = None) -> Tree:
     def dequantize(leaf):
         if is_quantized(leaf):
             return leaf.dequantize(dtype)
-        return (
-            leaf
-            if dtype is None or not is_float(leaf)
-            else jnp.asarray(leaf).astype(dtype)
-        )
+        keeps = dtype is None or not is_float(leaf)
+        return leaf if keeps else jnp.asarray(leaf).astype(dtype)
 
     tree, merge = _split_module(params)
     return merge(jax.tree.map(dequantize, tree, is_leaf=is_quantized))

@@ -13,12 +13,6 @@ from madax.codes._array import is_quantized
 from madax.layerwise._floats import is_inexact
 
 
-def check_microbatches(microbatches: object) -> None:
-    """Raises unless a number of parts is a positive int."""
-    if type(microbatches) is not int or microbatches < 1:
-        raise ValueError(f"microbatches must be an int above 0, got {microbatches!r}.")
-
-
 def check_devices() -> None:
     """Raises where gradients would not be summed over devices."""
     if manual_axes() and not types_tell():

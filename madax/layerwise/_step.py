@@ -14,11 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from madax._core.checks import (
-    check_float_dtype,
-    check_function,
-    check_transformation,
-)
+from madax._core.checks import check_float_dtype, check_function, check_transformation
 from madax._core.names import ENDS, LAYERS, Tree
 from madax._core.shards import axes_returned, barrier, manual_axes, spread, varying
 from madax.codes._quantize import dequantize_params
@@ -26,7 +22,6 @@ from madax.layerwise._checks import (
     check_devices,
     check_layer_output,
     check_loss,
-    check_microbatches,
     check_params,
     check_updates,
 )
@@ -87,10 +82,6 @@ def layerwise(
     equals ordinary training by ``tx`` of the same parameters with a list of layers,
     ``{"ends": ..., "layers": [...]}``, random bits of the rounding included.
 
-    The update of a layer must not need the gradient of another layer, of this step or
-    of an earlier step. A global norm, for example, is not known yet when the first
-    layer takes its step. Madam needs none.
-
     A random key in the state of ``tx``, such as ``optax.add_noise`` has, becomes one
     key per layer, with its index folded in, and one for the ends. Ordinary training
     draws different noise, because one key serves all leaves.
@@ -131,10 +122,10 @@ def layerwise(
       axis, too, except scalars that belong to the step: counts, hyperparameters.
 
     Raises:
-      ValueError: if ``tx`` needs the gradients of other layers, as far as traces of
-        its update tell; parameters are not of that form; a batch cannot be divided;
-        ``layer`` changes the shape or dtype of ``x``; or, in ``jax.shard_map`` with
-        ``check_vma=False`` and in ``jax.pmap``, gradients would not be summed.
+      ValueError: if ``tx`` needs the gradients of other layers, as a global norm does;
+        parameters are not of that form; a batch cannot be divided; ``layer`` changes
+        the shape or dtype of ``x``; or, in ``jax.shard_map`` with ``check_vma=False``
+        and in ``jax.pmap``, gradients would not be summed.
       TypeError: if an argument is of the wrong type, or ``tx`` trains integers.
 
     Example:
@@ -166,7 +157,8 @@ def layerwise(
     for name, function in {"embed": embed, "layer": layer, "loss": loss}.items():
         check_function(name, function, "pass one with the arguments above")
     check_float_dtype(dtype)
-    check_microbatches(microbatches)
+    if type(microbatches) is not int or microbatches < 1:
+        raise ValueError(f"microbatches must be an int above 0, got {microbatches!r}.")
     tx = optax.with_extra_args_support(tx)
     gather = gather or (lambda stored: stored)
     run = _Run(tx, embed, layer, loss, dtype, microbatches, has_aux, gather)

@@ -63,10 +63,9 @@ def map_rate(
     fn: Callable[..., Number], learning_rate: optax.ScalarOrSchedule
 ) -> optax.ScalarOrSchedule:
     """A function of a learning rate, or of the rates of a schedule."""
-    if callable(learning_rate):
-        schedule = learning_rate
-        return lambda count: fn(schedule(count))
-    return fn(learning_rate)
+    if not callable(learning_rate):
+        return fn(learning_rate)
+    return lambda count: fn(learning_rate(count))
 
 
 def from_direction(

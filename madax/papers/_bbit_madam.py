@@ -47,19 +47,16 @@ def bbit_madam(
       learning_rate: :math:`\eta`, in nats per step, or a schedule.
       bits: :math:`B`, bits of a magnitude; the sign is one more. 1 to 15.
       base_step: :math:`\beta`, spacing of the grid, in nats.
-      b2: decay rate of the second moment, in [0, 1).
-      p_scale: scale of the grid, as for :func:`quantize_to_grid`; it does nothing on
-        codes.
-      g_bound: bound on the normalised gradient.
-      zero_init_scale: as for :func:`madax.madam`; it does nothing on codes.
+      b2: as for :func:`madax.madam`.
+      p_scale: scale of the grid, as for :func:`quantize_to_grid`.
+      g_bound: as for :func:`madax.madam`.
+      zero_init_scale: as for :func:`madax.madam`.
 
     Returns:
       The optimizer, a gradient transformation.
 
     Raises:
-      ValueError: if an argument is out of range, ``params`` are missing or do not
-        match.
-      TypeError: if an argument is not a number, or a leaf is not real floating.
+      ValueError, TypeError: as :func:`madax.madam`.
 
     Example:
       >>> import jax.numpy as jnp, optax, madax

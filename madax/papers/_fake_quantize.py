@@ -53,9 +53,8 @@ def fake_quantize(
     check_format("backward_format", backward_format, Format)
     x = jnp.asarray(x)
     on_grid = straight_through(x, _round_to_grid(x, format))
-    if backward_format is None:
-        return on_grid
-    return _with_gradient_on_grid(backward_format, on_grid)
+    is_free = backward_format is None
+    return on_grid if is_free else _with_gradient_on_grid(backward_format, on_grid)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

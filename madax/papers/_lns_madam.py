@@ -42,19 +42,16 @@ def lns_madam(
       learning_rate: :math:`\eta`, in octaves (factors of 2) per step, or a schedule.
       format: the grid of the weight update :math:`Q_U`; by default
         ``LogFormat.from_gamma(bits=16, gamma=2048)``.
-      b2: decay rate of the second moment, in [0, 1).
-      p_scale: scale of the grid, as for :func:`quantize_to_grid`; it does nothing on
-        codes.
-      g_bound: bound on the normalised gradient.
-      zero_init_scale: as for :func:`madax.madam`; it does nothing on codes.
+      b2: as for :func:`madax.madam`.
+      p_scale: scale of the grid, as for :func:`quantize_to_grid`.
+      g_bound: as for :func:`madax.madam`.
+      zero_init_scale: as for :func:`madax.madam`.
 
     Returns:
       The optimizer, a gradient transformation.
 
     Raises:
-      ValueError: if an argument is out of range, ``params`` are missing or do not
-        match.
-      TypeError: if an argument is of the wrong type, or a leaf is not real floating.
+      ValueError, TypeError: as :func:`madax.madam`.
 
     Example:
       >>> import jax.numpy as jnp, optax, madax

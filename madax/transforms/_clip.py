@@ -29,9 +29,7 @@ from madax.transforms._geometry import (
 
 
 def clip_log_weights(
-    p_scale: ArrayLike | None = None,
-    *,
-    zero_init_scale: ArrayLike = 0.1,
+    p_scale: ArrayLike | None = None, *, zero_init_scale: ArrayLike = 0.1
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps weights within a bound frozen at init.
 

@@ -64,9 +64,7 @@ class ScaleByOrthogonalMomentumState(NamedTuple):
 
 
 def scale_by_orthogonal_momentum(
-    b1: ArrayLike = 0.95,
-    *,
-    matrices: Matrices | None = None,
+    b1: ArrayLike = 0.95, *, matrices: Matrices | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""The direction of Muon: a momentum, made orthogonal.
 
@@ -175,23 +173,19 @@ def orthogonalized(x: jax.Array) -> jax.Array:
     approach them. The shape is (..., rows, columns).
     """
     rows, columns = x.shape[-2:]
+    stack = tuple(range(x.ndim - 2))
+    longer = x.ndim - (1 if rows <= columns else 2)
     x = _over(root_mean_square(x, (-2, -1), keepdims=True), x)
     x = x * (1 / math.sqrt(rows * columns))
     for _ in range(_ITERATIONS):
         # The smaller of both products with itself. Nothing is transposed: XLA would
         # give the parameters another layout, and copy a whole stack of them.
-        gram = _product_with_itself(x, x.ndim - (1 if rows <= columns else 2))
+        gram = jax.lax.dot_general(x, x, (((longer,), (longer,)), (stack, stack)))
         # may fuse: the sums of a matrix product are in any order, too.
         change = _B * gram + _C * gram @ gram
         # may fuse: for the same reason
         x = _A * x + (change @ x if rows <= columns else x @ change)
     return _over(root_mean_square(x, (-2, -1), keepdims=True), x)
-
-
-def _product_with_itself(x: jax.Array, axis: int) -> jax.Array:
-    """The sums over an axis of all products of two rows, or columns, of matrices."""
-    stack = tuple(range(x.ndim - 2))
-    return jax.lax.dot_general(x, x, (((axis,), (axis,)), (stack, stack)))
 
 
 def _over(scale: jax.Array, x: jax.Array) -> jax.Array:

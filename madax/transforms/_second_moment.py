@@ -8,20 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from madax._core.checks import (
-    check_decay,
-    check_format,
-    check_seed,
-    check_state,
-)
+from madax._core.checks import check_decay, check_format, check_seed, check_state
 from madax._core.names import Tree, flatten_named
-from madax._core.numerics import (
-    decay_rate,
-    exp,
-    expm1,
-    log1p,
-    over_root,
-)
+from madax._core.numerics import decay_rate, exp, expm1, log1p, over_root
 from madax._core.rounding import leaf_keys
 from madax.codes._leaves import compute_dtype, flatten, flatten_like, zeros_like
 from madax.formats._moment_format import MomentFormat, check_made_for

@@ -30,9 +30,7 @@ _MAX_STEP = 80.0  # a log-step that takes any weight to its bound
 
 
 def scale_by_sign_log(
-    *,
-    floor: ArrayLike = 0.0,
-    zero_init_scale: ArrayLike = 0.1,
+    *, floor: ArrayLike = 0.0, zero_init_scale: ArrayLike = 0.1
 ) -> optax.GradientTransformationExtraArgs:
     r"""Turns log-steps into additive updates that multiply the weights.
 

@@ -14,11 +14,7 @@ from madax._core.names import Tree
 from madax._core.numerics import plus_product, relative_to
 from madax.codes._array import Leaf, QuantizedArray
 from madax.codes._leaves import per_leaf, widen
-from madax.transforms._geometry import (
-    additive_floors,
-    geometry_at_init,
-    with_geometry,
-)
+from madax.transforms._geometry import additive_floors, geometry_at_init, with_geometry
 
 # A tree of booleans like the parameters, or a function from parameters to such a tree.
 Mask = Tree | Callable[[Tree], Tree]

@@ -96,18 +96,9 @@ def with_quantized_state(
       :math:`1/\sqrt\nu` too large by 3.4 % on average for 8 bits.
 
     Without ``where``, a leaf is stored if it is floating, has 4096 elements or more and
-    belongs to a parameter, by path and shape; but not if codes would ruin it. ``init``
-    finds out by tracing a step, and refuses a ``where`` that selects such a leaf:
-
-    - one that starts from parameters, or is made of them without the gradient;
-    - two of which a step takes the difference or the maximum, as in centred RMSProp
-      and AMSGrad;
-    - a sum that never decays and may be negative, and so stands for a weight;
-    - one that a step only multiplies, or makes of the factors of a matrix;
-    - a momentum that decays more slowly than the root of the moment that divides it,
-      and this moment;
-    - all moments, if a step puts sums of them into a number, as in Prodigy;
-    - one on which no update depends, so that it is there for others to read.
+    belongs to a parameter, by path and shape; but not if codes would ruin it, as they
+    would the two moments whose difference is the step of centred RMSProp. ``init``
+    finds out by tracing a step, and refuses a ``where`` that selects such a leaf.
 
     Moments keep the dtypes that they were made with, whatever dtype gradients have; so
     ``params`` may be left out. A step calls the inner optimizer twice: where codes lie

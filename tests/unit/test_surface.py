@@ -76,15 +76,7 @@ def test_a_type_that_is_not_public_any_more_is_refused(name):
         getattr(madax, name)
 
 
-@pytest.mark.parametrize("name", ["descent_bound", "log_weight_histogram"])
-def test_a_diagnostic_that_is_gone_is_refused(name):
-    with refused(f"madax.diagnostics.{name} is gone since 0.3: "):
-        getattr(diagnostics, name)
-
-
 def test_other_names_are_unknown():
-    with refused("madax.diagnostics.bound is unknown"):
-        getattr(diagnostics, "bound")  # noqa: B009
     with refused("'madax' has no attribute 'adam'"):
         getattr(madax, "adam")  # noqa: B009
 

@@ -1,10 +1,8 @@
-"""What version 0.2 called otherwise is refused by name: arguments, states, pickles."""
+"""What version 0.2 called otherwise is refused by name: arguments and states."""
 
 import contextlib
-import pickle
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -89,14 +87,3 @@ def test_orbax_refuses_an_old_state_by_name(tmp_path):
         with pytest.raises(ValueError) as error:
             checkpointer.restore(tmp_path / "old", target)
     assert "nu" in str(error.value)
-
-
-def test_a_pickle_of_an_old_module_says_what_to_do():
-    new = pickle.dumps(madax.scale_by_second_moment().init(PARAMS), protocol=0)
-    old = new.replace(b"madax.transforms._second_moment", b"madax._second_moment")
-    assert old != new
-    with raises(ModuleNotFoundError, "madax._second_moment", "0.2", "to_flat_dict"):
-        pickle.loads(old)
-    assert jax.tree.leaves(pickle.loads(new))
-    with raises(ModuleNotFoundError, "No module named 'madax._core.other'"):
-        __import__("madax._core.other")
