@@ -20,7 +20,8 @@ from benchmarks.lib.steps import Tree
 madam_floor = partial(madax.madam, floor=1.0)
 madam_8 = partial(madax.madam, moment_format=MOMENTS_8)
 muon_madam_floor = partial(madax.muon_madam, floor=1.0)
-muon_madam_8 = partial(madax.muon_madam, moment_format=MOMENTS_8)
+# The records are of floats beside the codes that have no floor.
+muon_madam_8 = partial(madax.muon_madam, floor=0.0, moment_format=MOMENTS_8)
 
 
 def codes_adam(

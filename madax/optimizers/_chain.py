@@ -153,9 +153,15 @@ def from_direction(
 def _not_default(alias: Callable, given: dict[str, Number]) -> list[str]:
     """The names of arguments that are known to differ from the defaults of an alias."""
     defaults = {k: p.default for k, p in inspect.signature(alias).parameters.items()}
+
+    # inject_hyperparams makes arrays of numbers, of the dtype of the parameters.
+    def differs(value, default):
+        dtype = getattr(value, "dtype", np.float32)
+        return default is None or np.asarray(value, dtype) != np.asarray(default, dtype)
+
     return [
         name
         for name, value in given.items()
         if name in defaults and not isinstance(value, jax.core.Tracer | None)
-        if defaults[name] is None or np.float32(value) != np.float32(defaults[name])
+        if differs(value, defaults[name])
     ]

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from madax._core.checks import check_float_leaf
+from madax._core.checks import check_float_leaf, check_format
 from madax._core.numerics import straight_through
 from madax.codes._leaves import widen
 from madax.formats._base import Format
@@ -49,12 +49,8 @@ def fake_quantize(
       quantised forward and backward propagation.
     """
     check_float_leaf("x", "", x)
-    for name, fmt in (("format", format), ("backward_format", backward_format)):
-        if fmt is not None and not isinstance(fmt, Format):
-            raise TypeError(
-                f"{name} must be None or a number format, got {fmt!r} of type "
-                f"{type(fmt).__name__}; pass for example madax.LogFormat."
-            )
+    check_format("format", format, Format)
+    check_format("backward_format", backward_format, Format)
     x = jnp.asarray(x)
     on_grid = straight_through(x, _round_to_grid(x, format))
     if backward_format is None:

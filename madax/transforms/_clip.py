@@ -46,10 +46,9 @@ def clip_log_weights(
     in stacked layers), and leaves that are all zeros at init.
 
     With a number for ``p_scale`` every leaf has the bound of the paper,
-    :math:`p_\text{scale}\, \mathrm{rms}_0`. Weights that are beyond it at init, such
-    as outliers of pretrained weights, are clipped by the first step, and a warning says
-    so. :func:`madax.diagnostics.fraction_at_bound` tells which leaves are at their
-    bound during training.
+    :math:`p_\text{scale}\, \mathrm{rms}_0`, which clips weights beyond it in the first
+    step; a warning says so. :func:`madax.diagnostics.fraction_at_bound` tells which
+    leaves are at their bound during training.
 
     An update that stays within the bound passes through bit for bit. Any other lands on
     the bound, to within a rounding of the parameters' dtype. On codes this transform

@@ -60,15 +60,13 @@ def scale_by_sign_log(
     still real-valued, ``d / base_step`` for a ``LogFormat``, to be rounded by
     :func:`lns_quantize`. Its format decides how it behaves near zero.
 
-    A log-step that is not finite leaves its weight unchanged. In :func:`madam` and the
-    other optimizers directions are finite, so a NaN comes from a hyperparameter, and
-    makes float weights NaN. Log-steps of float weights saturate at 80 nats. Codes
-    ignore both arguments.
+    A log-step that is not finite leaves its weight unchanged; in :func:`madam`, where
+    it can only come from a hyperparameter, it makes float weights NaN. Log-steps of
+    float weights saturate at 80 nats. Codes ignore both arguments.
 
     .. warning::
       Only :func:`clip_log_weights` and storage transforms may come after this one:
-      anything that rescales ``u`` breaks the exponential law. Scale the log-step,
-      before this transform, instead.
+      anything that rescales ``u`` breaks the exponential law. Scale the log-step.
 
     Args:
       floor: magnitude below which steps are additive, relative to the root mean

@@ -16,7 +16,6 @@ import pytest
 from cases import OPTIMIZERS, SOME
 from helpers import enable_x64, is_quantized, mostly_nightly, step
 from jax import export
-from jax.tree_util import tree_leaves_with_path
 
 import madax
 from madax import QuantizedArray
@@ -160,10 +159,9 @@ def test_steps_of_a_model_lower_with_buffers_donated(optimizer, tree):
         check_program(program.mlir_module())
     # In place: all of weights, codes and moments is overwritten by its successor.
     reused = re.findall("tf.aliasing_output|jax.buffer_donor", program.mlir_module())
-    # The bound follows from p_scale as it is now: no step reads that of the last.
-    paths = [jax.tree_util.keystr(path) for path, _ in tree_leaves_with_path(carry)]
-    unread = [path for path in paths if path.endswith(".bound")]
-    assert len(reused) == donate - len(unread)
+    # The bounds of the last step are for diagnostics: no step of madam reads them.
+    unread = optimizer not in ("bbit_madam", "lns_madam", "wrapped_adam")
+    assert len(reused) == donate - unread
 
 
 @pytest.mark.nightly
