@@ -359,8 +359,8 @@ def main(arguments: list[str]) -> int:
         print(f"    killed by {found}" if found else "    ALIVE")
         if not found:
             alive.append(mutant)
-    print(f"{len(mutants) - len(alive)} of {len(mutants)} mutants are killed; alive:")
-    print(*alive, sep="\n")
+    print(f"{len(mutants) - len(alive)} of {len(mutants)} mutants are killed.")
+    print(*(f"ALIVE {mutant}" for mutant in alive), sep="\n")
     return len(alive) > 0
 
 

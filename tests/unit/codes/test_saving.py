@@ -16,7 +16,7 @@ import processes
 import pytest
 from cases import FORMATS
 from flax import nnx, serialization
-from helpers import different, mostly_nightly, raises
+from helpers import different, long_run, mostly_nightly, raises
 
 import madax
 from madax import MomentFormat, UniformFormat
@@ -348,7 +348,8 @@ def test_inference_in_a_fresh_process(params, tmp_path):
     (tmp_path / "weights.msgpack").write_bytes(serialization.to_bytes(params))
     (tmp_path / "weights.pickle").write_bytes(pickle.dumps(params))
     (out,) = processes.finish(processes.start(__file__, tmp_path))
-    logits = np.asarray(jax.jit(Net().apply)(params, X)).tobytes().hex()
+    with long_run():  # compiled as in the other process
+        logits = np.asarray(jax.jit(Net().apply)(params, X)).tobytes().hex()
     assert out.splitlines() == [f"{name} QuantizedArray {logits}" for name in LOADERS]
 
 
