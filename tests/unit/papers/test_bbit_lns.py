@@ -198,3 +198,10 @@ def test_a_leaf_of_zeros_comes_onto_the_grid_and_moves(make):
         params = optax.apply_updates(params, updates)
     assert np.all(np.asarray(params["b"]) < -1e-3)
     assert np.all(np.abs(params["b"]) <= 0.3)
+
+
+@pytest.mark.parametrize("bits", [1, 15])
+def test_the_widths_at_both_ends_are_taken(bits):
+    w = jnp.ones((2, 2))
+    state = madax.papers.bbit_madam(bits=bits, base_step=1e-3).init(w)
+    assert state.count == 0
