@@ -116,7 +116,8 @@ class SymlogFormat(Format):
         y = x + u
         slope = 1 + (x + y) / (_root(x) + _root(y))
         ratio = u * slope * decay
-        small = jnp.abs(ratio) < 0.5
+        # Far beyond zero nothing is left of the slope in float32.
+        small = (jnp.abs(ratio) < 0.5) & (y > -1)
         # Both cases share one logarithm.
         moved = log1p(jnp.where(small, ratio, expm1_arcsinh(jnp.abs(y))))
         whole = jnp.where(y < 0, -moved, moved) - theta

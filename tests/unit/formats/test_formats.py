@@ -256,3 +256,11 @@ def test_formats_are_values():
 def test_equal_formats_print_alike(cls, number):
     """The print is part of a checkpoint's key, so it must not depend on the type."""
     assert repr(cls(4, number)) == repr(cls(4, float(number)))
+
+
+@pytest.mark.parametrize("u", [1.0, 1e4, 1e6, 1e9, 1e30])
+def test_a_step_across_zero_arrives_however_large_it_is(u):
+    fmt = SymlogFormat(16, 1e-3)
+    code = np.int32([18686, -18686, 1, -1])
+    moved = code + np.asarray(fmt.add_step(jnp.asarray(code), -np.sign(code) * u))
+    assert np.all(-np.sign(code) * moved > 0.99 * fmt.levels)
