@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from madax._core.checks import check_format_field
-from madax._core.numerics import exp, log, log_change, plus_product, rounded
+from madax._core.numerics import exp, log, log_change, plus_product
 from madax.formats._base import Format, check_format_bits, levels_of
 
 # Codes are decoded to float32. It resolves values of log|w| that are _MIN_SPACING nats
@@ -153,10 +153,10 @@ class LogFormat(Format):
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
         """``sign(x) * log|1 + u / x| / base_step`` unless the sign changes."""
         x = self.decode(code)
-        change = rounded(log_change(x, u) * (1 / self.base_step))
+        change = log_change(x, u) * (1 / self.base_step)
         sign, new_sign = jnp.sign(code), jnp.sign(x + u)
         start = jnp.where(code == 0, self.levels, jnp.abs(code.astype(jnp.int32)))
-        # may fuse: the product of a sign is exact
+        # may fuse: no compiler does, as the product has another use; a sign is exact.
         crossed = new_sign * jnp.clip(start + change, 1, self.levels) - code
         return jnp.where(new_sign == sign, sign * change, crossed)
 
