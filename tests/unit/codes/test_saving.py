@@ -354,7 +354,6 @@ def test_inference_in_a_fresh_process(params, tmp_path):
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_disable_most_optimizations", True)  # as quick_compiles does
     infer(Path(sys.argv[1]))
 
 
