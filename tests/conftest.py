@@ -38,7 +38,7 @@ from hypothesis import settings
 jax.config.update("jax_num_cpu_devices", 8)
 
 # By day the same examples each time, so that it fails of nothing but a change.
-settings.register_profile("day", deadline=None, max_examples=16, derandomize=True)
+settings.register_profile("day", deadline=None, max_examples=12, derandomize=True)
 settings.register_profile("nightly", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("day")
 

@@ -237,6 +237,7 @@ def test_longer_sequences_than_one_that_does_not_fit_are_left_out(tmp_path):
 # --- large models ---------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_codes_made_a_layer_at_a_time_match_the_whole():
     """Other random numbers, but the same shapes and sizes, different in each layer."""
     size, key = decoder.SIZES["tiny"], jax.random.key(0)

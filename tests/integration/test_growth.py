@@ -109,7 +109,6 @@ RATE = optax.cosine_decay_schedule(0.03, STEPS)
     ("name", "codes"),
     mostly_nightly(
         itertools.product(["madam", "muon_madam"], [False, True]),
-        ("madam", False),
         ("muon_madam", True),
     ),
 )

@@ -29,6 +29,7 @@ class Cnn(nn.Module):
         return nn.Dense(4)(x)
 
 
+@pytest.mark.nightly
 def test_a_train_state_with_statistics_and_dropout():
     x, y = images()
     net = Cnn()

@@ -142,7 +142,7 @@ def test_an_update_that_cannot_be_traced_asks_for_where():
 
 @pytest.mark.parametrize(
     "name",
-    mostly_nightly(survey.SURVEY, "adabelief", "amsgrad"),
+    mostly_nightly(survey.SURVEY, "adabelief"),
 )
 def test_losses_and_updates_match_float32(name):
     found = survey.against_floats(made(survey.SURVEY[name]))

@@ -113,7 +113,9 @@ def taken_by(kind):
     return [name for name in FUNCTIONS if name not in arrays]
 
 
-@pytest.mark.parametrize("kind", [bare, linen, variable])
+@pytest.mark.parametrize(
+    "kind", mostly_nightly([bare, linen, variable], bare, variable)
+)
 def test_functions_take_codes_as_their_values(kind):
     names = taken_by(kind)
     run = lambda w: kind(w, names)

@@ -255,7 +255,8 @@ def test_a_gradient_penalty_of_a_scanned_stack_of_codes_is_right():
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", mostly_nightly(ALIASES, "lns_madam"))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ALIASES)
 def test_second_derivatives_by_the_rate_match_unrolled_steps(name):
     grads = jax.tree.map(lambda *g: jnp.float32(jnp.stack(g)), *GRADS)
     w = jax.tree.map(jnp.float32, W)

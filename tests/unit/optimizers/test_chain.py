@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import different, is_quantized, normal
+from helpers import different, is_quantized, mostly_nightly, normal
 
 import madax
 from madax import LogFormat, MomentFormat, SymlogFormat, optimizers, papers, transforms
@@ -80,7 +80,7 @@ def after_steps(tx, params, **extra_args):
 
 
 @pytest.mark.filterwarnings("ignore:.*beyond p_scale")
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", mostly_nightly(OPTIONS, "all"))
 def test_madam_gives_the_bits_of_a_chain_of_the_transforms(name):
     rate = optax.linear_schedule(0.1, 0.01, 5)
     params = mixed()
