@@ -31,10 +31,10 @@ CPU = {
     "native 16": (3.2, 12, 1.01, 60.1),
     "native 8 adam": (5.2, 22, 1.05, 174.1),
     "bbit_madam": (7.5, 16, 1.05, 314.1),
-    "adamw, 8-bit state": (5.0, 79, 1.88, 240.1),
+    "adamw, 8-bit state": (5.2, 79, 1.88, 240.1),
     # Twice the step, for floats of no whole leaf: a peak of 3.2 and 6.6 without that.
-    "native 8 adam, error feedback": (10.0, 37, 1.19, 310.1),
-    "native 8 adam, 8-bit state, error feedback": (18.6, 121, 2.86, 877.1),
+    "native 8 adam, error feedback": (10.0, 37, 1.19, 313.1),
+    "native 8 adam, 8-bit state, error feedback": (18.8, 121, 2.86, 883.1),
 }
 # For chips: kernels of four leaves, operations per parameter, a TPU's cycles over those
 # of Adam.
