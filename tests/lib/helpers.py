@@ -70,6 +70,17 @@ def step(tx, grads, state, params):
     return optax.apply_updates(params, updates), state
 
 
+def trajectory(tx, params, grads):
+    """The parameters after every step of a scan over stacked gradients, stacked."""
+
+    def one(carry, g):
+        carry = step(tx, g, carry[1], carry[0])
+        return carry, carry[0]
+
+    params, grads = jax.tree.map(jnp.asarray, (params, grads))
+    return jax.jit(lambda p, g: jax.lax.scan(one, (p, tx.init(p)), g)[1])(params, grads)
+
+
 def moment_values(state):
     """The trees v and m of a state of ``scale_by_second_moment``, as floats."""
     if state.window is None:

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from helpers import trajectory
 
 import madax
 
@@ -46,20 +47,6 @@ def draw_gradients(rng, steps):
         g = g * active.reshape(steps, *[1] * len(shape))
         grads[name] = np.asarray(g, np.float32)
     return grads
-
-
-def trajectory(tx, params, grads):
-    """The weights after every step, stacked."""
-
-    def step(carry, g):
-        params, state = carry
-        updates, state = tx.update(g, state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, state), params
-
-    params = jax.tree.map(jnp.asarray, params)
-    scan = jax.jit(lambda p, s, g: jax.lax.scan(step, (p, s), g)[1])
-    return jax.tree.map(np.asarray, scan(params, tx.init(params), grads))
 
 
 SCHEDULES = {

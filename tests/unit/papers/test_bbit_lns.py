@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import trajectory
 
 import madax
 from madax import LogFormat
@@ -74,17 +75,6 @@ def model_run(magnitudes, spacing, k, storage):
         grads.append(model.draw(rng, k(t))[0])
         codes.append(list(model.n))
     return w0, np.float32(grads), np.array(codes), model
-
-
-def trajectory(tx, params, grads):
-    def step(carry, g):
-        params, state = carry
-        updates, state = tx.update(g, state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, state), params
-
-    run = jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g)[1])
-    return run(params, jnp.asarray(grads))
 
 
 def check(tx, fmt, magnitudes, spacing, k, storage):

@@ -7,7 +7,7 @@ import optax
 import oracle
 import pytest
 from cases import formats
-from helpers import is_quantized, mostly_nightly, normal, same
+from helpers import is_quantized, mostly_nightly, normal, same, trajectory
 
 import madax
 from madax import LogFormat, SymlogFormat
@@ -17,19 +17,6 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 NARROW = list(formats("log8", "symlog8", "uniform8").values())
 WIDE = list(formats("log16", "symlog16", "uniform16").values())
 STEPS = 30
-
-
-def run(tx, params, grads):
-    """Parameters after every step of a scan over stacked gradients."""
-
-    def step(carry, g):
-        params, state = carry
-        updates, state = tx.update(g, state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, state), params
-
-    scan = jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g)[1])
-    return scan(params, grads)
 
 
 def zeros(params, steps=STEPS):
@@ -53,7 +40,7 @@ def test_floats_follow_the_oracle(options, weight_decay):
     grads = {k: normal(STEPS, *w.shape, seed=7) for k, w in params.items()}
     schedule = optax.cosine_decay_schedule(0.1, STEPS)
     tx = madax.madam(schedule, weight_decay=weight_decay, **options)
-    got = run(tx, params, grads)
+    got = trajectory(tx, params, grads)
     for name, w0 in params.items():
         model = oracle.Madam(w0, schedule, weight_decay=weight_decay, **options)
         want = np.stack([model.step(g) for g in grads[name]])
@@ -69,7 +56,7 @@ def test_the_decay_matches_adamw(floor):
     """Decay is exact where steps add; elsewhere it is that of many small steps."""
     w, rate, weight_decay = normal(100), 0.01, 0.2
     tx = madax.madam(rate, floor=floor, weight_decay=weight_decay)
-    got = run(tx, w, zeros(w))[-1] / w
+    got = trajectory(tx, w, zeros(w))[-1] / w
     adamw = (1 - rate * weight_decay) ** STEPS
     want = adamw if floor else np.exp(-rate * weight_decay * STEPS)
     np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -131,7 +118,7 @@ def test_codes_decay_by_the_same_share(fmt, channel_axis):
     w = jnp.sign(w) * jnp.clip(jnp.abs(w), 0.5, 2)  # no code near the smallest
     q = madax.quantize_params(w, fmt, channel_axis=channel_axis)
     tx = madax.madam(0.01, weight_decay=0.5)
-    after = jax.tree.map(lambda x: x[-1], run(tx, q, zeros(q, 100)))
+    after = jax.tree.map(lambda x: x[-1], trajectory(tx, q, zeros(q, 100)))
     share = jnp.sum(after.dequantize() * w) / jnp.sum(q.dequantize() * w)
     np.testing.assert_allclose(share, np.exp(-0.5), rtol=0.01)
 
@@ -140,7 +127,7 @@ def test_zero_codes_stay_and_nothing_crosses_zero():
     for fmt in NARROW:
         q = madax.quantize_params(normal(30, 30).at[0].set(0), fmt)
         tx = madax.madam(1.0, weight_decay=0.1, rounding="nearest")
-        after = jax.tree.map(lambda x: x[-1], run(tx, q, zeros(q)))
+        after = jax.tree.map(lambda x: x[-1], trajectory(tx, q, zeros(q)))
         assert np.all(np.asarray(after.codes) * np.asarray(q.codes, int) >= 0)
         assert not np.any(after.codes[0])
 
@@ -178,7 +165,7 @@ MASKS = {
 
 def test_a_mask_says_which_leaves_decay():
     params, grads = mixed()
-    last = lambda tx: jax.tree.map(lambda x: x[-1], run(tx, params, grads))
+    last = lambda tx: jax.tree.map(lambda x: x[-1], trajectory(tx, params, grads))
     none, all_ = (last(madax.madam(0.1, weight_decay=x)) for x in (0, 0.5))
     for name in params:
         first = [jax.tree.leaves(after[name])[0] for after in (none, all_)]
@@ -209,13 +196,16 @@ def test_decay_of_the_gradient_is_normalised_away():
     """The mistake to avoid: 1e-6 and 0.1 do the same where there is no gradient."""
     w = normal(50)
     before = [
-        run(optax.chain(optax.add_decayed_weights(x), madax.madam(0.01)), w, zeros(w))
+        trajectory(
+            optax.chain(optax.add_decayed_weights(x), madax.madam(0.01)), w, zeros(w)
+        )
         for x in (1e-6, 0.1)
     ]
     np.testing.assert_allclose(before[0], before[1], rtol=1e-5)
     np.testing.assert_allclose(before[0][-1] / w, np.exp(-0.01 * STEPS), rtol=0.03)
     decoupled = [
-        run(madax.madam(0.01, weight_decay=x), w, zeros(w))[-1] for x in (1e-6, 0.1)
+        trajectory(madax.madam(0.01, weight_decay=x), w, zeros(w))[-1]
+        for x in (1e-6, 0.1)
     ]
     np.testing.assert_allclose(decoupled[0], w, rtol=1e-6)
     np.testing.assert_allclose(decoupled[1] / w, np.exp(-0.001 * STEPS), rtol=1e-5)
