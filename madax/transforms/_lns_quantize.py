@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from madax._core.checks import check_seed, check_state
 from madax._core.moved import by_name
-from madax._core.numerics import straight_through
+from madax._core.numerics import from_pattern, straight_through, to_pattern
 from madax._core.rounding import (
     Rounding,
     check_rounding,
@@ -137,14 +137,12 @@ def _step_in_dtype(w: jax.Array, u: jax.Array, bits: jax.Array | None) -> jax.Ar
     # This is the power of two below |w + u|, or below the finest spacing of the dtype,
     # which must be a normal float32 itself.
     finest = max(float(info.tiny), float(jnp.finfo(x.dtype).tiny) * 2.0**info.nmant)
-    pattern = jax.lax.bitcast_convert_type(
-        jnp.maximum(jnp.abs(x + u), finest), jnp.int32
-    )
+    pattern = to_pattern(jnp.maximum(jnp.abs(x + u), finest))
     # The pattern of a power of two, lowered to the spacing. The pattern of the
     # reciprocal then takes no division.
     spacing = (pattern & 0x7F800000) - (info.nmant << 23)
-    per_unit = jax.lax.bitcast_convert_type((254 << 23) - spacing, x.dtype)
-    spacing = jax.lax.bitcast_convert_type(spacing, x.dtype)
+    per_unit = from_pattern((254 << 23) - spacing)
+    spacing = from_pattern(spacing)
     # The whole part is kept apart: beside it there is no room for all digits of the
     # rest, and a weight without an update is all whole.
     steps = (x + u) * per_unit
