@@ -143,10 +143,10 @@ def from_direction(
         )
         for i, rate in enumerate(rates):
             chosen = [k for k, second in enumerate(has_second) if second == i]
-            steps: Tree = {k: ds[k] for k in chosen}
+            steps = [ds[k] for k in chosen]
             steps, _ = rate.update(steps, optax.ScaleByScheduleState(count))
-            for k in chosen:
-                ds[k] = steps[k]
+            for k, d in zip(chosen, jax.tree.leaves(steps), strict=True):
+                ds[k] = d
         us = log_updates(ws, ds, floors, skips=False)
         bounds = leaf_bounds(p_scale, geometry, paths, ws)
         us = clipped(ws, us, bounds)
