@@ -13,6 +13,7 @@ from madax._core.checks import check_decay, check_state
 from madax._core.leaf_kinds import Axes
 from madax._core.names import Tree
 from madax._core.numerics import decay_rate, moving_average, over
+from madax.codes._array import is_quantized
 from madax.codes._leaves import compute_dtype, flatten, widen
 from madax.codes._scales import root_mean_square
 from madax.transforms._matrices import Matrices, all_axes
@@ -113,10 +114,9 @@ def factored_second_moment(
 
     def init_fn(params):
         paths, leaves, _ = flatten(params)
-        shapes = map(_shapes, leaves, axes_of(paths, leaves))
         kept = [
-            [jnp.zeros(shape, compute_dtype(leaf)) for shape in pair]
-            for leaf, pair in zip(leaves, shapes, strict=True)
+            [_zeros_along(leaf, others) for others in axes[::-1]]
+            for leaf, axes in zip(leaves, axes_of(paths, leaves), strict=True)
         ]
         return _moments_of(kept)
 
@@ -159,6 +159,14 @@ def _moments_of(
 ) -> FactoredMoments:
     nu_in, nu_out = (tuple(pair[i] for pair in kept) for i in (0, 1))
     return FactoredMoments(nu_in, nu_out)
+
+
+def _zeros_along(leaf: Tree, others: Sequence[int]) -> jax.Array:
+    """Zeros of the shape of a leaf, but 1 for the other axes, sharded as it is."""
+    # A reduction of the leaf is sharded as the moments will be.
+    array = leaf.codes if is_quantized(leaf) else leaf
+    reduced = jnp.any(array, tuple(others), keepdims=True)
+    return jnp.zeros_like(reduced, compute_dtype(leaf))
 
 
 def _shapes(leaf: Tree, axes: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
