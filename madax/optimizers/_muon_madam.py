@@ -117,7 +117,7 @@ def muon_madam(
 
     Example:
       >>> import jax, jax.numpy as jnp, madax
-      >>> w = jax.random.normal(jax.random.key(0), (64, 32))
+      >>> w = jax.random.normal(jax.random.key(0), (512, 256))
       >>> params = madax.quantize_params({"w": w}, madax.SymlogFormat(8, 1 / 3))
       >>> tx = madax.muon_madam(moment_format=madax.MomentFormat(8))
       >>> state = tx.init(params)
