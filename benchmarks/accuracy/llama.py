@@ -122,6 +122,9 @@ CONTENDERS = {
     "Muon on 8 bits": Row(_muon_in_2_bytes, MUON_RATES, SYMLOG_8, **_adam_others),
     "madam 8 bits": Row(_madam, MADAM_RATES, SYMLOG_8),
     "muon_madam 8 bits": Row(_muon_madam, MADAM_RATES[:3], SYMLOG_8, **_madam_others),
+    "muon_madam 8 bits, scales of channels": Row(
+        _muon_madam, MADAM_RATES[:3], SYMLOG_8, channel_axis=-1, **_madam_others
+    ),
     "muon_madam 8 bits, no momentum": Row(
         partial(_muon_madam, b1=None), MADAM_RATES[2:], SYMLOG_8, **_madam_others
     ),

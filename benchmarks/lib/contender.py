@@ -81,19 +81,20 @@ class Contender:
         )
 
     def store_stack(self, weights: Tree) -> Tree:
-        """Like ``store``, for stacks of layers, with a scale for each layer's matrices.
+        """Like ``store``, for stacks of layers, with scales for each layer's matrices.
 
         Args:
           weights: ``{"ends": ..., "layers": ...}``, the latter with a leading axis.
         """
         if self.format is None:
             return self.store(weights)
+        own = () if self.channel_axis is None else (self.channel_axis,)
         layers = madax.quantize_params(
             weights["layers"],
             self.format,
             where=lambda path, leaf: leaf.ndim > 2,
             p_scale=self.p_scale,
-            channel_axis=0,
+            channel_axis=(0, *own),
         )
         return {"ends": self.store(weights["ends"]), "layers": layers}
 
