@@ -77,9 +77,8 @@ def muon_madam(
 
     With ``b1=None`` as well, training keeps **one byte** per parameter: matrices have
     no momentum. Their gradient is divided by second moments of its rows and columns,
-    which are two vectors, and made orthogonal. It keeps the root mean square that it
-    has after :func:`scale_by_factored_second_moment`, so that one step counts as much
-    as its gradient does among others.
+    which are two vectors, as in :func:`scale_by_factored_second_moment`, and made
+    orthogonal.
 
     Args:
       learning_rate: :math:`\eta`, in nats per step, or a schedule.
@@ -161,13 +160,12 @@ def muon_madam(
         factored = optax.GradientTransformationExtraArgs(
             *factored_second_moment(b2, axes_of)
         )
-        alone = direction == "orthogonal" and b1 is None
-        tx = matrix_direction(b1, axes_of, direction, keep_rms=alone)
+        tx = matrix_direction(b1, axes_of, direction)
         if moment_format is not None and b1 is not None:
             # A momentum that is used as a whole needs no more than 8 octaves.
             codec = MomentCodec(moment_format.bits, moment_format.octaves or 8)
             tx = quantized_state(tx, codec, everything, seed=seed, known_as="m")
-        if alone or direction == "factored":
+        if direction == "factored" or (direction == "orthogonal" and b1 is None):
             tx = optax.chain(factored, tx)
         return tx
 

@@ -191,13 +191,8 @@ def matrix_direction(
     b1: ArrayLike | None,
     axes_of: Callable[..., Sequence[Tree]],
     direction: MatrixDirection,
-    *,
-    keep_rms: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Directions of matrices, of gradients or of a momentum, given the axes of all.
-
-    With ``keep_rms`` a direction has the root mean square of what it is made of, not 1.
-    """
+    """Directions of matrices, of gradients or of a momentum, given the axes of all."""
     normalized = DIRECTIONS[direction]
 
     def init_fn(params):
@@ -230,14 +225,8 @@ def matrix_direction(
                 ms[i] = moving_average(ms[i], g, rate)
                 ahead.append(moving_average(ms[i], g, rate))
             new_state = ScaleByOrthogonalMomentumState(treedef.unflatten(ms))
-        directions = []
-        for x, axes in zip(ahead, axes_of(paths, ahead), strict=True):
-            d = normalized(x, axes)
-            if keep_rms:
-                inputs, outputs = axes
-                d *= root_mean_square(x, (*inputs, *outputs), keepdims=True)
-            directions.append(d)
-        return treedef.unflatten(directions), new_state
+        found = zip(ahead, axes_of(paths, ahead), strict=True)
+        return treedef.unflatten([normalized(*leaf) for leaf in found]), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
