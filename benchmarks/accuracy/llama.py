@@ -126,13 +126,7 @@ CONTENDERS = {
         _muon_madam, MADAM_RATES[:3], SYMLOG_8, channel_axis=-1, **_madam_others
     ),
     "muon_madam 8 bits, no momentum": Row(
-        partial(_muon_madam, b1=None), MADAM_RATES[2:], SYMLOG_8, **_madam_others
-    ),
-    "sinkhorn 8 bits, no momentum": Row(
-        partial(_muon_madam, b1=None, direction="sinkhorn"),
-        MADAM_RATES[2:],
-        SYMLOG_8,
-        **_madam_others,
+        partial(_muon_madam, b1=None), MADAM_RATES, SYMLOG_8, **_madam_others
     ),
     "madam 8 bits, b1": Row(partial(_madam, b1=0.9), MADAM_RATES[1:4], SYMLOG_8),
     "madam 16 bits": Row(_madam, MADAM_RATES[1:4], FORMATS["symlog 16"]),
