@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from madax._core.leaf_kinds import Axes, read_leaves
 from madax._core.names import Tree, flatten_named, is_part
 from madax._core.numerics import decay_rate, moving_average, relative_to
 from madax.codes._array import is_quantized
-from madax.codes._leaves import flatten, flatten_like, zeros_like
+from madax.codes._leaves import compute_dtype, flatten, flatten_like, zeros_like
 from madax.codes._scales import root_mean_square
 
 # The coefficients of the quintic, from the reference. Its slope at 0 is steep.
@@ -170,22 +171,42 @@ def orthogonalized(x: jax.Array) -> jax.Array:
     """The matrices of orthogonal rows or columns nearest to matrices of any scale.
 
     They have a root mean square of 1, but zeros stay zeros. Five Newton-Schulz steps
-    approach them. The shape is (..., rows, columns).
+    approach them, in bfloat16 where a chip multiplies matrices of it. The shape is
+    (..., rows, columns), and the dtype of the result float32 or wider.
     """
+    dtype = compute_dtype(x)
+    if dtype != jnp.float32:
+        return newton_schulz(x, dtype)
+    narrow, wide = (
+        partial(newton_schulz, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    return jax.lax.platform_dependent(
+        x, tpu=narrow, cuda=narrow, rocm=narrow, default=wide
+    )
+
+
+def newton_schulz(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """As :func:`orthogonalized`, with the matrices of all products in ``dtype``."""
+    wide = compute_dtype(x)
     rows, columns = x.shape[-2:]
     stack = tuple(range(x.ndim - 2))
     longer = x.ndim - (1 if rows <= columns else 2)
-    x = _over(root_mean_square(x, (-2, -1), keepdims=True), x)
-    x = x * (1 / math.sqrt(rows * columns))
+
+    def stored(x):
+        return x.astype(dtype)
+
+    scale = root_mean_square(x, (-2, -1), keepdims=True)
+    x = stored(_over(scale, x.astype(wide)) * (1 / math.sqrt(rows * columns)))
     for _ in range(_ITERATIONS):
         # The smaller of both products with itself. Nothing is transposed: XLA would
         # give the parameters another layout, and copy a whole stack of them.
         gram = jax.lax.dot_general(x, x, (((longer,), (longer,)), (stack, stack)))
         # may fuse: the sums of a matrix product are in any order, too.
-        change = _B * gram + _C * gram @ gram
+        change = stored(_B * gram.astype(wide) + _C * (gram @ gram).astype(wide))
+        product = change @ x if rows <= columns else x @ change
         # may fuse: for the same reason
-        x = _A * x + (change @ x if rows <= columns else x @ change)
-    return _over(root_mean_square(x, (-2, -1), keepdims=True), x)
+        x = stored(_A * x.astype(wide) + product.astype(wide))
+    return _over(root_mean_square(x, (-2, -1), keepdims=True), x.astype(wide))
 
 
 def _over(scale: jax.Array, x: jax.Array) -> jax.Array:
