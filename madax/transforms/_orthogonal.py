@@ -16,8 +16,15 @@ from madax._core.checks import check_decay, check_state, leaf_name, warn_of_leav
 from madax._core.leaf_kinds import Axes, read_leaves
 from madax._core.names import Tree, flatten_named, is_part
 from madax._core.numerics import decay_rate, moving_average, relative_to
+from madax._core.shards import barrier
 from madax.codes._array import is_quantized
-from madax.codes._leaves import compute_dtype, flatten, flatten_like, zeros_like
+from madax.codes._leaves import (
+    compute_dtype,
+    flatten,
+    flatten_like,
+    widen,
+    zeros_like,
+)
 from madax.codes._scales import root_mean_square
 
 # The coefficients of the quintic, from the reference. Its slope at 0 is steep.
@@ -174,39 +181,35 @@ def orthogonalized(x: jax.Array) -> jax.Array:
     approach them, in bfloat16 where a chip multiplies matrices of it. The shape is
     (..., rows, columns), and the dtype of the result float32 or wider.
     """
-    dtype = compute_dtype(x)
-    if dtype != jnp.float32:
-        return newton_schulz(x, dtype)
-    narrow, wide = (
-        partial(newton_schulz, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32)
-    )
+    wide = partial(newton_schulz, dtype=compute_dtype(x))
+    if compute_dtype(x) == jnp.float64:
+        return wide(x)
+    narrow = partial(newton_schulz, dtype=jnp.bfloat16)
     return jax.lax.platform_dependent(
         x, tpu=narrow, cuda=narrow, rocm=narrow, default=wide
     )
 
 
 def newton_schulz(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """As :func:`orthogonalized`, with the matrices of all products in ``dtype``."""
-    wide = compute_dtype(x)
+    """As :func:`orthogonalized`, with products of matrices in ``dtype``."""
     rows, columns = x.shape[-2:]
     stack = tuple(range(x.ndim - 2))
     longer = x.ndim - (1 if rows <= columns else 2)
-
-    def stored(x):
-        return x.astype(dtype)
-
-    scale = root_mean_square(x, (-2, -1), keepdims=True)
-    x = stored(_over(scale, x.astype(wide)) * (1 / math.sqrt(rows * columns)))
+    x = _over(root_mean_square(x, (-2, -1), keepdims=True), widen(x))
+    x = x * (1 / math.sqrt(rows * columns))
     for _ in range(_ITERATIONS):
+        # XLA would keep the sums behind a narrow matrix, from which it was rounded.
+        x = barrier(x.astype(dtype))
         # The smaller of both products with itself. Nothing is transposed: XLA would
         # give the parameters another layout, and copy a whole stack of them.
         gram = jax.lax.dot_general(x, x, (((longer,), (longer,)), (stack, stack)))
         # may fuse: the sums of a matrix product are in any order, too.
-        change = stored(_B * gram.astype(wide) + _C * (gram @ gram).astype(wide))
+        change = (_B * widen(gram) + _C * widen(gram @ gram)).astype(dtype)
         product = change @ x if rows <= columns else x @ change
         # may fuse: for the same reason
-        x = stored(_A * x.astype(wide) + product.astype(wide))
-    return _over(root_mean_square(x, (-2, -1), keepdims=True), x.astype(wide))
+        x = _A * widen(x) + widen(product)
+    # Nothing in it can overflow, so this root mean square needs no scale of its own.
+    return _over(jnp.sqrt(jnp.mean(x * x, (-2, -1), keepdims=True)), x)
 
 
 def _over(scale: jax.Array, x: jax.Array) -> jax.Array:
