@@ -195,11 +195,14 @@ def newton_schulz(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     rows, columns = x.shape[-2:]
     stack = tuple(range(x.ndim - 2))
     longer = x.ndim - (1 if rows <= columns else 2)
+
+    def stored(x):
+        # XLA would keep the sums that a narrow matrix was rounded from.
+        return barrier(x.astype(dtype))
+
     x = _over(root_mean_square(x, (-2, -1), keepdims=True), widen(x))
-    x = x * (1 / math.sqrt(rows * columns))
+    x = stored(x * (1 / math.sqrt(rows * columns)))
     for _ in range(_ITERATIONS):
-        # XLA would keep the sums behind a narrow matrix, from which it was rounded.
-        x = barrier(x.astype(dtype))
         # The smaller of both products with itself. Nothing is transposed: XLA would
         # give the parameters another layout, and copy a whole stack of them.
         gram = jax.lax.dot_general(x, x, (((longer,), (longer,)), (stack, stack)))
@@ -207,7 +210,8 @@ def newton_schulz(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         change = (_B * widen(gram) + _C * widen(gram @ gram)).astype(dtype)
         product = change @ x if rows <= columns else x @ change
         # may fuse: for the same reason
-        x = _A * widen(x) + widen(product)
+        x = stored(_A * widen(x) + widen(product))
+    x = widen(x)
     # Nothing in it can overflow, so this root mean square needs no scale of its own.
     return _over(jnp.sqrt(jnp.mean(x * x, (-2, -1), keepdims=True)), x)
 
