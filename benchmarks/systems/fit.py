@@ -117,9 +117,9 @@ def jobs(profile: str) -> Iterator[Job]:
     yield Job("CodeLlama 34B", "H100", "two bytes", 2048)
     yield Job("Llama-2 70B", "B200", "two bytes", 2048)
     for chip in ("TPU v5e", "RTX 4090"):
-        yield Job("Llama-2 7B", chip)
-    yield Job("CodeLlama 34B", "H100", length=2048)
-    yield Job("Llama-2 70B", "H200", length=2048)
+        yield Job("Llama-2 7B", chip, "layerwise")
+    yield Job("CodeLlama 34B", "H100", "layerwise", 2048)
+    yield Job("Llama-2 70B", "H200", "layerwise", 2048)
     for way in ("one byte", "two bytes", "layerwise", "checkpoint", "adam"):
         yield Job("GPT-2 124M", "H100", way, length=128)
     yield Job("Llama-2 7B", "H100", "checkpoint")
