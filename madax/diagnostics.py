@@ -287,8 +287,8 @@ def count_skipped(
     ``moment_format`` it also skips one whose second moment is beyond the octaves,
     unless ``b2`` is below 0.75.
     ``scale_by_orthogonal_momentum`` keeps an element that is not finite out of its
-    momentum, or takes it for zero. The state tells which of the two transforms a leaf has, and which elements
-    were beyond the octaves.
+    momentum, or takes it for zero. The state tells which of the two transforms a leaf
+    has, and which elements were beyond the octaves.
 
     Args:
       grads: tree of floating-point arrays, no wider than their moments: float64

@@ -35,11 +35,11 @@ def muon_madam(
     learning_rate: optax.ScalarOrSchedule = 0.03,
     *,
     madam_learning_rate: optax.ScalarOrSchedule | None = None,
-    direction: MatrixDirection = "orthogonal",
     b1: ArrayLike | None = 0.95,
     b2: ArrayLike = 0.999,
     p_scale: ArrayLike | None = None,
     g_bound: ArrayLike = 10.0,
+    direction: MatrixDirection = "orthogonal",
     matrices: Matrices | None = None,
     floor: ArrayLike = 1.0,
     zero_init_scale: ArrayLike = 0.1,
@@ -80,12 +80,12 @@ def muon_madam(
       learning_rate: :math:`\eta`, in nats per step, or a schedule.
       madam_learning_rate: :math:`\eta` of all leaves that take the direction of Madam;
         None for ``learning_rate``.
-      direction: of matrices: "orthogonal", or of those that cost little, "sinkhorn", as
-        :func:`scale_by_sinkhorn`, or "columns", as :func:`scale_by_column_norm`.
       b1: decay rate of the momentum of matrices, in [0, 1), or None for no momentum.
       b2: decay rate of the second moment of other leaves, in [0, 1).
       p_scale: bound on float weights, as for :func:`madam`; it does nothing on codes.
       g_bound: bound on the direction.
+      direction: of matrices: "orthogonal", or of those that cost little, "sinkhorn", as
+        :func:`scale_by_sinkhorn`, or "columns", as :func:`scale_by_column_norm`.
       matrices: ``matrices(path, leaf)`` is a :class:`MatrixDimensionNumbers`, or None
         for a leaf that takes the direction of Madam, given paths like
         ``"Dense_0/kernel"`` and leaves with a shape and a dtype.
