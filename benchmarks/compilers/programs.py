@@ -149,10 +149,11 @@ def _of_one(computations: _Computations, here: _Computation, x: _Instruction) ->
 
 def _rounds(test: _Computation) -> int:
     """Rounds of a loop that counts from zero to a constant; of any other loop, 1."""
-    bounds = [x for x in test.values() if x.opcode == "constant"]
-    compares = [x for x in test.values() if x.opcode == "compare"]
-    if len(bounds) == len(compares) == 1 and "direction=LT" in compares[0].rest:
-        return int(bounds[0].rest.split(")")[0])
+    constants = [x.rest for x in test.values() if x.opcode == "constant"]
+    compares = [x.rest for x in test.values() if x.opcode == "compare"]
+    if len(constants) == len(compares) == 1 and "direction=LT" in compares[0]:
+        bound = re.match(r"(\d+)\)", constants[0])
+        return int(bound[1]) if bound else 1
     return 1
 
 
