@@ -13,8 +13,6 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.lib import records
-from benchmarks.lib.contender import Contender
-from benchmarks.lib.formats import SYMLOG_8
 from benchmarks.lib.optimizers import OPTIMIZERS
 from benchmarks.lib.style import Report, markdown
 from benchmarks.models import decoder
