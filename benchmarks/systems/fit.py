@@ -61,12 +61,12 @@ CONTENDERS: dict[Way, Contender] = {
     "adam": Contender(optax.adam, (1e-3,)),
     "mixed": Contender(optax.adamw, (1e-3,)),
 }
-# What others say that they take, of a model of 7 B parameters where no unit is given.
+# What the papers of others say that they take: bytes per parameter, and a Llama of 7 B.
 PAPERS = (
-    ("AdamW, float32 or mixed precision", "16", "weights, gradients, moments", "-"),
-    ("FlashOptim AdamW", "7", "the same; 5 with gradient release", "2602.23349"),
-    ("SCALE", "2.04", "13.74 GB of weights and state", "2506.16659"),
-    ("APOLLO-Mini", "2", "bfloat16 weights, 0.0 GB of state", "2412.05270"),
+    ("AdamW", "16", "107.8 GB, by arithmetic", "-"),
+    ("FlashOptim AdamW", "7; 5 with gradient release", "", "2602.23349"),
+    ("SCALE", "", "13.74 GB of bfloat16 weights and state", "2506.16659"),
+    ("APOLLO-Mini", "", "0.0 GB of state beside bfloat16 weights", "2412.05270"),
     ("Q-GaLore", "", "trains on a card of 16 GB", "2407.08296"),
     ("Q-APOLLO-Mini", "", "trains in less than 12 GB", "2412.05270"),
 )
@@ -111,35 +111,35 @@ def jobs(profile: str) -> Iterator[Job]:
     ):
         for model in models:
             yield Job(model, chip, "one byte", 1024 if model in small else 2048)
-    yield Job("Llama-2 7B", "RTX 4090", "two bytes")
-    yield Job("Llama-2 13B", "H100", "two bytes")
-    yield Job("Llama-3 8B", "H100", "two bytes")
-    yield Job("CodeLlama 34B", "H100", "two bytes", 2048)
-    yield Job("Llama-2 70B", "B200", "two bytes", 2048)
-    for chip in ("TPU v5e", "RTX 4090"):
-        yield Job("Llama-2 7B", chip, "layerwise")
-    yield Job("CodeLlama 34B", "H100", "layerwise", 2048)
-    yield Job("Llama-2 70B", "H200", "layerwise", 2048)
     for way in ("one byte", "two bytes", "layerwise", "checkpoint", "adam"):
         yield Job("GPT-2 124M", "H100", way, length=128)
+    yield Job("Llama-2 7B", "RTX 4070", "one byte", 2048)
+    yield Job("Llama-2 70B", "H100", "one byte", 4096)
     yield Job("Llama-2 7B", "H100", "checkpoint")
-    for model, chip, count in (
-        ("Llama-2 7B", "H100", 8),
-        ("Llama-2 70B", "H100", 8),
-        ("Llama-2 7B", "TPU v5e", 16),
-        ("Llama-2 70B", "TPU v5e", 16),
-    ):
-        yield Job(model, chip, "two bytes", chips=count)
-    for model, chip, way, first in (
-        ("Llama-2 7B", "RTX 4070", "one byte", 11),
-        ("Llama-2 7B", "RTX 4090", "two bytes", 11),
-        ("CodeLlama 34B", "H100", "two bytes", 12),
-        ("Llama-2 70B", "H100", "one byte", 12),
-        ("Llama-2 70B", "H200", "two bytes", 12),
-    ):
-        # Lengths are tried until one does not fit; longer ones are left out.
-        for power in range(first, 18):
-            yield Job(model, chip, way, length=2**power)
+    for way in ("two bytes", "layerwise"):
+        yield Job("Llama-2 7B", "TPU v5e", way)
+        yield Job("Llama-3 8B", "H100", way)
+        yield Job("Llama-2 70B", "B200", way, 2048)
+        yield Job("Llama-2 13B", "H100", way)
+        yield Job("Llama-2 13B", "TPU v6e", way)
+        yield Job("Llama-2 13B", "TPU v5p", way)
+        yield Job("CodeLlama 34B", "TPU v5p", way, 2048)
+        for model, chip, count in (
+            ("Llama-2 7B", "H100", 8),
+            ("Llama-2 70B", "H100", 8),
+            ("Llama-2 7B", "TPU v5e", 16),
+            ("Llama-2 70B", "TPU v5e", 16),
+            ("Llama-2 70B", "TPU v5e", 256),
+        ):
+            yield Job(model, chip, way, chips=count)
+        for model, chip, first in (
+            ("Llama-2 7B", "RTX 4090", 10),
+            ("CodeLlama 34B", "H100", 11),
+            ("Llama-2 70B", "H200", 11),
+        ):
+            # Lengths are tried until one does not fit; longer ones are left out.
+            for power in range(first, 18):
+                yield Job(model, chip, way, length=2**power)
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
@@ -287,7 +287,8 @@ def fit_table(runs: pd.DataFrame) -> str:
                 "model": first["model"],
                 "step": WAYS[first["way"]],
                 "tokens": f"1 x {first['length']}",
-                "bytes / parameter": f"{group['bytes_per_parameter'].min():.2f}",
+                "kept": f"{(group['arguments'] / first['parameters']).min():.2f}",
+                "peak": f"{group['bytes_per_parameter'].min():.2f}",
                 **dict.fromkeys(names.values(), ""),
                 **{names[run["chip"]]: _peak(run) for run in rest},
             }
@@ -295,7 +296,8 @@ def fit_table(runs: pd.DataFrame) -> str:
     text = (
         "Train steps on 8-bit codes; moments, where there are any, have 8 bits, too. "
         "Compiled for the chips, not run: GB (10^9 bytes) of each chip's memory, which "
-        "stands behind its name.\n\n**One chip, a sequence a step:**\n\n"
+        "stands behind its name. Kept: weights and state, and peak, in bytes per "
+        "parameter.\n\n**One chip, a sequence a step:**\n\n"
         f"{markdown(rows, numbers=True)}"
     )
     rows = [
@@ -315,11 +317,12 @@ def fit_table(runs: pd.DataFrame) -> str:
             "bytes that all-gathers in the program result in, those of one layer "
             f"counted once:\n\n{markdown(rows, numbers=True)}"
         )
-    columns = ("method", "bytes / parameter", "of Llama 7B", "arXiv")
+    columns = ("method", "bytes / parameter", "Llama 7B", "arXiv")
     papers = [dict(zip(columns, paper, strict=True)) for paper in PAPERS]
     return (
-        f"{text}\n\n**Others, as their papers say**, not compiled here, without "
-        f"activations where bytes are given:\n\n{markdown(papers)}\n"
+        f"{text}\n\n**Others, as their papers say**, not compiled here; bytes per "
+        "parameter are of weights, gradients and state, without activations:\n\n"
+        f"{markdown(papers)}\n"
     )
 
 

@@ -234,6 +234,7 @@ def test_what_does_not_fit_is_read_off_the_error():
 def test_a_row_has_the_peaks_of_all_chips():
     run = {"model": "tiny", "way": "one byte", "length": 64, "chips": 1}
     run |= {"parameters": 1000, "bytes_per_parameter": 1.2, "fits": True}
+    run |= {"arguments": 1100}
     runs = [
         run | {"chip": "H100", "memory": 8e10, "peak": 2e9},
         run | {"chip": "TPU v5e", "memory": 1.6e10, "peak": 1.7e10, "fits": False},
@@ -242,8 +243,8 @@ def test_a_row_has_the_peaks_of_all_chips():
     lines = fit.fit_table(pd.DataFrame(runs)).splitlines()
     cells = [[c.strip() for c in x.split("|")[1:-1]] for x in lines if "| tiny" in x]
     assert [row[1:] for row in cells] == [
-        [fit.WAYS["one byte"], "1 x 64", "1.20", "17.00: too many", "2.00"],
-        [fit.WAYS["two bytes"], "1 x 64", "1.20", "", "4.00"],
+        [fit.WAYS["one byte"], "1 x 64", "1.10", "1.20", "17.00: too many", "2.00"],
+        [fit.WAYS["two bytes"], "1 x 64", "1.10", "1.20", "", "4.00"],
     ]
     (head,) = (x for x in lines if x.startswith("| model"))
     assert head.index("TPU v5e, 16.0") < head.index("H100, 80.0")
