@@ -196,7 +196,7 @@ def compile_one(raw: Path, /, job: tyro.conf.OmitArgPrefixes[Job]) -> None:
     chip = CHIPS[job.chip]
     devices = chip.devices(job.chips)
     step, args = train_step(job, devices)
-    begin = time.perf_counter()
+    begin, processor = time.perf_counter(), sum(os.times()[:4])
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*args)
     lowering = time.perf_counter() - begin
     try:
@@ -220,6 +220,7 @@ def compile_one(raw: Path, /, job: tyro.conf.OmitArgPrefixes[Job]) -> None:
         "fits": used["peak"] <= chip.memory,
         "lowering_s": round(lowering, 1),
         "compile_s": round(time.perf_counter() - begin - lowering, 1),
+        "cpu_s": round(sum(os.times()[:4]) - processor, 1),
     }
     records.append(raw, dataclasses.asdict(job) | result)
 
