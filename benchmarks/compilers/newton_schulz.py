@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from math import prod
 from pathlib import Path
 
@@ -19,11 +21,11 @@ from jax.sharding import SingleDeviceSharding
 from benchmarks.compilers import programs
 from benchmarks.compilers.chips import CHIPS, ENVIRONMENT, compiler, footprint
 from benchmarks.lib import records
-from benchmarks.lib.steps import Tree
 from benchmarks.lib.style import Report, markdown
 from benchmarks.models import decoder
 from benchmarks.systems.fit import CONTENDERS, Way, functions
-from madax.transforms._orthogonal import newton_schulz as directions
+from madax._core.tracing import shape_of
+from madax.transforms._orthogonal import newton_schulz as newton_schulz_steps
 
 BATCH, LENGTH = 4, 2048  # Tokens of the step of which operations are counted.
 DTYPES = ("float32", "bfloat16")
@@ -56,28 +58,26 @@ def compile_all(raw: Path, model: str, chips: tuple[str, ...]) -> None:
     """Compiles with products in each of ``DTYPES``, and appends the records."""
     size = decoder.SIZES[model]
     step, others = (operations(size, way) for way in ("one byte", "layerwise"))
-    stack = jax.eval_shape(partial(decoder.init, size, layers=1), jax.random.key(0))
-    for chip in chips:
+    stack = jax.eval_shape(partial(decoder.init, size), jax.random.key(0))["layers"]
+    # A wide matrix takes what a tall one takes.
+    matrices = Counter(
+        tuple(sorted(w.shape[1:])) for w in jax.tree.leaves(stack) if w.ndim > 2
+    )
+    for chip, (shape, count), dtype in product(chips, matrices.items(), DTYPES):
         device = jax.devices("cpu")[0] if chip == "CPU" else CHIPS[chip].devices()[0]
-        grads = [
-            jax.ShapeDtypeStruct(
-                w.shape[1:], jnp.bfloat16, sharding=SingleDeviceSharding(device)
-            )
-            for w in jax.tree.leaves(stack["layers"])
-            if w.ndim > 2
-        ]
-        for dtype in DTYPES:
-
-            def layer(gs: Tree, dtype: str = dtype) -> Tree:
-                return [directions(g, dtype).astype(g.dtype) for g in gs]
-
-            program = jax.jit(layer).lower(grads).compile()
-            result = {"model": model, "chip": chip, "compiler": compiler(chip)}
-            result |= {"products": dtype, "layers": size.layers, "matrices": len(grads)}
-            result |= {"step_operations": step, "other_operations": others}
-            counts = programs.count(program.as_text() or "")
-            result |= dataclasses.asdict(counts) | footprint(program)
-            records.append(raw, result)
+        g = jax.ShapeDtypeStruct(
+            shape, jnp.bfloat16, sharding=SingleDeviceSharding(device)
+        )
+        direction = partial(newton_schulz_steps, dtype=dtype)
+        program = (
+            jax.jit(lambda g, f=direction: f(g).astype(g.dtype)).lower(g).compile()
+        )
+        result = {"model": model, "chip": chip, "compiler": compiler(chip)}
+        result |= {"shape": shape, "count": count, "products": dtype}
+        result |= {"layers": size.layers, "step_operations": step}
+        result |= {"other_operations": others}
+        counts = programs.count(program.as_text() or "")
+        records.append(raw, result | dataclasses.asdict(counts) | footprint(program))
 
 
 def operations(size: decoder.Size, way: Way) -> int:
@@ -97,8 +97,8 @@ def products(jaxpr: core.Jaxpr) -> int:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            total += 2 * eqn.outvars[0].aval.size * prod(shape[i] for i in contracted)
+            shape, out = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
+            total += 2 * prod(out) * prod(shape[i] for i in contracted)
         inside = list(map(products, _inside(eqn)))
         # A branch is chosen by the chip, and all of them multiply the same matrices.
         once = max(inside) if eqn.primitive.name == "cond" else sum(inside)
@@ -122,25 +122,31 @@ def newton_schulz_table(runs: pd.DataFrame) -> str:
     step, others = first["step_operations"], first["other_operations"]
     rows = []
     for run in runs.to_dict("records"):
-        cycles = f"{run['cycles'] / 1e6:.1f}" if run["cycles"] else "-"
         rows.append(
             {
                 "chip": run["chip"],
+                "matrix": "{} x {}".format(*run["shape"]),
+                "of a layer": f"{run['count']}",
                 "products": run["products"],
-                "million cycles": cycles,
-                "GB moved": f"{run['bytes'] / 1e9:.1f}",
+                "million cycles": f"{run['cycles'] / 1e6:.1f}" if run["cycles"] else "",
+                "GB moved": f"{run['bytes'] / 1e9:.2f}",
                 "temporaries MB": f"{run['temporaries'] / 1e6:.0f}",
                 "peak MB": f"{run['peak'] / 1e6:.0f}",
             }
         )
+    layers: Counter[str] = Counter()
+    for run in runs[runs["cycles"] > 0].to_dict("records"):
+        layers[f"{run['chip']}, {run['products']}"] += run["cycles"] * run["count"]
+    cycles = ", ".join(f"{k}: {v / 1e6:.0f} million" for k, v in layers.items())
     return (
-        f"The directions of one of {first['layers']} layers of {first['model']}, "
-        f"{first['matrices']} matrices, from gradients in bfloat16: compiled for the "
-        "chips, not run. Cycles: a TPU's, as its compiler estimates. In a step of "
+        f"The directions of the matrices of {first['model']}, from gradients in "
+        "bfloat16: compiled for the chips, not run. In a step of "
         f"{BATCH} x {LENGTH} tokens matrix products take {step / 1e12:.0f} x 10^12 "
         f"operations, of which these directions take {1 - others / step:.0%}: "
-        f"{(step - others) / first['layers'] / 1e12:.1f} x 10^12 a layer, in either "
-        f"dtype.\n\n{markdown(rows, numbers=True)}\n"
+        f"{(step - others) / first['layers'] / 1e12:.1f} x 10^12 in each of "
+        f"{first['layers']} layers, in either dtype. Cycles of a layer, as the "
+        f"compiler of a TPU estimates: {cycles or 'unknown'}.\n\n"
+        f"{markdown(rows, numbers=True)}\n"
     )
 
 
