@@ -95,6 +95,8 @@ def test_products_are_narrow_where_a_chip_has_them():
     def dtypes(platform, dtype):
         traced = orthogonalized.trace(jax.ShapeDtypeStruct((8, 12), dtype))
         text = traced.lower(lowering_platforms=(platform,)).as_text()
+        if "stablehlo.case" in text:
+            pytest.skip("older JAX leaves the choice of a branch to XLA")
         products = re.findall(r"dot_general.*tensor<\w+x(\w+)>$", text, re.MULTILINE)
         assert len(products) == 15
         return set(products)
