@@ -20,6 +20,7 @@ from benchmarks.accuracy.state import state
 from benchmarks.accuracy.survey import survey
 from benchmarks.accuracy.why import why
 from benchmarks.compilers.compiled import compiled
+from benchmarks.compilers.newton_schulz import newton_schulz
 from benchmarks.report import report
 from benchmarks.systems.fit import fit
 from benchmarks.systems.init import init
@@ -50,6 +51,7 @@ for command in (
     fit,
     large,
     compiled,
+    newton_schulz,
     init,
     llama,
     report,

@@ -17,6 +17,7 @@ from benchmarks.accuracy.state import state_report
 from benchmarks.accuracy.survey import survey_report
 from benchmarks.accuracy.why import why_report
 from benchmarks.compilers.compiled_report import compiled_report
+from benchmarks.compilers.newton_schulz import newton_schulz_report
 from benchmarks.systems.fit import fit_report
 from benchmarks.systems.init import init_report
 from benchmarks.systems.large import large_report
@@ -34,6 +35,7 @@ REPORTS = (
     fit_report,
     large_report,
     compiled_report,
+    newton_schulz_report,
     init_report,
     layerwise_report,
     llama_report,

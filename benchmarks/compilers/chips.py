@@ -55,6 +55,13 @@ _HOPPER = {
     "major": 9,
     "minor": 0,
 }
+_ADA = {
+    "shared": 102400,
+    "threads": 1536,
+    "optin": 101376,
+    "major": 8,
+    "minor": 9,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,17 +144,25 @@ CHIPS = {
     ),
     "RTX 4090": Chip(
         25393692672,
-        gpu={
-            "shared": 102400,
-            "threads": 1536,
+        gpu=_ADA
+        | {
             "cores": 128,
             "cache": 75497472,
             "clock": 2.52,
-            "optin": 101376,
-            "major": 8,
-            "minor": 9,
             "bandwidth": 1008096000000,
             "name": "NVIDIA GeForce RTX 4090",
+        },
+    ),
+    # Of its 12 GiB as much as XLA knows of the 24 of the other.
+    "RTX 4070": Chip(
+        25393692672 // 2,
+        gpu=_ADA
+        | {
+            "cores": 46,
+            "cache": 37748736,
+            "clock": 2.475,
+            "bandwidth": 504048000000,
+            "name": "NVIDIA GeForce RTX 4070",
         },
     ),
 }

@@ -122,7 +122,8 @@ def _of_one(computations: _Computations, here: _Computation, x: _Instruction) ->
         (name,) = x.called("to_apply")
         return _of_computation(computations, name)
     if x.opcode == "while":
-        times = x.number("known_trip_count", 1)
+        (test,) = x.called("condition")
+        times = x.number("known_trip_count", _rounds(computations[test]))
         return _of_computation(computations, *x.called("body")) * times
     if x.opcode == "conditional":
         names = x.called("true_computation", "false_computation", "branch_computations")
@@ -144,6 +145,16 @@ def _of_one(computations: _Computations, here: _Computation, x: _Instruction) ->
         cycles=x.number("estimated_cycles", 0),
         foreign=int(x.opcode == "custom-call"),
     )
+
+
+def _rounds(test: _Computation) -> int:
+    """Rounds of a loop that counts from zero to a constant; of any other loop, 1."""
+    constants = [x.rest for x in test.values() if x.opcode == "constant"]
+    compares = [x.rest for x in test.values() if x.opcode == "compare"]
+    if len(constants) == len(compares) == 1 and "direction=LT" in compares[0]:
+        bound = re.match(r"(\d+)\)", constants[0])
+        return int(bound[1]) if bound else 1
+    return 1
 
 
 def _read(computations: _Computations, x: _Instruction, here: _Computation) -> int:

@@ -21,6 +21,8 @@ from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import madax
+from benchmarks.compilers import programs
 from benchmarks.compilers.chips import (
     CHIPS,
     ENVIRONMENT,
@@ -30,30 +32,44 @@ from benchmarks.compilers.chips import (
 )
 from benchmarks.lib import records
 from benchmarks.lib.contender import Contender
-from benchmarks.lib.formats import SYMLOG_8
+from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8
 from benchmarks.lib.optimizers import madam_8
 from benchmarks.lib.records import Record
 from benchmarks.lib.steps import Functions, Step, Tree
-from benchmarks.lib.style import Report, markdown
+from benchmarks.lib.style import STYLES, Report, markdown
 from benchmarks.models import decoder
 
 # The bytes per parameter of AdamW, whatever the chip: parameters, moments and gradients
 # in float32; or in bfloat16, with a copy of the parameters and moments in float32.
 ADAMW = 16
-Way = Literal["layerwise", "checkpoint", "adam", "mixed"]
+Way = Literal["one byte", "two bytes", "layerwise", "checkpoint", "adam", "mixed"]
 WAYS: dict[Way, str] = {
-    "layerwise": "madax, a layer at a time",
-    "checkpoint": "madax, jax.checkpoint",
+    "one byte": "muon_madam(b1=None), a layer at a time",
+    "two bytes": "muon_madam, a layer at a time",
+    "layerwise": "madam, a layer at a time",
+    "checkpoint": "madam, jax.checkpoint",
     "adam": "optax.adam float32, jax.checkpoint",
     "mixed": "optax.adamw mixed precision, jax.checkpoint",
 }
-OURS = Contender(madam_8, (1e-3,), SYMLOG_8)
+LAYERWISE: tuple[Way, ...] = ("one byte", "two bytes", "layerwise")
+_muon_madam_8 = partial(madax.muon_madam, moment_format=MOMENTS_8)
 CONTENDERS: dict[Way, Contender] = {
-    "layerwise": OURS,
-    "checkpoint": OURS,
+    "one byte": Contender(partial(_muon_madam_8, b1=None), (1e-3,), SYMLOG_8),
+    "two bytes": Contender(_muon_madam_8, (1e-3,), SYMLOG_8),
+    "layerwise": Contender(madam_8, (1e-3,), SYMLOG_8),
+    "checkpoint": Contender(madam_8, (1e-3,), SYMLOG_8),
     "adam": Contender(optax.adam, (1e-3,)),
     "mixed": Contender(optax.adamw, (1e-3,)),
 }
+# What the papers of others say that they take: bytes per parameter, and a Llama of 7 B.
+PAPERS = (
+    ("AdamW", "16", "107.8 GB, by arithmetic", "-"),
+    ("FlashOptim AdamW", "7; 5 with gradient release", "", "2602.23349"),
+    ("SCALE", "", "13.74 GB of bfloat16 weights and state", "2506.16659"),
+    ("APOLLO-Mini", "", "0.0 GB of state beside bfloat16 weights", "2412.05270"),
+    ("Q-GaLore", "", "trains on a card of 16 GB", "2407.08296"),
+    ("Q-APOLLO-Mini", "", "trains in less than 12 GB", "2412.05270"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +86,7 @@ class Job:
 
     model: str
     chip: str
-    way: Way = "layerwise"
+    way: Way = "two bytes"
     length: int = 1024
     chips: int = 1
 
@@ -80,32 +96,50 @@ def jobs(profile: str) -> Iterator[Job]:
     if profile == "smoke":
         yield Job("tiny", "H100", length=64)
         return
-    yield Job("Llama-3 8B", "H100")
-    yield Job("CodeLlama 34B", "H100", length=2048)
-    yield Job("Llama-2 70B", "H200", length=2048)
-    for way in ("layerwise", "checkpoint", "adam"):
-        yield Job("GPT-2 124M", "H100", way, length=128)
-    yield Job("Llama-2 7B", "TPU v5e")
-    yield Job("Llama-2 7B", "RTX 4090")
-    yield Job("Llama-2 7B", "H100", "checkpoint")
-    yield Job("Llama-2 7B", "TPU v5e", chips=16)
-    yield Job("Llama-2 70B", "TPU v5e", chips=16)
-    yield Job("Llama-2 70B", "TPU v5e", chips=256)
-    yield Job("Llama-2 70B", "H100", chips=8)
-    yield Job("Llama-2 7B", "H100", chips=8)
-    yield Job("Llama-2 70B", "B200", length=2048)
-    yield Job("Llama-2 13B", "H100")
-    yield Job("Llama-2 13B", "TPU v6e")
-    yield Job("Llama-2 13B", "TPU v5p")
-    yield Job("CodeLlama 34B", "TPU v5p", length=2048)
-    for model, chip, first in (
-        ("Llama-2 7B", "RTX 4090", 11),
-        ("CodeLlama 34B", "H100", 12),
-        ("Llama-2 70B", "H200", 12),
+    yield Job("Llama-2 70B", "H100", "one byte", 2048)
+    yield Job("Llama-2 70B", "H200", "two bytes", 2048)
+    yield Job("Llama-2 7B", "TPU v5e", "two bytes")
+    yield Job("Llama-2 13B", "TPU v5e", "one byte")
+    small = ("Llama-2 7B", "Llama-3 8B", "Llama-2 13B")
+    for chip, models in (
+        ("RTX 4070", small[:2]),
+        ("RTX 4090", small),
+        ("TPU v5e", small),
+        ("H100", (*small, "CodeLlama 34B")),
+        ("B200", (*small, "CodeLlama 34B", "Llama-2 70B")),
+        ("H200", (*small, "CodeLlama 34B", "Llama-2 70B")),
     ):
-        # Lengths are tried until one does not fit; longer ones are left out.
-        for power in range(first, 18):
-            yield Job(model, chip, length=2**power)
+        for model in models:
+            yield Job(model, chip, "one byte", 1024 if model in small else 2048)
+    for way in ("one byte", "two bytes", "layerwise", "checkpoint", "adam"):
+        yield Job("GPT-2 124M", "H100", way, length=128)
+    yield Job("Llama-2 7B", "RTX 4070", "one byte", 2048)
+    yield Job("Llama-2 70B", "H100", "one byte", 4096)
+    yield Job("Llama-2 7B", "H100", "checkpoint")
+    for way in ("two bytes", "layerwise"):
+        yield Job("Llama-2 7B", "TPU v5e", way)
+        yield Job("Llama-3 8B", "H100", way)
+        yield Job("Llama-2 70B", "B200", way, 2048)
+        yield Job("Llama-2 13B", "H100", way)
+        yield Job("Llama-2 13B", "TPU v6e", way)
+        yield Job("Llama-2 13B", "TPU v5p", way)
+        yield Job("CodeLlama 34B", "TPU v5p", way, 2048)
+        for model, chip, count in (
+            ("Llama-2 7B", "H100", 8),
+            ("Llama-2 70B", "H100", 8),
+            ("Llama-2 7B", "TPU v5e", 16),
+            ("Llama-2 70B", "TPU v5e", 16),
+            ("Llama-2 70B", "TPU v5e", 256),
+        ):
+            yield Job(model, chip, way, chips=count)
+        for model, chip, first in (
+            ("Llama-2 7B", "RTX 4090", 10),
+            ("CodeLlama 34B", "H100", 11),
+            ("Llama-2 70B", "H200", 11),
+        ):
+            # Lengths are tried until one does not fit; longer ones are left out.
+            for power in range(first, 18):
+                yield Job(model, chip, way, length=2**power)
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
@@ -162,13 +196,14 @@ def compile_one(raw: Path, /, job: tyro.conf.OmitArgPrefixes[Job]) -> None:
     chip = CHIPS[job.chip]
     devices = chip.devices(job.chips)
     step, args = train_step(job, devices)
-    begin = time.perf_counter()
+    begin, processor = time.perf_counter(), sum(os.times()[:4])
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*args)
     lowering = time.perf_counter() - begin
     try:
         compiled = lowered.compile()
         used: dict[str, Any] = dict(footprint(compiled))
-        used["gathered"] = gathered(compiled.as_text() or "")
+        text = compiled.as_text() or ""
+        used |= {"gathered": gathered(text), "cycles": programs.count(text).cycles}
     except Exception as error:
         # The TPU's compiler refuses what does not fit.
         peak = needed(error)
@@ -185,6 +220,7 @@ def compile_one(raw: Path, /, job: tyro.conf.OmitArgPrefixes[Job]) -> None:
         "fits": used["peak"] <= chip.memory,
         "lowering_s": round(lowering, 1),
         "compile_s": round(time.perf_counter() - begin - lowering, 1),
+        "cpu_s": round(sum(os.times()[:4]) - processor, 1),
     }
     records.append(raw, dataclasses.asdict(job) | result)
 
@@ -232,59 +268,72 @@ def functions(
       **options: of ``madax.layerwise``.
     """
     tx = CONTENDERS[way].make(rate)
-    if way == "layerwise":
+    if way in LAYERWISE:
         return decoder.layerwise(size, tx, dtype=jnp.bfloat16, **options)
     return decoder.ordinary(size, tx, None if way == "adam" else jnp.bfloat16)
 
 
 def fit_table(runs: pd.DataFrame) -> str:
     """Returns what each step takes in Markdown, from the records alone."""
+    one = runs[runs["chips"] == 1]
+    memory = one.drop_duplicates("chip").sort_values("memory")
+    names = {r["chip"]: f"{r['chip']}, {r['memory'] / 1e9:.1f}" for r in _rows(memory)}
+    steps = one.assign(order=one["way"].map(list(WAYS).index))
+    steps = steps.groupby(["parameters", "order", "length"])
+    rows = []
+    for _, group in steps:
+        first, rest = group.iloc[0], _rows(group)
+        rows.append(
+            {
+                "model": first["model"],
+                "step": WAYS[first["way"]],
+                "tokens": f"1 x {first['length']}",
+                "kept": f"{(group['arguments'] / first['parameters']).min():.2f}",
+                "peak": f"{group['bytes_per_parameter'].min():.2f}",
+                **dict.fromkeys(names.values(), ""),
+                **{names[run["chip"]]: _peak(run) for run in rest},
+            }
+        )
     text = (
-        "Train steps on 8-bit codes and 8-bit second moments, a sequence a chip: "
-        "compiled for, not run. GB are 10^9 bytes of each chip.\n\n"
-        "**One chip:**\n\n"
+        "Train steps on 8-bit codes; moments, where there are any, have 8 bits, too. "
+        "Compiled for the chips, not run: GB (10^9 bytes) of each chip's memory, which "
+        "stands behind its name. Kept: weights and state, and peak, in bytes per "
+        "parameter.\n\n**One chip, a sequence a step:**\n\n"
+        f"{markdown(rows, numbers=True)}"
     )
-    job = ["parameters", "chip", "way"]
-    one = runs[runs["chips"] == 1].sort_values([*job, "length"], kind="stable")
-    first = one.drop_duplicates(job)
-    text += markdown([_row(run) for run in first.to_dict("records")], numbers=True)
-    longer = one[one.duplicated(job, keep=False)]
-    if len(longer):
-        text += "\n\n**Longer sequences**, of those that were compiled:\n\n" + markdown(
-            [_row(run) for run in longer.to_dict("records")], numbers=True
-        )
-    many = runs[runs["chips"] > 1]
-    if len(many):
-        rows = [
-            _row(run) | {"gathered": _gathered(run["gathered"])}
-            for run in many.to_dict("records")
-        ]
+    rows = [
+        {
+            "model": run["model"],
+            "chip": f"{run['chips']} x {run['chip']}",
+            "step": WAYS[run["way"]],
+            "tokens": f"{run['chips']} x {run['length']}",
+            "GB of each": _peak(run),
+            "gathered": _gathered(run["gathered"]),
+        }
+        for run in _rows(runs[runs["chips"] > 1])
+    ]
+    if rows:
         text += (
-            "\n\n**Meshes**, parameters spread over all chips; bytes that all-gathers "
-            "in the program result in, those of one layer counted once:\n\n"
-            + markdown(rows, numbers=True)
+            "\n\n**Meshes**, parameters spread over all chips, a sequence a chip; "
+            "bytes that all-gathers in the program result in, those of one layer "
+            f"counted once:\n\n{markdown(rows, numbers=True)}"
         )
-    return text + (
-        "\n\nAdamW takes 16 bytes a parameter without activations, in float32 and in "
-        "mixed precision (2 of weights, 2 of gradients, 12 of a float32 copy and "
-        "moments): by arithmetic.\n"
+    columns = ("method", "bytes / parameter", "Llama 7B", "arXiv")
+    papers = [dict(zip(columns, paper, strict=True)) for paper in PAPERS]
+    return (
+        f"{text}\n\n**Others, as their papers say**, not compiled here; bytes per "
+        "parameter are of weights, gradients and state, without activations:\n\n"
+        f"{markdown(papers)}\n"
     )
 
 
-def _row(run: Record) -> dict[str, str]:
-    chips = "" if run["chips"] == 1 else f"{run['chips']} x "
-    adamw = ADAMW * run["parameters"] / run["chips"]
-    return {
-        "model": run["model"],
-        "chip": f"{chips}{run['chip']}",
-        "step": WAYS[run["way"]],
-        "tokens": f"1 x {run['length']}",
-        "peak GB": f"{run['peak'] / 1e9:.2f}",
-        "of GB": f"{run['memory'] / 1e9:.1f}",
-        "fits": "yes" if run["fits"] else "no",
-        "bytes / parameter": f"{run['bytes_per_parameter']:.2f}",
-        "AdamW GB": f"{adamw / 1e9:.1f}",
-    }
+def _rows(runs: pd.DataFrame) -> list[Record]:
+    return runs.to_dict("records")
+
+
+def _peak(run: Record) -> str:
+    """Returns the GB that a step takes, and whether they are too many."""
+    return f"{run['peak'] / 1e9:.2f}{'' if run['fits'] else ': too many'}"
 
 
 def _gathered(found: object) -> str:
@@ -295,20 +344,24 @@ def _gathered(found: object) -> str:
 
 def fit_figure(runs: pd.DataFrame) -> Figure:
     """Draws the peak of the shortest sequences over the memory of chips."""
-    one = runs[(runs["chips"] == 1) & (runs["way"] == "layerwise")]
+    one = runs[(runs["chips"] == 1) & runs["way"].isin(LAYERWISE)]
     one = one.sort_values(["parameters", "memory", "length"], kind="stable")
-    one = one.drop_duplicates(["model", "chip"])
-    fig = Figure(figsize=(8, 1.2 + 0.45 * len(one)), layout="constrained")
+    one = one.drop_duplicates(["model", "chip", "way"])
+    pairs = one.drop_duplicates(["model", "chip"])
+    places = {(r["model"], r["chip"]): i for i, r in enumerate(_rows(pairs))}
+    fig = Figure(figsize=(8, 1.2 + 0.4 * len(pairs)), layout="constrained")
     axes = fig.subplots()
-    names = [f"{r['model']}\n{r['chip']}" for r in one.to_dict("records")]
-    rows = range(len(one))
-    adamw = ADAMW * one["parameters"] / 1e9
-    axes.barh(rows, adamw, color="#dddddd", label="AdamW, no activations (arithmetic)")
-    axes.barh(
-        rows, one["peak"] / 1e9, color="#d55e00", height=0.5, label="madax.layerwise"
-    )
-    axes.plot(one["memory"] / 1e9, rows, "k|", ms=16, mew=2, label="the chip's memory")
-    axes.set(xscale="log", xlabel="GB", yticks=list(rows), yticklabels=names)
+    lines = range(len(pairs))
+    adamw = ADAMW * pairs["parameters"] / 1e9
+    axes.barh(lines, adamw, color="#dddddd", label="AdamW, no activations (arithmetic)")
+    for way, style in zip(LAYERWISE, STYLES[1:], strict=False):
+        here = one[one["way"] == way]
+        at = [places[r["model"], r["chip"]] for r in _rows(here)]
+        points = style | {"linestyle": "", "label": WAYS[way].partition(",")[0]}
+        axes.plot(here["peak"] / 1e9, at, **points)
+    axes.plot(pairs["memory"] / 1e9, lines, "k|", ms=16, mew=2, label="memory")
+    names = [f"{model}, {chip}" for model, chip in places]
+    axes.set(xscale="log", xlabel="GB", yticks=list(lines), yticklabels=names)
     axes.tick_params(axis="y", labelsize=8)
     axes.set_title("Peak of a train step: compiled for, not run", fontsize=10)
     axes.invert_yaxis()

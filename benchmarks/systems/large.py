@@ -49,7 +49,7 @@ class Run:
     """
 
     model: str
-    way: Way = "layerwise"
+    way: Way = "two bytes"
     batch: int = 1
     length: int = 1024
     steps: int = 50
@@ -65,7 +65,8 @@ def runs(profile: str) -> Iterator[Run]:
         return
     yield Run("Llama-2 7B")
     yield Run("Llama-2 70B", length=2048, steps=12)
-    yield Run("Llama-2 7B", batch=4, length=2048, steps=16)
+    for way in ("one byte", "two bytes", "layerwise"):
+        yield Run("Llama-2 7B", way, batch=4, length=2048, steps=16)
     yield Run("Llama-2 7B", "mixed", batch=4, length=2048, steps=16, rate=1e-4)
     yield Run("Llama-2 7B", "checkpoint", batch=4, length=2048, steps=16)
 

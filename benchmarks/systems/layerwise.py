@@ -13,11 +13,10 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.lib import records
-from benchmarks.lib.contender import Contender
-from benchmarks.lib.formats import SYMLOG_8
-from benchmarks.lib.optimizers import OPTIMIZERS, madam_8
+from benchmarks.lib.optimizers import OPTIMIZERS
 from benchmarks.lib.style import Report, markdown
 from benchmarks.models import decoder
+from benchmarks.systems import fit
 from benchmarks.systems.speed import Running, quantiles
 
 # The network, sequences in a step, tokens in a sequence, and how often it is timed.
@@ -29,8 +28,11 @@ PROFILES = {
 CONTENDERS = {
     "optax.adam float32": OPTIMIZERS["adam"],
     "madam float32": OPTIMIZERS["madam"],
-    "madam 8 bits, 8-bit v": Contender(madam_8, (0.01,), SYMLOG_8),
+    "madam 8 bits, 8-bit v": fit.CONTENDERS["layerwise"],
+    "muon_madam 8 bits, 8-bit moments": fit.CONTENDERS["two bytes"],
+    "muon_madam 8 bits, b1=None": fit.CONTENDERS["one byte"],
 }
+REFERENCE = "madam 8 bits, 8-bit v"
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
@@ -41,7 +43,8 @@ def layerwise(
 ) -> None:
     """Time madax.layerwise against the ordinary step with the same rematerialisation.
 
-    The two take turns, compiled, warm and on donated buffers.
+    The two take turns, compiled, warm and on donated buffers, and so does the layerwise
+    step of madam on 8 bits.
 
     Args:
         out: Folder of a folder for this device: layerwise.jsonl and .md.
@@ -57,22 +60,24 @@ def layerwise(
 def compare(
     name: str, size: decoder.Size, batch: int, length: int, rounds: int
 ) -> records.Record:
-    """Times both ways of a row by turns; returns one record."""
-    contender = CONTENDERS[name]
+    """Times both ways of a row, and the reference, by turns; returns one record."""
     floats = jax.jit(partial(decoder.init, size))(jax.random.key(0))
     shape = (batch, length + 1)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, size.vocabulary)
-    pair = []
-    for init, step in (
-        decoder.ordinary(size, contender.tx),
-        decoder.layerwise(size, contender.tx, dtype=jnp.float32),
+    running = []
+    by_layers = partial(decoder.layerwise, dtype=jnp.float32)
+    for contender, make in (
+        (CONTENDERS[name], decoder.ordinary),
+        (CONTENDERS[name], by_layers),
+        (CONTENDERS[REFERENCE], by_layers),
     ):
+        init, step = make(size, contender.tx)
         params = jax.jit(contender.store_stack)(floats)
         state = jax.jit(init)(params)
         program = jax.jit(lambda *x, step=step: step(*x)[:2], donate_argnums=(0, 1))
         compiled = program.lower(params, state, tokens).compile()
-        pair.append(Running(compiled, params, state, tokens, 0.0))
-    times = np.array([[r.time() for r in pair] for _ in range(rounds + 1)])[1:]
+        running.append(Running(compiled, params, state, tokens, 0.0))
+    times = np.array([[r.time() for r in running] for _ in range(rounds + 1)])[1:]
     return {
         "parameters": decoder.count(size),
         "layers": size.layers,
@@ -81,6 +86,7 @@ def compare(
         "length": length,
         "seconds": times[:, 1].tolist(),
         "ordinary_seconds": times[:, 0].tolist(),
+        "reference_seconds": times[:, 2].tolist(),
     }
 
 
@@ -91,12 +97,18 @@ def layerwise_table(runs: pd.DataFrame) -> str:
     for run in runs.to_dict("records"):
         low, mid, high = quantiles(run["seconds"], run["ordinary_seconds"])
         ordinary = statistics.median(run["ordinary_seconds"])
+        over = "-"
+        # The first rows were recorded without a reference.
+        if isinstance(run.get("reference_seconds"), list):
+            ratio = quantiles(run["seconds"], run["reference_seconds"])[1]
+            over = f"{ratio:.2f}"
         rows.append(
             {
                 "optimizer": run["optimizer"],
                 "layerwise / ordinary": f"{mid:.2f}",
                 "10 to 90 %": f"{low:.2f} to {high:.2f}",
                 "ordinary ms": f"{1e3 * ordinary:.0f}",
+                "layerwise / madam's": over,
             }
         )
     table = markdown(rows, numbers=True)
@@ -104,7 +116,8 @@ def layerwise_table(runs: pd.DataFrame) -> str:
         f"Whole train steps of {first['parameters'] / 1e6:.1f} M parameters, "
         f"{first['layers']} layers of {first['width']}, {first['batch']} x "
         f"{first['length']} tokens, in float32, layers computed again on the way back "
-        f"in both; on {first['environment']['device']}.\n\n{table}\n"
+        f"in both; on {first['environment']['device']}. Madam's is the layerwise step "
+        f"of {REFERENCE}.\n\n{table}\n"
     )
 
 

@@ -1,10 +1,14 @@
 """The nearest orthogonal matrix, by Newton-Schulz steps."""
 
 import math
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from madax._core.numerics import over
+from madax._core.shards import barrier
+from madax.codes._leaves import compute_dtype, widen
 from madax.codes._scales import root_mean_square
 
 # The coefficients of the quintic, from the reference. Its slope at 0 is steep.
@@ -18,19 +22,39 @@ def orthogonalized(x: jax.Array) -> jax.Array:
     """The matrices of orthogonal rows or columns nearest to matrices of any scale.
 
     They have a root mean square of 1, but zeros stay zeros. Five Newton-Schulz steps
-    approach them. The shape is (..., rows, columns).
+    approach them, in bfloat16 where a chip multiplies matrices of it. The shape is
+    (..., rows, columns), and the dtype of the result float32 or wider.
     """
+    wide = partial(newton_schulz, dtype=compute_dtype(x))
+    if compute_dtype(x) == jnp.float64:
+        return wide(x)
+    narrow = partial(newton_schulz, dtype=jnp.bfloat16)
+    return jax.lax.platform_dependent(
+        x, tpu=narrow, cuda=narrow, rocm=narrow, default=wide
+    )
+
+
+def newton_schulz(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """As :func:`orthogonalized`, with products of matrices in ``dtype``."""
     rows, columns = x.shape[-2:]
     stack = tuple(range(x.ndim - 2))
     longer = x.ndim - (1 if rows <= columns else 2)
-    x = over(root_mean_square(x, (-2, -1), keepdims=True), x)
-    x = x * (1 / math.sqrt(rows * columns))
+
+    def stored(x):
+        # XLA would keep the sums that a narrow matrix was rounded from.
+        return barrier(x.astype(dtype))
+
+    x = over(root_mean_square(x, (-2, -1), keepdims=True), widen(x))
+    x = stored(x * (1 / math.sqrt(rows * columns)))
     for _ in range(_ITERATIONS):
         # The smaller of both products with itself. Nothing is transposed: XLA would
         # give the parameters another layout, and copy a whole stack of them.
         gram = jax.lax.dot_general(x, x, (((longer,), (longer,)), (stack, stack)))
         # may fuse: the sums of a matrix product are in any order, too.
-        change = _B * gram + _C * gram @ gram
+        change = (_B * widen(gram) + _C * widen(gram @ gram)).astype(dtype)
+        product = change @ x if rows <= columns else x @ change
         # may fuse: for the same reason
-        x = _A * x + (change @ x if rows <= columns else x @ change)
-    return over(root_mean_square(x, (-2, -1), keepdims=True), x)
+        x = stored(_A * widen(x) + widen(product))
+    x = widen(x)
+    # Nothing in it can overflow, so this root mean square needs no scale of its own.
+    return over(jnp.sqrt(jnp.mean(x * x, (-2, -1), keepdims=True)), x)

@@ -2,19 +2,19 @@
 
 import dataclasses
 import json
+from math import prod
 
 import jax
 import numpy as np
 import optax
 import pandas as pd
 import pytest
-from helpers import mostly_nightly
 
 import madax
 from benchmarks import RESULTS
 from benchmarks.__main__ import main
 from benchmarks.accuracy import llama, llama_report
-from benchmarks.compilers import chips
+from benchmarks.compilers import chips, newton_schulz
 from benchmarks.data.text import text
 from benchmarks.lib import records
 from benchmarks.models import decoder
@@ -204,31 +204,38 @@ def test_llama_runs_resumes_and_learns(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.nightly
 def test_layerwise_is_timed_against_the_ordinary_step(tmp_path, monkeypatch):
-    name = "optax.adam float32"
-    monkeypatch.setattr(layerwise, "CONTENDERS", {name: layerwise.CONTENDERS[name]})
+    names = ("optax.adam float32", layerwise.REFERENCE)
+    monkeypatch.setattr(
+        layerwise, "CONTENDERS", {name: layerwise.CONTENDERS[name] for name in names}
+    )
     layerwise.layerwise(tmp_path, profile="smoke")
     (raw,) = tmp_path.rglob("layerwise.jsonl")
-    (run,) = [json.loads(line) for line in raw.read_text().splitlines()]
-    assert len(run["seconds"]) == len(run["ordinary_seconds"]) == 2
-    assert name in (raw.parent / "layerwise.md").read_text()
+    runs = [json.loads(line) for line in raw.read_text().splitlines()]
+    assert [run["optimizer"] for run in runs] == list(names)
+    for timed in ("seconds", "ordinary_seconds", "reference_seconds"):
+        assert [len(run[timed]) for run in runs] == [2, 2]
+    assert names[0] in (raw.parent / "layerwise.md").read_text()
 
 
 # --- which model fits -----------------------------------------------------------------
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("way", mostly_nightly(["layerwise", "adam"], "layerwise"))
+@pytest.mark.parametrize("way", ["one byte", "two bytes", "layerwise", "adam"])
 def test_train_steps_of_fit_are_as_named(way):
     """On the devices at hand; those of ``compilers`` take its packages."""
     job = fit.Job("tiny", "H100", way, length=32, chips=2)
     step, args = fit.train_step(job, jax.devices())
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
     used = chips.footprint(compiled)
-    count = decoder.count(decoder.SIZES["tiny"])
-    per_parameter = 2 * used["arguments"] / count
-    assert per_parameter == pytest.approx({"adam": 12}.get(way, 2), rel=0.1)
+    size = decoder.SIZES["tiny"]
+    count = decoder.count(size)
+    # Tables have moments anyway.
+    tables = 2 * size.vocabulary * size.width / count
+    kept = {"adam": 12, "one byte": 1 + tables}.get(way, 2)
+    assert 2 * used["arguments"] / count == pytest.approx(kept, rel=0.1)
     assert used["peak"] >= used["arguments"]
-    if way == "layerwise":
+    if way != "adam":
         sent = chips.gathered(compiled.as_text())
         assert sent["s8"] >= 256 * 64 and sent.get("bf16", 0) == 0
 
@@ -241,13 +248,62 @@ def test_what_does_not_fit_is_read_off_the_error():
     assert chips.needed(RuntimeError("Used up")) is None
 
 
+def test_a_row_has_the_peaks_of_all_chips():
+    run = {"model": "tiny", "way": "one byte", "length": 64, "chips": 1}
+    run |= {"parameters": 1000, "bytes_per_parameter": 1.2, "fits": True}
+    run |= {"arguments": 1100}
+    runs = [
+        run | {"chip": "H100", "memory": 8e10, "peak": 2e9},
+        run | {"chip": "TPU v5e", "memory": 1.6e10, "peak": 1.7e10, "fits": False},
+        run | {"chip": "H100", "memory": 8e10, "peak": 4e9, "way": "two bytes"},
+    ]
+    lines = fit.fit_table(pd.DataFrame(runs)).splitlines()
+    cells = [[c.strip() for c in x.split("|")[1:-1]] for x in lines if "| tiny" in x]
+    assert [row[1:] for row in cells] == [
+        [fit.WAYS["one byte"], "1 x 64", "1.10", "1.20", "17.00: too many", "2.00"],
+        [fit.WAYS["two bytes"], "1 x 64", "1.10", "1.20", "", "4.00"],
+    ]
+    (head,) = (x for x in lines if x.startswith("| model"))
+    assert head.index("TPU v5e, 16.0") < head.index("H100, 80.0")
+    assert all(any(name in x for x in lines) for name, *_ in fit.PAPERS)
+
+
 def test_longer_sequences_than_one_that_does_not_fit_are_left_out(tmp_path):
     raw = tmp_path / "fit.jsonl"
-    job = {"model": "tiny", "chip": "H100", "way": "layerwise", "chips": 1}
+    job = {"model": "tiny", "chip": "H100", "way": "two bytes", "chips": 1}
     records.append(raw, job | {"length": 64, "fits": True})
     records.append(raw, job | {"length": 128, "fits": False})
     too_long = lambda n: fit._is_too_long(raw, fit.Job("tiny", "H100", length=n))
     assert [too_long(n) for n in (64, 128, 256)] == [False, False, True]
+
+
+# --- the orthogonal directions --------------------------------------------------------
+
+
+def test_operations_of_directions_are_those_of_the_formula():
+    size = decoder.SIZES["tiny"]
+    wide, kv = size.width, size.kv_heads * (size.width // size.heads)
+    matrices = [(wide, wide)] * 2 + [(kv, wide)] * 2 + [(wide, size.hidden)] * 3
+    # Of each step the Gram matrix, its square, and the product with the matrix.
+    once = [4 * m**2 * n + 2 * m**3 for m, n in matrices]
+    found = [newton_schulz.operations(size, way) for way in ("one byte", "layerwise")]
+    assert found[0] - found[1] == 5 * size.layers * sum(once)
+
+
+@pytest.mark.nightly
+def test_a_gpu_keeps_one_narrow_matrix_between_steps(tmp_path):
+    if chips.compiler("H100") is None:
+        pytest.skip("no compiler for H100: pip install 'madax[compilers]'")
+    newton_schulz.newton_schulz(tmp_path, model="GPT-2 124M", chips=("H100",))
+    runs = records.read(tmp_path / "newton_schulz.jsonl")
+    assert runs["shape"].map(tuple).to_list() == [(768, 768)] * 2 + [(768, 3072)] * 2
+    assert runs["count"].to_list() == [4, 4, 2, 2]
+    pairs = runs.to_dict("records")
+    for wide, narrow in zip(pairs[::2], pairs[1::2], strict=True):
+        assert narrow["bytes"] <= 0.6 * wide["bytes"]
+        assert narrow["temporaries"] <= 0.55 * wide["temporaries"]
+        # Two bytes for each element of two matrices, and of two Gram matrices.
+        assert narrow["temporaries"] <= 2.1 * (2 * prod(narrow["shape"]) + 2 * 768**2)
 
 
 # --- large models ---------------------------------------------------------------------
@@ -258,7 +314,8 @@ def test_codes_made_a_layer_at_a_time_match_the_whole():
     """Other random numbers, but the same shapes and sizes, different in each layer."""
     size, key = decoder.SIZES["tiny"], jax.random.key(0)
     made = jax.jit(lambda key: large._parameters(size, "layerwise", key))(key)
-    whole = jax.jit(lambda key: fit.OURS.store_stack(decoder.init(size, key)))(key)
+    store = fit.CONTENDERS["layerwise"].store_stack
+    whole = jax.jit(lambda key: store(decoder.init(size, key)))(key)
     assert jax.tree.structure(made) == jax.tree.structure(whole)
     for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(whole), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -292,6 +349,7 @@ def test_committed_tables_match_the_records():
         "fit": fit.fit_table,
         "large": large.large_table,
         "layerwise": layerwise.layerwise_table,
+        "newton_schulz": newton_schulz.newton_schulz_table,
         "llama": llama_report.llama_table,
     }
     for name, table in tables.items():

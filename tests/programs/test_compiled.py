@@ -95,6 +95,35 @@ def test_loops_are_unrolled_and_the_lesser_branch_is_taken():
     assert counts(jnp.sum, x).bytes <= branches.bytes < counts(jnp.sort, x).bytes
 
 
+def test_a_loop_of_a_tpu_has_the_rounds_of_its_condition():
+    text = """
+%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %t = (s32[]{:T(128)}, f32[8]{0:T(256)}) parameter(0)
+  %x = f32[8]{0:T(256)} get-tuple-element(%t), index=1
+  %f = f32[8]{0:T(256)} fusion(%x), calls=%c, x={"estimated_cycles":"7"}
+}
+
+%c (p: f32[8]) -> f32[8] {
+  ROOT %p = f32[8]{0:T(256)} parameter(0)
+}
+
+%test (t: (s32[], f32[8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(32)
+  %t = (s32[]{:T(128)}, f32[8]{0:T(256)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%t), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> (s32[], f32[8]) {
+  %a = (s32[]{:T(128)}, f32[8]{0:T(256)}) parameter(0)
+  ROOT %w = (s32[]{:T(128)}, f32[8]{0:T(256)}) while(%a), condition=%test, body=%body
+}
+"""
+    assert programs.count(text) == programs.Counts(32, 32 * 64, 0, 32 * 7)
+    other = text.replace("direction=LT", "direction=GT")
+    assert programs.count(other).cycles == 7
+
+
 def test_what_is_kept_on_a_tpu_is_not_in_main_memory():
     text = """
 %c (p: f32[256], q: f32[]) -> f32[256] {

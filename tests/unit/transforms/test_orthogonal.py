@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import warnings
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from cases import FORMATS
-from helpers import different, normal, raises, step
+from helpers import different, enable_x64, normal, raises, step
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import enter, make_mesh
@@ -19,7 +20,11 @@ from oracle import newton_schulz
 
 import madax
 from madax import MomentFormat, muon_madam
-from madax.transforms import MatrixDimensionNumbers, scale_by_orthogonal_momentum
+from madax.transforms import (
+    MatrixDimensionNumbers,
+    _orthogonal,
+    scale_by_orthogonal_momentum,
+)
 from madax.transforms._orthogonal import orthogonalized
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -66,6 +71,42 @@ def test_singular_values_are_about_one_and_vectors_are_kept(shape):
     assert np.mean(found**2) == pytest.approx(1, rel=1e-5)
     assert np.all(np.abs(values / np.sqrt(max(shape)) - 1) < 0.3)
     assert np.max(np.abs(inner - np.diag(values))) < 1e-3 * values.max()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 200), (200, 64)])
+def test_products_in_bfloat16_keep_singular_values_and_vectors(shape):
+    """Chips that have them make these products; here a CPU makes them, too."""
+    x = normal(*shape) + np.outer(normal(shape[0]), normal(shape[1], seed=1)) / 2
+    u, s, vt = np.linalg.svd(np.float64(x), full_matrices=False)
+    narrow = jax.jit(_orthogonal.newton_schulz, static_argnums=1)(x, jnp.bfloat16)
+    assert narrow.dtype == jnp.float32
+    inner = u.T @ np.float64(narrow) @ vt.T
+    raw = np.diag(u.T @ newton_schulz(x) @ vt.T)
+    values = np.diag(inner) * np.sqrt(np.mean(newton_schulz(x) ** 2))
+    large = s > 0.01 * np.linalg.norm(s)
+    assert large.sum() > 0.8 * min(shape)
+    assert np.all((values[large] > 0.65) & (values[large] < 1.25))
+    np.testing.assert_allclose(values[large], raw[large], rtol=0.02)
+    assert np.max(np.abs(inner - np.diag(np.diag(inner)))) < 0.03 * inner.max()
+    assert 0.001 < np.max(np.abs(narrow - oracle(x))) < 0.2  # it is narrow
+
+
+def test_products_are_narrow_where_a_chip_has_them():
+    def dtypes(platform, dtype):
+        traced = orthogonalized.trace(jax.ShapeDtypeStruct((8, 12), dtype))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        if "stablehlo.case" in text:
+            pytest.skip("older JAX leaves the choice of a branch to XLA")
+        products = re.findall(r"dot_general.*tensor<\w+x(\w+)>$", text, re.MULTILINE)
+        assert len(products) == 15
+        return set(products)
+
+    for platform in ("tpu", "cuda", "rocm"):
+        assert dtypes(platform, jnp.float32) == {"bf16"}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        assert dtypes("cpu", dtype) == {"f32"}
+    with enable_x64():
+        assert dtypes("tpu", jnp.float64) == dtypes("cpu", jnp.float64) == {"f64"}
 
 
 def test_momentum_against_the_formula_and_gradients_that_are_not_finite():
