@@ -2,17 +2,14 @@
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import hijax
 from jax.typing import DTypeLike
 
 from madax.codes._array import QuantizedArray
-from madax.hijax._values import CodesType, LiftedArray, codes_type
-
-# JAX 0.12 renamed the class; what is used of it here has not changed since 0.10.
-_Primitive = getattr(hijax, "HiPrim", None) or hijax.VJPHiPrimitive
+from madax.hijax._jax import Primitive
+from madax.hijax._values import CodesType, LiftedArray, type_of
 
 
-class _Decode(_Primitive):
+class _Decode(Primitive):
     """The floats of codes; its derivative is the identity."""
 
     def __init__(self, kind: CodesType):
@@ -24,16 +21,16 @@ class _Decode(_Primitive):
         return x.lowered().dequantize(x.dtype)
 
     def vjp_fwd(self, nzs_in, /, x):
-        return self(x), None
+        return decode(x), None
 
     def vjp_bwd_retval(self, res, outgrad, /):
         return (outgrad,)
 
     def jvp(self, primals, tangents):
-        return self(*primals), tangents[0]
+        return decode(*primals), tangents[0]
 
     def lin(self, nzs_in, x):
-        return self(x), None
+        return decode(x), None
 
     def linearized(self, residuals, tangent):
         return tangent
@@ -42,7 +39,7 @@ class _Decode(_Primitive):
         return decode(*args), *dims
 
 
-class _Parts(_Primitive):
+class _Parts(Primitive):
     """The codes and the scale, which are integers and a constant."""
 
     def __init__(self, kind: CodesType):
@@ -67,7 +64,7 @@ class _Parts(_Primitive):
         return _parts(*args), (*dims, *dims)
 
 
-class _Lift(_Primitive):
+class _Lift(Primitive):
     """A lifted array of codes and a scale."""
 
     def __init__(self, kind: CodesType):
@@ -79,13 +76,13 @@ class _Lift(_Primitive):
         return self.kind.raise_val(codes, scale)
 
     def batch(self, axis_data, args, dims):
-        args = [
+        codes, scale = (
             jnp.broadcast_to(x, (axis_data.size, *x.shape))
             if dim is None
             else jnp.moveaxis(x, dim, 0)
             for x, dim in zip(args, dims, strict=True)
-        ]
-        return _lifted(*args, self.kind.number_format, self.kind.dtype), 0
+        )
+        return _lifted(codes, scale, self.kind.number_format, self.kind.dtype), 0
 
 
 def decode(x: LiftedArray) -> jax.Array:
@@ -95,7 +92,8 @@ def decode(x: LiftedArray) -> jax.Array:
 
 def lower_array(x: LiftedArray) -> QuantizedArray:
     """The codes of a lifted array, which have no derivative."""
-    return QuantizedArray(*_parts(x), jax.typeof(x).number_format)
+    codes, scale = _parts(x)
+    return QuantizedArray(codes, scale, jax.typeof(x).number_format)
 
 
 def lift_array(w: QuantizedArray, dtype: DTypeLike) -> LiftedArray:
@@ -109,5 +107,4 @@ def _parts(x):
 
 
 def _lifted(codes, scale, number_format, dtype):
-    kind = codes_type(jax.typeof(codes), jax.typeof(scale), number_format, dtype)
-    return _Lift(kind)(codes, scale)
+    return _Lift(type_of(codes, scale, number_format, dtype))(codes, scale)

@@ -1,51 +1,237 @@
-"""Trees of lifted codes: made, taken back, placed and trained."""
+"""Trees of lifted codes: made, taken back, placed, and trained."""
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from madax._core.checks import check_float_dtype, check_transformation
-from madax._core.names import Tree
-from madax.codes._array import QuantizedArray, is_quantized
+from madax._core.checks import check_float_dtype, check_transformation, leaf_name
+from madax._core.names import Tree, flatten_named
+from madax.codes._array import (
+    AFTER_IMPORT,
+    QuantizedArray,
+    is_quantized,
+    notice_imports,
+)
 from madax.codes._quantize import split_module
+from madax.hijax._operators import install
+from madax.hijax._primitives import lift_array, lower_array
+from madax.hijax._shardings import of_scale
+from madax.hijax._values import is_lifted
+
+
+def _let_orbax_save(type_handlers: Tree) -> None:
+    from madax.hijax._orbax import register
+
+    register(type_handlers)
+
+
+install()
+AFTER_IMPORT["orbax.checkpoint", "type_handlers"] = _let_orbax_save
 
 
 def lift(params: Tree, dtype: DTypeLike | None = None) -> Tree:
+    """Makes each :class:`QuantizedArray` of a tree a leaf that has derivatives.
+
+    To ``jax.grad``, ``optax`` and ``flax`` such a leaf is an array of floats: it has
+    their shape and dtype, gradients with respect to it are floats, and what is computed
+    with it decodes it. A model or a trainer needs no change. Two lines of its user do:
+    parameters are lifted, and the optimizer is wrapped in :func:`optimizer`.
+
+    The lifted codes share the buffers of those in ``params``.
+
+    Args:
+      params: tree with :class:`QuantizedArray`, as from
+        :func:`madax.quantize_params`, a state of ``flax.nnx``, or a module.
+      dtype: floating dtype that the codes decode to, and of their gradients; None for
+        float32. Other leaves are not cast.
+
+    Returns:
+      The tree, or a new module, with lifted codes.
+
+    Raises:
+      ValueError: if there are no codes in ``params``.
+      TypeError: if ``dtype`` is not floating.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, madax
+      >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)}
+      >>> params = madax.quantize_params(params, madax.SymlogFormat(bits=8))
+      >>> params = madax.hijax.lift(params)
+      >>> tx = madax.hijax.optimizer(madax.madam(0.05))
+      >>> state = tx.init(params)
+      >>> def loss(params):
+      ...     return jnp.sum((params["kernel"] + params["bias"] - 2) ** 2)
+      >>> for _ in range(30):
+      ...     grads = jax.grad(loss)(params)
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(params["kernel"], f"{loss(params):.1f}")
+      LiftedArray(codes8[4,4], SymlogFormat(bits=8, linear_range=0.01)) 0.0
+    """
     check_float_dtype(dtype)
-    lift_array = _hijax().lift_array
+    notice_imports()
     tree, merge = split_module(params)
-    one = lambda w: lift_array(w, dtype or jnp.float32) if is_quantized(w) else w
-    return merge(jax.tree.map(one, tree, is_leaf=is_quantized))
+    dtype = dtype or jnp.float32
+    new = jax.tree.map(
+        lambda w: lift_array(w, dtype) if is_quantized(w) else w,
+        tree,
+        is_leaf=is_quantized,
+    )
+    if not any(map(is_lifted, jax.tree.leaves(new))):
+        raise ValueError(
+            "params hold no codes to lift; call madax.quantize_params(params, format) "
+            "before."
+        )
+    return merge(new)
 
 
 def lower(params: Tree) -> Tree:
-    hi = _hijax()
+    """Makes lifted codes :class:`QuantizedArray` again, on the same buffers.
+
+    Everything of madax takes those: :func:`madax.value_and_grad`,
+    :func:`madax.dequantize_params`, :func:`madax.to_flat_dict`,
+    ``madax.diagnostics``, ``jax.shard_map``, and ``jax.device_put``.
+
+    Args:
+      params: tree, state or module with lifted codes.
+
+    Returns:
+      The tree, or a new module, without lifted codes.
+
+    Raises:
+      TypeError: if it is called on codes that are being differentiated.
+
+    Example:
+      >>> import jax.numpy as jnp, madax
+      >>> w = madax.quantize_params(jnp.ones((4, 4)), madax.UniformFormat(bits=8))
+      >>> print(madax.hijax.lower(madax.hijax.lift(w)))
+      QuantizedArray(shape=(4, 4), scale=3, UniformFormat(bits=8))
+    """
     tree, merge = split_module(params)
-    one = lambda w: hi.lower_array(w) if hi.is_lifted(w) else w
-    return merge(jax.tree.map(one, tree))
+    return merge(jax.tree.map(lambda w: lower_array(w) if is_lifted(w) else w, tree))
 
 
 def put(params: Tree, shardings: Tree) -> Tree:
-    raise NotImplementedError
+    """``jax.device_put`` for trees with codes, lifted or not.
+
+    Codes are placed like an array of their shape. Their scale is placed likewise along
+    the axes where there are several, and replicated along the others.
+
+    Args:
+      params: tree of arrays, lifted codes and :class:`QuantizedArray`.
+      shardings: a sharding or a device for all leaves, or a tree of them, whose
+        structure is that of ``params`` or of its upper part; codes are one leaf.
+
+    Returns:
+      The tree on those devices.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, madax
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> w = madax.quantize_params(jnp.ones((4, 4)), madax.UniformFormat(bits=8))
+      >>> w = madax.hijax.put(madax.hijax.lift(w), NamedSharding(mesh, P("data")))
+      >>> print(w.sharding.spec)
+      PartitionSpec('data',)
+    """
+
+    def place(w, on):
+        if is_lifted(w):
+            return lift_array(place(lower_array(w), on), w.dtype)
+        if not is_quantized(w):
+            return jax.device_put(w, on)
+        scale = jax.device_put(w.scale, of_scale(on, w.scale))
+        return QuantizedArray(jax.device_put(w.codes, on), scale, w.format)
+
+    whole = jax.tree.map(lambda _: 0, params, is_leaf=is_quantized)
+    shardings = jax.tree.broadcast(shardings, whole)
+    return jax.tree.map(place, params, shardings, is_leaf=is_quantized)
 
 
-def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def optimizer(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Lets an optimizer that trains codes train lifted ones.
+
+    ``tx`` sees each of them as a :class:`QuantizedArray`, and so takes the same steps,
+    to the bit. The update that leaves here for a lifted leaf is an array of steps of
+    its codes, int32, of its shape. ``optax.apply_updates`` adds it; so does
+    ``equinox.apply_updates``, or ``p + u`` by hand.
+
+    What is applied to gradients (clipping, noise, accumulation by ``optax.MultiSteps``)
+    may stand before it, around it or inside ``tx``. Nothing that makes floats of its
+    updates may follow it: adding floats to lifted codes in ``apply_updates`` is an
+    error.
+
+    Args:
+      tx: :func:`madax.muon_madam`, :func:`madax.madam`, any other optimizer within
+        :func:`madax.with_quantized_params`, or a chain with one of them.
+
+    Returns:
+      An optimizer for trees with lifted codes.
+
+    Raises:
+      TypeError: if ``tx`` is no optimizer, or, when called, its updates of codes are
+        floats, or a gradient is missing.
+      ValueError: when called, if ``params`` hold no codes.
+
+    Example:
+      >>> import optax, madax
+      >>> tx = madax.hijax.optimizer(
+      ...     madax.with_quantized_params(optax.adamw(1e-3, weight_decay=0.1))
+      ... )
+      >>> tx = optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), tx), 4)
+    """
     check_transformation("tx", tx)
     inner = optax.with_extra_args_support(tx)
-    hi = _hijax()
 
     def init_fn(params):
+        leaves = jax.tree.leaves(params, is_leaf=_is_code_or_masked)
+        if not any(is_lifted(x) or _is_code_or_masked(x) for x in leaves):
+            raise ValueError(
+                "params hold no lifted codes; pass those that madax.hijax.lift "
+                "returned, to a filter of arrays also."
+            )
         return inner.init(lower(params))
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params: Tree = None, **extra_args):
+        _check_all_there(updates, params)
         updates, state = inner.update(updates, state, lower(params), **extra_args)
-        one = lambda p, u: u.codes if hi.is_lifted(p) else u
-        return jax.tree.map(one, params, updates), state
+        paths, leaves, treedef = flatten_named(params)
+        us = treedef.flatten_up_to(updates)
+        steps = [
+            _steps(path, u) if is_lifted(p) else u
+            for path, p, u in zip(paths, leaves, us, strict=True)
+        ]
+        return treedef.unflatten(steps), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _hijax():
-    from madax.hijax import _operators
-    return _operators
+def _is_code_or_masked(x: object) -> bool:
+    return isinstance(x, (QuantizedArray, optax.MaskedNode))
+
+
+def _steps(path: str, u: Tree) -> jax.Array:
+    """The update of lifted codes."""
+    if not is_quantized(u):
+        raise TypeError(
+            f"{leaf_name('updates', path)} is {u!r} for codes, not steps of codes; "
+            "wrap the optimizer in madax.with_quantized_params, inside "
+            "madax.hijax.optimizer."
+        )
+    return u.codes
+
+
+def _check_all_there(updates: Tree, params: Tree) -> None:
+    missing = [
+        sum(x is None for x in jax.tree.leaves(tree, is_leaf=lambda x: x is None))
+        for tree in (updates, params)
+    ]
+    if missing[0] > missing[1]:
+        raise TypeError(
+            "a gradient is None where params have a leaf: filters of arrays, as in "
+            "equinox.filter_grad, leave out lifted codes that are traced; take "
+            "jax.value_and_grad of the arrays of equinox.partition."
+        )

@@ -10,12 +10,12 @@ from functools import cached_property, lru_cache
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import hijax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from madax._core.names import Tree
 from madax.codes._array import QuantizedArray
 from madax.formats._base import Format
+from madax.hijax._jax import Array, HiType, ShapedArray, register
 
 # JAX and other libraries print the type, or the class, where they refuse a value.
 REMEDY = (
@@ -25,7 +25,7 @@ REMEDY = (
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
-class CodesType(hijax.HiType):
+class CodesType(HiType):
     """The type of an array of codes, whose tangents are floats of its shape.
 
     Attributes:
@@ -35,8 +35,8 @@ class CodesType(hijax.HiType):
       dtype: dtype of the decoded array, of tangents and of gradients.
     """
 
-    codes: hijax.ShapedArray
-    scale: hijax.ShapedArray
+    codes: ShapedArray
+    scale: ShapedArray
     number_format: Format
     dtype: jnp.dtype
 
@@ -59,20 +59,20 @@ class CodesType(hijax.HiType):
             isinstance(other, CodesType) and self._key == other._key
         )
 
-    def lo_ty(self) -> list[hijax.ShapedArray]:
+    def lo_ty(self) -> list[ShapedArray]:
         return [self.codes, self.scale]
 
     def lower_val(self, hi_val: "LiftedArray") -> list[jax.Array]:
         return [hi_val.codes, hi_val.scale]
 
-    def raise_val(self, *lo_vals: jax.Array) -> "LiftedArray":
-        return LiftedArray(*lo_vals, self.number_format, self.dtype)
+    def raise_val(self, codes: jax.Array, scale: jax.Array) -> "LiftedArray":
+        return LiftedArray(codes, scale, self)
 
     @cached_property
-    def _tangent(self) -> hijax.ShapedArray:
+    def _tangent(self) -> ShapedArray:
         return self.codes.update(dtype=self.dtype)
 
-    def to_tangent_aval(self) -> hijax.ShapedArray:
+    def to_tangent_aval(self) -> ShapedArray:
         return self._tangent
 
     def dec_rank(self, size: int | None, spec: int | None) -> "CodesType":
@@ -107,6 +107,9 @@ class CodesType(hijax.HiType):
 
     unshard = nospec = shard
 
+    def update(self, **kwargs: object) -> "CodesType":
+        raise TypeError(f"a function of jax.lax got {self!r}.")
+
     def str_short(self, *args: object, **kwargs: object) -> str:
         shape = ",".join(map(str, self.shape))
         return f"codes{self.number_format.bits}[{shape}]"
@@ -120,8 +123,8 @@ codes_type = lru_cache(maxsize=4096)(CodesType)
 
 
 def _resized(
-    part: hijax.ShapedArray, axis: int, drop: int, sizes: Sequence[int | None]
-) -> hijax.ShapedArray:
+    part: ShapedArray, axis: int, drop: int, sizes: Sequence[int | None]
+) -> ShapedArray:
     """The type with ``sizes`` in the place of ``drop`` axes."""
     shape = (*part.shape[:axis], *sizes, *part.shape[axis + drop :])
     on = part.sharding
@@ -136,26 +139,18 @@ class _InErrors(type(jax.Array)):
         return f"<class '{cls.__name__}'> ({REMEDY})"
 
 
-class LiftedArray(jax.Array, metaclass=_InErrors):
+class LiftedArray(Array, metaclass=_InErrors):
     """Codes and a scale where they are not traced.
 
     Its operators, methods and ``__jax_array__`` are those of the array that it decodes
     to; ``_operators`` adds them.
     """
 
-    def __init__(
-        self, codes: jax.Array, scale: jax.Array, number_format: Format, dtype: Tree
-    ):
-        self.codes, self.scale, self.number_format = codes, scale, number_format
-        self._dtype = dtype
-
-    @cached_property
-    def aval(self) -> CodesType:
-        parts = jax.typeof(self.codes), jax.typeof(self.scale)
-        return codes_type(*parts, self.number_format, self._dtype)
+    def __init__(self, codes: jax.Array, scale: jax.Array, kind: CodesType):
+        self.codes, self.scale, self.aval = codes, scale, kind
 
     weak_type = False
-    dtype = property(lambda self: self._dtype)
+    dtype = property(lambda self: self.aval.dtype)
     shape = property(lambda self: self.codes.shape)
     ndim = property(lambda self: self.codes.ndim)
     size = property(lambda self: self.codes.size)
@@ -190,8 +185,7 @@ class LiftedArray(jax.Array, metaclass=_InErrors):
         self.scale.copy_to_host_async()
 
     def copy(self) -> "LiftedArray":
-        parts = self.codes.copy(), self.scale.copy()
-        return LiftedArray(*parts, self.number_format, self.dtype)
+        return LiftedArray(self.codes.copy(), self.scale.copy(), self.aval)
 
     __copy__ = copy
 
@@ -199,20 +193,32 @@ class LiftedArray(jax.Array, metaclass=_InErrors):
         return self.copy()
 
     def __reduce__(self) -> tuple:
-        return LiftedArray, (self.codes, self.scale, self.number_format, self.dtype)
+        return lifted, (self.lowered(), self.dtype)
 
     def lowered(self) -> QuantizedArray:
         """The same codes and scale, as ``madax`` trains them elsewhere."""
-        return QuantizedArray(self.codes, self.scale, self.number_format)
+        return QuantizedArray(self.codes, self.scale, self.aval.number_format)
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def __repr__(self) -> str:
-        return f"LiftedArray({self.aval.str_short()}, {self.number_format!r})"
+        return f"LiftedArray({self.aval.str_short()}, {self.aval.number_format!r})"
 
 
-hijax.register_hitype(LiftedArray, lambda x: x.aval)
+def type_of(
+    codes: jax.Array, scale: jax.Array, format: Format, dtype: Tree
+) -> CodesType:
+    """The type of such codes."""
+    return codes_type(jax.typeof(codes), jax.typeof(scale), format, dtype)
+
+
+def lifted(w: QuantizedArray, dtype: jnp.dtype) -> LiftedArray:
+    """The value where nothing is traced."""
+    return LiftedArray(w.codes, w.scale, type_of(w.codes, w.scale, w.format, dtype))
+
+
+register(LiftedArray, lambda x: x.aval)
 
 
 def is_lifted(x: object) -> bool:
