@@ -4,12 +4,14 @@ This module is imported only after Orbax.
 """
 
 import copy
+import dataclasses
 import json
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from orbax.checkpoint import type_handlers
+from orbax.checkpoint.metadata import SingleDeviceShardingMetadata
 
 from madax._core.names import Tree
 from madax.codes._array import QuantizedArray
@@ -23,14 +25,19 @@ _PARTS = "codes", "scale", "format"
 class _Handler(type_handlers.TypeHandler):
     """Saves the codes, the scale, and the bytes of a text with the format."""
 
-    def __init__(self, arrays: type_handlers.TypeHandler):
-        self._arrays = arrays
+    def __init__(self):
+        # A handler writes files about all its arrays, which two would overwrite.
+        self._arrays = type_handlers.ArrayHandler(enable_write_sharding_file=False)
 
     def typestr(self) -> str:
         return "madax.hijax"
 
     async def metadata(self, infos):
-        return await self._arrays.metadata([_of_part(info, "codes") for info in infos])
+        codes = [_of_part(info, "codes") for info in infos]
+        found = await type_handlers.NumpyHandler().metadata(codes)
+        # Without a sharding, a restore that has no target would ask for a NumPy array.
+        first = SingleDeviceShardingMetadata.from_jax_sharding(_placed(None))
+        return [dataclasses.replace(metadata, sharding=first) for metadata in found]
 
     async def serialize(self, values: Sequence[LiftedArray], infos, args=None):
         parts = [
@@ -100,7 +107,7 @@ def _is_other(kind: type) -> bool:
 def register(handlers: Tree) -> None:
     """Makes Orbax save and restore lifted codes; it takes other arrays as before."""
     arrays = handlers.get_type_handler(jax.Array)
-    codes = _Handler(arrays)
+    codes = _Handler()
 
     class Arrays(type(arrays)):  # pyrefly: ignore[invalid-inheritance]
         """Restores what was saved as codes also where a jax.Array is asked for."""
