@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import jax
 
 if TYPE_CHECKING:
-    from madax.hijax._trees import lift, lower, optimizer, put
+    from madax.hijax._trees import decode, lift, lower, optimizer, put
 
-__all__ = ["lift", "lower", "optimizer", "put"]
+__all__ = ["decode", "lift", "lower", "optimizer", "put"]
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from madax._core.names import Tree
 from madax.codes._array import QuantizedArray
 from madax.hijax._jax import Array, ShapedArray, method, property_
-from madax.hijax._primitives import decode, lift_array, lower_array
+from madax.hijax._primitives import decode_array, lift_array, lower_array
 from madax.hijax._values import CodesType, LiftedArray, is_lifted
 
 # What ShapedArray has for other ends, and what lifted codes have of their own.
@@ -65,7 +65,8 @@ def install() -> None:
     _operator("_add", _add)
     _operator("_getitem", _getitem)
     _operator("_setitem", _setitem)
-    _method("__jax_array__", decode)
+    _method("__jax_array__", decode_array)
+    setattr(LiftedArray, "__iter__", _of_value(iter))  # noqa: B010
     for name in ("_copy", "_deepcopy"):
         setattr(CodesType, name, staticmethod(lambda x, *memo: x))
     setattr(CodesType, "copy", method(lambda x: x))  # noqa: B010
@@ -86,11 +87,13 @@ def _method(name: str, function: Callable) -> None:
 
 
 def _of_value(function: Callable) -> Callable:
-    return lambda x, *args, **kwargs: function(decode(x), *map(_value, args), **kwargs)
+    return lambda x, *args, **kwargs: function(
+        decode_array(x), *map(_value, args), **kwargs
+    )
 
 
 def _value(x: Tree) -> Tree:
-    return decode(x) if is_lifted(x) else x
+    return decode_array(x) if is_lifted(x) else x
 
 
 def _add(x: LiftedArray, other: Tree) -> Tree:
@@ -107,11 +110,11 @@ def _add(x: LiftedArray, other: Tree) -> Tree:
             "floats in madax.with_quantized_params inside it, and transform no update "
             "after it."
         )
-    return decode(x) + _value(other)
+    return decode_array(x) + _value(other)
 
 
 def _to_numpy(x, dtype=None, copy=None):
-    return np.asarray(decode(x), dtype)
+    return np.asarray(decode_array(x), dtype)
 
 
 def _caller() -> str:
@@ -127,7 +130,7 @@ def _caller() -> str:
 def _getitem(x: LiftedArray, index: Tree) -> Tree:
     # With an ellipsis alone it is the value of an nnx.Variable, which is decoded where
     # it is used.
-    return x if index is Ellipsis else decode(x)[index]
+    return x if index is Ellipsis else decode_array(x)[index]
 
 
 def _setitem(x: LiftedArray, index: Tree, value: Tree) -> None:

@@ -82,7 +82,7 @@ def _of_part(info: Tree, name: str) -> Tree:
     return part
 
 
-def _placed(arg: Tree) -> jax.sharding.Sharding:
+def _placed(arg: Tree) -> Tree:
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return getattr(arg, "sharding", None) or first
 

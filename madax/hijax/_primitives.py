@@ -21,22 +21,22 @@ class _Decode(Primitive):
         return x.lowered().dequantize(x.dtype)
 
     def vjp_fwd(self, nzs_in, /, x):
-        return decode(x), None
+        return decode_array(x), None
 
     def vjp_bwd_retval(self, res, outgrad, /):
         return (outgrad,)
 
     def jvp(self, primals, tangents):
-        return decode(*primals), tangents[0]
+        return decode_array(*primals), tangents[0]
 
     def lin(self, nzs_in, x):
-        return decode(x), None
+        return decode_array(x), None
 
     def linearized(self, residuals, tangent):
         return tangent
 
     def batch(self, axis_data, args, dims):
-        return decode(*args), *dims
+        return decode_array(*args), *dims
 
 
 class _Parts(Primitive):
@@ -85,7 +85,7 @@ class _Lift(Primitive):
         return _lifted(codes, scale, self.kind.number_format, self.kind.dtype), 0
 
 
-def decode(x: LiftedArray) -> jax.Array:
+def decode_array(x: LiftedArray) -> jax.Array:
     """The array that lifted codes decode to, with a derivative."""
     return _Decode(jax.typeof(x))(x)
 

@@ -1,5 +1,7 @@
 """Trees of lifted codes: made, taken back, placed, and trained."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,7 +17,7 @@ from madax.codes._array import (
 )
 from madax.codes._quantize import split_module
 from madax.hijax._operators import install
-from madax.hijax._primitives import lift_array, lower_array
+from madax.hijax._primitives import decode_array, lift_array, lower_array
 from madax.hijax._shardings import of_scale
 from madax.hijax._values import is_lifted
 
@@ -108,8 +110,39 @@ def lower(params: Tree) -> Tree:
       >>> print(madax.hijax.lower(madax.hijax.lift(w)))
       QuantizedArray(shape=(4, 4), scale=3, UniformFormat(bits=8))
     """
-    tree, merge = split_module(params)
-    return merge(jax.tree.map(lambda w: lower_array(w) if is_lifted(w) else w, tree))
+    return _mapped(lower_array, params)
+
+
+def decode(params: Tree) -> Tree:
+    """The floats of lifted codes, with derivatives.
+
+    Lifted codes decode themselves where an array of floats is used as such: by
+    operators, methods and indices, by ``jnp``, and in layers of Flax. Functions of
+    ``jax.lax`` take them as they are, and refuse them; so do layers that call those,
+    such as the convolutions of Haiku and Equinox. A loss of decoded parameters suits
+    them all:
+
+    .. code-block:: python
+
+        loss = lambda params, x: their_loss(madax.hijax.decode(params), x)
+
+    Gradients are the same. All weights are floats at once, unless the compiler decodes
+    them where they are used.
+
+    Args:
+      params: tree, state or module with lifted codes.
+
+    Returns:
+      The tree, or a new module, with arrays of floats.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, madax
+      >>> w = madax.quantize_params(jnp.ones((4, 4)), madax.UniformFormat(bits=8))
+      >>> w = madax.hijax.lift(w)
+      >>> print(jax.grad(lambda w: jnp.sum(jax.lax.sin(madax.hijax.decode(w))))(w)[0])
+      [0.5... 0.5... 0.5... 0.5...]
+    """
+    return _mapped(decode_array, params)
 
 
 def put(params: Tree, shardings: Tree) -> Tree:
@@ -211,6 +244,11 @@ def optimizer(
 
 def _is_code_or_masked(x: object) -> bool:
     return isinstance(x, (QuantizedArray, optax.MaskedNode))
+
+
+def _mapped(function: Callable, params: Tree) -> Tree:
+    tree, merge = split_module(params)
+    return merge(jax.tree.map(lambda w: function(w) if is_lifted(w) else w, tree))
 
 
 def _steps(path: str, u: Tree) -> jax.Array:

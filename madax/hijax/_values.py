@@ -19,8 +19,8 @@ from madax.hijax._jax import Array, HiType, ShapedArray, register
 
 # JAX and other libraries print the type, or the class, where they refuse a value.
 REMEDY = (
-    "codes of madax.hijax: pass jnp.asarray(w) to functions of jax.lax, place w by "
-    "madax.hijax.put, and take madax.hijax.lower(w) for everything else"
+    "codes of madax.hijax: pass madax.hijax.decode(w) to functions of jax.lax, place w "
+    "by madax.hijax.put, and take madax.hijax.lower(w) for everything else"
 )
 
 
