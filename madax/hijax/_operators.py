@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from madax._core.names import Tree
@@ -105,10 +106,10 @@ def _add(x: LiftedArray, other: Tree) -> Tree:
         return _Stepped(lift_array(QuantizedArray(codes, w.scale, w.format), x.dtype))
     if _caller().startswith(_APPLIERS):
         raise TypeError(
-            f"the update of {jax.typeof(x).str_short()} is {other!r}, which would make "
-            "floats of codes; wrap the optimizer in madax.hijax.optimizer, one of "
-            "floats in madax.with_quantized_params inside it, and transform no update "
-            "after it."
+            f"the update of {jax.typeof(x).str_short()} is {jnp.result_type(other)}, "
+            "which would make floats of codes; wrap the optimizer in "
+            "madax.hijax.optimizer, one of floats in madax.with_quantized_params "
+            "inside it, and transform no update after it."
         )
     return decode_array(x) + _value(other)
 

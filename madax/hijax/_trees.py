@@ -1,6 +1,7 @@
 """Trees of lifted codes: made, taken back, placed, and trained."""
 
 from collections.abc import Callable
+from functools import wraps
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,21 @@ def _let_orbax_save(type_handlers: Tree) -> None:
     register(type_handlers)
 
 
+def _let_variables_decode(nnx: Tree) -> None:
+    """Lets ``jnp`` functions take a variable by its values, as in ``codes._flax``."""
+    jax_array = nnx.Variable.__jax_array__
+
+    @wraps(jax_array)
+    def decoded(self: Tree) -> Tree:
+        value = jax_array(self)
+        return decode_array(value) if is_lifted(value) else value
+
+    nnx.Variable.__jax_array__ = decoded
+
+
 install()
 AFTER_IMPORT["orbax.checkpoint", "type_handlers"] = _let_orbax_save
+AFTER_IMPORT["flax", "nnx"] = _let_variables_decode
 
 
 def lift(params: Tree, dtype: DTypeLike | None = None) -> Tree:
@@ -255,9 +269,9 @@ def _steps(path: str, u: Tree) -> jax.Array:
     """The update of lifted codes."""
     if not is_quantized(u):
         raise TypeError(
-            f"{leaf_name('updates', path)} is {u!r} for codes, not steps of codes; "
-            "wrap the optimizer in madax.with_quantized_params, inside "
-            "madax.hijax.optimizer."
+            f"{leaf_name('updates', path)} is {jnp.result_type(u)}, but the leaf is "
+            "codes, which take steps; wrap the optimizer in "
+            "madax.with_quantized_params, inside madax.hijax.optimizer."
         )
     return u.codes
 

@@ -140,7 +140,9 @@ def test_updates_of_floats_are_an_error_at_once(params, name, compiled):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    with refused(TypeError, "the update of codes8[8,8]", "wrap the optimizer in"):
+    with refused(
+        TypeError, "the update of codes8[8,8] is float32", "wrap the optimizer in"
+    ):
         (jax.jit(step) if compiled else step)(params, state)
 
 
@@ -158,12 +160,12 @@ def test_an_optimizer_of_floats_is_an_error(params):
         optax.GradientTransformation(lambda p: (), lambda u, s, p: (u, s))
     )
     grads = jax.tree.map(jnp.ones_like, params)
-    with refused(TypeError, "updates['w'] is ", "madax.with_quantized_params, inside"):
+    with refused(
+        TypeError, "updates['w'] is float32, but", "madax.with_quantized_params, inside"
+    ):
         tx.update(grads, tx.init(params), params)
     with refused(TypeError, "tx must be an optax.GradientTransformation"):
         madax.hijax.optimizer("madam")
-    with refused(TypeError, "madax.dequantize_params"):
-        madax.hijax.optimizer(optax.adam(0.1)).init(params)
 
 
 @needs_hijax
@@ -223,9 +225,7 @@ def test_it_is_imported_when_it_is_used():
 def test_older_versions_of_jax_are_told(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 9, 2))
     for name in madax.hijax.__all__:
-        with refused(
-            ImportError, "of JAX 0.10 or newer, but this is JAX", "update JAX"
-        ):
+        with refused(ImportError, "JAX 0.10 or newer, but this is", "update JAX"):
             getattr(madax.hijax, name)
     with refused(AttributeError, "'madax.hijax' has no attribute 'train'"):
         madax.hijax.train  # noqa: B018

@@ -5,22 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import FORMATS, OPTIMIZERS
+from cases import FORMATS, OPTIMIZERS, formats
 from helpers import mostly_nightly, needs_hijax, normal, same
 
 import madax
 
 pytestmark = [needs_hijax, pytest.mark.usefixtures("quick_compiles")]
 
+SOME = formats("log8", "uniform16")
 X = normal(100, 5, 4, seed=1)
 Y = normal(100, 5, 6, seed=2)
 
 
-def make():
-    """A matrix of codes of every format, and floats."""
+def make(formats=SOME):
+    """A matrix of codes of each format, and floats."""
     params = {
         name: madax.quantize_params(normal(4, 6, seed=i), fmt, channel_axis=-1)
-        for i, (name, fmt) in enumerate(FORMATS.items())
+        for i, (name, fmt) in enumerate(formats.items())
     }
     return params | {"bias": jnp.ones(6)}
 
@@ -46,14 +47,14 @@ def trained(tx, params, value_and_grad, steps=100):
     return params, state, values
 
 
-def assert_trains_as_madax(tx, lifted_tx):
+def assert_trains_as_madax(tx, lifted_tx, formats=SOME):
     """Losses, codes and states are equal to the bit."""
-    ours = trained(tx, make(), madax.value_and_grad)
+    ours = trained(tx, make(formats), madax.value_and_grad)
     params, state, values = trained(
-        lifted_tx, madax.hijax.lift(make()), jax.value_and_grad
+        lifted_tx, madax.hijax.lift(make(formats)), jax.value_and_grad
     )
     same((madax.hijax.lower(params), state, values), ours)
-    assert values[-1] < values[0]
+    return values
 
 
 MORE = {
@@ -73,10 +74,11 @@ MORE = {
 BY_NAME = {name: lambda name=name: OPTIMIZERS[name] for name in OPTIMIZERS} | MORE
 
 
-@pytest.mark.parametrize("name", mostly_nightly(BY_NAME, "moments8", "adamw"))
+@pytest.mark.parametrize("name", mostly_nightly(BY_NAME, "moments8"))
 def test_a_hundred_steps_are_those_of_madax(name):
     tx = BY_NAME[name]()
-    assert_trains_as_madax(tx, madax.hijax.optimizer(tx))
+    values = assert_trains_as_madax(tx, madax.hijax.optimizer(tx), FORMATS)
+    assert values[-1] < values[0]
 
 
 AROUND = {
@@ -117,7 +119,7 @@ def test_gradients_are_accumulated_as_floats(skip):
     assert {g.dtype for g in state.acc_grads.values()} == {jnp.dtype(jnp.float32)}
 
     expected, state = make(), tx.init(make())
-    grad, update = jax.jit(madax.grad(loss)), jax.jit(tx.update)
+    grad = jax.jit(madax.grad(loss))
     for i in range(3):
         grads = jax.tree.map(jnp.zeros_like, grad(expected, X[0], Y[0]))
         for n in range(4):
@@ -177,6 +179,6 @@ def test_weight_decay_and_penalties_see_weights():
     decayed, _ = optax.add_decayed_weights(0.5).update(jnp.zeros((4, 6)), (), w)
     same(decayed, 0.5 * w.astype(jnp.float32))
     floats = jnp.asarray(w)
-    np.testing.assert_allclose(optax.global_norm([w]), jnp.linalg.norm(floats), 1e-6)
+    np.testing.assert_allclose(optax.tree.norm([w]), jnp.linalg.norm(floats), 1e-6)
     average = optax.incremental_update([w], [floats], 0.5)
     np.testing.assert_allclose(average[0], floats, 1e-6)

@@ -202,13 +202,9 @@ def test_python_and_numpy_do_the_same():
     np.testing.assert_array_equal(np.sin(w), np.sin(floats))
     same(list(w), list(floats))
     assert len(w) == 4
-    one = madax.hijax.lift(madax.quantize_params(jnp.ones((1, 1)), FMT, where=_always))
+    one = madax.hijax.lift(madax.QuantizedArray(jnp.int8(90), jnp.float32(3), FMT))
     assert float(one) == complex(one) == np.asarray(one).item() and bool(one)
     assert int(one) == int(float(one))
-
-
-def _always(path, leaf):
-    return True
 
 
 def test_it_looks_like_an_array_of_floats():
@@ -220,7 +216,7 @@ def test_it_looks_like_an_array_of_floats():
     assert w.devices() == floats.devices() and w.committed == floats.committed
     assert jax.block_until_ready(w) is w
     assert repr(w) == f"LiftedArray(codes8[4,6], {FMT!r})"
-    jax.jit(lambda w: np.testing.assert_equal(w.shape + (w.ndim,), (4, 6, 2)))(w)
+    jax.jit(lambda w: np.testing.assert_equal((*w.shape, w.ndim), (4, 6, 2)))(w)
 
 
 @pytest.mark.parametrize(
