@@ -45,6 +45,8 @@ class CodesType(HiType):
     ndim = property(lambda self: self.codes.ndim)
     size = property(lambda self: self.codes.size)
     sharding = property(lambda self: self.codes.sharding)
+    # JAX 0.10 asks it of what scan and cond return, and newer ones of arrays alone.
+    mat = property(lambda self: self.codes.mat)
 
     @cached_property
     def _key(self) -> tuple:

@@ -35,7 +35,9 @@ REMEDY = "codes8[8,8] (codes of madax.hijax: pass madax.hijax.decode(w)"
 
 
 def on_mesh():
-    return NamedSharding(jax.make_mesh((8,), ("x",)), P("x", None))
+    auto = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(auto,))
+    return NamedSharding(mesh, P("x", None))
 
 
 REFUSED = {
