@@ -79,6 +79,8 @@ def _of_part(info: Tree, name: str) -> Tree:
     part = copy.copy(info)
     part.name = f"{info.name}.{name}"
     part.path = info._path.parent / part.name
+    # Other arrays are saved by another thread, with which a limiter cannot be shared.
+    part.byte_limiter = None
     return part
 
 

@@ -82,8 +82,8 @@ def lift(params: Tree, dtype: DTypeLike | None = None) -> Tree:
       ...     grads = jax.grad(loss)(params)
       ...     updates, state = tx.update(grads, state, params)
       ...     params = optax.apply_updates(params, updates)
-      >>> print(params["kernel"], f"{loss(params):.1f}")
-      LiftedArray(codes8[4,4], SymlogFormat(bits=8, linear_range=0.01)) 0.0
+      >>> print(f"{params['kernel'].codes.dtype} {loss(params):.1f}")
+      int8 0.0
     """
     check_float_dtype(dtype)
     notice_imports()
@@ -153,8 +153,10 @@ def decode(params: Tree) -> Tree:
       >>> import jax, jax.numpy as jnp, madax
       >>> w = madax.quantize_params(jnp.ones((4, 4)), madax.UniformFormat(bits=8))
       >>> w = madax.hijax.lift(w)
-      >>> print(jax.grad(lambda w: jnp.sum(jax.lax.sin(madax.hijax.decode(w))))(w)[0])
-      [0.5... 0.5... 0.5... 0.5...]
+      >>> def loss(w):
+      ...     return jax.lax.integer_pow(madax.hijax.decode(w), 2).sum() / 2
+      >>> print(bool(jnp.all(jax.grad(loss)(w) == madax.hijax.decode(w))))
+      True
     """
     return _mapped(decode_array, params)
 
@@ -179,8 +181,8 @@ def put(params: Tree, shardings: Tree) -> Tree:
       >>> mesh = jax.make_mesh((1,), ("data",))
       >>> w = madax.quantize_params(jnp.ones((4, 4)), madax.UniformFormat(bits=8))
       >>> w = madax.hijax.put(madax.hijax.lift(w), NamedSharding(mesh, P("data")))
-      >>> print(w.sharding.spec)
-      PartitionSpec('data',)
+      >>> print(w.sharding.spec == P("data"))
+      True
     """
 
     def place(w, on):

@@ -101,16 +101,16 @@ def weights(model):
     return nnx.state(madax.hijax.lower(model), nnx.Param)
 
 
-OPTIMIZERS = {
+TXS = {
     "madam": madax.madam(0.02),
     "muon_madam": madax.muon_madam(0.02),
     "adam": madax.with_quantized_params(optax.adam(1e-3)),
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", TXS)
 def test_its_loop_trains_as_with_madax(name):
-    tx = OPTIMIZERS[name]
+    tx = TXS[name]
     lifted, ours = madax.hijax.lift(coded()), coded()
     losses = by_tunix(lifted, madax.hijax.optimizer(tx))
     np.testing.assert_array_equal(losses, by_madax(ours, tx))
