@@ -94,7 +94,6 @@ def test_nnx_trains_as_with_madax(name):
     assert kinds.count("LiftedArray") == 8
     same((values, madax.hijax.lower(params), stats, state), ours)
     assert values[-1] < values[0]
-    assert f"LiftedArray(codes8[{WORDS},{WIDTH}]" in repr(model)
     # nnx.remat returns its block, which JAX cannot do with hijax types.
     model = madax.hijax.lower(model)
     model.eval()
