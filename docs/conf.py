@@ -102,6 +102,7 @@ def setup(app):
             ".wrappers",
             ".papers",
             ".formats",
+            ".hijax",
         ):
             node["py:module"] = f"madax{room}"
             target = node["reftype"], node["reftarget"], node, content

@@ -4,6 +4,7 @@ from importlib import metadata as _metadata
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from madax import diagnostics, formats, papers, transforms, wrappers
+from madax import hijax as hijax
 from madax.codes._array import QuantizedArray
 from madax.codes._grad import grad, value_and_grad
 from madax.codes._quantize import dequantize_params, quantize_params

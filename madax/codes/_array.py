@@ -20,9 +20,18 @@ _REMEDY = (
     "madax.with_quantized_params(...). optax.apply_updates adds steps of codes."
 )
 
-# What to do once Flax is imported, which may be later than madax, or never: a function
-# of an attribute of a module of Flax. Modules of madax that import this one add theirs.
+# What to do once Flax, or Orbax, is imported, later than madax or never: a function
+# of an attribute of a module of it. Modules of madax that import this one add theirs.
 AFTER_IMPORT: dict[tuple[str, str], Callable[[Any], object]] = {}
+
+
+def notice_imports() -> None:
+    """Does what is to be done once for each library that has been imported."""
+    for module, attribute in list(AFTER_IMPORT):
+        found = getattr(sys.modules.get(module), attribute, None)
+        if found is not None:
+            AFTER_IMPORT.pop((module, attribute), bool)(found)
+
 
 # Attributes of arrays that codes have, too: attributes of the values, or of the codes
 # where nothing needs to be decoded. A formatted list would take a line for each.
@@ -109,10 +118,7 @@ class QuantizedArray(metaclass=_InErrors):
     __array_priority__ = 100
 
     def __post_init__(self) -> None:
-        for module, attribute in list(AFTER_IMPORT):
-            found = getattr(sys.modules.get(module), attribute, None)
-            if found is not None:
-                AFTER_IMPORT.pop((module, attribute), bool)(found)
+        notice_imports()
 
     @classmethod
     def steps(cls, delta: jax.Array, format: Format) -> "QuantizedArray":

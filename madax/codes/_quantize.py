@@ -120,7 +120,7 @@ def quantize_params(
             "channel_axis must be None, an int or a tuple of ints, got "
             f"{channel_axis!r}."
         )
-    tree, merge = _split_module(params)
+    tree, merge = split_module(params)
     paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
     chosen = map(where, paths, leaves) if where else _are_weights(paths, leaves)
     chosen = [i for i, is_chosen in enumerate(chosen) if is_chosen]
@@ -167,7 +167,7 @@ def dequantize_params(params: Tree, dtype: DTypeLike | None = None) -> Tree:
         keeps = dtype is None or not is_float(leaf)
         return leaf if keeps else jnp.asarray(leaf).astype(dtype)
 
-    tree, merge = _split_module(params)
+    tree, merge = split_module(params)
     return merge(jax.tree.map(dequantize, tree, is_leaf=is_quantized))
 
 
@@ -325,7 +325,7 @@ def _relative_error(w: jax.Array, q: QuantizedArray) -> jax.Array:
     return jnp.sqrt(error / values)
 
 
-def _split_module(params: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
+def split_module(params: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
     """The weights of a module of Flax's nnx, and a function that makes it a module.
 
     Returns other trees unchanged. A module can only exist if Flax is imported.

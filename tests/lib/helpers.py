@@ -143,6 +143,10 @@ FLAX = tuple(int(n) for n in re.findall(r"\d+", flax.__version__)[:2])
 # updates of a model by its optimizer.
 needs_flax_0_12 = pytest.mark.skipif(FLAX < (0, 12), reason="Flax is older than 0.12")
 
+needs_hijax = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="JAX has no hijax types yet"
+)
+
 
 def run_examples(page):
     """Runs a page's blocks of Python one after the other, as if pasted; the names."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import needs_flax_0_12, run_examples
+from helpers import needs_flax_0_12, needs_hijax, run_examples
 
 import madax
 
@@ -21,7 +21,12 @@ PAGES = {
     for path in sorted(DOCS.rglob("*.md"))
 }
 EXAMPLES = [name for name, page in PAGES.items() if "```python" in page]
-TRAINED = {"formats.md", "flax.md", "layerwise.md"}  # Have tests of their own.
+TRAINED = {
+    "formats.md",
+    "flax.md",
+    "layerwise.md",
+    "trainers.md",
+}  # Have tests of their own.
 INCLUDED = {
     (DOCS / name).parent.joinpath(target).resolve()
     for name, page in PAGES.items()
@@ -54,6 +59,12 @@ def test_layers_train():
     assert names["value"] < 0.9 * np.log(16)
 
 
+@needs_hijax
+def test_a_loop_of_others_trains():
+    names = run_examples(PAGES["trainers.md"])
+    assert names["value"] < 0.9 * np.log(4)
+
+
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in TRAINED])
 def test_other_examples_run(name):
     run_examples(PAGES[name])
@@ -62,6 +73,10 @@ def test_other_examples_run(name):
 def test_names_mentioned_exist():
     for name, page in PAGES.items():
         for found in re.findall(r"\bmadax\.(?!css)([A-Za-z][\w.]*\w)", page):
+            # Names of hijax need a newer JAX than the oldest.
+            found, _, listed = found.partition("hijax.")
+            assert not listed or listed.split(".")[0] in madax.hijax.__all__, name
+            found = found or "hijax"
             assert operator.attrgetter(found)(madax) is not None, f"{name}: {found}"
 
 
@@ -90,7 +105,8 @@ def test_every_public_name_is_on_an_api_page():
         for name in getattr(madax, room).__all__:
             if getattr(madax, name, None) is not getattr(getattr(madax, room), name):
                 public.add(f"{room}.{name}")
-    public |= {f"diagnostics.{name}" for name in madax.diagnostics.__all__}
+    for room in ("diagnostics", "hijax"):
+        public |= {f"{room}.{name}" for name in getattr(madax, room).__all__}
     assert sorted(named) == sorted(public)
 
 

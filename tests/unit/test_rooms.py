@@ -21,6 +21,7 @@ ROOMS = [
     "layerwise",
     "optimizers",
     "papers",
+    "hijax",
     "diagnostics",
     "__init__",
 ]

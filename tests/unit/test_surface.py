@@ -4,12 +4,23 @@ import inspect
 import re
 import typing
 
+import jax
 import pytest
 
 import madax
-from madax import diagnostics, formats, optimizers, papers, transforms, wrappers
+from madax import (
+    diagnostics,
+    formats,
+    hijax,
+    optimizers,
+    papers,
+    transforms,
+    wrappers,
+)
 
 ROOMS = (optimizers, transforms, papers, wrappers, formats, diagnostics)
+if jax.__version_info__ >= (0, 10):
+    ROOMS += (hijax,)
 NAMESPACES = (madax, *ROOMS)
 PUBLIC = {
     f"{space.__name__}.{name}": getattr(space, name)

@@ -1,0 +1,41 @@
+"""Codes for training loops of others, which differentiate and update by themselves.
+
+.. warning::
+   Experimental, as is ``jax.experimental.hijax``, on which it stands. It needs
+   JAX 0.10 or newer, and is imported when it is used.
+
+``jax.grad`` has no derivatives for integers, so a trainer that calls it cannot train a
+:class:`madax.QuantizedArray`. Lifted codes are a single leaf of a type of their own:
+its values are codes, and its tangents are floats. A trainer takes the leaf for a
+floating array, of its shape and with its gradients. It takes a byte or two per weight,
+and is decoded where it is used.
+"""
+
+from typing import TYPE_CHECKING
+
+import jax
+
+if TYPE_CHECKING:
+    from madax.hijax._trees import decode, lift, lower, optimizer, put
+
+__all__ = ["decode", "lift", "lower", "optimizer", "put"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if not TYPE_CHECKING:  # A type checker would accept any name.
+
+    def __getattr__(name):
+        if name not in __all__:
+            raise AttributeError(f"module 'madax.hijax' has no attribute {name!r}")
+        if jax.__version_info__ < (0, 10):
+            raise ImportError(
+                "madax.hijax needs jax.experimental.hijax of JAX 0.10 or newer, but "
+                f"this is JAX {jax.__version__}; update JAX, or use "
+                "madax.value_and_grad in a training loop of your own."
+            )
+        from madax.hijax import _trees
+
+        return getattr(_trees, name)

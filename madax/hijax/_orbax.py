@@ -1,0 +1,137 @@
+"""Lifted codes in the checkpoints of Orbax: three arrays in the place of one.
+
+This module is imported only after Orbax.
+"""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from orbax.checkpoint import type_handlers
+from orbax.checkpoint.metadata import SingleDeviceShardingMetadata
+
+from madax._core.names import Tree
+from madax.codes._array import QuantizedArray
+from madax.formats._base import parse_format
+from madax.hijax._shardings import replicated
+from madax.hijax._values import LiftedArray, lifted
+
+_PARTS = "codes", "scale", "format"
+
+
+class _Handler(type_handlers.TypeHandler):
+    """Saves the codes, the scale, and the bytes of a text with the format."""
+
+    def __init__(self):
+        # A handler writes files about all its arrays, which two would overwrite.
+        self._arrays = type_handlers.ArrayHandler(enable_write_sharding_file=False)
+
+    def typestr(self) -> str:
+        return "madax.hijax"
+
+    async def metadata(self, infos):
+        codes = [_of_part(info, "codes") for info in infos]
+        found = await type_handlers.NumpyHandler().metadata(codes)
+        # Without a sharding, a restore that has no target would ask for a NumPy array.
+        first = SingleDeviceShardingMetadata.from_jax_sharding(_placed(None))
+        return [dataclasses.replace(metadata, sharding=first) for metadata in found]
+
+    async def serialize(self, values: Sequence[LiftedArray], infos, args=None):
+        parts = [
+            (part, _of_part(info, name))
+            for value, info in zip(values, infos, strict=True)
+            for name, part in zip(_PARTS, _arrays_of(value), strict=True)
+        ]
+        return await self._arrays.serialize(*map(list, zip(*parts, strict=True)))
+
+    async def deserialize(self, infos, args=None):
+        args = args or [None] * len(infos)
+        placed = [_placed(arg) for arg in args]
+        found = []
+        for name in _PARTS:
+            parts = [
+                type_handlers.ArrayRestoreArgs(
+                    sharding=on if name == "codes" else replicated(on)
+                )
+                for on in placed
+            ]
+            of_part = [_of_part(info, name) for info in infos]
+            found.append(await self._arrays.deserialize(of_part, parts))
+        return [_value(*parts) for parts in zip(*found, strict=True)]
+
+
+def _arrays_of(value: LiftedArray) -> list[jax.Array]:
+    text = f"{value.aval.number_format!r} {value.dtype.name}".encode()
+    text = jax.device_put(np.frombuffer(text, np.uint8), replicated(value.sharding))
+    return [value.codes, value.scale, text]
+
+
+def _value(codes: jax.Array, scale: jax.Array, text: jax.Array) -> LiftedArray:
+    format, _, dtype = bytes(np.asarray(text)).decode().rpartition(" ")
+    return lifted(QuantizedArray(codes, scale, parse_format(format)), np.dtype(dtype))
+
+
+def _of_part(info: Tree, name: str) -> Tree:
+    """Where a part is, beside the others."""
+    part = copy.copy(info)
+    part.name = f"{info.name}.{name}"
+    part.path = info._path.parent / part.name
+    # Other arrays are saved by another thread, with which a limiter cannot be shared.
+    part.byte_limiter = None
+    return part
+
+
+def _placed(arg: Tree) -> Tree:
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return getattr(arg, "sharding", None) or first
+
+
+def _saved_as(kind: str, directory: Tree) -> set[str]:
+    """The names of what a checkpoint says to hold of a kind."""
+    path = directory / "_METADATA"
+    if not path.exists():
+        return set()
+    entries = json.loads(path.read_text())["tree_metadata"].values()
+    return {
+        ".".join(str(key["key"]) for key in entry["key_metadata"])
+        for entry in entries
+        if entry["value_metadata"]["value_type"] == kind
+    }
+
+
+def _is_other(kind: type) -> bool:
+    return issubclass(kind, jax.Array) and kind is not LiftedArray
+
+
+def register(handlers: Tree) -> None:
+    """Makes Orbax save and restore lifted codes; it takes other arrays as before."""
+    arrays = handlers.get_type_handler(jax.Array)
+    codes = _Handler()
+
+    class Arrays(type(arrays)):  # pyrefly: ignore[invalid-inheritance]
+        """Restores what was saved as codes also where a jax.Array is asked for."""
+
+        async def deserialize(self, infos, args=None):
+            args = args or [None] * len(infos)
+            found: list[Tree] = [None] * len(infos)
+            names = _saved_as(codes.typestr(), infos[0].parent_dir)
+            for handler in (codes, arrays):
+                chosen = [
+                    i
+                    for i, info in enumerate(infos)
+                    if (info.name in names) is (handler is codes)
+                ]
+                some = [infos[i] for i in chosen], [args[i] for i in chosen]
+                if chosen:
+                    values = await handler.deserialize(*some)
+                    for i, value in zip(chosen, values, strict=True):
+                        found[i] = value
+            return found
+
+    both = copy.copy(arrays)
+    both.__class__ = Arrays
+    handlers.register_type_handler(jax.Array, both, _is_other, override=True)
+    handlers.register_type_handler(LiftedArray, codes)

@@ -1,0 +1,291 @@
+"""Trees of lifted codes: made, taken back, placed, and trained."""
+
+from collections.abc import Callable
+from functools import wraps
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from madax._core.checks import check_float_dtype, check_transformation, leaf_name
+from madax._core.names import Tree, flatten_named
+from madax.codes._array import (
+    AFTER_IMPORT,
+    QuantizedArray,
+    is_quantized,
+    notice_imports,
+)
+from madax.codes._quantize import split_module
+from madax.hijax._operators import install
+from madax.hijax._primitives import decode_array, lift_array, lower_array
+from madax.hijax._shardings import of_scale
+from madax.hijax._values import is_lifted
+
+
+def _let_orbax_save(type_handlers: Tree) -> None:
+    from madax.hijax._orbax import register
+
+    register(type_handlers)
+
+
+def _let_variables_decode(nnx: Tree) -> None:
+    """Lets ``jnp`` functions take a variable by its values, as in ``codes._flax``."""
+    jax_array = nnx.Variable.__jax_array__
+
+    @wraps(jax_array)
+    def decoded(self: Tree) -> Tree:
+        value = jax_array(self)
+        return decode_array(value) if is_lifted(value) else value
+
+    nnx.Variable.__jax_array__ = decoded
+
+
+install()
+AFTER_IMPORT["orbax.checkpoint", "type_handlers"] = _let_orbax_save
+AFTER_IMPORT["flax", "nnx"] = _let_variables_decode
+
+
+def lift(params: Tree, dtype: DTypeLike | None = None) -> Tree:
+    """Makes each :class:`QuantizedArray` of a tree a leaf that has derivatives.
+
+    To ``jax.grad``, ``optax`` and ``flax`` such a leaf is an array of floats: it has
+    their shape and dtype, gradients with respect to it are floats, and what is computed
+    with it decodes it. A model or a trainer needs no change. Two lines of its user do:
+    parameters are lifted, and the optimizer is wrapped in :func:`optimizer`.
+
+    The lifted codes share the buffers of those in ``params``.
+
+    Args:
+      params: tree with :class:`QuantizedArray`, as from
+        :func:`madax.quantize_params`, a state of ``flax.nnx``, or a module.
+      dtype: floating dtype that the codes decode to, and of their gradients; None for
+        float32. Other leaves are not cast.
+
+    Returns:
+      The tree, or a new module, with lifted codes.
+
+    Raises:
+      ValueError: if there are no codes in ``params``.
+      TypeError: if ``dtype`` is not floating.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, madax
+      >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)}
+      >>> params = madax.quantize_params(params, madax.SymlogFormat(bits=8))
+      >>> params = madax.hijax.lift(params)
+      >>> tx = madax.hijax.optimizer(madax.madam(0.05))
+      >>> state = tx.init(params)
+      >>> def loss(params):
+      ...     return jnp.sum((params["kernel"] + params["bias"] - 2) ** 2)
+      >>> for _ in range(30):
+      ...     grads = jax.grad(loss)(params)
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{params['kernel'].codes.dtype} {loss(params):.1f}")
+      int8 0.0
+    """
+    check_float_dtype(dtype)
+    notice_imports()
+    tree, merge = split_module(params)
+    dtype = dtype or jnp.float32
+    new = jax.tree.map(
+        lambda w: lift_array(w, dtype) if is_quantized(w) else w,
+        tree,
+        is_leaf=is_quantized,
+    )
+    if not any(map(is_lifted, jax.tree.leaves(new))):
+        raise ValueError(
+            "params hold no codes to lift; call madax.quantize_params(params, format) "
+            "before."
+        )
+    return merge(new)
+
+
+def lower(params: Tree) -> Tree:
+    """Makes lifted codes :class:`QuantizedArray` again, on the same buffers.
+
+    Everything of madax takes those: :func:`madax.value_and_grad`,
+    :func:`madax.dequantize_params`, :func:`madax.to_flat_dict`,
+    ``madax.diagnostics``, ``jax.shard_map``, and ``jax.device_put``.
+
+    Args:
+      params: tree, state or module with lifted codes.
+
+    Returns:
+      The tree, or a new module, without lifted codes.
+
+    Raises:
+      TypeError: if it is called on codes that are being differentiated.
+
+    Example:
+      >>> import jax.numpy as jnp, madax
+      >>> w = madax.quantize_params(jnp.ones((4, 4)), madax.UniformFormat(bits=8))
+      >>> print(madax.hijax.lower(madax.hijax.lift(w)))
+      QuantizedArray(shape=(4, 4), scale=3, UniformFormat(bits=8))
+    """
+    return _mapped(lower_array, params)
+
+
+def decode(params: Tree) -> Tree:
+    """The floats of lifted codes, with derivatives.
+
+    Lifted codes decode themselves where an array of floats is used as such: by
+    operators, methods and indices, by ``jnp``, and in layers of Flax. Functions of
+    ``jax.lax`` take them as they are, and refuse them; so do layers that call those,
+    such as the convolutions of Haiku and Equinox. A loss of decoded parameters suits
+    them all:
+
+    .. code-block:: python
+
+        loss = lambda params, x: their_loss(madax.hijax.decode(params), x)
+
+    Gradients are the same. All weights are floats at once, unless the compiler decodes
+    them where they are used.
+
+    Args:
+      params: tree, state or module with lifted codes.
+
+    Returns:
+      The tree, or a new module, with arrays of floats.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, madax
+      >>> w = madax.quantize_params(jnp.ones((4, 4)), madax.UniformFormat(bits=8))
+      >>> w = madax.hijax.lift(w)
+      >>> def loss(w):
+      ...     return jax.lax.integer_pow(madax.hijax.decode(w), 2).sum() / 2
+      >>> print(bool(jnp.all(jax.grad(loss)(w) == madax.hijax.decode(w))))
+      True
+    """
+    return _mapped(decode_array, params)
+
+
+def put(params: Tree, shardings: Tree) -> Tree:
+    """``jax.device_put`` for trees with codes, lifted or not.
+
+    Codes are placed like an array of their shape. Their scale is placed likewise along
+    the axes where there are several, and replicated along the others.
+
+    Args:
+      params: tree of arrays, lifted codes and :class:`QuantizedArray`.
+      shardings: a sharding or a device for all leaves, or a tree of them, whose
+        structure is that of ``params`` or of its upper part; codes are one leaf.
+
+    Returns:
+      The tree on those devices.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, madax
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> w = madax.quantize_params(jnp.ones((4, 4)), madax.UniformFormat(bits=8))
+      >>> w = madax.hijax.put(madax.hijax.lift(w), NamedSharding(mesh, P("data")))
+      >>> print(w.sharding.spec == P("data"))
+      True
+    """
+
+    def place(w, on):
+        if is_lifted(w):
+            return lift_array(place(lower_array(w), on), w.dtype)
+        if not is_quantized(w):
+            return jax.device_put(w, on)
+        scale = jax.device_put(w.scale, of_scale(on, w.scale))
+        return QuantizedArray(jax.device_put(w.codes, on), scale, w.format)
+
+    whole = jax.tree.map(lambda _: 0, params, is_leaf=is_quantized)
+    shardings = jax.tree.broadcast(shardings, whole)
+    return jax.tree.map(place, params, shardings, is_leaf=is_quantized)
+
+
+def optimizer(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Lets an optimizer that trains codes train lifted ones.
+
+    ``tx`` sees each of them as a :class:`QuantizedArray`, and so takes the same steps,
+    to the bit. The update that leaves here for a lifted leaf is an array of steps of
+    its codes, int32, of its shape. ``optax.apply_updates`` adds it; so does
+    ``equinox.apply_updates``, or ``p + u`` by hand.
+
+    What is applied to gradients (clipping, noise, accumulation by ``optax.MultiSteps``)
+    may stand before it, around it or inside ``tx``. Nothing that makes floats of its
+    updates may follow it: adding floats to lifted codes in ``apply_updates`` is an
+    error.
+
+    Args:
+      tx: :func:`madax.muon_madam`, :func:`madax.madam`, any other optimizer within
+        :func:`madax.with_quantized_params`, or a chain with one of them.
+
+    Returns:
+      An optimizer for trees with lifted codes.
+
+    Raises:
+      TypeError: if ``tx`` is no optimizer, or, when called, its updates of codes are
+        floats, or a gradient is missing.
+      ValueError: when called, if ``params`` hold no codes.
+
+    Example:
+      >>> import optax, madax
+      >>> tx = madax.hijax.optimizer(
+      ...     madax.with_quantized_params(optax.adamw(1e-3, weight_decay=0.1))
+      ... )
+      >>> tx = optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), tx), 4)
+    """
+    check_transformation("tx", tx)
+    inner = optax.with_extra_args_support(tx)
+
+    def init_fn(params):
+        leaves = jax.tree.leaves(params, is_leaf=_is_code_or_masked)
+        if not any(is_lifted(x) or _is_code_or_masked(x) for x in leaves):
+            raise ValueError(
+                "params hold no lifted codes; pass those that madax.hijax.lift "
+                "returned, to a filter of arrays also."
+            )
+        return inner.init(lower(params))
+
+    def update_fn(updates, state, params: Tree = None, **extra_args):
+        _check_all_there(updates, params)
+        updates, state = inner.update(updates, state, lower(params), **extra_args)
+        paths, leaves, treedef = flatten_named(params)
+        us = treedef.flatten_up_to(updates)
+        steps = [
+            _steps(path, u) if is_lifted(p) else u
+            for path, p, u in zip(paths, leaves, us, strict=True)
+        ]
+        return treedef.unflatten(steps), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_code_or_masked(x: object) -> bool:
+    return isinstance(x, (QuantizedArray, optax.MaskedNode))
+
+
+def _mapped(function: Callable, params: Tree) -> Tree:
+    tree, merge = split_module(params)
+    return merge(jax.tree.map(lambda w: function(w) if is_lifted(w) else w, tree))
+
+
+def _steps(path: str, u: Tree) -> jax.Array:
+    """The update of lifted codes."""
+    if not is_quantized(u):
+        raise TypeError(
+            f"{leaf_name('updates', path)} is {jnp.result_type(u)}, but the leaf is "
+            "codes, which take steps; wrap the optimizer in "
+            "madax.with_quantized_params, inside madax.hijax.optimizer."
+        )
+    return u.codes
+
+
+def _check_all_there(updates: Tree, params: Tree) -> None:
+    missing = [
+        sum(x is None for x in jax.tree.leaves(tree, is_leaf=lambda x: x is None))
+        for tree in (updates, params)
+    ]
+    if missing[0] > missing[1]:
+        raise TypeError(
+            "a gradient is None where params have a leaf: filters of arrays, as in "
+            "equinox.filter_grad, leave out lifted codes that are traced; take "
+            "jax.value_and_grad of the arrays of equinox.partition."
+        )
