@@ -15,11 +15,13 @@ from benchmarks.accuracy.lr_sensitivity import lr_sensitivity
 from benchmarks.accuracy.moments import moments
 from benchmarks.accuracy.no_tuning import no_tuning
 from benchmarks.accuracy.pretrained import pretrained
+from benchmarks.accuracy.scale import scale
 from benchmarks.accuracy.stall import stall
 from benchmarks.accuracy.state import state
 from benchmarks.accuracy.survey import survey
 from benchmarks.accuracy.why import why
 from benchmarks.compilers.compiled import compiled
+from benchmarks.data.corpus import corpus, pack
 from benchmarks.report import report
 from benchmarks.systems.fit import fit
 from benchmarks.systems.init import init
@@ -52,6 +54,9 @@ for command in (
     compiled,
     init,
     llama,
+    corpus,
+    pack,
+    scale,
     report,
 ):
     app.command(command)
