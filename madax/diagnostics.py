@@ -32,13 +32,8 @@ from madax.formats._moment_format import MomentFormat
 from madax.formats._second_moment_codec import SecondMomentCodec, is_fast
 from madax.papers._grid import QuantizeToGridState
 from madax.transforms._geometry import Geometry
-from madax.transforms._orthogonal import (
-    Matrices,
-    ScaleByOrthogonalMomentumState,
-    check_matrices,
-    in_order,
-    read_axes,
-)
+from madax.transforms._matrices import Matrices, check_matrices, in_order, read_axes
+from madax.transforms._matrix_direction import ScaleByOrthogonalMomentumState
 from madax.transforms._second_moment import Moments, ScaleBySecondMomentState
 
 _STUCK = (
@@ -292,8 +287,8 @@ def count_skipped(
     ``moment_format`` it also skips one whose second moment is beyond the octaves,
     unless ``b2`` is below 0.75.
     ``scale_by_orthogonal_momentum`` keeps an element that is not finite out of its
-    momentum. The state tells which of the two transforms a leaf has, and which elements
-    were beyond the octaves.
+    momentum, or takes it for zero. The state tells which of the two transforms a leaf
+    has, and which elements were beyond the octaves.
 
     Args:
       grads: tree of floating-point arrays, no wider than their moments: float64
@@ -320,12 +315,18 @@ def count_skipped(
     skipped = {path: ~jnp.isfinite(jnp.square(g)) for path, g in by_path.items()}
     second = ScaleBySecondMomentState, Moments
     kinds = (*second, ScaleByOrthogonalMomentumState)
-    found = []
+    found, stateless = [], False
     for node in nodes_of(state, kinds):
         tree = node.nu if isinstance(node, second) else node.mu
+        stateless |= tree is None
         names, moments, _ = flatten_named(tree)
         found += [(*leaf, node) for leaf in zip(names, moments, strict=True)]
     shapes = {path: np.shape(moment) for path, moment, _ in found}
+    # Without a momentum the state does not name the matrices: they are what is left.
+    free = by_path.keys() - shapes.keys() if stateless else set()
+    for path in free:
+        shapes[path] = np.shape(by_path[path])
+        skipped[path] = ~jnp.isfinite(by_path[path])
     if state is not None and shapes != {k: np.shape(g) for k, g in by_path.items()}:
         raise ValueError(
             "state must hold a moment of madam or muon_madam for each leaf of grads, "

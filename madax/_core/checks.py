@@ -85,20 +85,23 @@ def _or_nan(value: Number, ok: Callable[[Number], Number]) -> Number:
 
 
 def check_learning_rate(
-    learning_rate: optax.ScalarOrSchedule, default: float
+    learning_rate: optax.ScalarOrSchedule,
+    default: float | None,
+    name: str = "learning_rate",
 ) -> optax.ScalarOrSchedule:
     """Raises unless ``learning_rate`` is a schedule or a finite number >= 0."""
     if callable(learning_rate):
         return lambda count: _or_nan(learning_rate(count), _is_non_negative)
-    condition = "0 <= learning_rate < inf, or an optax schedule"
-    return check_number(
-        "learning_rate", learning_rate, _is_non_negative, condition, default
-    )
+    condition = f"0 <= {name} < inf, or an optax schedule"
+    return check_number(name, learning_rate, _is_non_negative, condition, default)
 
 
-def check_decay(name: str, value: Number, default: float | None) -> Number:
-    """Raises unless ``value`` is a decay rate in [0, 1), or None if that is default."""
-    if value is default is None:
+def check_decay(
+    name: str, value: Number, default: float | None, *, or_none: bool = False
+) -> Number:
+    """Raises unless ``value`` is a decay rate in [0, 1), or None where that is fine."""
+    or_none = or_none or default is None
+    if or_none and value is None:
         return None
     dtype = getattr(value, "dtype", np.dtype(float))
     if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
@@ -107,7 +110,7 @@ def check_decay(name: str, value: Number, default: float | None) -> Number:
             "float, and hyperparam_dtype=jnp.float32 to optax.inject_hyperparams, "
             "which otherwise takes the dtype of the parameters."
         )
-    rule = f"0 <= {name} < 1" + (", or None" if default is None else "")
+    rule = f"0 <= {name} < 1" + (", or None" if or_none else "")
     return check_number(name, value, lambda x: (x >= 0) & (x < 1), rule, default)
 
 

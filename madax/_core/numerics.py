@@ -254,6 +254,11 @@ def relative_to(scale: jax.Array, x: jax.Array) -> jax.Array:
     return rounded(x * rounded(1 / scale))
 
 
+def over(scale: jax.Array, x: jax.Array) -> jax.Array:
+    """``x / scale`` as :func:`relative_to`, or ``x`` where the scale is 0."""
+    return relative_to(jnp.where(scale > 0, scale, 1), x)
+
+
 def normal_reciprocal(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``x`` and ``scale`` with the same quotient, where 1 / scale does not underflow.
 

@@ -25,7 +25,7 @@ from madax._core.checks import (
 )
 from madax._core.leaf_kinds import read_leaves
 from madax._core.names import Tree, flatten_named
-from madax._core.numerics import relative_to
+from madax._core.numerics import over
 from madax._core.vectors import awaited
 from madax.codes._array import Leaf, QuantizedArray, is_quantized
 from madax.codes._leaves import widen
@@ -263,7 +263,7 @@ def _encode(
         # A channel of zeros takes the scale of the other channels.
         scale = jnp.where(rms == 0, jnp.max(bound, initial=0), bound)
     scale = jnp.reshape(scale, jnp.shape(scale) or (1,) * w.ndim).astype(jnp.float32)
-    x = relative_to(jnp.where(scale > 0, scale, 1), w)
+    x = over(scale, w)
     code = format.nearest(x).astype(jnp.int32)
     facts = _Facts(
         jnp.max(max, initial=0),

@@ -1,7 +1,7 @@
 """What the optimizers share: all that comes after the direction, and one state."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -59,6 +59,10 @@ class MadamState(NamedTuple):
     geometry: Geometry
 
 
+# A learning rate, and the function of parameters that tells which leaves have it.
+SecondRate = tuple[optax.ScalarOrSchedule, Callable[[Tree], Sequence[bool]]]
+
+
 def map_rate(
     fn: Callable[..., Number], learning_rate: optax.ScalarOrSchedule
 ) -> optax.ScalarOrSchedule:
@@ -81,6 +85,7 @@ def from_direction(
     rounding: Rounding,
     seed: ArrayLike = 0,
     alias: Callable,
+    second_rate: SecondRate | None = None,
     to_grid: Callable[..., Leaf] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of multiplicative steps along a direction.
@@ -88,8 +93,8 @@ def from_direction(
     It gives the bits that ``optax.chain`` of the public transforms gives, with one
     count and one geometry in its state. Arguments are as for :func:`madam`, but for
     ``alias``, the function that users call, whose defaults are no cause for a warning,
-    and ``to_grid``, which takes the place of :func:`rounded_update` where codes are
-    simulated, and is also given the value of the max code.
+    ``second_rate``, and ``to_grid``, which takes the place of :func:`rounded_update`
+    where codes are simulated, and is also given the value of the max code.
     """
     learning_rate = check_learning_rate(learning_rate, 0.01)
     g_bound = check_positive("g_bound", g_bound, 10.0)
@@ -100,7 +105,9 @@ def from_direction(
     check_rounding(rounding)
     check_seed(seed)
     decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
-    clip, rate = optax.clip(g_bound), optax.scale_by_learning_rate(learning_rate)
+    clip, rates = optax.clip(g_bound), [optax.scale_by_learning_rate(learning_rate)]
+    if second_rate is not None:
+        rates.append(optax.scale_by_learning_rate(second_rate[0]))
     on_floats = {"floor": floor, "p_scale": p_scale, "zero_init_scale": zero_init_scale}
     decay = optax.stateless(partial(jax.tree.map, partial(decayed, weight_decay)))
     decay = decay if mask is None else optax.masked(decay, mask)
@@ -130,8 +137,17 @@ def from_direction(
         if decays:
             steps = treedef.unflatten(relative_steps(ws, floors))
             ds, _ = decay.update(ds, decay.init(ds), steps)
-        ds, _ = rate.update(ds, optax.ScaleByScheduleState(count))
-        us = log_updates(ws, treedef.flatten_up_to(ds), floors, skips=False)
+        ds = treedef.flatten_up_to(ds)
+        has_second = (
+            [False] * len(ds) if second_rate is None else second_rate[1](params)
+        )
+        for i, rate in enumerate(rates):
+            chosen = [k for k, second in enumerate(has_second) if second == i]
+            steps = [ds[k] for k in chosen]
+            steps, _ = rate.update(steps, optax.ScaleByScheduleState(count))
+            for k, d in zip(chosen, jax.tree.leaves(steps), strict=True):
+                ds[k] = d
+        us = log_updates(ws, ds, floors, skips=False)
         bounds = leaf_bounds(p_scale, geometry, paths, ws)
         us = clipped(ws, us, bounds)
         # The direction may hash the same seed, count and paths: XLA does it once.

@@ -6,7 +6,7 @@ import functools
 import optax
 from jax.typing import ArrayLike
 
-from madax._core.checks import check_decay
+from madax._core.checks import check_decay, check_learning_rate
 from madax._core.moved import by_name
 from madax._core.names import flatten_named
 from madax._core.rounding import Rounding
@@ -14,12 +14,16 @@ from madax.codes._array import is_quantized
 from madax.formats._moment_codec import MomentCodec
 from madax.formats._moment_format import MomentFormat
 from madax.optimizers._chain import from_direction
-from madax.transforms._orthogonal import (
+from madax.transforms._matrices import (
     Matrices,
     check_matrices,
-    orthogonal_momentum,
     read_axes,
     warn_of_unknown,
+)
+from madax.transforms._matrix_direction import (
+    MatrixDirection,
+    check_direction,
+    matrix_direction,
 )
 from madax.transforms._second_moment import Direction, second_moment
 from madax.transforms._weight_decay import Mask
@@ -30,10 +34,12 @@ from madax.wrappers._quantized_state import quantized_state
 def muon_madam(
     learning_rate: optax.ScalarOrSchedule = 0.03,
     *,
-    b1: ArrayLike = 0.95,
+    madam_learning_rate: optax.ScalarOrSchedule | None = None,
+    b1: ArrayLike | None = 0.95,
     b2: ArrayLike = 0.999,
     p_scale: ArrayLike | None = None,
     g_bound: ArrayLike = 10.0,
+    direction: MatrixDirection = "orthogonal",
     matrices: Matrices | None = None,
     floor: ArrayLike = 1.0,
     zero_init_scale: ArrayLike = 0.1,
@@ -56,7 +62,7 @@ def muon_madam(
 
     where :math:`\hat g` is the direction of :func:`scale_by_orthogonal_momentum` for
     matrices and the direction of :func:`scale_by_second_moment` for all other leaves.
-    Both have a root mean square of about 1, so one rate suits both.
+    Both have a root mean square of about 1, so one rate may serve both.
 
     Which leaves are matrices, in which of their axes, is read from the names and shapes
     of the whole tree; :func:`madax.diagnostics.matrices` shows how. Vectors, norms,
@@ -65,15 +71,21 @@ def muon_madam(
     axes or more whose names and shapes are not clear; ``init`` warns of such leaves.
 
     Each leaf has one moment. With ``moment_format=MomentFormat(8)``, on leaves that are
-    8-bit codes, training keeps two bytes per parameter. Codes are trained natively, and
-    :func:`layerwise` trains them one layer at a time.
+    8-bit codes, training keeps two bytes per parameter. With ``b1=None`` as well it
+    keeps **one byte**: matrices have no state, and their direction is the gradient of
+    the step alone, made orthogonal. Codes are trained natively, and :func:`layerwise`
+    trains them one layer at a time.
 
     Args:
       learning_rate: :math:`\eta`, in nats per step, or a schedule.
-      b1: decay rate of the momentum of matrices, in [0, 1).
+      madam_learning_rate: :math:`\eta` of all leaves that take the direction of Madam;
+        None for ``learning_rate``.
+      b1: decay rate of the momentum of matrices, in [0, 1), or None for no momentum.
       b2: decay rate of the second moment of other leaves, in [0, 1).
       p_scale: bound on float weights, as for :func:`madam`; it does nothing on codes.
       g_bound: bound on the direction.
+      direction: of matrices: "orthogonal", or of those that cost little, "sinkhorn", as
+        :func:`scale_by_sinkhorn`, or "columns", as :func:`scale_by_column_norm`.
       matrices: ``matrices(path, leaf)`` is a :class:`MatrixDimensionNumbers`, or None
         for a leaf that takes the direction of Madam, given paths like
         ``"Dense_0/kernel"`` and leaves with a shape and a dtype.
@@ -105,6 +117,13 @@ def muon_madam(
       >>> print(f"{total / w.size:.1f} bytes a parameter")
       2.0 bytes a parameter
 
+      In one byte, but for the few leaves that take the direction of Madam:
+
+      >>> tx = madax.muon_madam(b1=None, moment_format=madax.MomentFormat(8))
+      >>> total = sum(x.nbytes for x in jax.tree.leaves((params, tx.init(params))))
+      >>> print(f"{total / w.size:.1f} bytes a parameter")
+      1.0 bytes a parameter
+
     References:
       Jordan et al., `Muon: an optimizer for hidden layers in neural networks
       <https://kellerjordan.github.io/posts/muon/>`_, 2024.
@@ -113,15 +132,20 @@ def muon_madam(
       weight updates <https://arxiv.org/abs/2006.14560>`_, 2020.
     """
     check_matrices(matrices)
-    b1 = check_decay("b1", b1, 0.95)
+    check_direction(direction)
+    b1 = check_decay("b1", b1, 0.95, or_none=True)
+    if madam_learning_rate is not None:
+        madam_learning_rate = check_learning_rate(
+            madam_learning_rate, None, "madam_learning_rate"
+        )
     # Only a momentum has octaves to choose.
     second = moment_format and dataclasses.replace(moment_format, octaves=None)
     other = second_moment(b2, moment_format=second, seed=seed)
 
     @functools.cache
-    def orthogonal(axes):
-        tx = orthogonal_momentum(b1, lambda paths, leaves: axes)
-        if moment_format is None:
+    def of_matrices(axes):
+        tx = matrix_direction(b1, lambda paths, leaves: axes, direction)
+        if moment_format is None or b1 is None:
             return tx
         # A momentum that is used as a whole needs no more than 8 octaves.
         codec = MomentCodec(moment_format.bits, moment_format.octaves or 8)
@@ -131,12 +155,15 @@ def muon_madam(
 
         return quantized_state(tx, codec, everything, seed=seed, known_as="m")
 
+    def axes_of(tree):
+        paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
+        return read_axes(paths, leaves, matrices), treedef
+
     # Axes are read from the whole tree, because each part sees only its own leaves.
     def parted(tree, count=None):
-        paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
-        axes = read_axes(paths, leaves, matrices)
+        axes, treedef = axes_of(tree)
         labels = ["other" if found is None else "matrix" for found in axes]
-        matrix = orthogonal(tuple(found for found in axes if found is not None))
+        matrix = of_matrices(tuple(found for found in axes if found is not None))
         update = functools.partial(other.update, count=count)
         counted = optax.GradientTransformationExtraArgs(other.init, update)
         return optax.partition(
@@ -152,6 +179,10 @@ def muon_madam(
         tx = parted(updates if params is None else params, count)
         return tx.update(updates, state, params, madax_layer=madax_layer)
 
+    def takes_madams(params):
+        return [found is None for found in axes_of(params)[0]]
+
+    other_rate = madam_learning_rate
     return from_direction(
         Direction(init_fn, update_fn),
         learning_rate,
@@ -164,4 +195,5 @@ def muon_madam(
         rounding=rounding,
         seed=seed,
         alias=muon_madam,
+        second_rate=None if other_rate is None else (other_rate, takes_madams),
     )

@@ -4,10 +4,12 @@ from madax.transforms._clip import clip_log_weights
 from madax.transforms._dequantized import with_dequantized_params
 from madax.transforms._geometry import Geometry
 from madax.transforms._lns_quantize import LnsQuantizeState, lns_quantize
-from madax.transforms._orthogonal import (
-    MatrixDimensionNumbers,
+from madax.transforms._matrices import MatrixDimensionNumbers
+from madax.transforms._matrix_direction import (
     ScaleByOrthogonalMomentumState,
+    scale_by_column_norm,
     scale_by_orthogonal_momentum,
+    scale_by_sinkhorn,
 )
 from madax.transforms._second_moment import (
     ScaleBySecondMomentState,
@@ -25,8 +27,10 @@ __all__ = [
     "add_decayed_log_weights",
     "clip_log_weights",
     "lns_quantize",
+    "scale_by_column_norm",
     "scale_by_orthogonal_momentum",
     "scale_by_second_moment",
     "scale_by_sign_log",
+    "scale_by_sinkhorn",
     "with_dequantized_params",
 ]

@@ -167,3 +167,12 @@ def decode_moment(code, octave, mantissa):
 def octave_of_m(octave):
     """The first moment ends where the root of the second does, after 32 octaves."""
     return (octave + 65) // 2 - 32
+
+
+def newton_schulz(x):
+    """Return five steps of the quintic from one matrix, over its norm."""
+    x = np.float64(x) / np.linalg.norm(np.float64(x))
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x

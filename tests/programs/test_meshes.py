@@ -66,6 +66,9 @@ with_every_optimizer = pytest.mark.parametrize(
 )
 
 
+LEAVES["sinkhorn"] = "bias", "conv", "log16", "symlog8"  # which reduces over axes
+
+
 @functools.cache
 def run(name, axis_type=None, layout=None):
     params, grads = start(LEAVES[name], axis_type, layout)
@@ -193,6 +196,24 @@ def test_a_step_moves_no_array_between_devices(name, axis_type, layout):
         assert max(size for _, size in found) <= len(SHAPES)
     else:
         assert found == []
+
+
+@pytest.mark.parametrize(
+    ("axis_type", "layout"),
+    [
+        MESHES[1],
+        pytest.param(*EXPLICIT.values, marks=[*EXPLICIT.marks, pytest.mark.nightly]),
+    ],
+)
+def test_sinkhorn_has_the_bits_of_one_device(axis_type, layout):
+    """Its root mean squares do not depend on the order of adding."""
+    mesh, one = run("sinkhorn", axis_type, layout), run("sinkhorn")
+    assert different(mesh.params, one.params) == []
+    assert different(mesh.state, one.state) == []
+    found = collectives(mesh.program)
+    assert {op for op, _ in found} == {"all-reduce"}
+    rows_and_columns = max(math.prod(s[:-1]) for s in SHAPES.values())
+    assert max(size for _, size in found) <= rows_and_columns
 
 
 def test_collectives_are_seen_where_there_are_some():

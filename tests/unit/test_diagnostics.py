@@ -198,10 +198,13 @@ def test_count_skipped_is_what_the_optimizer_skips(dtype):
     assert counts["w"] == skipped
 
 
-@pytest.mark.parametrize(("bits", "b2"), [(8, 0.999), (12, 0.9), (8, 0.5), (None, 0.9)])
-def test_count_skipped_agrees_with_what_each_direction_skips(bits, b2):
+@pytest.mark.parametrize(
+    ("bits", "b2", "b1"),
+    [(8, 0.999, 0.95), (12, 0.9, None), (8, 0.5, 0.95), (None, 0.9, None)],
+)
+def test_count_skipped_agrees_with_what_each_direction_skips(bits, b2, b1):
     fmt = None if bits is None else madax.MomentFormat(bits)
-    tx = madax.muon_madam(0.01, b2=b2, moment_format=fmt)
+    tx = madax.muon_madam(0.01, b1=b1, b2=b2, moment_format=fmt)
     params = {"w": jnp.ones((8, 8)), "bias": jnp.ones(64)}
     rng = np.random.default_rng(0)
     rest = {k: rng.standard_normal((20, *x.shape)) for k, x in params.items()}

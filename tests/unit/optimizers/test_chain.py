@@ -171,13 +171,15 @@ def test_hints_of_public_names_resolve(name):
 
 def test_aliases_share_names_and_defaults():
     """All but the rate, floor and b1, which are of each rule."""
-    order = """learning_rate b1 b2 p_scale g_bound matrices floor zero_init_scale
-    weight_decay mask moment_format rounding seed""".split()  # noqa: SIM905
+    order = """learning_rate madam_learning_rate b1 b2 p_scale g_bound direction
+    matrices floor zero_init_scale weight_decay mask moment_format rounding
+    seed""".split()  # noqa: SIM905
     madam, muon = (
         inspect.signature(make).parameters for make in (madax.madam, madax.muon_madam)
     )
     assert list(muon) == order
-    assert list(madam) == [name for name in order if name != "matrices"]
+    of_matrices = {"madam_learning_rate", "direction", "matrices"}
+    assert list(madam) == [name for name in order if name not in of_matrices]
     own = {"learning_rate", "b1", "floor"}
     assert all(madam[x].default == muon[x].default for x in madam.keys() - own)
     assert (muon["learning_rate"].default, muon["floor"].default) == (0.03, 1.0)
