@@ -157,11 +157,9 @@ def train(
     file, batches = _file(folder, settings), _batches(data, model, steps, arm.seed)
     shapes = jax.eval_shape(made.start, arm.seed, values)
     kept = checkpoint.load(file, shapes)
-    if kept is None:
-        carry, facts = made.start(arm.seed, values), {"parts": 0, "seconds": 0.0}
-        facts["curve"] = {"step": [], "train": [], "loss": []}
-    else:
-        carry, facts = kept
+    facts: records.Record = {"parts": 0, "seconds": 0.0}
+    facts["curve"] = {"step": [], "train": [], "loss": []}
+    carry, facts = kept or (made.start(arm.seed, values), facts)
     curve, tests = facts["curve"], _tests(data, model)
     before, saved = facts["seconds"], time.monotonic()
 

@@ -146,11 +146,8 @@ def _sinkgd(
 ) -> optax.GradientTransformation:
     """SinkGD (arXiv 2502.06742) for matrices, without a state; AdamW for the rest."""
 
-    def balanced(g: jax.Array) -> jax.Array:
-        x = g.astype(jnp.float32)
-        for axis in (-1, -2) * 5:
-            x /= jnp.sqrt(jnp.mean(jnp.square(x), axis, keepdims=True)) + 1e-12
-        return x.astype(g.dtype)
+    def axes(_: str, x: jax.Array) -> madax.transforms.MatrixDimensionNumbers:
+        return madax.transforms.MatrixDimensionNumbers(x.ndim - 2, x.ndim - 1)
 
     def labels(tree: Tree) -> Tree:
         def label(path: jax.tree_util.KeyPath, _: jax.Array) -> str:
@@ -159,7 +156,7 @@ def _sinkgd(
         return jax.tree_util.tree_map_with_path(label, tree)
 
     matrix = optax.chain(
-        optax.stateless_with_tree_map(lambda g, _: balanced(g)),
+        madax.transforms.scale_by_sinkhorn(matrices=axes),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(rate),
     )
@@ -167,14 +164,22 @@ def _sinkgd(
     return optax.partition({"matrix": matrix, "other": rest}, labels)
 
 
-def _muon_madam(rate: optax.Schedule, **options: Any) -> optax.GradientTransformation:
-    return madax.muon_madam(rate, b2=0.99, **options)
+def _muon_madam(
+    rate: optax.Schedule, *, other: float, **options: Any
+) -> optax.GradientTransformation:
+    return madax.muon_madam(
+        rate, madam_learning_rate=_times(other, rate), b2=0.99, **options
+    )
 
 
 _ADAMW = {"b2": (0.99, 0.95, 0.999), "weight_decay": (0.1, 0.3)}
 _MUON = {"other": (1.0, 0.5, 2.0), "beta": (0.95, 0.9), "weight_decay": (0.1, 0.3)}
 _MADAM = {"b2": (0.99, 0.999), "weight_decay": (0.0, 0.03)}
-_MUON_MADAM = {"b1": (0.95, 0.9), "weight_decay": (0.0, 0.03)}
+_MUON_MADAM = {
+    "other": (1.0, 0.5, 2.0),
+    "b1": (0.95, 0.9),
+    "weight_decay": (0.0, 0.03),
+}
 _IN_3_BYTES = partial(
     madax.with_quantized_params, moment_format=MOMENTS_8, error_feedback=True
 )
@@ -193,6 +198,12 @@ MAIN = {
         make=_muon_on_codes, rates=(0.004,), knobs=_MUON, format=SYMLOG_8
     ),
     TWIN: Row(make=_muon_madam, rates=(0.02,), knobs=_MUON_MADAM),
+    "muon_madam 1 byte": Row(
+        make=partial(_muon_madam, b1=None, moment_format=MOMENTS_8),
+        rates=(0.02,),
+        knobs={"other": (1.0, 0.5, 2.0), "weight_decay": (0.0, 0.03)},
+        format=SYMLOG_8,
+    ),
 }
 # From one seed, and marked so.
 OTHERS = {

@@ -46,16 +46,16 @@ class Difference(NamedTuple):
         return text if self.counts else f"{text}, no difference"
 
 
-def difference(losses: pd.Series, base: pd.Series) -> Difference:
-    """Compares two means by the rule; a run that diverged has no number."""
+def difference(losses: np.ndarray, base: np.ndarray) -> Difference:
+    """Compares two means by the rule; the loss of a run that diverged is NaN."""
     seeds = min(len(losses), len(base))
     if not seeds:
         return Difference(np.nan, np.nan, False, 0)
-    variance = sum(x.var(ddof=1, skipna=False) / len(x) for x in (losses, base))
-    means = [x.mean(skipna=False) for x in (losses, base)]
-    gap, error = means[0] - means[1], np.sqrt(variance)
+    gap, scale = losses.mean() - base.mean(), 100 / base.mean()
+    error = np.nan
+    if seeds > 1:
+        error = np.sqrt(sum(x.var(ddof=1) / len(x) for x in (losses, base)))
     counts = seeds >= LEAST_SEEDS and abs(gap) > ERRORS * error
-    scale = 100 / means[1]
     return Difference(scale * gap, scale * error, bool(counts), seeds)
 
 
@@ -64,8 +64,8 @@ def judged(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["tuned_on"].notna()]
 
 
-def _losses(group: pd.DataFrame, name: str) -> pd.Series:
-    return group[group["name"] == name]["loss"].astype(float)
+def _losses(group: pd.DataFrame, name: str) -> np.ndarray:
+    return group[group["name"] == name]["loss"].to_numpy(float)
 
 
 def scale_table(runs: pd.DataFrame) -> str:
@@ -102,26 +102,27 @@ def _heading(group: pd.DataFrame) -> str:
 def _rows(group: pd.DataFrame) -> str:
     rows = []
     for name, cell in group.groupby("name", sort=False):
-        run, losses = cell.iloc[0], cell["loss"].astype(float)
-        values = (f"{key} {value:g}" for key, value in run["values"].items())
+        run, losses = cell.iloc[0], _losses(group, str(name))
+        mean = losses.mean()
+        against = {
+            f"against {base}": ""
+            if name == base
+            else str(difference(losses, _losses(group, base)))
+            for base in (ADAMW, MUON)
+        }
         row = {
             "optimizer": name,
             "bytes / parameter": f"{run['bytes_per_parameter']:.2f}",
             "peak MB": f"{run['peak'] / 1e6:.0f}",
             "n": f"{len(cell)}",
-            "nats a token": f"{losses.mean(skipna=False):.4f}".replace(
-                "nan", "diverged"
-            ),
-            f"against {ADAMW}": difference(losses, _losses(group, ADAMW)),
-            f"against {MUON}": difference(losses, _losses(group, MUON)),
-            "at": ", ".join(values),
+            "nats a token": "diverged" if np.isnan(mean) else f"{mean:.4f}",
+            **against,
+            "at": ", ".join(f"{k} {value:g}" for k, value in run["values"].items()),
         }
-        for base in (ADAMW, MUON):
-            row[f"against {base}"] = "" if name == base else str(row[f"against {base}"])
-        rows.append((losses.mean(skipna=False), row))
+        rows.append((np.nan_to_num(mean, nan=np.inf), row))
     # What diverged is first, and then what has the greatest loss.
-    rows.sort(key=lambda pair: np.inf if np.isnan(pair[0]) else pair[0], reverse=True)
-    return markdown([row for _, row in rows], numbers=True)
+    rows.sort(key=lambda pair: pair[0], reverse=True)
+    return markdown([row for _, row in rows])
 
 
 def _bars(groups: list) -> str:

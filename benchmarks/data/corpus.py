@@ -7,7 +7,7 @@ import json
 import lzma
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ SAMPLE = 2**25  # Bytes that a vocabulary is made from.
 SPLITS = ("train", "held-out")
 FACTS, TOKENIZER = "corpus.json", "tokenizer.json"
 TOKENS = np.dtype("<u2")
-Encode = Callable[[Sequence[bytes]], Iterable[np.ndarray]]
+Encode = Callable[[Sequence[bytes]], Iterable[np.typing.ArrayLike]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def read_corpus(folder: Path, vocabulary: int) -> Corpus:
             "a pack by `python -m benchmarks corpus --text PACK.tar`."
         )
     facts = json.loads((place / FACTS).read_text(encoding="utf-8"))
-    maps = []
+    maps = {}
     for split in SPLITS:
         path, count = place / f"{split}.u16", facts[split]
         if not path.is_file() or path.stat().st_size != 2 * count:
@@ -71,8 +71,8 @@ def read_corpus(folder: Path, vocabulary: int) -> Corpus:
                 f"{path} should have {count} tokens of two bytes, but is cut short or "
                 "damaged; remove its folder, and make the corpus again."
             )
-        maps.append(np.memmap(path, TOKENS, "r"))
-    return Corpus(*maps, facts)
+        maps[split] = np.memmap(path, TOKENS, "r")
+    return Corpus(maps["train"], maps["held-out"], facts)
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
@@ -251,7 +251,7 @@ def _unpack(archive: tarfile.TarFile, out: Path) -> None:
 def _write(
     out: Path,
     facts: dict[str, Any],
-    tokens: dict[str, Iterable[np.ndarray]],
+    tokens: Mapping[str, Iterable[np.ndarray]],
     tokenizer: bytes | None,
 ) -> None:
     """Writes a corpus to a folder that is there only when it is whole."""
