@@ -16,6 +16,7 @@ from benchmarks.accuracy.moments import moments
 from benchmarks.accuracy.no_tuning import no_tuning
 from benchmarks.accuracy.pretrained import pretrained
 from benchmarks.accuracy.scale import scale
+from benchmarks.accuracy.smollm import smollm
 from benchmarks.accuracy.stall import stall
 from benchmarks.accuracy.state import state
 from benchmarks.accuracy.survey import survey
@@ -57,6 +58,7 @@ for command in (
     corpus,
     pack,
     scale,
+    smollm,
     report,
 ):
     app.command(command)

@@ -55,14 +55,14 @@ def next_trial(row: Row, losses: Mapping[tuple, float]) -> Values | None:
         return start
     if len(losses) >= TRIALS:
         return None
-    best = best_trial(losses)
-    others = sum(len(values) - 1 for values in row.knobs.values())
-    if len(losses) < TRIALS - others:
+    others = [(name, x) for name, values in row.knobs.items() for x in values[1:]]
+    left = TRIALS - len(losses)
+    if left > len(others):
         return start | {
             "rate": _next_rate({dict(k)["rate"]: losses[k] for k in losses})
         }
-    found = (best | {name: x} for name, values in row.knobs.items() for x in values)
-    return next(values for values in found if tuple(values.items()) not in losses)
+    name, value = others[-left]
+    return best_trial(losses) | {name: value}
 
 
 def best_trial(losses: Mapping[tuple, float]) -> dict[str, float]:

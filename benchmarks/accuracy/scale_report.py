@@ -204,7 +204,7 @@ def scale_figure(runs: pd.DataFrame) -> Figure:
         losses = _losses(last, name)
         if len(losses):
             used = last[last["name"] == name]["bytes_per_parameter"].iloc[0]
-            error = np.nan_to_num(losses.std(ddof=1))
+            error = losses.std(ddof=1) if len(losses) > 1 else 0.0
             over_bytes.errorbar(used, losses.mean(), error, capsize=3, **style)
     over_size.axhline(0, color="0.6", linewidth=1, zorder=0)
     over_size.set(xscale="log", xlabel="parameters", ylabel=f"loss against {ADAMW}, %")

@@ -16,8 +16,10 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.data.files import text_files
+from benchmarks.models.smollm import smollm_tokenizer
 
 BYTES = 256  # A vocabulary of this size is of bytes, and takes no package.
+SMOLLM = 49152  # One of this size is that of SmolLM2.
 END = 0  # The token between two files.
 HELD_OUT = 0.01  # The fraction of files.
 SAMPLE = 2**25  # Bytes that a vocabulary is made from.
@@ -92,8 +94,9 @@ def corpus(
         text: linux-source-6.1, or linux-doc-6.1 for prose: packages that apt-get
             downloads; a .deb, a tar archive or a folder; or a pack.
         out: Folder for a folder of this text, with one for each vocabulary.
-        vocabulary: Sizes of vocabularies: 256 for bytes, others are of byte pairs, by
-            the package tokenizers (``pip install madax[corpus]``). A pack has its own.
+        vocabulary: Sizes of vocabularies: 256 for bytes, 49152 for that of SmolLM2, to
+            train it further; others are of byte pairs that are frequent here, by the
+            package tokenizers (``pip install madax[corpus]``). A pack has its own.
         megabytes: Text to take, the first files; None for all.
     """
     if Path(text).is_file() and tarfile.is_tarfile(text):
@@ -101,11 +104,11 @@ def corpus(
             if FACTS in archive.getnames():
                 _unpack(archive, out)
                 return
-    encoders = {size: _byte_pairs if size != BYTES else _bytes for size in vocabulary}
-    if any(size != BYTES for size in vocabulary):
+    if set(vocabulary) - {BYTES}:
         _tokenizers()  # Missing, it is missed before the work.
     texts = _ordered(text, np.inf if megabytes is None else 1e6 * megabytes)
-    for size, make in encoders.items():
+    for size in vocabulary:
+        make = {BYTES: _bytes, SMOLLM: _smollm}.get(size, _byte_pairs)
         encode, kept = make(texts["train"], size)
         tokens = {split: _encoded(texts[split], encode) for split in SPLITS}
         name = Path(text).name.partition("_")[0]
@@ -137,6 +140,11 @@ def pack(
     members["held-out.xz"], _ = _compressed(data.held_out, np.inf)
     room = 2**20 * mebibytes - sum(map(len, members.values())) - 2**14
     members["train.xz"], count = _compressed(data.train, room)
+    if not count:
+        raise ValueError(
+            f"mebibytes is {mebibytes}, which leaves no room for tokens to train on; "
+            "pass one more at least."
+        )
     facts = data.facts | {"train": count}
     facts["sha256"] = _sha256(data.train[:count], data.held_out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +186,12 @@ def _bytes(texts: Sequence[bytes], size: int) -> tuple[Encode, None]:
     return lambda texts: [np.frombuffer(text, np.uint8) for text in texts], None
 
 
+def _smollm(texts: Sequence[bytes], size: int) -> tuple[Encode, None]:
+    del texts, size
+    encode = smollm_tokenizer()
+    return lambda texts: [encode(text.decode()) for text in texts], None
+
+
 def _byte_pairs(texts: Sequence[bytes], size: int) -> tuple[Encode, bytes]:
     """Returns what encodes texts in byte pairs that are frequent in them, and how."""
     tokenizers = _tokenizers()
@@ -214,7 +228,7 @@ def _sample(texts: Sequence[bytes]) -> Iterator[str]:
 
 def _tokenizers() -> Any:
     try:
-        import tokenizers
+        import tokenizers  # pyrefly: ignore[missing-import]
     except ImportError as error:
         raise ImportError(
             "a vocabulary of byte pairs takes the package tokenizers; `pip install "
@@ -283,11 +297,13 @@ def _sha256(*arrays: np.ndarray) -> str:
 
 def _compressed(tokens: np.ndarray, room: float) -> tuple[bytes, int]:
     """Returns as many of the first tokens as fit, compressed, and their number."""
-    part = 2**18
+    part, held_back = (
+        2**16,
+        2**17,
+    )  # Tokens at a time; bytes in the compressor, at most.
     compressor = lzma.LZMACompressor(preset=6)
     parts, used, count = [], 0, 0
-    # What the compressor holds back is no more than the part that it was given last.
-    while count < len(tokens) and used + 2 * part < room:
+    while count < len(tokens) and used + held_back + 2 * part < room:
         parts.append(compressor.compress(tokens[count : count + part].tobytes()))
         used += len(parts[-1])
         count = min(count + part, len(tokens))
