@@ -203,7 +203,7 @@ def _file(folder: Path, settings: records.Record) -> Path:
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache
 def _programs(size: str, name: str, steps: int, fused: bool, dtype: str) -> Programs:
     """Compiles what all values and seeds of a contender share."""
     model, row = MODELS[size], CONTENDERS[name]
