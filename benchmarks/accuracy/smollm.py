@@ -11,7 +11,7 @@ import tyro
 from tqdm import tqdm
 
 import madax
-from benchmarks.accuracy.pretrained import FORMATS, tails
+from benchmarks.accuracy import pretrained
 from benchmarks.data.corpus import SMOLLM, read_corpus
 from benchmarks.lib import records
 from benchmarks.lib.style import Report, markdown
@@ -20,6 +20,10 @@ from benchmarks.models.smollm import smollm as load
 
 LENGTH = 512  # Tokens of a sequence.
 FLOATS = "float32"
+FORMATS = {
+    name: pretrained.FORMATS[name]
+    for name in ("symlog 8", "log 8", "symlog 16", "log 16")
+}
 # The axes with scales of their own, of the stacked layers and of the table of tokens.
 SCALES = {"a leaf": (0, None), "a channel": ((0, -1), 0)}
 
@@ -60,9 +64,7 @@ def smollm(
         if not records.find(raw, settings):
             codes = params if name == FLOATS else quantized(params, name, scale)
             values = jax.jit(madax.dequantize_params)(codes)
-            errors = tails(
-                *(jax.tree.map(lambda w: w[None], x) for x in (params, values)), 0
-            )
+            errors = pretrained.tails(_matrices(params), _matrices(values), 0)
             losses = [float(x) for x in loss(values)]
             records.append(raw, settings | errors | {"losses": losses})
     print(smollm_report(out))
