@@ -78,7 +78,9 @@ def scale(
         _check_alike(raw, arm.size, config)
         settings = dataclasses.asdict(arm)
         settings |= {"tokens_per_parameter": tokens_per_parameter, "config": config}
-        run = train(arm, settings, data, out / "checkpoints", stop)
+        run = None
+        if not stop():
+            run = train(arm, settings, data, out / "checkpoints", stop)
         if run is None:
             print(f"The time is up; the next run begins with {arm}.")
             break
@@ -88,7 +90,9 @@ def scale(
         print(scale_report(out))
 
 
-def _find(raw: Path, tokens_per_parameter: float, **settings: Any) -> list:
+def _find(
+    raw: Path, tokens_per_parameter: float, **settings: Any
+) -> list[records.Record]:
     settings |= {"tokens_per_parameter": tokens_per_parameter}
     return records.find(raw, settings)
 

@@ -229,9 +229,10 @@ OTHERS = {
 }
 if find_spec("flashoptim_jax") is not None:
     OTHERS["FlashAdamW"] = Row(
-        make=_flash_adamw,
+        # Its package asks Python whether the decay is zero, so that is no knob.
+        make=partial(_flash_adamw, weight_decay=0.1),
         rates=(0.004,),
-        knobs=_ADAMW,
+        knobs={"b2": _ADAMW["b2"]},
         params=jnp.bfloat16,
         clips=True,
     )
