@@ -31,6 +31,7 @@ from madax.codes._scales import split_max
 from madax.formats._moment_format import MomentFormat
 from madax.formats._second_moment_codec import SecondMomentCodec, is_fast
 from madax.papers._grid import QuantizeToGridState
+from madax.transforms._factored import FactoredMoments
 from madax.transforms._geometry import Geometry
 from madax.transforms._matrices import Matrices, check_matrices, in_order, read_axes
 from madax.transforms._matrix_direction import ScaleByOrthogonalMomentumState
@@ -326,7 +327,8 @@ def count_skipped(
     free = by_path.keys() - shapes.keys() if stateless else set()
     for path in free:
         shapes[path] = np.shape(by_path[path])
-        skipped[path] = ~jnp.isfinite(by_path[path])
+        if not nodes_of(state, FactoredMoments):
+            skipped[path] = ~jnp.isfinite(by_path[path])
     if state is not None and shapes != {k: np.shape(g) for k, g in by_path.items()}:
         raise ValueError(
             "state must hold a moment of madam or muon_madam for each leaf of grads, "

@@ -22,24 +22,58 @@ from benchmarks.lib import records
 from benchmarks.lib.choices import check_choices
 from benchmarks.lib.contender import Contender
 from benchmarks.lib.formats import FORMATS, MOMENTS_8, SYMLOG_8
-from benchmarks.lib.optimizers import codes_adam, madam_8, muon_madam_8
+from benchmarks.lib.optimizers import codes_adam, madam_8, muon, muon_madam_8
 from benchmarks.lib.steps import Functions, Tree, apply, nbytes
 from benchmarks.models import decoder
 
 ADAM_RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
 MADAM_RATES = (0.01, 0.015, 0.02, 0.03, 0.05)
+MUON_RATES = (0.01, 0.02, 0.03)
 
 
 _madam = partial(madam_8, b2=0.99)
 _muon_madam = partial(muon_madam_8, b2=0.99)
 
 
+@dataclasses.dataclass(frozen=True)
+class Row(Contender):
+    """A contender with what else is tuned here.
+
+    Attributes:
+      others: rates to choose from for what is no matrix, after the rate, in short runs;
+        longer ones take the first. None is the same rate.
+      other: what the optimizer calls this rate.
+      warm_up: fraction of the run in which rates rise.
+    """
+
+    others: tuple[float | None, ...] = (None,)
+    other: str = "madam_learning_rate"
+    warm_up: float = 0.1
+
+
 def _clipped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
 
-def _adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    return _clipped(optax.adamw(rate, weight_decay=0.1))
+def _adamw(
+    rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.1, b2: float = 0.999
+) -> optax.GradientTransformation:
+    return _clipped(optax.adamw(rate, b2=b2, weight_decay=weight_decay))
+
+
+_adamw_95 = partial(_adamw, b2=0.95)
+
+
+def _muon(rate: optax.ScalarOrSchedule, **options: Any) -> optax.GradientTransformation:
+    decays = {"weight_decay": 0.1, "adam_weight_decay": 0.1}
+    return _clipped(muon(rate, adam_b2=0.95, **decays, **options))
+
+
+def _muon_in_2_bytes(
+    rate: optax.ScalarOrSchedule, **options: Any
+) -> optax.GradientTransformation:
+    tx = muon(rate, adam_b2=0.95, **options)
+    return _clipped(madax.with_quantized_params(tx, moment_format=MOMENTS_8))
 
 
 def _adamw_in_3_bytes(
@@ -71,30 +105,65 @@ def _flash_adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     return _clipped(flash_adamw(rate, weight_decay=0.1))
 
 
+def _no_clipping(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    return optax.adamw(rate, b2=0.95, weight_decay=0.1)
+
+
+# Rates of what is no matrix, beside Muon.
+_adam_others = {"others": (2e-3, 5e-3), "other": "adam_learning_rate"}
+_madam_others = {"others": (0.02, 0.04)}
 CONTENDERS = {
-    BASELINE: Contender(_adamw, ADAM_RATES),
-    "madam 8 bits": Contender(_madam, MADAM_RATES, SYMLOG_8),
-    "muon_madam 8 bits": Contender(_muon_madam, MADAM_RATES, SYMLOG_8),
-    "madam 8 bits, b1": Contender(partial(_madam, b1=0.9), MADAM_RATES[1:4], SYMLOG_8),
-    "madam 16 bits": Contender(_madam, MADAM_RATES[1:4], FORMATS["symlog 16"]),
-    "adam on 8 bits": Contender(codes_adam, ADAM_RATES[1:4], SYMLOG_8),
-    "adam on 8 bits, p_scale=10": Contender(
+    BASELINE: Row(_adamw, ADAM_RATES),
+    f"{BASELINE}, b2=0.95": Row(_adamw_95, ADAM_RATES[1:4]),
+    f"{BASELINE}, b2=0.95, no decay": Row(
+        partial(_adamw_95, weight_decay=0.0), ADAM_RATES[1:3]
+    ),
+    f"{BASELINE}, b2=0.95, no clipping": Row(_no_clipping, ADAM_RATES[1:3]),
+    f"{BASELINE}, b2=0.95, short warm-up": Row(
+        _adamw_95, ADAM_RATES[1:3], warm_up=0.02
+    ),
+    "Muon float32": Row(_muon, MUON_RATES, **_adam_others),
+    "Muon float32, no momentum": Row(
+        partial(_muon, beta=0.0), MUON_RATES, **_adam_others
+    ),
+    "Muon on 8 bits": Row(_muon_in_2_bytes, MUON_RATES, SYMLOG_8, **_adam_others),
+    "madam 8 bits": Row(_madam, MADAM_RATES, SYMLOG_8),
+    "muon_madam 8 bits": Row(_muon_madam, MADAM_RATES[:3], SYMLOG_8, **_madam_others),
+    "muon_madam 8 bits, no momentum": Row(
+        partial(_muon_madam, b1=None), MADAM_RATES[2:], SYMLOG_8, **_madam_others
+    ),
+    "sinkhorn 8 bits, no momentum": Row(
+        partial(_muon_madam, b1=None, direction="sinkhorn"),
+        MADAM_RATES[2:],
+        SYMLOG_8,
+        **_madam_others,
+    ),
+    "madam 8 bits, b1": Row(partial(_madam, b1=0.9), MADAM_RATES[1:4], SYMLOG_8),
+    "madam 16 bits": Row(_madam, MADAM_RATES[1:4], FORMATS["symlog 16"]),
+    "adam on 8 bits": Row(codes_adam, ADAM_RATES[1:4], SYMLOG_8),
+    "adam on 8 bits, p_scale=10": Row(
         codes_adam, ADAM_RATES[1:4], SYMLOG_8, p_scale=10.0
     ),
-    "AdamW in 3 bytes": Contender(_adamw_in_3_bytes, ADAM_RATES[1:4], SYMLOG_8),
-    "AdamW in 3 bytes, error feedback": Contender(
+    "AdamW in 3 bytes": Row(_adamw_in_3_bytes, ADAM_RATES[1:4], SYMLOG_8),
+    "AdamW in 3 bytes, error feedback": Row(
         partial(_adamw_in_3_bytes, error_feedback=True), ADAM_RATES[1:4], SYMLOG_8
     ),
-    "Adam float32, no clipping": Contender(optax.adam, ADAM_RATES[1:4]),
-    "AdamW bfloat16": Contender(_adamw, ADAM_RATES[1:4], params=jnp.bfloat16),
+    "Adam float32, no clipping": Row(optax.adam, ADAM_RATES[1:4]),
+    "AdamW bfloat16": Row(_adamw, ADAM_RATES[1:4], params=jnp.bfloat16),
 }
 if find_spec("flashoptim_jax") is not None:
-    CONTENDERS["FlashAdamW"] = Contender(
-        _flash_adamw, ADAM_RATES[1:4], params=jnp.bfloat16
-    )
+    CONTENDERS["FlashAdamW"] = Row(_flash_adamw, ADAM_RATES[1:4], params=jnp.bfloat16)
 # A layer at a time there is no norm of all gradients to clip.
-CLIPPED = ("AdamW in 3 bytes", "AdamW in 3 bytes, error feedback")
-LONG = (BASELINE, "madam 8 bits", "muon_madam 8 bits", *CLIPPED)
+CLIPPED = ("AdamW in 3 bytes", "AdamW in 3 bytes, error feedback", "Muon on 8 bits")
+LONG = (
+    BASELINE,
+    f"{BASELINE}, b2=0.95",
+    "Muon float32",
+    "madam 8 bits",
+    "muon_madam 8 bits",
+    "muon_madam 8 bits, no momentum",
+    *CLIPPED,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +249,9 @@ def llama(
 
 def _tuning(raw: Path, source: str, name: str, budget: Budget) -> Iterator[dict]:
     """Yields the missing runs: first of all rates, then other seeds of the best."""
-    fixed = {"source": source, "name": name, "budget": dataclasses.asdict(budget)}
-    rates = CONTENDERS[name].rates
+    row = CONTENDERS[name]
+    fixed: records.Record = {"source": source, "name": name, "other": row.others[0]}
+    fixed["budget"], rates = dataclasses.asdict(budget), row.rates
     count = min(budget.rates, len(rates))
     first = (len(rates) - count) // 2
     last = first + count - 1
@@ -191,9 +261,7 @@ def _tuning(raw: Path, source: str, name: str, budget: Budget) -> Iterator[dict]
             settings = fixed | {"rate": rate, "seed": 0}
             if not records.find(raw, settings):
                 yield settings
-            # A loss that is not finite is null in the records.
-            loss = records.find(raw, settings)[0]["loss"]
-            losses[rate] = np.inf if loss is None else loss
+            losses[rate] = _loss(raw, settings)
         best = min(losses, key=lambda rate: losses[rate])
         if budget.rates > 1 and best == rates[first] and first > 0:
             first -= 1
@@ -201,19 +269,37 @@ def _tuning(raw: Path, source: str, name: str, budget: Budget) -> Iterator[dict]
             last += 1
         else:
             break
+    fixed["rate"], losses = best, {}
+    for other in row.others if budget.rates > 2 else row.others[:1]:
+        settings = fixed | {"other": other, "seed": 0}
+        if not records.find(raw, settings):
+            yield settings
+        losses[other] = _loss(raw, settings)
+    fixed["other"] = min(losses, key=lambda other: losses[other])
     for seed in range(1, budget.seeds):
-        settings = fixed | {"rate": best, "seed": seed}
+        settings = fixed | {"seed": seed}
         if not records.find(raw, settings):
             yield settings
 
 
+def _loss(raw: Path, settings: records.Record) -> float:
+    """Returns the loss of a run; one that is not finite is null in the records."""
+    loss = records.find(raw, settings)[0]["loss"]
+    return np.inf if loss is None else loss
+
+
 def train(
-    source: str, name: str, budget: records.Record, rate: float, seed: int
+    source: str,
+    name: str,
+    budget: records.Record,
+    rate: float,
+    seed: int,
+    other: float | None = None,
 ) -> records.Record:
     """Trains once; returns the held-out nats per byte, their curve and a sample."""
     begin = time.perf_counter()
     chosen, data = Budget(**budget), text(source)
-    params, init, step = _start(chosen, name, rate, seed)
+    params, init, step = _start(chosen, name, rate, seed, other)
     state = jax.jit(init)(params)
     kept = nbytes((params, state))
     count = decoder.count(chosen.size)
@@ -258,12 +344,17 @@ def train(
 
 
 def _start(
-    budget: Budget, name: str, rate: float, seed: int
+    budget: Budget, name: str, rate: float, seed: int, other: float | None = None
 ) -> tuple[Tree, *Functions]:
     """Returns parameters, and the functions that start and take a step."""
-    contender, warm_up = CONTENDERS[name], budget.steps // 10
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, budget.steps)
-    tx = contender.make(schedule)
+    contender = CONTENDERS[name]
+
+    def schedule(rate):
+        warm_up = round(contender.warm_up * budget.steps)
+        return optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, budget.steps)
+
+    options = {} if other is None else {contender.other: schedule(other)}
+    tx = contender.make(schedule(rate), **options)
     floats = jax.jit(partial(decoder.init, budget.size))(jax.random.key(seed))
     params = jax.jit(contender.store_stack)(floats)
     if contender.format is None or name in CLIPPED:

@@ -53,14 +53,14 @@ def stored(
     return replace(OPTIMIZERS[name], make=make, format=format)
 
 
-def _muon(rate: optax.Schedule) -> optax.GradientTransformation:
-    """Muon as its author runs it: Adam, at 3e-4, for all but the inner matrices."""
+def muon(rate: optax.ScalarOrSchedule, **options: Any) -> optax.GradientTransformation:
+    """Muon, with options of ``optax.contrib.muon``: Adam for all but inner matrices."""
 
     def dimensions(
         path: jax.tree_util.KeyPath, x: jax.Array
     ) -> contrib.MuonDimensionNumbers | None:
         if x.ndim < 2 or any(
-            n in jax.tree_util.keystr(path) for n in ("embed", "head")
+            n in jax.tree_util.keystr(path) for n in ("embed", "tokens", "head", "norm")
         ):
             return None
         if x.ndim == 4:  # The kernel of a convolution.
@@ -69,11 +69,16 @@ def _muon(rate: optax.Schedule) -> optax.GradientTransformation:
 
     return contrib.muon(
         rate,
-        adam_learning_rate=lambda count: 3e-4 / 0.02 * rate(count),
         muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
             dimensions, params
         ),
+        **options,
     )
+
+
+def _muon(rate: optax.Schedule) -> optax.GradientTransformation:
+    """Muon as its author runs it, with Adam at 3e-4."""
+    return muon(rate, adam_learning_rate=lambda count: 3e-4 / 0.02 * rate(count))
 
 
 def _mechanic(rate: optax.Schedule) -> optax.GradientTransformation:

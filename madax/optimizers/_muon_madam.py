@@ -14,6 +14,7 @@ from madax.codes._array import is_quantized
 from madax.formats._moment_codec import MomentCodec
 from madax.formats._moment_format import MomentFormat
 from madax.optimizers._chain import from_direction
+from madax.transforms._factored import factored_second_moment
 from madax.transforms._matrices import (
     Matrices,
     check_matrices,
@@ -71,21 +72,28 @@ def muon_madam(
     axes or more whose names and shapes are not clear; ``init`` warns of such leaves.
 
     Each leaf has one moment. With ``moment_format=MomentFormat(8)``, on leaves that are
-    8-bit codes, training keeps two bytes per parameter. With ``b1=None`` as well it
-    keeps **one byte**: matrices have no state, and their direction is the gradient of
-    the step alone, made orthogonal. Codes are trained natively, and :func:`layerwise`
-    trains them one layer at a time.
+    8-bit codes, training keeps two bytes per parameter. Codes are trained natively, and
+    :func:`layerwise` trains them one layer at a time.
+
+    With ``b1=None`` as well, training keeps **one byte** per parameter: matrices have
+    no momentum. Their gradient is divided by second moments of its rows and columns,
+    which are two vectors, and made orthogonal. It keeps the root mean square that it
+    has after :func:`scale_by_factored_second_moment`, so that one step counts as much
+    as its gradient does among others.
 
     Args:
       learning_rate: :math:`\eta`, in nats per step, or a schedule.
       madam_learning_rate: :math:`\eta` of all leaves that take the direction of Madam;
         None for ``learning_rate``.
       b1: decay rate of the momentum of matrices, in [0, 1), or None for no momentum.
-      b2: decay rate of the second moment of other leaves, in [0, 1).
+      b2: decay rate of the second moment of other leaves, and of the factored second
+        moments of matrices, in [0, 1).
       p_scale: bound on float weights, as for :func:`madam`; it does nothing on codes.
       g_bound: bound on the direction.
-      direction: of matrices: "orthogonal", or of those that cost little, "sinkhorn", as
-        :func:`scale_by_sinkhorn`, or "columns", as :func:`scale_by_column_norm`.
+      direction: of matrices: "orthogonal", or of those that cost little: "factored", as
+        :func:`scale_by_factored_second_moment`, "sinkhorn", as
+        :func:`scale_by_sinkhorn`, "columns", as :func:`scale_by_column_norm`; of the
+        gradient with ``b1=None``, or else of its momentum.
       matrices: ``matrices(path, leaf)`` is a :class:`MatrixDimensionNumbers`, or None
         for a leaf that takes the direction of Madam, given paths like
         ``"Dense_0/kernel"`` and leaves with a shape and a dtype.
@@ -109,7 +117,7 @@ def muon_madam(
 
     Example:
       >>> import jax, jax.numpy as jnp, madax
-      >>> w = jax.random.normal(jax.random.key(0), (64, 32))
+      >>> w = jax.random.normal(jax.random.key(0), (512, 256))
       >>> params = madax.quantize_params({"w": w}, madax.SymlogFormat(8, 1 / 3))
       >>> tx = madax.muon_madam(moment_format=madax.MomentFormat(8))
       >>> state = tx.init(params)
@@ -144,30 +152,37 @@ def muon_madam(
 
     @functools.cache
     def of_matrices(axes):
-        tx = matrix_direction(b1, lambda paths, leaves: axes, direction)
-        if moment_format is None or b1 is None:
-            return tx
-        # A momentum that is used as a whole needs no more than 8 octaves.
-        codec = MomentCodec(moment_format.bits, moment_format.octaves or 8)
+        def axes_of(paths, leaves):
+            return axes
 
         def everything(_, leaves):
             return range(len(leaves.paths))
 
-        return quantized_state(tx, codec, everything, seed=seed, known_as="m")
+        factored = optax.GradientTransformationExtraArgs(
+            *factored_second_moment(b2, axes_of)
+        )
+        alone = direction == "orthogonal" and b1 is None
+        tx = matrix_direction(b1, axes_of, direction, keep_rms=alone)
+        if moment_format is not None and b1 is not None:
+            # A momentum that is used as a whole needs no more than 8 octaves.
+            codec = MomentCodec(moment_format.bits, moment_format.octaves or 8)
+            tx = quantized_state(tx, codec, everything, seed=seed, known_as="m")
+        if alone or direction == "factored":
+            tx = optax.chain(factored, tx)
+        return tx
 
-    def axes_of(tree):
+    def read(tree):
         paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
         return read_axes(paths, leaves, matrices), treedef
 
     # Axes are read from the whole tree, because each part sees only its own leaves.
-    def parted(tree, count=None):
-        axes, treedef = axes_of(tree)
+    def parted(tree):
+        axes, treedef = read(tree)
         labels = ["other" if found is None else "matrix" for found in axes]
         matrix = of_matrices(tuple(found for found in axes if found is not None))
-        update = functools.partial(other.update, count=count)
-        counted = optax.GradientTransformationExtraArgs(other.init, update)
+        others = optax.GradientTransformationExtraArgs(*other)
         return optax.partition(
-            {"matrix": matrix, "other": counted}, treedef.unflatten(labels)
+            {"matrix": matrix, "other": others}, treedef.unflatten(labels)
         )
 
     def init_fn(params):
@@ -176,11 +191,11 @@ def muon_madam(
         return parted(params).init(params)
 
     def update_fn(updates, state, params=None, *, count, madax_layer=None):
-        tx = parted(updates if params is None else params, count)
-        return tx.update(updates, state, params, madax_layer=madax_layer)
+        tx = parted(updates if params is None else params)
+        return tx.update(updates, state, params, count=count, madax_layer=madax_layer)
 
     def takes_madams(params):
-        return [found is None for found in axes_of(params)[0]]
+        return [found is None for found in read(params)[0]]
 
     other_rate = madam_learning_rate
     return from_direction(

@@ -73,6 +73,24 @@ def read_axes(
     return [r.axes if others or r.kind == "matrix" else None for r in readings]
 
 
+def all_axes(matrices: Matrices | None) -> Callable[..., Sequence[Tree]]:
+    """The function that finds the axes of leaves, all of which must be matrices."""
+    check_matrices(matrices)
+
+    def axes_of(paths, leaves):
+        axes = read_axes(paths, leaves, matrices, others=True)
+        if None in axes:
+            i = axes.index(None)
+            raise ValueError(
+                f"{leaf_name('params', paths[i])} of shape {np.shape(leaves[i])} is no "
+                "matrix; use muon_madam, leave it out with optax.partition, or pass "
+                "matrices(path, leaf) that tells its axes."
+            )
+        return axes
+
+    return axes_of
+
+
 def warn_of_unknown(params: Tree, *, stacklevel: int) -> None:
     """Warns of leaves that the default cannot read."""
     paths, leaves, _ = flatten_named(params, is_leaf=is_quantized)

@@ -6,21 +6,20 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from madax._core.checks import check_decay, check_state, leaf_name
+from madax._core.checks import check_decay, check_state
 from madax._core.leaf_kinds import Axes
 from madax._core.names import Tree, flatten_named
 from madax._core.numerics import decay_rate, moving_average, over
 from madax.codes._leaves import flatten, flatten_like, widen, zeros_like
 from madax.codes._scales import root_mean_square
-from madax.transforms._matrices import Matrices, as_matrices, check_matrices, read_axes
+from madax.transforms._matrices import Matrices, all_axes, as_matrices
 from madax.transforms._orthogonal import orthogonalized
 
 # How a matrix becomes a direction.
-MatrixDirection = Literal["orthogonal", "sinkhorn", "columns"]
+MatrixDirection = Literal["orthogonal", "factored", "sinkhorn", "columns"]
 _ROUNDS = 5  # of SinkGD
 
 
@@ -91,7 +90,7 @@ def scale_by_orthogonal_momentum(
       <https://kellerjordan.github.io/posts/muon/>`_, 2024.
     """
     b1 = check_decay("b1", b1, 0.95, or_none=True)
-    return matrix_direction(b1, _all_axes(matrices), "orthogonal")
+    return matrix_direction(b1, all_axes(matrices), "orthogonal")
 
 
 def scale_by_sinkhorn(
@@ -135,7 +134,7 @@ def scale_by_sinkhorn(
       Scetbon et al., `Gradient multi-normalization for stateless and scalable LLM
       training <https://arxiv.org/abs/2502.06742>`_, 2025.
     """
-    return matrix_direction(None, _all_axes(matrices), "sinkhorn")
+    return matrix_direction(None, all_axes(matrices), "sinkhorn")
 
 
 def scale_by_column_norm(
@@ -176,25 +175,7 @@ def scale_by_column_norm(
       Glentis et al., `A minimalist optimizer design for LLM pretraining
       <https://arxiv.org/abs/2506.16659>`_, 2025.
     """
-    return matrix_direction(None, _all_axes(matrices), "columns")
-
-
-def _all_axes(matrices: Matrices | None) -> Callable[..., Sequence[Tree]]:
-    """The function that finds the axes of leaves, all of which must be matrices."""
-    check_matrices(matrices)
-
-    def axes_of(paths, leaves):
-        axes = read_axes(paths, leaves, matrices, others=True)
-        if None in axes:
-            i = axes.index(None)
-            raise ValueError(
-                f"{leaf_name('params', paths[i])} of shape {np.shape(leaves[i])} is no "
-                "matrix; use muon_madam, leave it out with optax.partition, or pass "
-                "matrices(path, leaf) that tells its axes."
-            )
-        return axes
-
-    return axes_of
+    return matrix_direction(None, all_axes(matrices), "columns")
 
 
 def check_direction(direction: object) -> None:
@@ -210,8 +191,13 @@ def matrix_direction(
     b1: ArrayLike | None,
     axes_of: Callable[..., Sequence[Tree]],
     direction: MatrixDirection,
+    *,
+    keep_rms: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Directions of matrices, of gradients or of a momentum, given the axes of all."""
+    """Directions of matrices, of gradients or of a momentum, given the axes of all.
+
+    With ``keep_rms`` a direction has the root mean square of what it is made of, not 1.
+    """
     normalized = DIRECTIONS[direction]
 
     def init_fn(params):
@@ -244,8 +230,14 @@ def matrix_direction(
                 ms[i] = moving_average(ms[i], g, rate)
                 ahead.append(moving_average(ms[i], g, rate))
             new_state = ScaleByOrthogonalMomentumState(treedef.unflatten(ms))
-        found = zip(ahead, axes_of(paths, ahead), strict=True)
-        return treedef.unflatten([normalized(*leaf) for leaf in found]), new_state
+        directions = []
+        for x, axes in zip(ahead, axes_of(paths, ahead), strict=True):
+            d = normalized(x, axes)
+            if keep_rms:
+                inputs, outputs = axes
+                d *= root_mean_square(x, (*inputs, *outputs), keepdims=True)
+            directions.append(d)
+        return treedef.unflatten(directions), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -265,6 +257,7 @@ def _sinkhorn_normalized(x: jax.Array, axes: Axes) -> jax.Array:
 
 DIRECTIONS: dict[MatrixDirection, Callable[[jax.Array, Axes], jax.Array]] = {
     "orthogonal": partial(as_matrices, orthogonalized),
+    "factored": lambda x, axes: x,
     "sinkhorn": _sinkhorn_normalized,
     "columns": _column_normalized,
 }

@@ -164,12 +164,12 @@ def second_moment(
         ((made_for, window),) = (state.window or {None: None}).items()
         check_made_for(None if codec is None else repr(moment_format), made_for)
         steps = jnp.asarray(optax.safe_increment(count))
-        rate, bias = decay_rate(b2), _bias_correction(b2, steps)
+        rate, bias = decay_rate(b2), bias_correction(b2, steps)
         # The root of v is still to be divided by its own correction and by the
         # correction of its unit.
         correction = jnp.sqrt(bias)
         if b1 is not None:
-            correction /= _bias_correction(b1, steps)
+            correction /= bias_correction(b1, steps)
         if codec is None or window is None or not vs:
             storages = [FloatMoments()] * len(vs)
         else:
@@ -220,7 +220,7 @@ def _step(
     return over_root(g, value), v, m
 
 
-def _bias_correction(decay: ArrayLike, count: jax.Array) -> jax.Array:
+def bias_correction(decay: ArrayLike, count: jax.Array) -> jax.Array:
     """``1 - decay**count``, without the cancellation that loses digits near 1."""
     rate = decay_rate(decay)
     return jnp.where(jnp.isnan(rate), rate, -expm1(count * log1p(-rate)))

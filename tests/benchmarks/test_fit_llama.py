@@ -87,7 +87,7 @@ def test_the_network_is_causal():
 
 def test_rates_are_tried_until_the_best_is_between_two(tmp_path, monkeypatch):
     raw = tmp_path / "llama.jsonl"
-    row = llama.Contender(llama._adamw, (0.001, 0.002, 0.003, 0.004, 0.005))
+    row = llama.Row(llama._adamw, (0.001, 0.002, 0.003, 0.004, 0.005))
     monkeypatch.setattr(llama, "CONTENDERS", {"row": row})
 
     def runs(best, rates):
@@ -109,10 +109,26 @@ def test_rates_are_tried_until_the_best_is_between_two(tmp_path, monkeypatch):
     assert not list(runs(0.004, 2))
 
 
+def test_what_is_no_matrix_has_a_rate_that_is_tried_last(tmp_path, monkeypatch):
+    raw, best = tmp_path / "llama.jsonl", {"rate": 0.002, "other": 0.02}
+    row = llama.Row(llama._muon, (0.001, 0.002, 0.003), others=(0.01, 0.02))
+    monkeypatch.setattr(llama, "CONTENDERS", {"row": row})
+    budget = dataclasses.replace(llama.PROFILES["quick"], rates=3)
+    found = []
+    for settings in llama._tuning(raw, "text", "row", budget):
+        loss = sum(abs(settings[k] / best[k] - 1) for k in best)
+        records.append(raw, settings | {"loss": loss})
+        found.append((settings["rate"], settings["other"], settings["seed"]))
+    rates = [(rate, 0.01, 0) for rate in row.rates]
+    assert found == [*rates, (0.002, 0.02, 0), (0.002, 0.02, 1), (0.002, 0.02, 2)]
+
+
 def test_losses_are_compared_seed_by_seed():
-    """Which seeds are hard is no matter."""
-    losses = {llama.BASELINE: [1.0, 2.0, 4.0], "row": [1.01, 2.02, 4.04]}
+    """Which seeds are hard is no matter. The baseline is AdamW at its best."""
+    losses = {llama.BASELINE: [1.5, 2.5, 4.5], f"{llama.BASELINE}, b2": [1.0, 2.0, 4.0]}
+    losses |= {"Muon on 8 bits": [1.0, 1.0, 1.0], "row": [1.01, 2.02, 4.04]}
     run = {"source": "text", "rate": 0.1, "parameters": 1, "bytes_per_parameter": 2}
+    run["other"] = None
     run["budget"] = dataclasses.asdict(llama.PROFILES["quick"])
     table = llama_report.llama_table(
         pd.DataFrame(
@@ -125,7 +141,7 @@ def test_losses_are_compared_seed_by_seed():
     )
     row = next(line for line in table.splitlines() if line.startswith("| row"))
     cells = [cell.strip() for cell in row.split("|")]
-    assert cells[5:9] == ["2.0200", "1.0100 to 4.0400", "3", "+1.0 %"]
+    assert cells[5:10] == ["2.0200", "1.0100 to 4.0400", "3", "+1.0 %", "+102.0 %"]
 
 
 def test_texts_are_bytes_of_which_the_last_tenth_is_held_out(tmp_path):

@@ -39,8 +39,8 @@ OPTIMIZERS = {
     "moments12": madax.madam(0.02, b1=0.9, moment_format=MomentFormat(12)),
     "decayed": madax.madam(0.05, floor=1.0, weight_decay=0.3),
     "nearest": madax.madam(0.05, rounding="nearest"),
-    "sinkhorn": madax.muon_madam(
-        0.02, b1=None, direction="sinkhorn", moment_format=MomentFormat(8)
+    "factored": madax.muon_madam(
+        0.02, b1=None, direction="factored", moment_format=MomentFormat(8)
     ),
     "bbit_madam": madax.papers.bbit_madam(0.02),
     "lns_madam": madax.papers.lns_madam(2**-5),

@@ -66,7 +66,7 @@ with_every_optimizer = pytest.mark.parametrize(
 )
 
 
-LEAVES["sinkhorn"] = "bias", "conv", "log16", "symlog8"  # which reduces over axes
+LEAVES["factored"] = "bias", "conv", "log16", "symlog8"  # which reduces over axes
 
 
 @functools.cache
@@ -205,9 +205,9 @@ def test_a_step_moves_no_array_between_devices(name, axis_type, layout):
         pytest.param(*EXPLICIT.values, marks=[*EXPLICIT.marks, pytest.mark.nightly]),
     ],
 )
-def test_sinkhorn_has_the_bits_of_one_device(axis_type, layout):
-    """Its root mean squares do not depend on the order of adding."""
-    mesh, one = run("sinkhorn", axis_type, layout), run("sinkhorn")
+def test_factored_moments_have_the_bits_of_one_device(axis_type, layout):
+    """Their root mean squares do not depend on the order of adding."""
+    mesh, one = run("factored", axis_type, layout), run("factored")
     assert different(mesh.params, one.params) == []
     assert different(mesh.state, one.state) == []
     found = collectives(mesh.program)

@@ -1,4 +1,4 @@
-"""Directions of matrices without a state, and one byte a parameter."""
+"""Directions of matrices without a momentum, and one byte a parameter."""
 
 import functools
 
@@ -17,6 +17,7 @@ from madax import MomentFormat, muon_madam
 from madax.transforms import (
     MatrixDimensionNumbers,
     scale_by_column_norm,
+    scale_by_factored_second_moment,
     scale_by_orthogonal_momentum,
     scale_by_sinkhorn,
 )
@@ -118,11 +119,61 @@ def test_no_momentum_is_a_momentum_that_forgets_at_once():
         {"w": jnp.asarray(normal(24, 16)), "bias": jnp.zeros(16)}, FORMATS["symlog8"]
     )
     grads = {"w": normal(6, 24, 16, seed=1), "bias": normal(6, 16, seed=2)}
-    make = functools.partial(muon_madam, 0.03, seed=3)
+    make = functools.partial(muon_madam, 0.03, direction="columns", seed=3)
     found, forgets = (trajectory(make(b1=b1), start, grads) for b1 in (None, 0.0))
     assert different(found, forgets) == []
     lasting = trajectory(make(), start, grads)
     assert different(found, lasting) != []
+
+
+# --- second moments of rows and columns -----------------------------------------------
+
+
+def factored(gs, b2):
+    """Directions of one matrix of shape (inputs, outputs), float64, by the formula."""
+    rows = columns = 0
+    for t, g in enumerate(np.float64(gs), 1):
+        g = np.where(np.isfinite(g), g, 0)
+        rows = b2 * rows + (1 - b2) * np.mean(g**2, 1, keepdims=True)
+        columns = b2 * columns + (1 - b2) * np.mean(g**2, 0, keepdims=True)
+        unbiased = (1 - b2**t) * rows.mean() / np.maximum(rows * columns, 1e-300)
+        yield g * np.sqrt(unbiased)
+
+
+@pytest.mark.parametrize("b2", [0.9, 0.999])
+def test_factored_moments_against_the_formula(b2):
+    """At any scale of the gradients, which differ by rows, steps and matrices."""
+    rng = np.random.default_rng(0)
+    gs = rng.normal(size=(40, 3, 8, 12)) * np.exp(2 * rng.normal(size=(40, 3, 8, 1)))
+    gs[:, 0, 2], gs[7, 1, 3, 4], gs[9, 1, 0, 0] = 0, np.nan, -np.inf
+    axes = lambda path, leaf: MatrixDimensionNumbers(-2, -1)
+    tx = scale_by_factored_second_moment(b2, matrices=axes)
+    run = jax.jit(
+        lambda gs: jax.lax.scan(
+            lambda state, g: tx.update(g, state)[::-1], tx.init(gs[0]), gs
+        )
+    )
+    expected = [list(factored(gs[:, i], b2)) for i in range(3)]
+    for scale in (1.0, 2.0**-30, 2.0**30):
+        state, found = run(jnp.float32(scale * gs))
+        for i in range(3):
+            np.testing.assert_allclose(found[:, i], expected[i], rtol=2e-4, atol=1e-6)
+    assert state.count == 40
+    assert [x.shape for x in (*state.nu_in, *state.nu_out)] == [(3, 8, 1), (3, 1, 12)]
+
+
+def test_one_byte_takes_orthogonal_steps_as_large_as_their_gradients():
+    rng = np.random.default_rng(0)
+    sizes = np.exp(rng.normal(size=(12, 1, 1)))
+    gs = np.float32(sizes * rng.normal(size=(12, 8, 12)) * np.linspace(1, 5, 12))
+    w, rate, b2 = normal(8, 12), 0.01, 0.9
+    tx = muon_madam(rate, b1=None, b2=b2, floor=0.0, g_bound=100.0)
+    before = np.concatenate([w[None], trajectory(tx, {"w": w}, {"w": gs})["w"]])
+    steps = -np.diff(np.log(np.abs(np.float64(before))), axis=0) / rate
+    for i, p in enumerate(factored(gs, b2)):
+        x = newton_schulz(p)
+        x *= np.sqrt(np.mean(p**2) / np.mean(x**2))
+        np.testing.assert_allclose(steps[i], x * np.sign(w), rtol=5e-3, atol=5e-3)
 
 
 def test_a_parameter_takes_one_byte():
@@ -146,7 +197,7 @@ def test_a_parameter_takes_one_byte():
     assert total / sum(x.size for x in jax.tree.leaves(params)) < 1.06
 
 
-@pytest.mark.parametrize("direction", ["sinkhorn", "columns"])
+@pytest.mark.parametrize("direction", ["factored", "sinkhorn", "columns"])
 def test_layers_one_at_a_time_are_the_ordinary_step_to_the_bit(direction):
     """No product of matrices is in these, so no compiler may round them otherwise."""
     start = layers.weights(FORMATS["symlog8"])
@@ -162,7 +213,10 @@ def test_layers_one_at_a_time_are_the_ordinary_step_to_the_bit(direction):
     assert found_losses == losses and losses[-1] < losses[0]
     assert different(layers.listed(found), expected) == []
     matrix = state["layers"].direction.inner_states["matrix"].inner_state
-    assert jax.tree.leaves(matrix) == []
+    shapes = [x.shape for x in jax.tree.leaves(matrix)]
+    wide = layers.WIDTH
+    vectors = [(layers.DEPTH, wide, 1), (layers.DEPTH, 1, wide)]
+    assert shapes == (vectors if direction == "factored" else [])
 
 
 # --- a rate for the rest --------------------------------------------------------------
@@ -205,8 +259,14 @@ def test_bad_input_is_refused_and_nothing_lost():
             tx.update(w, scale_by_orthogonal_momentum().init(w))
         with raises(TypeError, "updates must be a floating-point array"):
             tx.update("w", tx.init(w))
+    factors = scale_by_factored_second_moment()
+    with raises(ValueError, "second moments of the shapes", "call init again"):
+        factors.update(jnp.ones((4, 3)), factors.init(w))
+    with raises(ValueError, "b2 must satisfy 0 <= b2 < 1, got 1.0"):
+        scale_by_factored_second_moment(1.0)
     two = muon_madam(0.03, moment_format=MomentFormat(8), seed=3)
     params = madax.quantize_params({"w": w}, FORMATS["symlog8"])
-    for tx, state in ((ONE_BYTE, two.init(params)), (two, ONE_BYTE.init(params))):
-        with raises(TypeError, "state must be a"):
-            step(tx, {"w": w}, state, params)
+    with raises(TypeError, "state must be a WithQuantizedStateState"):
+        step(two, {"w": w}, ONE_BYTE.init(params), params)
+    with pytest.raises(ValueError, match="have called init"):  # the words of optax
+        step(ONE_BYTE, {"w": w}, two.init(params), params)
