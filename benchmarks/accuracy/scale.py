@@ -22,7 +22,7 @@ from benchmarks.accuracy.scale_arms import MODELS, PARTS, Arm, Model, arms
 from benchmarks.accuracy.scale_contenders import CONTENDERS, Row
 from benchmarks.accuracy.scale_report import scale_report
 from benchmarks.compilers.chips import footprint
-from benchmarks.data.corpus import Corpus, read_corpus
+from benchmarks.data.corpus import TOKENS, Corpus, read_corpus
 from benchmarks.lib import checkpoint, records
 from benchmarks.lib.choices import check_choices
 from benchmarks.lib.steps import Functions, Tree, apply, nbytes
@@ -210,6 +210,17 @@ def _file(folder: Path, settings: records.Record) -> Path:
 @functools.cache
 def _programs(size: str, name: str, steps: int, fused: bool, dtype: str) -> Programs:
     """Compiles what all values and seeds of a contender share."""
+    start, lowered, evaluate, facts = _lowered(size, name, steps, fused, dtype)
+    compiled = lowered.compile()
+    batches = MODELS[size].batch * (MODELS[size].length + 1) * (steps // PARTS)
+    peak = footprint(compiled)["peak"] - TOKENS.itemsize * batches
+    return Programs(jax.jit(start), compiled, evaluate, facts | {"peak": peak})
+
+
+def _lowered(
+    size: str, name: str, steps: int, fused: bool, dtype: str
+) -> tuple[Callable, jax.stages.Lowered, Callable, records.Record]:
+    """Returns what ``Programs`` has, and that is not compiled yet."""
     model, row = MODELS[size], CONTENDERS[name]
     shape = model.size(fused=fused)
     rise_and_fall = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, steps)
@@ -241,18 +252,12 @@ def _programs(size: str, name: str, steps: int, fused: bool, dtype: str) -> Prog
 
     values = dict.fromkeys(("rate", *row.knobs), jax.ShapeDtypeStruct((), jnp.float32))
     carry = jax.eval_shape(start, 0, values)
-    batches = jax.ShapeDtypeStruct(
-        (steps // PARTS, model.batch, model.length + 1), jnp.uint16
-    )
+    shapes = (steps // PARTS, model.batch, model.length + 1)
+    batches = jax.ShapeDtypeStruct(shapes, TOKENS)
     lowered = jax.jit(advance, donate_argnums=0).lower(carry, batches, values)
-    compiled = lowered.compile()
     count = decoder.count(shape)
-    facts = {
-        "parameters": count,
-        "bytes_per_parameter": nbytes(carry) / count,
-        "peak": footprint(compiled)["peak"] - nbytes(batches),
-    }
-    return Programs(jax.jit(start), compiled, evaluate, facts)
+    facts = {"parameters": count, "bytes_per_parameter": nbytes(carry) / count}
+    return start, lowered, evaluate, facts
 
 
 def _step(

@@ -167,9 +167,7 @@ def _sinkgd(
 def _muon_madam(
     rate: optax.Schedule, *, other: float, **options: Any
 ) -> optax.GradientTransformation:
-    return madax.muon_madam(
-        rate, madam_learning_rate=_times(other, rate), b2=0.99, **options
-    )
+    return madax.muon_madam(rate, madam_learning_rate=_times(other, rate), **options)
 
 
 _ADAMW = {"b2": (0.99, 0.95, 0.999), "weight_decay": (0.1, 0.3)}
@@ -188,7 +186,7 @@ _IN_3_BYTES = partial(
 MAIN = {
     ADAMW: Row(make=_adamw, rates=(0.004,), knobs=_ADAMW, clips=True),
     TWO_BYTES: Row(
-        make=partial(_muon_madam, moment_format=MOMENTS_8),
+        make=partial(_muon_madam, b2=0.99, moment_format=MOMENTS_8),
         rates=(0.02,),
         knobs=_MUON_MADAM,
         format=SYMLOG_8,
@@ -197,11 +195,15 @@ MAIN = {
     "Muon on codes, 2 bytes": Row(
         make=_muon_on_codes, rates=(0.004,), knobs=_MUON, format=SYMLOG_8
     ),
-    TWIN: Row(make=_muon_madam, rates=(0.02,), knobs=_MUON_MADAM),
+    TWIN: Row(make=partial(_muon_madam, b2=0.99), rates=(0.02,), knobs=_MUON_MADAM),
     "muon_madam 1 byte": Row(
         make=partial(_muon_madam, b1=None, moment_format=MOMENTS_8),
         rates=(0.02,),
-        knobs={"other": (1.0, 0.5, 2.0), "weight_decay": (0.0, 0.03)},
+        knobs={
+            "other": (1.0, 0.5, 2.0),
+            "b2": (0.99, 0.999),
+            "weight_decay": (0.0, 0.03),
+        },
         format=SYMLOG_8,
     ),
 }

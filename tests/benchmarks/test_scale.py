@@ -62,6 +62,25 @@ def test_rates_are_doubled_until_the_best_is_between_two():
     assert tried[:5] == [0.004, 0.008, 0.002, 0.001, 0.0005]
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_every_contender_takes_a_step_in_its_bytes(name):
+    """At a width at which the state of rows and columns is small; tables count."""
+    facts = scale._lowered("3M", name, scale_arms.PARTS, False, "float32")[-1]
+    expected = {
+        ADAMW: 12.0,
+        MUON: 8.5,
+        "Muon on codes, 2 bytes": 2.1,
+        scale_report.TWIN: 8.0,
+        "muon_madam 1 byte": 1.2,
+        "AdamW in 3 bytes, error feedback": 3.0,
+        "SinkGD bfloat16": 2.5,
+        "FlashAdamW": 5.0,
+    }
+    found = facts["bytes_per_parameter"]
+    assert found == pytest.approx(expected.get(name, 2.0), abs=0.1)
+
+
 class Records(list):
     """Runs, and what finds them."""
 
