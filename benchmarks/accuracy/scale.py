@@ -48,8 +48,8 @@ def scale(
 
     Each optimizer is tuned by the same number of trials on the next smaller size. What
     the records have is not run again; a run that was cut short goes on where its
-    checkpoint was. The order is that of `arms` in accuracy/scale_arms.py. The size 1M
-    takes some 40 minutes a run on two CPU cores, 10M a minute on an H200.
+    checkpoint was. The order is that of `arms` in accuracy/scale_arms.py. A run of the
+    size 1M takes some 40 minutes on two CPU cores, and one of 0.3M five.
 
     Args:
         out: Folder for scale.jsonl, .md and .png, and for checkpoints.
