@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from optax import contrib
 
 import madax
 from benchmarks.accuracy.llama import flash_adamw
 from benchmarks.lib.contender import Contender
 from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8
+from benchmarks.lib.optimizers import muon
 from benchmarks.lib.steps import Tree
 
 TRIALS = 8  # Of every contender.
@@ -107,22 +107,11 @@ def _times(ratio: float, rate: optax.Schedule) -> optax.Schedule:
     return lambda count: ratio * rate(count)
 
 
-def _is_matrix(path: jax.tree_util.KeyPath) -> bool:
-    return getattr(path[-1], "key", None) in MATRICES
-
-
 def _muon(
     rate: optax.Schedule, *, other: float, beta: float, weight_decay: float
 ) -> optax.GradientTransformation:
     """Muon with steps of AdamW's size, and AdamW at a rate of its own for the rest."""
-
-    def axes(
-        path: jax.tree_util.KeyPath, x: jax.Array
-    ) -> contrib.MuonDimensionNumbers | None:
-        numbers = contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
-        return numbers if _is_matrix(path) else None
-
-    return contrib.muon(
+    return muon(
         rate,
         beta=beta,
         weight_decay=weight_decay,
@@ -130,15 +119,14 @@ def _muon(
         adam_b2=0.99,
         adam_weight_decay=weight_decay,
         adam_learning_rate=_times(other, rate),
-        muon_weight_dimension_numbers=partial(jax.tree_util.tree_map_with_path, axes),
     )
 
 
 def _muon_on_codes(
     rate: optax.Schedule, **options: Any
 ) -> optax.GradientTransformation:
-    muon = _muon(rate, **options)
-    return madax.with_quantized_params(muon, moment_format=MOMENTS_8)
+    tx = _muon(rate, **options)
+    return madax.with_quantized_params(tx, moment_format=MOMENTS_8)
 
 
 def _sinkgd(
@@ -151,7 +139,8 @@ def _sinkgd(
 
     def labels(tree: Tree) -> Tree:
         def label(path: jax.tree_util.KeyPath, _: jax.Array) -> str:
-            return "matrix" if _is_matrix(path) else "other"
+            name = getattr(path[-1], "key", None)
+            return "matrix" if name in MATRICES else "other"
 
         return jax.tree_util.tree_map_with_path(label, tree)
 
