@@ -111,8 +111,7 @@ def corpus(
         make = {BYTES: _bytes, SMOLLM: _smollm}.get(size, _byte_pairs)
         encode, kept = make(texts["train"], size)
         tokens = {split: _encoded(texts[split], encode) for split in SPLITS}
-        name = Path(text).name.partition("_")[0]
-        facts = {"name": name, "vocabulary": size}
+        facts = {"name": _name(text), "vocabulary": size}
         facts["held-out bytes"] = sum(map(len, texts["held-out"]))
         _write(out, facts, tokens, kept)
 
@@ -154,6 +153,12 @@ def pack(
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, {facts}")
+
+
+def _name(text: str) -> str:
+    """Returns the name of a folder, or of a package without its version."""
+    name = Path(text).absolute().name
+    return name.partition("_")[0] if name.endswith(".deb") else name
 
 
 def _ordered(text: str, most: float) -> dict[str, list[bytes]]:

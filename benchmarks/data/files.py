@@ -67,8 +67,8 @@ def _package(name: str) -> Iterator[tuple[str, bytes]]:
         )
         found = list(Path(folder).glob("*.deb"))
         if done.returncode or not found:
-            why = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-            raise FileNotFoundError(_missing(name, f"apt-get says {why[0]!r}"))
+            why = done.stderr.strip().rpartition("\n")[-1]
+            raise FileNotFoundError(_missing(name, f"apt-get says {why!r}"))
         yield from _archived(found[0])
 
 

@@ -13,7 +13,7 @@ from helpers import mostly_nightly
 import madax
 from benchmarks import RESULTS
 from benchmarks.__main__ import main
-from benchmarks.accuracy import llama, llama_report
+from benchmarks.accuracy import llama, llama_report, smollm
 from benchmarks.compilers import chips
 from benchmarks.data.text import text
 from benchmarks.lib import records
@@ -293,6 +293,7 @@ def test_committed_tables_match_the_records():
         "large": large.large_table,
         "layerwise": layerwise.layerwise_table,
         "llama": llama_report.llama_table,
+        "smollm": smollm.smollm_table,
     }
     for name, table in tables.items():
         found = sorted((RESULTS / name).rglob(f"{name}.jsonl"))
