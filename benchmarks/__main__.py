@@ -15,12 +15,15 @@ from benchmarks.accuracy.lr_sensitivity import lr_sensitivity
 from benchmarks.accuracy.moments import moments
 from benchmarks.accuracy.no_tuning import no_tuning
 from benchmarks.accuracy.pretrained import pretrained
+from benchmarks.accuracy.scale import scale
+from benchmarks.accuracy.smollm import smollm
 from benchmarks.accuracy.stall import stall
 from benchmarks.accuracy.state import state
 from benchmarks.accuracy.survey import survey
 from benchmarks.accuracy.why import why
 from benchmarks.compilers.compiled import compiled
 from benchmarks.compilers.newton_schulz import newton_schulz
+from benchmarks.data.corpus import corpus, pack
 from benchmarks.report import report
 from benchmarks.systems.fit import fit
 from benchmarks.systems.init import init
@@ -54,6 +57,10 @@ for command in (
     newton_schulz,
     init,
     llama,
+    corpus,
+    pack,
+    scale,
+    smollm,
     report,
 ):
     app.command(command)

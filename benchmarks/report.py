@@ -12,6 +12,8 @@ from benchmarks.accuracy.lr_sensitivity import lr_sensitivity_report
 from benchmarks.accuracy.moments import hard_report, moments_report
 from benchmarks.accuracy.no_tuning import no_tuning_report
 from benchmarks.accuracy.pretrained import pretrained_report
+from benchmarks.accuracy.scale_report import scale_report
+from benchmarks.accuracy.smollm import smollm_report
 from benchmarks.accuracy.stall import stall_report
 from benchmarks.accuracy.state import state_report
 from benchmarks.accuracy.survey import survey_report
@@ -39,6 +41,8 @@ REPORTS = (
     init_report,
     layerwise_report,
     llama_report,
+    scale_report,
+    smollm_report,
     demo_report,
     stall_report,
     state_report,

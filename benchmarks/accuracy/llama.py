@@ -85,17 +85,24 @@ def _adamw_in_3_bytes(
     )
 
 
-def _flash_adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    from flashoptim_jax import flash_adamw  # pyrefly: ignore[missing-import]
+def flash_adamw(
+    rate: optax.ScalarOrSchedule, **options: Any
+) -> optax.GradientTransformation:
+    """FlashAdamW as a transform of optax, with options of its package's."""
+    import flashoptim_jax  # pyrefly: ignore[missing-import]
 
     # Its kernels are for GPUs; this is the same in plain JAX.
-    flash = flash_adamw(rate, weight_decay=0.1, fused=False)
+    flash = flashoptim_jax.flash_adamw(rate, fused=False, **options)
 
     def update(updates, state, params=None):
         after, state = flash.step(params, state, updates)
         return jax.tree.map(jnp.subtract, after, params), state
 
-    return _clipped(optax.GradientTransformation(flash.init, update))
+    return optax.GradientTransformation(flash.init, update)
+
+
+def _flash_adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    return _clipped(flash_adamw(rate, weight_decay=0.1))
 
 
 def _no_clipping(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:

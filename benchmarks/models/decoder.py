@@ -5,6 +5,7 @@ logits of a large vocabulary are never there all at once.
 """
 
 import dataclasses
+import functools
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,7 @@ class Size:
       base: of the wavelengths of rotary positions.
       gated: whether the MLP has a gate, as in Llama, or none, as in GPT-2.
       tied: whether the last layer is the embedding.
+      fused: whether attention is one kernel of cuDNN, for bfloat16 on a GPU.
     """
 
     vocabulary: int
@@ -45,6 +47,7 @@ class Size:
     base: float = 1e4
     gated: bool = True
     tied: bool = False
+    fused: bool = False
 
 
 SIZES = {
@@ -111,7 +114,8 @@ def layer(size: Size, w: Params, x: jax.Array) -> jax.Array:
             ("v", size.kv_heads),
         )
     )
-    attended = _attention(_rotated(q, size.base), _rotated(k, size.base), v)
+    attend = _fused_attention if size.fused else _attention
+    attended = attend(_rotated(q, size.base), _rotated(k, size.base), v)
     x = x + attended.reshape(batch, length, -1) @ w["o"]
     h = _normalised(x, w["norm2"])
     if size.gated:
@@ -269,6 +273,22 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     cut = jnp.moveaxis(q.reshape(q.shape[0], -1, chunk, *q.shape[2:]), 1, 0)
     out = jax.lax.map(lambda now: attend(*now), (jnp.arange(0, length, chunk), cut))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+_fused_attention = partial(
+    jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
+)
+
+
+@functools.cache
+def can_fuse() -> bool:
+    """Returns whether fused attention runs on the first device."""
+    x = jnp.ones((1, 64, 1, 32), jnp.bfloat16)
+    try:
+        jax.block_until_ready(jax.grad(lambda x: _fused_attention(x, x, x).sum())(x))
+    except Exception:  # Of JAX, XLA or cuDNN, whose kinds differ by version.
+        return False
+    return True
 
 
 def _divisor(n: int, most: int) -> int:

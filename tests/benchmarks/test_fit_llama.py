@@ -13,7 +13,7 @@ import pytest
 import madax
 from benchmarks import RESULTS
 from benchmarks.__main__ import main
-from benchmarks.accuracy import llama, llama_report
+from benchmarks.accuracy import llama, llama_report, smollm
 from benchmarks.compilers import chips, newton_schulz
 from benchmarks.data.text import text
 from benchmarks.lib import records
@@ -351,6 +351,7 @@ def test_committed_tables_match_the_records():
         "layerwise": layerwise.layerwise_table,
         "newton_schulz": newton_schulz.newton_schulz_table,
         "llama": llama_report.llama_table,
+        "smollm": smollm.smollm_table,
     }
     for name, table in tables.items():
         found = sorted((RESULTS / name).rglob(f"{name}.jsonl"))
