@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import madax
-from benchmarks.accuracy.llama import flash_adamw
+from benchmarks.accuracy.llama_contenders import flash_adamw
 from benchmarks.lib.contender import Contender
 from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8
 from benchmarks.lib.optimizers import muon

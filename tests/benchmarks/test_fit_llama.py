@@ -13,7 +13,7 @@ import pytest
 import madax
 from benchmarks import RESULTS
 from benchmarks.__main__ import main
-from benchmarks.accuracy import llama, llama_report, smollm
+from benchmarks.accuracy import llama, llama_contenders, llama_report, smollm
 from benchmarks.compilers import chips, newton_schulz
 from benchmarks.data.text import text
 from benchmarks.lib import records
@@ -87,7 +87,9 @@ def test_the_network_is_causal():
 
 def test_rates_are_tried_until_the_best_is_between_two(tmp_path, monkeypatch):
     raw = tmp_path / "llama.jsonl"
-    row = llama.Row(llama._adamw, (0.001, 0.002, 0.003, 0.004, 0.005))
+    row = llama_contenders.Row(
+        llama_contenders.adamw, (0.001, 0.002, 0.003, 0.004, 0.005)
+    )
     monkeypatch.setattr(llama, "CONTENDERS", {"row": row})
 
     def runs(best, rates):
@@ -111,7 +113,9 @@ def test_rates_are_tried_until_the_best_is_between_two(tmp_path, monkeypatch):
 
 def test_what_is_no_matrix_has_a_rate_that_is_tried_last(tmp_path, monkeypatch):
     raw, best = tmp_path / "llama.jsonl", {"rate": 0.002, "other": 0.02}
-    row = llama.Row(llama._muon, (0.001, 0.002, 0.003), others=(0.01, 0.02))
+    row = llama_contenders.Row(
+        llama_contenders.clipped_muon, (0.001, 0.002, 0.003), others=(0.01, 0.02)
+    )
     monkeypatch.setattr(llama, "CONTENDERS", {"row": row})
     budget = dataclasses.replace(llama.PROFILES["quick"], rates=3)
     found = []
@@ -125,7 +129,10 @@ def test_what_is_no_matrix_has_a_rate_that_is_tried_last(tmp_path, monkeypatch):
 
 def test_losses_are_compared_seed_by_seed():
     """Which seeds are hard is no matter. The baseline is AdamW at its best."""
-    losses = {llama.BASELINE: [1.5, 2.5, 4.5], f"{llama.BASELINE}, b2": [1.0, 2.0, 4.0]}
+    losses = {
+        llama_report.BASELINE: [1.5, 2.5, 4.5],
+        f"{llama_report.BASELINE}, b2": [1.0, 2.0, 4.0],
+    }
     losses |= {"Muon on 8 bits": [1.0, 1.0, 1.0], "row": [1.01, 2.02, 4.04]}
     run = {"source": "text", "rate": 0.1, "parameters": 1, "bytes_per_parameter": 2}
     run["other"] = None
@@ -161,7 +168,7 @@ def test_flash_adamw_takes_the_steps_of_its_package():
     flashoptim = pytest.importorskip("flashoptim_jax")
     key = jax.random.key(0)
     params = {"w": jax.random.normal(key, (64, 40)).astype(jax.numpy.bfloat16)}
-    tx = llama._flash_adamw(0.01)
+    tx = llama_contenders._flash_adamw(0.01)
     flash = flashoptim.flash_adamw(0.01, weight_decay=0.1, fused=False)
     state, expected, kept = tx.init(params), params, flash.init(params)
     for _ in range(3):
