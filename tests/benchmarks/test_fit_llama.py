@@ -247,6 +247,23 @@ def test_train_steps_of_fit_are_as_named(way):
         assert sent["s8"] >= 256 * 64 and sent.get("bf16", 0) == 0
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("chip", "way", "most"),
+    [("H100", "one byte", 80.0e9), ("H200", "two bytes", 2.2 * 68_976_648_192)],
+)
+def test_seventy_billion_parameters_fit_one_gpu(tmp_path, chip, way, most):
+    if chips.compiler(chip) is None:
+        pytest.skip(f"no compiler for {chip}: pip install 'madax[compilers]'")
+    raw = tmp_path / "fit.jsonl"
+    fit._in_its_own_process(fit.Job("Llama-2 70B", chip, way, 2048), raw)
+    (run,) = records.read(raw).to_dict("records")
+    # Nothing is copied, such as a stack of codes, which would be 19 GB.
+    assert run["peak"] <= most
+    kept = {"one byte": 1.06, "two bytes": 2.01}[way]
+    assert run["arguments"] <= kept * run["parameters"]
+
+
 def test_what_does_not_fit_is_read_off_the_error():
     error = RuntimeError(
         "Ran out of memory. Used 20.50G of 15.75G hbm. Exceeded by ..."
