@@ -2,7 +2,7 @@
 
 .. warning::
    Experimental, as is ``jax.experimental.hijax``, on which it stands. It needs
-   JAX 0.10 or newer, and is imported when it is used.
+   JAX 0.10.2 or newer, and is imported when it is used.
 
 ``jax.grad`` has no derivatives for integers, so a trainer that calls it cannot train a
 :class:`madax.QuantizedArray`. Lifted codes are a single leaf of a type of their own:
@@ -30,9 +30,9 @@ if not TYPE_CHECKING:  # A type checker would accept any name.
     def __getattr__(name):
         if name not in __all__:
             raise AttributeError(f"module 'madax.hijax' has no attribute {name!r}")
-        if jax.__version_info__ < (0, 10):
+        if jax.__version_info__ < (0, 10, 2):
             raise ImportError(
-                "madax.hijax needs jax.experimental.hijax of JAX 0.10 or newer, but "
+                "madax.hijax needs jax.experimental.hijax of JAX 0.10.2 or newer, but "
                 f"this is JAX {jax.__version__}; update JAX, or use "
                 "madax.value_and_grad in a training loop of your own."
             )

@@ -144,7 +144,7 @@ FLAX = tuple(int(n) for n in re.findall(r"\d+", flax.__version__)[:2])
 needs_flax_0_12 = pytest.mark.skipif(FLAX < (0, 12), reason="Flax is older than 0.12")
 
 needs_hijax = pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="JAX has no hijax types yet"
+    jax.__version_info__ < (0, 10, 2), reason="hijax types were not whole yet"
 )
 
 

@@ -19,7 +19,7 @@ from madax import (
 )
 
 ROOMS = (optimizers, transforms, papers, wrappers, formats, diagnostics)
-if jax.__version_info__ >= (0, 10):
+if jax.__version_info__ >= (0, 10, 2):
     ROOMS += (hijax,)
 NAMESPACES = (madax, *ROOMS)
 PUBLIC = {

@@ -225,9 +225,9 @@ def test_it_is_imported_when_it_is_used():
 
 
 def test_older_versions_of_jax_are_told(monkeypatch):
-    monkeypatch.setattr(jax, "__version_info__", (0, 9, 2))
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 1))
     for name in madax.hijax.__all__:
-        with refused(ImportError, "JAX 0.10 or newer, but this is", "update JAX"):
+        with refused(ImportError, "JAX 0.10.2 or newer, but this is", "update JAX"):
             getattr(madax.hijax, name)
     with refused(AttributeError, "'madax.hijax' has no attribute 'train'"):
         madax.hijax.train  # noqa: B018
