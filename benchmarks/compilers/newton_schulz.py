@@ -112,8 +112,10 @@ def _inside(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
         list(eqn.params.values()),
         is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr),
     ):
-        if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
-            yield getattr(value, "jaxpr", value)
+        if isinstance(value, core.ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, core.Jaxpr):
+            yield value
 
 
 def newton_schulz_table(runs: pd.DataFrame) -> str:
