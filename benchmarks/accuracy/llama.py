@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -116,10 +116,7 @@ def _tuning(raw: Path, source: str, name: str, budget: Budget) -> Iterator[dict]
     while True:
         losses = {}
         for rate in rates[first : last + 1]:
-            settings = fixed | {"rate": rate, "seed": 0}
-            if not records.find(raw, settings):
-                yield settings
-            losses[rate] = _loss(raw, settings)
+            losses[rate] = yield from _tried(raw, fixed | {"rate": rate, "seed": 0})
         best = min(losses, key=lambda rate: losses[rate])
         if budget.rates > 1 and best == rates[first] and first > 0:
             first -= 1
@@ -129,19 +126,17 @@ def _tuning(raw: Path, source: str, name: str, budget: Budget) -> Iterator[dict]
             break
     fixed["rate"], losses = best, {}
     for other in row.others if budget.rates > 2 else row.others[:1]:
-        settings = fixed | {"other": other, "seed": 0}
-        if not records.find(raw, settings):
-            yield settings
-        losses[other] = _loss(raw, settings)
+        losses[other] = yield from _tried(raw, fixed | {"other": other, "seed": 0})
     fixed["other"] = min(losses, key=lambda other: losses[other])
     for seed in range(1, budget.seeds):
-        settings = fixed | {"seed": seed}
-        if not records.find(raw, settings):
-            yield settings
+        yield from _tried(raw, fixed | {"seed": seed})
 
 
-def _loss(raw: Path, settings: records.Record) -> float:
-    """Returns the loss of a run; one that is not finite is null in the records."""
+def _tried(raw: Path, settings: dict) -> Generator[dict, None, float]:
+    """Yields a run if it is missing, and returns its loss."""
+    if not records.find(raw, settings):
+        yield settings
+    # A loss that is not finite is null in the records.
     loss = records.find(raw, settings)[0]["loss"]
     return np.inf if loss is None else loss
 

@@ -13,7 +13,7 @@ import madax
 from benchmarks.accuracy.llama_report import BASELINE
 from benchmarks.lib.contender import Contender
 from benchmarks.lib.formats import FORMATS, MOMENTS_8, SYMLOG_8
-from benchmarks.lib.optimizers import codes_adam, madam_8, muon, muon_madam_8
+from benchmarks.lib.optimizers import clipped, codes_adam, madam_8, muon, muon_madam_8
 
 ADAM_RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
 MADAM_RATES = (0.01, 0.015, 0.02, 0.03, 0.05)
@@ -40,10 +40,6 @@ class Row(Contender):
     warm_up: float = 0.1
 
 
-def _clipped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(1.0), tx)
-
-
 def adamw(
     rate: optax.ScalarOrSchedule,
     *,
@@ -53,7 +49,7 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW with the usual clipping."""
     tx = optax.adamw(rate, b2=b2, weight_decay=weight_decay)
-    return _clipped(tx) if clips else tx
+    return clipped(tx) if clips else tx
 
 
 _adamw_95 = partial(adamw, b2=0.95)
@@ -64,21 +60,21 @@ def clipped_muon(
 ) -> optax.GradientTransformation:
     """Muon with the decay of AdamW, and with AdamW for the rest."""
     decays = {"weight_decay": 0.1, "adam_weight_decay": 0.1}
-    return _clipped(muon(rate, adam_b2=0.95, **decays, **options))
+    return clipped(muon(rate, adam_b2=0.95, **decays, **options))
 
 
 def _muon_in_2_bytes(
     rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformation:
     tx = muon(rate, adam_b2=0.95, **options)
-    return _clipped(madax.with_quantized_params(tx, moment_format=MOMENTS_8))
+    return clipped(madax.with_quantized_params(tx, moment_format=MOMENTS_8))
 
 
 def _adamw_in_3_bytes(
     rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformation:
     adamw = optax.adamw(rate, weight_decay=0.1)
-    return _clipped(
+    return clipped(
         madax.with_quantized_params(adamw, moment_format=MOMENTS_8, **options)
     )
 
@@ -100,7 +96,7 @@ def flash_adamw(
 
 
 def _flash_adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    return _clipped(flash_adamw(rate, weight_decay=0.1))
+    return clipped(flash_adamw(rate, weight_decay=0.1))
 
 
 # Rates of what is no matrix, beside Muon.

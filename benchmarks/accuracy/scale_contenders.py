@@ -14,7 +14,7 @@ import madax
 from benchmarks.accuracy.llama_contenders import flash_adamw
 from benchmarks.lib.contender import Contender
 from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8
-from benchmarks.lib.optimizers import muon
+from benchmarks.lib.optimizers import clipped, muon
 from benchmarks.lib.steps import Tree
 
 TRIALS = 8  # Of every contender.
@@ -95,12 +95,11 @@ def _adamw(
     wrap: Callable | None = None,
 ) -> optax.GradientTransformation:
     tx = optax.adamw(rate, b2=b2, weight_decay=weight_decay)
-    tx = tx if wrap is None else wrap(tx)
-    return optax.chain(optax.clip_by_global_norm(1.0), tx)
+    return clipped(tx if wrap is None else wrap(tx))
 
 
 def _flash_adamw(rate: optax.Schedule, **options: Any) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(1.0), flash_adamw(rate, **options))
+    return clipped(flash_adamw(rate, **options))
 
 
 def _times(ratio: float, rate: optax.Schedule) -> optax.Schedule:

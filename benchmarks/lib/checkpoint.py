@@ -23,7 +23,8 @@ def save(path: Path, tree: Tree, facts: Record) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # NumPy's files know no bfloat16, so leaves are kept as their bytes.
-    leaves = [np.frombuffer(x.tobytes(), np.uint8) for x in _leaves(tree)]
+    arrays = map(np.asarray, jax.tree.leaves(tree))
+    leaves = [np.frombuffer(x.tobytes(), np.uint8) for x in arrays]
     file = io.BytesIO()
     named = {str(i): leaf for i, leaf in enumerate(leaves)}
     np.savez(file, allow_pickle=False, facts=np.array(json.dumps(facts)), **named)
@@ -49,7 +50,3 @@ def load(path: Path, like: Tree) -> tuple[Tree, Record] | None:
             for i, x in enumerate(leaves)
         ]
     return treedef.unflatten(arrays), facts
-
-
-def _leaves(tree: Tree) -> list[np.ndarray]:
-    return [np.asarray(x) for x in jax.tree.leaves(tree)]

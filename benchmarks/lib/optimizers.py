@@ -53,6 +53,11 @@ def stored(
     return replace(OPTIMIZERS[name], make=make, format=format)
 
 
+def clipped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Clips gradients by the norm of all of them, before an optimizer."""
+    return optax.chain(optax.clip_by_global_norm(1.0), tx)
+
+
 def muon(rate: optax.ScalarOrSchedule, **options: Any) -> optax.GradientTransformation:
     """Muon, with options of ``optax.contrib.muon``: Adam for all but inner matrices."""
 

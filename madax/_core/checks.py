@@ -133,6 +133,12 @@ def check_positive(
     )
 
 
+def check_choice(name: str, value: object, choices: Sequence[str], why: str) -> None:
+    """Raises unless ``value`` is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}; {why}")
+
+
 def check_function(name: str, value: object, remedy: str) -> None:
     """Raises unless ``value`` can be called."""
     if not callable(value):

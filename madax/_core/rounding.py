@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from madax._core.checks import check_choice
 from madax._core.numerics import round_to_int
 
 Rounding = Literal["stochastic", "nearest"]
@@ -24,11 +25,8 @@ Rounding = Literal["stochastic", "nearest"]
 
 def check_rounding(rounding: object) -> None:
     """Raises unless ``rounding`` is a :data:`Rounding`."""
-    if not isinstance(rounding, str) or rounding not in get_args(Rounding):
-        raise ValueError(
-            f"rounding must be one of {get_args(Rounding)}, got {rounding!r}; "
-            "stochastic rounding is what lets narrow codes take small steps."
-        )
+    why = "stochastic rounding is what lets narrow codes take small steps."
+    check_choice("rounding", rounding, get_args(Rounding), why)
 
 
 def leaf_keys(

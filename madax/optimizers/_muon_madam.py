@@ -157,16 +157,14 @@ def muon_madam(
         def everything(_, leaves):
             return range(len(leaves.paths))
 
-        factored = optax.GradientTransformationExtraArgs(
-            *factored_second_moment(b2, axes_of)
-        )
         tx = matrix_direction(b1, axes_of, direction)
         if moment_format is not None and b1 is not None:
             # A momentum that is used as a whole needs no more than 8 octaves.
             codec = MomentCodec(moment_format.bits, moment_format.octaves or 8)
             tx = quantized_state(tx, codec, everything, seed=seed, known_as="m")
         if direction == "factored" or (direction == "orthogonal" and b1 is None):
-            tx = optax.chain(factored, tx)
+            factored = factored_second_moment(b2, axes_of)
+            tx = optax.chain(optax.GradientTransformationExtraArgs(*factored), tx)
         return tx
 
     def read(tree):

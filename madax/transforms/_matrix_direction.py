@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from madax._core.checks import check_decay, check_state
+from madax._core.checks import check_choice, check_decay, check_state
 from madax._core.leaf_kinds import Axes
 from madax._core.names import Tree, flatten_named
 from madax._core.numerics import decay_rate, moving_average, over
@@ -180,11 +180,8 @@ def scale_by_column_norm(
 
 def check_direction(direction: object) -> None:
     """Raises unless ``direction`` is a :data:`MatrixDirection`."""
-    if not isinstance(direction, str) or direction not in DIRECTIONS:
-        raise ValueError(
-            f"direction must be one of {get_args(MatrixDirection)}, got {direction!r}; "
-            'the default is "orthogonal", the others cost less.'
-        )
+    why = 'the default is "orthogonal", the others cost less.'
+    check_choice("direction", direction, get_args(MatrixDirection), why)
 
 
 def matrix_direction(
@@ -193,7 +190,7 @@ def matrix_direction(
     direction: MatrixDirection,
 ) -> optax.GradientTransformationExtraArgs:
     """Directions of matrices, of gradients or of a momentum, given the axes of all."""
-    normalized = DIRECTIONS[direction]
+    normalized = _DIRECTIONS[direction]
 
     def init_fn(params):
         paths, leaves, treedef = flatten(params)
@@ -244,7 +241,7 @@ def _sinkhorn_normalized(x: jax.Array, axes: Axes) -> jax.Array:
     return x
 
 
-DIRECTIONS: dict[MatrixDirection, Callable[[jax.Array, Axes], jax.Array]] = {
+_DIRECTIONS: dict[MatrixDirection, Callable[[jax.Array, Axes], jax.Array]] = {
     "orthogonal": partial(as_matrices, orthogonalized),
     "factored": lambda x, axes: x,
     "sinkhorn": _sinkhorn_normalized,

@@ -1,5 +1,7 @@
 """What is tested, by name: number formats and optimizers."""
 
+import operator
+
 import optax
 import pytest
 
@@ -14,6 +16,24 @@ FORMATS = {
     "uniform8": UniformFormat(8),
     "uniform16": UniformFormat(16),
 }
+
+
+# Of two arrays.
+OPERATORS = [
+    operator.add,
+    operator.sub,
+    operator.mul,
+    operator.truediv,
+    operator.floordiv,
+    operator.mod,
+    operator.pow,
+    operator.lt,
+    operator.le,
+    operator.gt,
+    operator.ge,
+    operator.eq,
+    operator.ne,
+]
 
 
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)

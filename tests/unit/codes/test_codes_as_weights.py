@@ -1,13 +1,12 @@
 """A QuantizedArray stands where the array that it decodes to would."""
 
-import operator
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import formats
+from cases import OPERATORS, formats
 from helpers import mostly_nightly
 
 import madax
@@ -90,24 +89,7 @@ def test_a_bad_index_is_the_error_of_an_array():
             w[index]
 
 
-BINARY = [
-    operator.add,
-    operator.sub,
-    operator.mul,
-    operator.truediv,
-    operator.floordiv,
-    operator.mod,
-    operator.pow,
-    operator.lt,
-    operator.le,
-    operator.gt,
-    operator.ge,
-    operator.eq,
-    operator.ne,
-]
-
-
-@pytest.mark.parametrize("operation", BINARY, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("operation", OPERATORS, ids=lambda f: f.__name__)
 def test_operators_match_the_values(operation):
     w, other = make(), make(KINDS[1], (1, 4, 1), seed=1)
     values = w.dequantize()

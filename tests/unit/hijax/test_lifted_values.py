@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FORMATS, every_format
+from cases import FORMATS, OPERATORS, every_format
 from helpers import mostly_nightly, needs_hijax, normal, same
 
 import madax
@@ -133,21 +133,6 @@ def test_codes_are_mapped_over_and_returned():
         madax.hijax.lower(one).codes, jnp.moveaxis(lowered.codes, 1, 0)
     )
     same(jax.jit(jax.vmap(lambda w: w))(w)[...].T, floats.T)
-
-
-OPERATORS = [
-    operator.add,
-    operator.sub,
-    operator.mul,
-    operator.truediv,
-    operator.floordiv,
-    operator.mod,
-    operator.pow,
-    operator.lt,
-    operator.ge,
-    operator.eq,
-    operator.ne,
-]
 
 
 def results_of_operators(w, x):
