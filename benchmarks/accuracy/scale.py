@@ -28,7 +28,7 @@ from benchmarks.lib.choices import check_choices
 from benchmarks.lib.steps import Functions, Tree, apply, nbytes
 from benchmarks.models import decoder
 
-EVALUATED = PARTS // 10  # Parts from one held-out loss to the next.
+EVALUATED = PARTS // 5  # Parts from one held-out loss to the next.
 KEPT_EVERY = 60.0  # Seconds from one checkpoint to the next.
 Stop = Callable[[], bool]
 
@@ -44,17 +44,17 @@ def scale(
     tuned_on: str = "",
     minutes: float | None = None,
 ) -> None:
-    """Train Llama-shaped models of 0.3 to 124 M parameters, 20 tokens a parameter.
+    """Train Llama-shaped models of 0.1 to 124 M parameters, 20 tokens a parameter.
 
     Each optimizer is tuned by the same number of trials on the next smaller size. What
     the records have is not run again; a run that was cut short goes on where its
     checkpoint was. The order is that of `arms` in accuracy/scale_arms.py. A run of the
-    size 1M takes some 40 minutes on two CPU cores, and one of 0.3M five.
+    size 1M takes some 40 minutes on two CPU cores, one of 0.3M five, and one of 0.1M one.
 
     Args:
         out: Folder for scale.jsonl, .md and .png, and for checkpoints.
         corpus: Folder of a text, made by the command corpus.
-        sizes: Models, the smallest first: 0.3M, 1M, 3M, 10M, 30M, 124M, named by their
+        sizes: Models, the smallest first: 0.1M, 0.3M, 1M, 3M, 10M, 30M, 124M, named by their
             parameters without tables of tokens; or smoke.
         tokens_per_parameter: How long to train.
         rows: Names of optimizers; by default all, FlashAdamW where its package is

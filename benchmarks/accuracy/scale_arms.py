@@ -64,7 +64,8 @@ class Model:
 # Named by their parameters without tables.
 MODELS = {
     "smoke": Model(2, 32, 1, 256, 4, 32, "smoke"),
-    "0.3M": Model(3, 96, 3, 1024, 16, 256, "0.3M"),
+    "0.1M": Model(2, 64, 2, 1024, 8, 256, "0.1M"),
+    "0.3M": Model(3, 96, 3, 1024, 16, 256, "0.1M"),
     "1M": Model(5, 128, 4, 1024, 16, 256, "0.3M"),
     "3M": Model(7, 192, 6, 1024, 32, 256, "1M"),
     "10M": Model(8, 320, 5, 8192, 64, 512, "3M"),
