@@ -41,7 +41,7 @@ def value_and_grad(
         sequence of ints; for modules also ``nnx.DiffState``, to choose the variables.
       has_aux: whether ``fun`` returns a pair of the value and auxiliary data.
       dtype: floating dtype that codes are decoded to, and the dtype of their gradients;
-        None for float32. Other leaves are not cast.
+        None for their own. Other leaves are not cast.
 
     Returns:
       A function of the arguments of ``fun`` that returns the value, or the pair, and
@@ -113,7 +113,7 @@ def grad(
       argnums: which positional arguments to differentiate with respect to.
       has_aux: whether ``fun`` returns a pair of the value and auxiliary data.
       dtype: floating dtype that codes are decoded to, and the dtype of their gradients;
-        None for float32.
+        None for their own.
 
     Returns:
       A function of the arguments of ``fun`` that returns the gradients; with

@@ -1,5 +1,6 @@
 """From trees of floats to trees of codes, and back."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -48,6 +49,7 @@ def quantize_params(
     p_scale: ArrayLike | None = None,
     channel_axis: int | tuple[int, ...] | None = None,
     zero_init_scale: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
 ) -> Tree:
     r"""Replaces leaves of a parameter tree by codes of a number format.
 
@@ -98,6 +100,8 @@ def quantize_params(
         None, the default, for one scale per leaf.
       zero_init_scale: the root mean square that stands in for a leaf that is all zeros,
         in units of the weights; None for one over the root of its fan-in.
+      dtype: floating dtype that the codes decode to, and of their gradients; None for
+        the dtype of a leaf of 16 bits or of codes, and float32 for others.
 
     Returns:
       The tree, with a :class:`QuantizedArray` in the place of every chosen leaf; its
@@ -118,6 +122,7 @@ def quantize_params(
     """
     check_format("format", format, Format, or_none=False)
     check_where(where)
+    check_float_dtype(dtype)
     if p_scale is not None:
         check_positive("p_scale", p_scale, None, finite=True)
     if zero_init_scale is not None:
@@ -145,7 +150,10 @@ def quantize_params(
         for i in chosen
     }
     _check_codes(paths, leaves, coded)
-    new = {i: codes for i, (codes, _) in coded.items()}
+    new = {
+        i: dataclasses.replace(codes, value_dtype=_value_dtype(leaves[i], dtype))
+        for i, (codes, _) in coded.items()
+    }
     return merge(
         treedef.unflatten(
             [new[i] if i in new else _copied(leaf) for i, leaf in enumerate(leaves)]
@@ -159,8 +167,8 @@ def dequantize_params(params: Tree, dtype: DTypeLike | None = None) -> Tree:
     Args:
       params: tree of floating-point arrays and :class:`QuantizedArray`, or a module of
         ``flax.nnx``.
-      dtype: floating dtype of all floating leaves; None decodes codes to float32, and
-        does not cast other leaves.
+      dtype: floating dtype of all floating leaves; None decodes codes to their own
+        dtype, and does not cast other leaves.
 
     Returns:
       The tree with an array in the place of every :class:`QuantizedArray`.
@@ -213,6 +221,12 @@ def _is_weight(leaf: Tree, reading: Reading) -> bool:
     )
 
 
+def _value_dtype(leaf: Leaf, dtype: DTypeLike | None) -> jnp.dtype:
+    """The dtype that the codes of a leaf decode to."""
+    own = jnp.result_type(leaf.value_dtype if is_quantized(leaf) else leaf)
+    return jnp.dtype(dtype or (own if own.itemsize == 2 else jnp.float32))
+
+
 def _zero_rms(
     reading: Reading, format: Format, zero_init_scale: ArrayLike | None
 ) -> ArrayLike:
@@ -241,7 +255,7 @@ def _code_leaf(
     if not is_quantized(leaf):
         check_float_leaf("params", path, leaf)
     elif leaf.format == format:
-        return leaf, None
+        return _copied(leaf), None
     elif p_scale is None and not channel_axes:
         scale = leaf.scale
     rank = np.ndim(leaf)
@@ -262,7 +276,7 @@ def _code_leaf(
 
 
 def _values(leaf: Tree) -> jax.Array:
-    return leaf.dequantize() if is_quantized(leaf) else leaf
+    return leaf.dequantize(jnp.float32) if is_quantized(leaf) else leaf
 
 
 # Leaves of one shape share a program, and the host reads nothing between leaves.
@@ -345,9 +359,14 @@ def _relative_error(w: jax.Array, q: QuantizedArray) -> jax.Array:
     """The norm of the error, relative to the norm of the weights."""
     unit = jnp.max(q.scale)  # in which squares do not overflow
     error, values = (
-        jnp.sum(jnp.square(x / unit)) for x in (q.dequantize() - widen(w), widen(w))
+        jnp.sum(jnp.square(x / unit)) for x in (_values(q) - widen(w), widen(w))
     )
     return jnp.sqrt(error / values)
+
+
+def decoded(params: Tree) -> Tree:
+    """The parameters for an optimizer, which computes with codes in float32."""
+    return jax.tree.map(_values, params, is_leaf=is_quantized)
 
 
 def split_module(params: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:

@@ -60,7 +60,7 @@ def lift(params: Tree, dtype: DTypeLike | None = None) -> Tree:
       params: tree with :class:`QuantizedArray`, as from
         :func:`madax.quantize_params`, a state of ``flax.nnx``, or a module.
       dtype: floating dtype that the codes decode to, and of their gradients; None for
-        float32. Other leaves are not cast.
+        their own. Other leaves are not cast.
 
     Returns:
       The tree, or a new module, with lifted codes.
@@ -88,9 +88,8 @@ def lift(params: Tree, dtype: DTypeLike | None = None) -> Tree:
     check_float_dtype(dtype)
     notice_imports()
     tree, merge = split_module(params)
-    dtype = dtype or jnp.float32
     new = jax.tree.map(
-        lambda w: lift_array(w, dtype) if is_quantized(w) else w,
+        lambda w: lift_array(w, dtype or w.value_dtype) if is_quantized(w) else w,
         tree,
         is_leaf=is_quantized,
     )
@@ -191,7 +190,7 @@ def put(params: Tree, shardings: Tree) -> Tree:
         if not is_quantized(w):
             return jax.device_put(w, on)
         scale = jax.device_put(w.scale, of_scale(on, w.scale))
-        return QuantizedArray(jax.device_put(w.codes, on), scale, w.format)
+        return w.like(jax.device_put(w.codes, on), scale)
 
     whole = jax.tree.map(lambda _: 0, params, is_leaf=is_quantized)
     shardings = jax.tree.broadcast(shardings, whole)
