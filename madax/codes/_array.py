@@ -11,6 +11,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from madax._core.derivatives import with_derivative
 from madax._core.numerics import rounded
 from madax.formats._base import Format, parse_format
 
@@ -310,7 +311,9 @@ class QuantizedArray(metaclass=_InErrors):
         # The product may be fused with a sum of the caller, so it is rounded. A scale
         # that is not positive was negated or subtracted as if it were a weight, and so
         # were its codes.
-        scale = jnp.where(self.scale > 0, self.scale, jnp.nan)
+        traced = isinstance(self.scale, jax.core.Tracer)
+        scale = _constant(self.scale) if traced else self.scale
+        scale = jnp.where(scale > 0, scale, jnp.nan)
         return rounded(scale * self.format.decode(self.codes))
 
     def _at(self, index: Any) -> "QuantizedArray":
@@ -326,6 +329,20 @@ class QuantizedArray(metaclass=_InErrors):
             known = not traced and scale.size == 1
             scale = f"{scale.item():.6g}" if known else f"<{scale.shape}>"
         return f"QuantizedArray(shape={shape}, scale={scale}, {self.kind})"
+
+
+def _refuse(*_: object) -> jax.Array:
+    raise TypeError(
+        "a derivative was taken with respect to the scale of a QuantizedArray, which "
+        "is a constant, as by a filter of floating arrays; use madax.value_and_grad or "
+        "madax.grad, and filter whole QuantizedArrays."
+    )
+
+
+@with_derivative(_refuse)
+def _constant(scale: jax.Array) -> jax.Array:
+    """The scale. An optimizer of floats would train it alone, without a word."""
+    return scale
 
 
 def _index_scale(scale: jax.Array, shape: tuple[int, ...], index: Any) -> jax.Array:
