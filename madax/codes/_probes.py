@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from madax._core.names import Tree
 from madax._core.numerics import straight_through
 from madax.codes._array import Kind, Leaf, QuantizedArray, is_quantized
+from madax.codes._leaf_guards import LeafOfCodes, leaves_are_taken, without_guard
 from madax.codes._leaves import zeros_like
 
 
@@ -44,12 +45,15 @@ class ProbedArray(QuantizedArray):
 
     def tree_flatten_with_keys(self) -> tuple[tuple, Kind]:
         children, kind = super().tree_flatten_with_keys()
-        probe = _shifted(self.probe, 1)
-        return (*children, (jax.tree_util.GetAttrKey("probe"), probe)), kind
+        probe = jax.tree_util.GetAttrKey("probe"), _shifted(self.probe, 1)
+        children = *children, probe
+        if leaves_are_taken():
+            children = tuple((key, LeafOfCodes(x)) for key, x in children)
+        return children, kind
 
     @classmethod
     def tree_unflatten(cls, aux: Kind, children: Any) -> Any:
-        codes, scale, probe = children
+        codes, scale, probe = map(without_guard, children)
         # These are tangents, for a function that has a derivative rule of its own.
         if getattr(codes, "dtype", None) == jax.dtypes.float0:
             return probe
@@ -67,7 +71,8 @@ def _shifted(probe: jax.Array, sign: int) -> jax.Array:
     """The probe as a leaf of a tree (``sign`` 1), or the leaf as a probe (-1).
 
     The leaf is huge, so that a norm or a penalty over the leaves of codes in a loss is
-    infinite. Otherwise it would be a number that looks right.
+    infinite, if it is not refused before. Otherwise it would be a number that looks
+    right.
     """
     if not isinstance(probe, jax.Array):
         return probe
