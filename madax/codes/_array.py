@@ -298,7 +298,8 @@ class QuantizedArray(metaclass=_InErrors):
             raise TypeError(
                 "a QuantizedArray has a scale but no codes, as after a filter of "
                 "floating arrays; a scale is not trained: use madax.value_and_grad for "
-                "gradients, or filter whole QuantizedArrays."
+                "gradients, and filter all arrays, as by equinox.is_array, or whole "
+                "QuantizedArrays."
             )
         if not _fit(dtypes[0], dtypes[1], aux.format):
             raise TypeError(

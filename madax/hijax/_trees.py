@@ -235,16 +235,14 @@ def optimizer(
     inner = optax.with_extra_args_support(tx)
 
     def init_fn(params):
-        leaves = jax.tree.leaves(params, is_leaf=_is_code_or_masked)
-        if not any(is_lifted(x) or _is_code_or_masked(x) for x in leaves):
-            raise ValueError(
-                "params hold no lifted codes; pass those that madax.hijax.lift "
-                "returned, to a filter of arrays also."
-            )
+        _check_codes(params)
         return inner.init(lower(params))
 
     def update_fn(updates, state, params: Tree = None, **extra_args):
         _check_all_there(updates, params)
+        _check_codes(params)
+        # Outside of jit, codes of p + u alone are still nodes, which become leaves.
+        params = jax.tree.map(lambda w: w, params)
         updates, state = inner.update(updates, state, lower(params), **extra_args)
         paths, leaves, treedef = flatten_named(params)
         us = treedef.flatten_up_to(updates)
@@ -255,6 +253,16 @@ def optimizer(
         return treedef.unflatten(steps), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_codes(params: Tree) -> None:
+    leaves = jax.tree.leaves(params, is_leaf=_is_code_or_masked)
+    if leaves and not any(is_lifted(x) or _is_code_or_masked(x) for x in leaves):
+        raise ValueError(
+            "params hold no lifted codes; pass those that madax.hijax.lift returned, "
+            "to a filter of arrays also. Filters inside equinox.filter_jit leave them "
+            "out, as no arrays: use jax.jit of the arrays of equinox.partition."
+        )
 
 
 def _is_code_or_masked(x: object) -> bool:
