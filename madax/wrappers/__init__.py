@@ -1,4 +1,4 @@
-"""Any optimizer of optax, on codes and with its state in codes."""
+"""Any optimizer of optax, on weights of few bits and with its state in codes."""
 
 from madax.wrappers._quantized_params import (
     WithQuantizedParamsState,
@@ -8,10 +8,16 @@ from madax.wrappers._quantized_state import (
     WithQuantizedStateState,
     with_quantized_state,
 )
+from madax.wrappers._stochastic_rounding import (
+    WithStochasticRoundingState,
+    with_stochastic_rounding,
+)
 
 __all__ = [
     "WithQuantizedParamsState",
     "WithQuantizedStateState",
+    "WithStochasticRoundingState",
     "with_quantized_params",
     "with_quantized_state",
+    "with_stochastic_rounding",
 ]
