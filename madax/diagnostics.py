@@ -26,7 +26,7 @@ from madax.codes._leaves import (
     per_leaf,
     widen,
 )
-from madax.codes._quantize import dequantize_params
+from madax.codes._quantize import decoded
 from madax.codes._scales import split_max
 from madax.formats._moment_format import MomentFormat
 from madax.formats._second_moment_codec import SecondMomentCodec, is_fast
@@ -348,9 +348,9 @@ def count_skipped(
 
 def _by_path(fn: Callable[..., jax.Array], params: Tree, *others: Tree) -> dict:
     """``{path: fn(leaf of params, leaf of another tree, ...)}``, float32 or wider."""
-    paths, leaves, treedef = flatten(dequantize_params(params))
+    paths, leaves, treedef = flatten(decoded(params))
     alike = [
-        flatten_like(dequantize_params(other), treedef, "params", paths, leaves)
+        flatten_like(decoded(other), treedef, "params", paths, leaves)
         for other in others
     ]
     return {

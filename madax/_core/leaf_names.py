@@ -101,6 +101,16 @@ class Leaf:
         fan_in, fan_out = [size_of(self.shape, x) for x in self.axes or ()] or (0, 0)
         return fan_in, fan_out
 
+    @property
+    def fan_in(self) -> int:
+        """The number of terms in a sum of products with the leaf, 1 or more.
+
+        A table is looked up, and has the scale of a matrix that takes its rows. Where
+        names and shapes do not tell, the longest axis of a layer is its outputs.
+        """
+        fan_in = self.fans[self.kind == "table"]
+        return fan_in or max(math.prod(self.sizes) // max(*self.sizes, 1, 1), 1)
+
     @cached_property
     def is_vector(self) -> bool:
         """Whether its name tells that it is a vector, in each layer."""

@@ -4,21 +4,25 @@ import dataclasses
 import operator
 import sys
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from madax._core.derivatives import with_derivative
 from madax._core.numerics import rounded
 from madax.formats._base import Format, parse_format
 
 _REMEDY = (
     "codes and scales must not be scaled, averaged or cast: use "
     "madax.dequantize_params(params), or put the transform inside "
-    "madax.with_quantized_params(...). optax.apply_updates adds steps of codes."
+    "madax.with_quantized_params(...). optax.apply_updates adds steps of codes, and "
+    "madax.wrappers.multi_steps accumulates gradients for them."
 )
+
+_FLOAT32 = jnp.dtype(jnp.float32)
 
 # What to do once Flax, or Orbax, is imported, later than madax or never: a function
 # of an attribute of a module of it. Modules of madax that import this one add theirs.
@@ -71,23 +75,43 @@ def _both_ways(operation: Callable[..., Any]) -> tuple[Callable, Callable]:
     return _by_value(operation), lambda self, x: operation(x, self.dequantize())
 
 
+class Kind(NamedTuple):
+    """What is static of codes: their format, and the dtype that they decode to.
+
+    In text it is the format, after the dtype if it is another than float32.
+    """
+
+    format: Format
+    value_dtype: jnp.dtype
+
+    def __str__(self) -> str:
+        other = self.value_dtype != jnp.float32
+        return f"{self.value_dtype.name}:" * other + repr(self.format)
+
+    @classmethod
+    def parse(cls, text: str) -> "Kind":
+        """The kind that prints as ``text``; raises as :func:`parse_format`."""
+        dtype, _, format = text.rpartition(":")
+        return cls(parse_format(format), jnp.dtype(dtype or jnp.float32))
+
+
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedArray(metaclass=_InErrors):
     """An array stored as integer codes of a number format.
 
     It takes the place of a weight. Operators, methods of arrays, ``jnp`` functions and
-    layers of Flax use it as the float32 array that its codes decode to, and decode it
+    layers of Flax use it as the array of floats that its codes decode to, and decode it
     where they use it. Indexing decodes only the elements that it returns, so a look-up
     in a table of codes costs a few rows. ``w[...]`` is an array, for functions that
     need one (functions of ``jax.lax``, and with JAX 0.6.0 also sums). Use
     :func:`madax.value_and_grad` for derivatives: ``jax.grad`` has none for integers.
 
-    It is a pytree node with two children, ``codes`` and ``scale``; the format is
-    static. Functions of trees see the two children. A change of their dtypes raises an
-    error, and a scale that is not positive makes all values NaN; but a sum of two trees
-    of codes does neither, and is no sum of weights. So do arithmetic, norms and
-    penalties on ``madax.dequantize_params(params)``.
+    It is a pytree node with two children, ``codes`` and ``scale``; the format and the
+    dtype are static. Functions of trees see the two children. A change of their dtypes
+    raises an error, and a scale that is not positive makes all values NaN; but a sum of
+    two trees of codes does neither, and is no sum of weights. So do arithmetic, norms
+    and penalties on ``madax.dequantize_params(params)``.
 
     The update that an optimizer returns for it is another QuantizedArray, with steps in
     the place of codes, False in the place of the scale, and no value.
@@ -99,6 +123,7 @@ class QuantizedArray(metaclass=_InErrors):
       scale: value of the max code, float32, of the rank of ``codes``: of size 1, or one
         per channel.
       format: the number format.
+      value_dtype: floating dtype of the values.
 
     Example:
       >>> import jax.numpy as jnp, madax
@@ -113,18 +138,25 @@ class QuantizedArray(metaclass=_InErrors):
     codes: jax.Array
     scale: jax.Array
     format: Format
+    value_dtype: jnp.dtype = _FLOAT32
 
     # NumPy's arrays leave their operators to this class.
     __array_priority__ = 100
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "value_dtype", jnp.dtype(self.value_dtype))
         notice_imports()
 
     @classmethod
-    def steps(cls, delta: jax.Array, format: Format) -> "QuantizedArray":
+    def steps(
+        cls,
+        delta: jax.Array,
+        format: Format,
+        value_dtype: jnp.dtype = _FLOAT32,
+    ) -> "QuantizedArray":
         """The update by which ``optax.apply_updates`` adds integers to codes."""
         no_scale: Any = False
-        return cls(delta.astype(format.step_dtype), no_scale, format)
+        return cls(delta.astype(format.step_dtype), no_scale, format, value_dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -133,9 +165,9 @@ class QuantizedArray(metaclass=_InErrors):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype of the values, float32; for steps, an integer dtype."""
+        """The dtype of the values; for steps, an integer dtype."""
         steps = self.codes.dtype == self.format.step_dtype
-        return self.format.step_dtype if steps else jnp.dtype(jnp.float32)
+        return self.format.step_dtype if steps else self.value_dtype
 
     @property
     def nbytes(self) -> int:
@@ -146,7 +178,7 @@ class QuantizedArray(metaclass=_InErrors):
         """The values of the codes, an array of their shape.
 
         Args:
-          dtype: floating dtype of the result; None for float32.
+          dtype: floating dtype of the result; None for ``value_dtype``.
 
         Raises:
           TypeError: if these are steps, which have no value.
@@ -238,14 +270,23 @@ class QuantizedArray(metaclass=_InErrors):
         The name of the codes contains their format: codes that are restored as codes of
         another format would be silent nonsense.
         """
-        return {f"codes:{self.format!r}": self.codes, "scale": self.scale}
+        return {f"codes:{self.kind}": self.codes, "scale": self.scale}
 
-    def tree_flatten_with_keys(self) -> tuple[tuple, Format]:
+    @property
+    def kind(self) -> Kind:
+        """What is static."""
+        return Kind(self.format, self.value_dtype)
+
+    def like(self, codes: jax.Array, scale: jax.Array) -> "QuantizedArray":
+        """Other codes and scales of the kind of these."""
+        return QuantizedArray(codes, scale, *self.kind)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple, Kind]:
         key = jax.tree_util.GetAttrKey
-        return tuple((key(k), part) for k, part in self.parts().items()), self.format
+        return tuple((key(k), part) for k, part in self.parts().items()), self.kind
 
     @classmethod
-    def tree_unflatten(cls, aux: Format, children: Any) -> "QuantizedArray":
+    def tree_unflatten(cls, aux: Kind, children: Any) -> "QuantizedArray":
         codes, scale, *others = children
         # Here an average or a rescaling of codes would pass for an average of weights.
         dtypes = [getattr(x, "dtype", type(x)) for x in (codes, scale)]
@@ -258,26 +299,29 @@ class QuantizedArray(metaclass=_InErrors):
             raise TypeError(
                 "a QuantizedArray has a scale but no codes, as after a filter of "
                 "floating arrays; a scale is not trained: use madax.value_and_grad for "
-                "gradients, or filter whole QuantizedArrays."
+                "gradients, and filter all arrays, as by equinox.is_array, or whole "
+                "QuantizedArrays."
             )
-        if not _fit(dtypes[0], dtypes[1], aux):
+        if not _fit(dtypes[0], dtypes[1], aux.format):
             raise TypeError(
                 f"the codes of a QuantizedArray became {_name(dtypes[0])}, and its "
                 f"scale {_name(dtypes[1])}; {_REMEDY}"
             )
-        return cls(codes, scale, aux, *others)
+        return cls(codes, scale, *aux, *others)
 
     def _value(self) -> jax.Array:
         # The product may be fused with a sum of the caller, so it is rounded. A scale
         # that is not positive was negated or subtracted as if it were a weight, and so
         # were its codes.
-        scale = jnp.where(self.scale > 0, self.scale, jnp.nan)
+        traced = isinstance(self.scale, jax.core.Tracer)
+        scale = _constant(self.scale) if traced else self.scale
+        scale = jnp.where(scale > 0, scale, jnp.nan)
         return rounded(scale * self.format.decode(self.codes))
 
     def _at(self, index: Any) -> "QuantizedArray":
         """The codes at an index, with their scales."""
         scale = _index_scale(self.scale, self.shape, index)
-        return QuantizedArray(self.codes[index], scale, self.format)
+        return self.like(self.codes[index], scale)
 
     def __repr__(self) -> str:
         shape = getattr(self.codes, "shape", self.codes)
@@ -286,7 +330,21 @@ class QuantizedArray(metaclass=_InErrors):
             traced = isinstance(scale, jax.core.Tracer)
             known = not traced and scale.size == 1
             scale = f"{scale.item():.6g}" if known else f"<{scale.shape}>"
-        return f"QuantizedArray(shape={shape}, scale={scale}, {self.format!r})"
+        return f"QuantizedArray(shape={shape}, scale={scale}, {self.kind})"
+
+
+def _refuse(*_: object) -> jax.Array:
+    raise TypeError(
+        "a derivative was taken with respect to the scale of a QuantizedArray, which "
+        "is a constant, as by a filter of floating arrays; use madax.value_and_grad or "
+        "madax.grad, and filter whole QuantizedArrays."
+    )
+
+
+@with_derivative(_refuse)
+def _constant(scale: jax.Array) -> jax.Array:
+    """The scale. An optimizer of floats would train it alone, without a word."""
+    return scale
 
 
 def _index_scale(scale: jax.Array, shape: tuple[int, ...], index: Any) -> jax.Array:
@@ -334,8 +392,8 @@ def _name(dtype: object) -> str:
 jax.export.register_pytree_node_serialization(
     QuantizedArray,
     serialized_name="madax.QuantizedArray",
-    serialize_auxdata=lambda format: repr(format).encode(),
-    deserialize_auxdata=lambda text: parse_format(bytes(text).decode()),
+    serialize_auxdata=lambda kind: str(kind).encode(),
+    deserialize_auxdata=lambda text: Kind.parse(bytes(text).decode()),
 )
 
 

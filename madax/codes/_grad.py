@@ -7,6 +7,8 @@ from functools import wraps
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from madax._core.checks import check_float_dtype, check_function
@@ -35,13 +37,17 @@ def value_and_grad(
     changes that ``fun`` makes to any module (statistics, counts of random numbers) are
     kept.
 
+    A module of Equinox is a tree with leaves that are functions. Its leaves other than
+    codes and floating arrays have no gradient: it is None, as of
+    ``equinox.filter_value_and_grad``. Functions and text in other trees have none.
+
     Args:
       fun: function of which the first result is a real scalar.
       argnums: which positional arguments to differentiate with respect to, an int or a
         sequence of ints; for modules also ``nnx.DiffState``, to choose the variables.
       has_aux: whether ``fun`` returns a pair of the value and auxiliary data.
       dtype: floating dtype that codes are decoded to, and the dtype of their gradients;
-        None for float32. Other leaves are not cast.
+        None for their own. Other leaves are not cast.
 
     Returns:
       A function of the arguments of ``fun`` that returns the value, or the pair, and
@@ -113,7 +119,7 @@ def grad(
       argnums: which positional arguments to differentiate with respect to.
       has_aux: whether ``fun`` returns a pair of the value and auxiliary data.
       dtype: floating dtype that codes are decoded to, and the dtype of their gradients;
-        None for float32.
+        None for their own.
 
     Returns:
       A function of the arguments of ``fun`` that returns the gradients; with
@@ -139,18 +145,47 @@ def _differentiate(fun, wrt, positions, has_aux, dtype, args, kwargs):
     """The value and gradients of a function of pytrees."""
     del wrt
     chosen = tuple(args[i] for i in positions)
-    weights, treedef = jax.tree.flatten(chosen, is_leaf=is_quantized)
+    leaves, treedef = jax.tree.flatten(chosen, is_leaf=is_quantized)
+    has_gradient = _of_equinox if _holds_equinox(chosen) else _is_numeric
+    places = [i for i, leaf in enumerate(leaves) if has_gradient(leaf)]
+    weights = [leaves[i] for i in places]
+
+    def merged(new, others):
+        new = dict(zip(places, new, strict=True))
+        return treedef.unflatten([new.get(i, x) for i, x in enumerate(others)])
 
     def loss(probes):
         given = list(args)
-        arrays = treedef.unflatten(probed(weights, probes))
+        arrays = merged(probed(weights, probes), leaves)
         for i, array in zip(positions, arrays, strict=True):
             given[i] = array
         return without_probes(fun(*given, **kwargs), weights)
 
     gradient = jax.value_and_grad(loss, has_aux=has_aux)
     value, grads = gradient(probes_of(weights, dtype))
-    return value, treedef.unflatten(grads)
+    return value, merged(grads, [None] * len(leaves))
+
+
+def _is_numeric(leaf: Tree) -> bool:
+    """Whether it is for JAX to say if a leaf has a gradient; a function has none."""
+    return (
+        is_quantized(leaf)
+        or isinstance(leaf, (int, float, complex))
+        or (hasattr(leaf, "dtype"))
+    )
+
+
+def _of_equinox(leaf: Tree) -> bool:
+    """Whether a leaf of a module of Equinox has a gradient: codes, and floats."""
+    is_array = isinstance(leaf, (jax.Array, np.ndarray))
+    return is_quantized(leaf) or (is_array and jnp.issubdtype(leaf.dtype, jnp.inexact))
+
+
+def _holds_equinox(tree: Tree) -> bool:
+    """Whether a tree holds modules of Equinox, which exist only if it is imported."""
+    module = getattr(sys.modules.get("equinox"), "Module", ())
+    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, module))
+    return any(isinstance(x, module) for x in nodes)
 
 
 def _position(argnum: int, args: Sequence[Tree]) -> int:

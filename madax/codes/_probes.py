@@ -15,9 +15,9 @@ from jax.typing import DTypeLike
 
 from madax._core.names import Tree
 from madax._core.numerics import straight_through
-from madax.codes._array import Leaf, QuantizedArray, is_quantized
+from madax.codes._array import Kind, Leaf, QuantizedArray, is_quantized
+from madax.codes._leaf_guards import LeafOfCodes, leaves_are_taken, without_guard
 from madax.codes._leaves import zeros_like
-from madax.formats._base import Format
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -28,7 +28,7 @@ class ProbedArray(QuantizedArray):
     Slices, scans and maps carry the probe along.
     """
 
-    probe: jax.Array
+    probe: jax.Array = dataclasses.field(kw_only=True)
 
     @classmethod
     def of(cls, w: QuantizedArray, probe: jax.Array) -> "ProbedArray":
@@ -36,25 +36,29 @@ class ProbedArray(QuantizedArray):
         w.check_has_value()
         if isinstance(w, ProbedArray):  # a derivative within a derivative
             probe = w.probe.astype(probe.dtype) + probe
-        return cls(w.codes, w.scale, w.format, probe)
+        return cls(w.codes, w.scale, *w.kind, probe=probe)
 
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype that the codes decode to."""
         return self.probe.dtype
 
-    def tree_flatten_with_keys(self) -> tuple[tuple, Format]:
-        children, format = super().tree_flatten_with_keys()
-        probe = _shifted(self.probe, 1)
-        return (*children, (jax.tree_util.GetAttrKey("probe"), probe)), format
+    def tree_flatten_with_keys(self) -> tuple[tuple, Kind]:
+        children, kind = super().tree_flatten_with_keys()
+        probe = jax.tree_util.GetAttrKey("probe"), _shifted(self.probe, 1)
+        children = *children, probe
+        if leaves_are_taken():
+            children = tuple((key, LeafOfCodes(x)) for key, x in children)
+        return children, kind
 
     @classmethod
-    def tree_unflatten(cls, aux: Format, children: Any) -> Any:
-        codes, scale, probe = children
+    def tree_unflatten(cls, aux: Kind, children: Any) -> Any:
+        codes, scale, probe = map(without_guard, children)
         # These are tangents, for a function that has a derivative rule of its own.
         if getattr(codes, "dtype", None) == jax.dtypes.float0:
             return probe
-        return super().tree_unflatten(aux, (codes, scale, _shifted(probe, -1)))
+        w = QuantizedArray.tree_unflatten(aux, (codes, scale))
+        return cls(w.codes, w.scale, *w.kind, probe=_shifted(probe, -1))
 
     def _value(self) -> jax.Array:
         return straight_through(self.probe, super()._value().astype(self.dtype))
@@ -67,7 +71,8 @@ def _shifted(probe: jax.Array, sign: int) -> jax.Array:
     """The probe as a leaf of a tree (``sign`` 1), or the leaf as a probe (-1).
 
     The leaf is huge, so that a norm or a penalty over the leaves of codes in a loss is
-    infinite. Otherwise it would be a number that looks right.
+    infinite, if it is not refused before. Otherwise it would be a number that looks
+    right.
     """
     if not isinstance(probe, jax.Array):
         return probe
@@ -76,7 +81,10 @@ def _shifted(probe: jax.Array, sign: int) -> jax.Array:
 
 def probes_of(weights: Sequence[Leaf], dtype: DTypeLike | None) -> list[Tree]:
     """The leaves, with a probe of zeros in the place of every QuantizedArray."""
-    return [zeros_like(w, dtype) if is_quantized(w) else w for w in weights]
+    return [
+        zeros_like(w, w.dtype if dtype is None else dtype) if is_quantized(w) else w
+        for w in weights
+    ]
 
 
 def probed(weights: Sequence[Leaf], probes: Sequence[Tree]) -> list[Leaf]:
@@ -99,6 +107,6 @@ def without_probes(
 
     def codes_of(x):
         is_probed = isinstance(x, ProbedArray)
-        return QuantizedArray(x.codes, x.scale, x.format) if is_probed else x
+        return x.like(x.codes, x.scale) if is_probed else x
 
     return jax.tree.map(codes_of, tree, is_leaf=is_leaf)

@@ -1,5 +1,6 @@
 """From trees of floats to trees of codes, and back."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from madax._core.checks import (
     warn_of_leaves,
 )
 from madax._core.leaf_kinds import read_leaves
+from madax._core.leaf_names import Leaf as Reading
 from madax._core.names import Tree, flatten_named
 from madax._core.numerics import over
 from madax._core.vectors import awaited
@@ -33,10 +35,6 @@ from madax.codes._scales import bound_on_weights, fraction_above, root_mean_squa
 from madax.formats._base import Format
 
 # The warnings about leaves.
-_ALL_ZEROS = (
-    "all zeros, which have no scale, so these leaves stay floats; initialise them with "
-    "values that are not all zero, or leave them out with where."
-)
 _LOSSY = (
     "this fraction of the norm was lost in rounding; pass channel_axis=-1 for a scale "
     "per channel, or a format of more bits, or another range."
@@ -50,6 +48,8 @@ def quantize_params(
     where: Callable[[str, Any], bool] | None = None,
     p_scale: ArrayLike | None = None,
     channel_axis: int | tuple[int, ...] | None = None,
+    zero_init_scale: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
 ) -> Tree:
     r"""Replaces leaves of a parameter tree by codes of a number format.
 
@@ -73,11 +73,18 @@ def quantize_params(
     encoded again. They keep their scale unless ``p_scale`` or ``channel_axis`` asks for
     another. To keep two formats in one tree, choose the leaves of each by ``where``.
 
-    A leaf that is all zeros has no scale, and stays a float array; a warning names it.
-    A channel of zeros in another leaf has the max of the scales of that leaf. Under
-    ``jit`` and ``vmap`` values are unknown, so there are no warnings. There the codes
-    of a leaf that is all zeros or not finite have the scale NaN, and ``init`` of an
-    optimizer raises an error that names the leaf.
+    A leaf that is all zeros, such as the last kernel of a branch or B of LoRA, becomes
+    codes of zero, so the structure of the result never depends on values. In the place
+    of its root mean square stands ``zero_init_scale``, by default :math:`1 /
+    \sqrt{\text{fan-in}}`, to which it may grow: the scale is three times that. Steps
+    move such codes away from zero, but not in a :class:`LogFormat`, where a zero is a
+    trap: there the leaf is an error, unless ``zero_init_scale`` is given, for
+    optimizers within :func:`with_quantized_params`. A channel of zeros in another leaf
+    has the max of the scales of that leaf.
+
+    Under ``jit`` and ``vmap`` values are unknown, so there are no warnings. There the
+    codes of a leaf that is not finite, or would be such an error, have the scale NaN,
+    and ``init`` of an optimizer raises an error that names the leaf.
 
     Args:
       params: tree of floating-point arrays, any shapes, or a module of ``flax.nnx``.
@@ -91,14 +98,18 @@ def quantize_params(
       channel_axis: the axis, or several, with a scale for each index along it: -1 gives
         a scale for each output of a Flax kernel, 0 for each layer in a stack of layers.
         None, the default, for one scale per leaf.
+      zero_init_scale: the root mean square that stands in for a leaf that is all zeros,
+        in units of the weights; None for one over the root of its fan-in.
+      dtype: floating dtype that the codes decode to, and of their gradients; None for
+        the dtype of a leaf of 16 bits or of codes, and float32 for others.
 
     Returns:
       The tree, with a :class:`QuantizedArray` in the place of every chosen leaf; its
       scale has the rank of its codes.
 
     Raises:
-      ValueError: if no leaf is chosen, a chosen leaf is not finite or has no such
-        axis, or an argument is out of range.
+      ValueError: if no leaf is chosen, a chosen leaf is not finite, is all zeros in a
+        ``LogFormat`` or has no such axis, or an argument is out of range.
       TypeError: if an argument is of the wrong type, or a chosen leaf is not real
         floating.
 
@@ -111,8 +122,11 @@ def quantize_params(
     """
     check_format("format", format, Format, or_none=False)
     check_where(where)
+    check_float_dtype(dtype)
     if p_scale is not None:
         check_positive("p_scale", p_scale, None, finite=True)
+    if zero_init_scale is not None:
+        check_positive("zero_init_scale", zero_init_scale, None, finite=True)
     axes: tuple = channel_axis if isinstance(channel_axis, tuple) else (channel_axis,)
     axes = () if channel_axis is None else axes
     if not all(type(axis) is int for axis in axes):
@@ -122,15 +136,24 @@ def quantize_params(
         )
     tree, merge = split_module(params)
     paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
-    chosen = map(where, paths, leaves) if where else _are_weights(paths, leaves)
+    readings = read_leaves(paths, map(np.shape, leaves))
+    chosen = map(where, paths, leaves) if where else map(_is_weight, leaves, readings)
     chosen = [i for i, is_chosen in enumerate(chosen) if is_chosen]
     if not chosen:
         raise ValueError(
             "where (or its default) selected no leaf of params, whose paths are "
             f"{listed(map(repr, paths))}; pass a where(path, leaf) that selects some."
         )
-    coded = {i: _code_leaf(paths[i], leaves[i], format, p_scale, axes) for i in chosen}
-    new = _usable_codes(paths, leaves, coded)
+    zero_rms = {i: _zero_rms(readings[i], format, zero_init_scale) for i in chosen}
+    coded = {
+        i: _code_leaf(paths[i], leaves[i], format, p_scale, axes, zero_rms[i])
+        for i in chosen
+    }
+    _check_codes(paths, leaves, coded)
+    new = {
+        i: dataclasses.replace(codes, value_dtype=_value_dtype(leaves[i], dtype))
+        for i, (codes, _) in coded.items()
+    }
     return merge(
         treedef.unflatten(
             [new[i] if i in new else _copied(leaf) for i, leaf in enumerate(leaves)]
@@ -144,8 +167,8 @@ def dequantize_params(params: Tree, dtype: DTypeLike | None = None) -> Tree:
     Args:
       params: tree of floating-point arrays and :class:`QuantizedArray`, or a module of
         ``flax.nnx``.
-      dtype: floating dtype of all floating leaves; None decodes codes to float32, and
-        does not cast other leaves.
+      dtype: floating dtype of all floating leaves; None decodes codes to their own
+        dtype, and does not cast other leaves.
 
     Returns:
       The tree with an array in the place of every :class:`QuantizedArray`.
@@ -186,20 +209,31 @@ def _copied(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, tree)
 
 
-def _are_weights(paths: Sequence[str], leaves: Sequence[Tree]) -> list[bool]:
-    """The default of ``where`` for each leaf."""
+def _is_weight(leaf: Tree, reading: Reading) -> bool:
+    """The default of ``where``."""
     # Below 16 elements, codes hardly save more bytes than the scale takes. A leaf that
     # is no array has no axes, so it is not asked for a dtype.
-    return [
-        is_quantized(leaf)
-        or (
-            (np.ndim(leaf) >= 2 and np.size(leaf) >= 16 and is_float(leaf))
-            and reading.kind != "vector"
-        )
-        for leaf, reading in zip(
-            leaves, read_leaves(paths, map(np.shape, leaves)), strict=True
-        )
-    ]
+    return is_quantized(leaf) or (
+        np.ndim(leaf) >= 2
+        and np.size(leaf) >= 16
+        and is_float(leaf)
+        and reading.kind != "vector"
+    )
+
+
+def _value_dtype(leaf: Leaf, dtype: DTypeLike | None) -> jnp.dtype:
+    """The dtype that the codes of a leaf decode to."""
+    own = jnp.result_type(leaf.value_dtype if is_quantized(leaf) else leaf)
+    return jnp.dtype(dtype or (own if own.itemsize == 2 else jnp.float32))
+
+
+def _zero_rms(
+    reading: Reading, format: Format, zero_init_scale: ArrayLike | None
+) -> ArrayLike:
+    """The root mean square that stands in for a leaf of zeros; 0 if none may."""
+    if zero_init_scale is not None:
+        return zero_init_scale
+    return reading.fan_in**-0.5 if format.moves_zeros else 0.0
 
 
 def _code_leaf(
@@ -208,6 +242,7 @@ def _code_leaf(
     format: Format,
     p_scale: ArrayLike | None,
     channel_axes: Sequence[int],
+    zero_rms: ArrayLike,
 ) -> tuple[QuantizedArray, _Facts | None]:
     """The codes of a leaf; without facts if it is codes of the format already."""
     name, scale = leaf_name("params", path), None
@@ -220,7 +255,7 @@ def _code_leaf(
     if not is_quantized(leaf):
         check_float_leaf("params", path, leaf)
     elif leaf.format == format:
-        return leaf, None
+        return _copied(leaf), None
     elif p_scale is None and not channel_axes:
         scale = leaf.scale
     rank = np.ndim(leaf)
@@ -233,7 +268,7 @@ def _code_leaf(
     channels = {axis % rank for axis in channel_axes}
     axes = tuple(axis for axis in range(rank) if axis not in channels)
     codes, scale, facts = awaited(
-        _encode(_values(leaf), p_scale, scale, format=format, axes=axes)
+        _encode(_values(leaf), p_scale, scale, zero_rms, format=format, axes=axes)
     )
     if isinstance(scale, jax.core.Tracer):
         scale = jnp.where((scale > 0) & (scale < jnp.inf), scale, jnp.nan)
@@ -241,7 +276,7 @@ def _code_leaf(
 
 
 def _values(leaf: Tree) -> jax.Array:
-    return leaf.dequantize() if is_quantized(leaf) else leaf
+    return leaf.dequantize(jnp.float32) if is_quantized(leaf) else leaf
 
 
 # Leaves of one shape share a program, and the host reads nothing between leaves.
@@ -250,6 +285,7 @@ def _encode(
     w: jax.Array,
     p_scale: ArrayLike | None,
     scale: jax.Array | None,
+    zero_rms: ArrayLike,
     *,
     format: Format,
     axes: Sequence[int],
@@ -261,7 +297,10 @@ def _encode(
     if scale is None:
         bound = bound_on_weights(p_scale, rms, max)
         # A channel of zeros takes the scale of the other channels.
-        scale = jnp.where(rms == 0, jnp.max(bound, initial=0), bound)
+        others = jnp.max(bound, initial=0)
+        of_zeros = bound_on_weights(p_scale, jnp.asarray(zero_rms, w.dtype), others)
+        others = jnp.where(others == 0, of_zeros, others)
+        scale = jnp.where(rms == 0, others, bound)
     scale = jnp.reshape(scale, jnp.shape(scale) or (1,) * w.ndim).astype(jnp.float32)
     x = over(scale, w)
     code = format.nearest(x).astype(jnp.int32)
@@ -275,23 +314,19 @@ def _encode(
     return code.astype(format.storage_dtype), scale, facts
 
 
-def _usable_codes(
+def _check_codes(
     paths: Sequence[str],
     leaves: Sequence[Leaf],
     coded: dict[int, tuple[QuantizedArray, _Facts | None]],
-) -> dict[int, QuantizedArray]:
-    """The new codes by the places of leaves, without the leaves that are all zeros.
-
-    Warns of leaves that do not suit the format, and raises if they are not finite.
-    """
-    new = {i: codes for i, (codes, facts) in coded.items() if facts is not None}
+) -> None:
+    """Warns of leaves that do not suit the format, and raises if they have no scale."""
     facts_of = {i: facts for i, (_, facts) in coded.items() if facts is not None}
     known = {
         i: f for i, f in facts_of.items() if not isinstance(f.max, jax.core.Tracer)
     }
     zeros, clipped, lossy = [], [], []
     for i, facts in jax.device_get(known).items():  # all at once
-        name, leaf, q = leaf_name("params", paths[i]), leaves[i], new[i]
+        name, leaf, (q, _) = leaf_name("params", paths[i]), leaves[i], coded[i]
         if facts.min_scale > 0 and facts.max_scale < np.inf:
             # A weight that is above the scale by a rounding is no outlier.
             if facts.max_relative > 1 + 1e-5:
@@ -301,7 +336,6 @@ def _usable_codes(
                 lossy.append((name, _relative_error(_values(leaf), q)))
         elif facts.max == 0:
             zeros.append(name)
-            del new[i]
         else:
             raise ValueError(
                 f"{name} (or one of its channels) is not finite, or out of float32's "
@@ -309,10 +343,15 @@ def _usable_codes(
                 f"{facts.max_scale}; initialise it with finite values, or leave it out "
                 "with where."
             )
-    warn_of_leaves(zeros, _ALL_ZEROS, stacklevel=3)
+    if zeros:
+        raise ValueError(
+            f"leaves are all zeros, which madam and muon_madam never move in a "
+            f"LogFormat: {listed(zeros)}; use a SymlogFormat, leave them out with "
+            "where, initialise them with other values, or pass zero_init_scale to "
+            "train them within with_quantized_params."
+        )
     warn_of_leaves(in_percent(clipped), CLIPPED, stacklevel=3)
     warn_of_leaves(in_percent(lossy, above=0.25), _LOSSY, stacklevel=3)
-    return new
 
 
 @jax.jit
@@ -320,9 +359,14 @@ def _relative_error(w: jax.Array, q: QuantizedArray) -> jax.Array:
     """The norm of the error, relative to the norm of the weights."""
     unit = jnp.max(q.scale)  # in which squares do not overflow
     error, values = (
-        jnp.sum(jnp.square(x / unit)) for x in (q.dequantize() - widen(w), widen(w))
+        jnp.sum(jnp.square(x / unit)) for x in (_values(q) - widen(w), widen(w))
     )
     return jnp.sqrt(error / values)
+
+
+def decoded(params: Tree) -> Tree:
+    """The parameters for an optimizer, which computes with codes in float32."""
+    return jax.tree.map(_values, params, is_leaf=is_quantized)
 
 
 def split_module(params: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:

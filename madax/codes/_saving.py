@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from madax._core.names import Tree, flatten_named
-from madax.codes._array import AFTER_IMPORT, Leaf, QuantizedArray, is_quantized
-from madax.formats._base import Format, parse_format
+from madax.codes._array import AFTER_IMPORT, Kind, Leaf, QuantizedArray, is_quantized
 
-_CODES = re.compile(r"(?P<path>(?:.*/)?)codes:(?P<format>\w+\(.*\))")
+_CODES = re.compile(r"(?P<path>(?:.*/)?)codes:(?P<kind>(\w+:)?\w+\(.*\))")
 # Dtypes that NumPy's files do not keep: they return bfloat16 as two bytes of no type.
 _NO_NUMPY = re.compile(r"(?P<path>.*):(?P<dtype>bfloat16|float[468]_\w+|u?int[24])")
 
@@ -31,7 +30,9 @@ def to_flat_dict(tree: Tree) -> dict[str, Any]:
     Returns:
       The arrays, named by their paths: ``"Dense_0/bias"``, or
       ``"Dense_0/bias:bfloat16"``; for codes
-      ``"Dense_0/kernel/codes:UniformFormat(bits=8)"`` and ``"Dense_0/kernel/scale"``.
+      ``"Dense_0/kernel/codes:UniformFormat(bits=8)"`` and ``"Dense_0/kernel/scale"``,
+      or ``"Dense_0/kernel/codes:bfloat16:UniformFormat(bits=8)"`` if they decode to
+      bfloat16.
 
     Raises:
       ValueError: if two arrays would have one name.
@@ -106,9 +107,10 @@ def from_flat_dict(arrays: Mapping[str, Any], target: Tree = None) -> Tree:
 
 
 def _restored(
-    name: str, codes: jax.Array, scale: jax.Array, format: Format
+    name: str, codes: jax.Array, scale: jax.Array, kind: Kind
 ) -> QuantizedArray:
     """Codes and their scale from a file, checked; errors call them ``name``."""
+    format = kind.format
     axes = zip(scale.shape[::-1], codes.shape[::-1], strict=False)
     is_here = _is_here(codes) and _is_here(scale)
     if codes.dtype != format.storage_dtype or scale.dtype != jnp.float32:
@@ -127,7 +129,7 @@ def _restored(
     elif is_here and not np.all((scale > 0) & (scale < np.inf)):
         wrong = "a scale that is not positive and finite"
     else:
-        return QuantizedArray(codes, scale, format)
+        return QuantizedArray(codes, scale, *kind)
     raise ValueError(f"{name} has {wrong}; pass the arrays that were saved.")
 
 
@@ -151,7 +153,7 @@ def _from_parts(target: QuantizedArray, parts: dict[str, Any]) -> QuantizedArray
             f"{sorted(target.parts())}; pass a target of that format."
         )
     codes, scale = (jnp.asarray(parts[name]) for name in target.parts())
-    return _restored("a QuantizedArray", codes, scale, target.format)
+    return _restored("a QuantizedArray", codes, scale, target.kind)
 
 
 def _in_numpy(name: str, array: Any) -> tuple[str, Any]:
@@ -203,14 +205,14 @@ def _joined(arrays: dict[str, Any]) -> dict[str, Any]:
         if name in scales:
             continue
         if name in codes:
-            path, format = codes[name]["path"], parse_format(codes[name]["format"])
+            path, kind = codes[name]["path"], Kind.parse(codes[name]["kind"])
             if f"{path}scale" not in arrays:
                 raise ValueError(
                     f"there is {name!r}, but no '{path}scale'; pass all arrays of "
                     "to_flat_dict."
                 )
             name = path.removesuffix("/")
-            array = _restored(repr(name), array, arrays[f"{path}scale"], format)
+            array = _restored(repr(name), array, arrays[f"{path}scale"], kind)
         if name in leaves:
             raise ValueError(
                 f"there are two leaves {name!r}, of which one is codes; pass one."

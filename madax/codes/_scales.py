@@ -88,9 +88,10 @@ def check_code_scales(params: optax.Params) -> None:
         if not ok:
             raise ValueError(
                 f"{leaf_name('params', path)} holds codes without a scale, as a "
-                "whole or in a channel: the weights were all zeros or not finite. "
-                "Initialise them with finite values that are not all zero, or leave "
-                "them out with where; quantize_params says so outside of jax.jit."
+                "whole or in a channel: the weights were not finite, or all zeros in "
+                "a LogFormat. Initialise them with finite values that are not all "
+                "zero, or leave them out with where; quantize_params says so outside "
+                "of jax.jit."
             )
 
 

@@ -52,4 +52,4 @@ def as_steps(w: Leaf, step: jax.Array) -> Leaf:
     A compiled function cannot return it, because the mark of an update is a Python
     value.
     """
-    return QuantizedArray.steps(step, w.format) if is_quantized(w) else step
+    return QuantizedArray.steps(step, *w.kind) if is_quantized(w) else step

@@ -41,6 +41,8 @@ class Format(ABC):
 
     # The integer dtype of a step between two codes; no field, as it has no annotation.
     step_dtype = jnp.dtype(jnp.int32)
+    # Whether log-steps move a code of zero; no field, either.
+    moves_zeros = True
 
     def __post_init__(self) -> None:
         check_format_bits(self.bits)

@@ -58,6 +58,7 @@ class LogFormat(Format):
       the multi-base LNS, with base factor ``gamma``.
     """
 
+    moves_zeros = False
     base_step: float = None  # pyrefly: ignore[bad-assignment]  a float from here on
 
     def __post_init__(self) -> None:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from madax._core.names import Tree
-from madax.codes._array import QuantizedArray
 from madax.hijax._jax import Array, ShapedArray, method, property_
 from madax.hijax._primitives import decode_array, lift_array, lower_array
 from madax.hijax._values import CodesType, LiftedArray, is_lifted
@@ -103,7 +102,7 @@ def _add(x: LiftedArray, other: Tree) -> Tree:
     if of_shape and other.dtype == jax.typeof(x).number_format.step_dtype:
         w = lower_array(x)
         codes = (w.codes + other).astype(w.codes.dtype)
-        return _Stepped(lift_array(QuantizedArray(codes, w.scale, w.format), x.dtype))
+        return _Stepped(lift_array(w.like(codes, w.scale), x.dtype))
     if _caller().startswith(_APPLIERS):
         raise TypeError(
             f"the update of {jax.typeof(x).str_short()} is {jnp.result_type(other)}, "

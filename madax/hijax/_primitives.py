@@ -93,7 +93,7 @@ def decode_array(x: LiftedArray) -> jax.Array:
 def lower_array(x: LiftedArray) -> QuantizedArray:
     """The codes of a lifted array, which have no derivative."""
     codes, scale = _parts(x)
-    return QuantizedArray(codes, scale, jax.typeof(x).number_format)
+    return QuantizedArray(codes, scale, jax.typeof(x).number_format, x.dtype)
 
 
 def lift_array(w: QuantizedArray, dtype: DTypeLike) -> LiftedArray:

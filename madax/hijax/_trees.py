@@ -60,7 +60,7 @@ def lift(params: Tree, dtype: DTypeLike | None = None) -> Tree:
       params: tree with :class:`QuantizedArray`, as from
         :func:`madax.quantize_params`, a state of ``flax.nnx``, or a module.
       dtype: floating dtype that the codes decode to, and of their gradients; None for
-        float32. Other leaves are not cast.
+        their own. Other leaves are not cast.
 
     Returns:
       The tree, or a new module, with lifted codes.
@@ -88,9 +88,8 @@ def lift(params: Tree, dtype: DTypeLike | None = None) -> Tree:
     check_float_dtype(dtype)
     notice_imports()
     tree, merge = split_module(params)
-    dtype = dtype or jnp.float32
     new = jax.tree.map(
-        lambda w: lift_array(w, dtype) if is_quantized(w) else w,
+        lambda w: lift_array(w, dtype or w.value_dtype) if is_quantized(w) else w,
         tree,
         is_leaf=is_quantized,
     )
@@ -191,7 +190,7 @@ def put(params: Tree, shardings: Tree) -> Tree:
         if not is_quantized(w):
             return jax.device_put(w, on)
         scale = jax.device_put(w.scale, of_scale(on, w.scale))
-        return QuantizedArray(jax.device_put(w.codes, on), scale, w.format)
+        return w.like(jax.device_put(w.codes, on), scale)
 
     whole = jax.tree.map(lambda _: 0, params, is_leaf=is_quantized)
     shardings = jax.tree.broadcast(shardings, whole)
@@ -236,16 +235,14 @@ def optimizer(
     inner = optax.with_extra_args_support(tx)
 
     def init_fn(params):
-        leaves = jax.tree.leaves(params, is_leaf=_is_code_or_masked)
-        if not any(is_lifted(x) or _is_code_or_masked(x) for x in leaves):
-            raise ValueError(
-                "params hold no lifted codes; pass those that madax.hijax.lift "
-                "returned, to a filter of arrays also."
-            )
+        _check_codes(params)
         return inner.init(lower(params))
 
     def update_fn(updates, state, params: Tree = None, **extra_args):
         _check_all_there(updates, params)
+        _check_codes(params)
+        # Outside of jit, codes of p + u alone are still nodes, which become leaves.
+        params = jax.tree.map(lambda w: w, params)
         updates, state = inner.update(updates, state, lower(params), **extra_args)
         paths, leaves, treedef = flatten_named(params)
         us = treedef.flatten_up_to(updates)
@@ -256,6 +253,16 @@ def optimizer(
         return treedef.unflatten(steps), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_codes(params: Tree) -> None:
+    leaves = jax.tree.leaves(params, is_leaf=_is_code_or_masked)
+    if leaves and not any(is_lifted(x) or _is_code_or_masked(x) for x in leaves):
+        raise ValueError(
+            "params hold no lifted codes; pass those that madax.hijax.lift returned, "
+            "to a filter of arrays also. Filters inside equinox.filter_jit leave them "
+            "out, as no arrays: use jax.jit of the arrays of equinox.partition."
+        )
 
 
 def _is_code_or_masked(x: object) -> bool:

@@ -199,7 +199,8 @@ class LiftedArray(Array, metaclass=_InErrors):
 
     def lowered(self) -> QuantizedArray:
         """The same codes and scale, as ``madax`` trains them elsewhere."""
-        return QuantizedArray(self.codes, self.scale, self.aval.number_format)
+        kind = self.aval.number_format, self.dtype
+        return QuantizedArray(self.codes, self.scale, *kind)
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -215,9 +216,10 @@ def type_of(
     return codes_type(jax.typeof(codes), jax.typeof(scale), format, dtype)
 
 
-def lifted(w: QuantizedArray, dtype: jnp.dtype) -> LiftedArray:
+def lifted(w: QuantizedArray, dtype: jnp.dtype | None = None) -> LiftedArray:
     """The value where nothing is traced."""
-    return LiftedArray(w.codes, w.scale, type_of(w.codes, w.scale, w.format, dtype))
+    kind = type_of(w.codes, w.scale, w.format, dtype or w.value_dtype)
+    return LiftedArray(w.codes, w.scale, kind)
 
 
 register(LiftedArray, lambda x: x.aval)

@@ -101,8 +101,8 @@ def layerwise(
         dtypes; ``layer(one_layer, x, key)`` if the step is given a key.
       loss: ``loss(ends, x, batch)`` returns a scalar, or (scalar, aux).
       dtype: floating dtype of the parameters that the functions are given, and of
-        gradients. None, the default, decodes codes to float32 and leaves others as they
-        are.
+        gradients. None, the default, decodes codes to their own dtype and leaves others
+        as they are.
       microbatches: number of equal parts along the leading axis of every array of a
         batch; example ``k`` is in part ``k % microbatches``. Each layer runs over one
         part at a time; the loss, aux and gradients are float32 means over the parts.

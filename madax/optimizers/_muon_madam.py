@@ -177,8 +177,9 @@ def muon_madam(
         labels = ["other" if found is None else "matrix" for found in axes]
         matrix = of_matrices(tuple(found for found in axes if found is not None))
         others = optax.GradientTransformationExtraArgs(*other)
+        # A tree of labels may be a module of Equinox, which optax would call.
         return optax.partition(
-            {"matrix": matrix, "other": others}, treedef.unflatten(labels)
+            {"matrix": matrix, "other": others}, lambda _: treedef.unflatten(labels)
         )
 
     def init_fn(params):

@@ -3,7 +3,7 @@
 import optax
 
 from madax._core.checks import check_transformation
-from madax.codes._quantize import dequantize_params
+from madax.codes._quantize import decoded
 
 
 def with_dequantized_params(
@@ -38,11 +38,11 @@ def with_dequantized_params(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        return inner.init(dequantize_params(params))
+        return inner.init(decoded(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         if params is not None:
-            params = dequantize_params(params)
+            params = decoded(params)
         return inner.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -27,7 +27,7 @@ from madax._core.tracing import Shapes, dependences, shapes_of
 from madax._core.vectors import entries, one_a_leaf
 from madax.codes._array import QuantizedArray, is_quantized
 from madax.codes._leaves import widen
-from madax.codes._quantize import dequantize_params
+from madax.codes._quantize import decoded
 
 # What optax calls the momentum of an optimizer.
 _NAMES = ("mu", "trace")
@@ -172,7 +172,7 @@ class ErrorFeedback:
         and nothing else that ``inner`` keeps depends on it.
         """
         args = self.params, self.extra_args
-        shapes = jax.eval_shape(lambda p, x: (dequantize_params(p), x), *args)
+        shapes = jax.eval_shape(lambda p, x: (decoded(p), x), *args)
         place, reason = _place_and_reason(self.inner, shapes_of(shapes), self.coded)
         if reason:
             name = leaf_name("params", self.coded.paths[place])
@@ -213,8 +213,7 @@ class ErrorFeedback:
             )
         single = jax.tree.map(
             lambda w: jnp.ones((1,) * w.ndim, w.dtype),
-            self.params,
-            is_leaf=is_quantized,
+            jax.eval_shape(decoded, self.params),
         )
         ones = jax.tree.map(
             lambda x, one: x if jnp.shape(x) == one.shape else jnp.ones_like(one),
@@ -260,7 +259,7 @@ class ErrorFeedback:
             gs[i], ws[i], codes = _computed_first((gs[i], ws[i], codes))
             new.append(codes)
         grads, values = map(coded.treedef.unflatten, (gs, ws))
-        step = self._step(state, grads, dequantize_params(values))
+        step = self._step(state, grads, decoded(values))
         us = coded.treedef.flatten_up_to(step.updates)
         us, ws = ([each[i] for i in coded.places] for each in (us, ws))
         ms = coded.momentum(step.state)
@@ -315,8 +314,8 @@ def _momentum_with_error(
     curved grid, a step of one code up and one down are not equally long.
     """
     # Compilers rewrite a quotient of quotients, where they see that it is one.
-    value, slope = w.dequantize(), rounded(widen(slope))
-    moved = QuantizedArray(codes, w.scale, w.format).dequantize() - value
+    value, slope = w.dequantize(jnp.float32), rounded(widen(slope))
+    moved = w.like(codes, w.scale).dequantize(jnp.float32) - value
     # What would have gone beyond the max code is no error of rounding.
     wanted = jnp.clip(rounded(widen(u)), -w.scale - value, w.scale - value)
     error = rounded((wanted - moved) * (1 - widen(decay)))

@@ -22,7 +22,7 @@ from madax._core.rounding import Rounding, check_rounding, leaf_keys, rounding_b
 from madax._core.vectors import one_a_leaf
 from madax.codes._array import QuantizedArray, is_quantized
 from madax.codes._leaves import flatten_both
-from madax.codes._quantize import dequantize_params
+from madax.codes._quantize import decoded
 from madax.codes._scales import check_code_scales
 from madax.codes._steps import as_steps, real_steps, step_codes
 from madax.formats._moment_format import MomentFormat
@@ -152,7 +152,7 @@ def with_quantized_params(
 
     def init_fn(params):
         check_code_scales(params)
-        inner_state = inner.init(dequantize_params(params))
+        inner_state = inner.init(decoded(params))
         slope = None
         if error_feedback:
             slope = ErrorFeedback(inner, None, params, {}).zero_slopes(inner_state)
@@ -161,7 +161,7 @@ def with_quantized_params(
     def update_fn(updates, state, params: Tree = None, **extra_args):
         check_state(state, WithQuantizedParamsState)
         paths, ws, _, treedef = flatten_both(params, updates)
-        values, slope = dequantize_params(params), state.slope
+        values, slope = decoded(params), state.slope
         before = state.inner_state
         feedback = ErrorFeedback(inner, updates, params, extra_args)
         if error_feedback:

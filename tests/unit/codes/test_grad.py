@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import FORMATS
-from helpers import is_quantized, mostly_nightly, same
+from helpers import is_quantized, mostly_nightly, raises, same
 
 import madax
 from madax import QuantizedArray
@@ -135,7 +135,7 @@ def test_arguments_match_jax(params):
 
 def test_nested_and_other_derivatives(params):
     """Second derivatives, and forward ones of what is not codes."""
-    w, fmt = params["place"], params["place"].format
+    w = params["place"]
     energy = lambda w, x: jnp.sum(jnp.sin(w * x) ** 2)
     x = jnp.linspace(0.5, 1, WIDTH)
 
@@ -154,9 +154,6 @@ def test_nested_and_other_derivatives(params):
     forward = jax.jacfwd(madax.grad(energy), argnums=1)(w, x)
     expected = jax.jacfwd(jax.grad(energy), argnums=1)(w.dequantize(), x)
     np.testing.assert_allclose(forward, expected, rtol=1e-5)
-    # Scales are floats: their derivative is nobody's secret.
-    of_scale = jax.grad(lambda s: jnp.sum(QuantizedArray(w.codes, s, fmt) * x))(w.scale)
-    np.testing.assert_allclose(of_scale[0], jnp.sum(fmt.decode(w.codes), 0) * x, 1e-5)
 
 
 def test_vmap_over_examples_and_over_stacks_of_codes(params):
@@ -254,6 +251,44 @@ def test_what_jax_would_say_of_codes_is_an_error(derive):
         derive(fun, w)
     with pytest.raises(TypeError, match="int8"):
         jax.grad(fun)(w)
+
+
+def by_leaves(fun, tree):
+    """The gradients of the floating leaves of a tree, of which codes have a scale."""
+    leaves, treedef = jax.tree.flatten(tree)
+    floats = {i: x for i, x in enumerate(leaves) if jnp.result_type(x) == jnp.float32}
+    merged = lambda new: [new.get(i, x) for i, x in enumerate(leaves)]
+    return jax.grad(lambda new: fun(treedef.unflatten(merged(new))))(floats)
+
+
+def by_names(fun, tree):
+    """The same, of the arrays of a file."""
+    arrays = madax.to_flat_dict(tree)
+    floats = {k: x for k, x in arrays.items() if x.dtype == jnp.float32}
+    return jax.grad(lambda new: fun(madax.from_flat_dict(arrays | new)))(floats)
+
+
+X = jnp.linspace(-1, 1, 20).reshape(5, 4)
+SCALED = {
+    "product": lambda p: jnp.sum(X @ p["w"] + p["b"]),
+    "a row": lambda p: jnp.sum(p["w"][0] * p["b"]),
+    "scan": lambda p: jax.lax.scan(lambda s, w: (s + w.sum(), None), 0.0, p["w"])[0],
+    "checkpoint": jax.checkpoint(lambda p: jnp.sum(X @ p["w"])),
+}
+
+
+@pytest.mark.parametrize("fun", SCALED.values(), ids=SCALED)
+@pytest.mark.parametrize("derive", [by_leaves, by_names])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_the_scale_is_no_weight(fun, derive, wrap):
+    """Whoever filters floats would train scales alone."""
+    w = codes(0, (4, 4), scale_shape=(4, 1))
+    with raises(TypeError, "with respect to the scale", "use madax.value_and_grad"):
+        wrap(partial(derive, fun))({"w": w, "b": jnp.ones(4)})
+    # Frozen codes beside floats are read as ever.
+    of_bias = jax.grad(lambda b: fun({"w": w, "b": b}))(jnp.ones(4))
+    of_floats = jax.grad(lambda b: fun({"w": w.dequantize(), "b": b}))(jnp.ones(4))
+    same(of_bias, of_floats)
 
 
 def test_by_default_codes_decode_to_float32_and_no_other_leaf_is_cast():

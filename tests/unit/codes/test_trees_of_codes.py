@@ -8,6 +8,7 @@ import pytest
 from cases import FORMATS
 from flax import nnx
 from helpers import different, normal, raises
+from jax.flatten_util import ravel_pytree
 
 import madax
 from madax import QuantizedArray, UniformFormat
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 FMT = FORMATS["symlog8"]
 PARAMS = {"w": madax.quantize_params(normal(4, 4), FMT), "b": jnp.ones(4)}
+X = jnp.ones((2, 4))
 GRADS = {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}
 
 
@@ -66,19 +68,58 @@ PENALTIES = {
         jnp.sum(x**2.0) for x in jax.tree.leaves(p) if x.ndim > 1
     ),
     "of magnitudes": lambda p: sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(p)),
+    "reduced": lambda p: jax.tree.reduce(lambda sum, x: sum + jnp.vdot(x, x), p, 0.0),
+    "method": lambda p: sum(x.sum() for x in jax.tree_util.tree_leaves(p)),
+    "function": lambda p: sum(map(jnp.linalg.norm, jax.tree.leaves(p))),
+    "by path": lambda p: sum(
+        jnp.mean(x * x) for _, x in jax.tree_util.tree_leaves_with_path(p)
+    ),
     "in a scan": lambda p: jax.lax.scan(
         lambda sum, x: (sum + jnp.vdot(*[jax.tree.leaves(x)[-1]] * 2), None), 0.0, p
     )[0],
 }
 
 
+STACK = madax.quantize_params(normal(8, 4, 4), FMT, channel_axis=0)
+
+
 @pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_a_penalty_over_the_leaves_of_codes_is_refused(penalty, wrap):
+    loss = lambda w: jnp.sum(w**2) + wrap(penalty)(w)
+    with raises(TypeError, "leaf of codes", "jax.tree.leaves(madax.dequantize_params"):
+        madax.value_and_grad(loss)(STACK)
+
+
+def test_so_is_the_penalty_of_a_module():
+    def loss(model):
+        params = jax.tree.leaves(nnx.state(model, nnx.Param))
+        return model(X, lambda w: w[...]).sum() + sum(jnp.sum(x**2) for x in params)
+
+    with raises(TypeError, "leaf of codes", "madax.dequantize_params"):
+        madax.value_and_grad(loss)(madax.quantize_params(Product(), FMT))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_penalty_over_the_leaves_of_codes_is_infinite(penalty, dtype):
-    w = madax.quantize_params(normal(8, 4, 4), FMT, channel_axis=0)
-    loss = lambda w: jnp.sum(w**2) + penalty(w)
-    for wrap in (lambda f: f, jax.jit):
-        assert np.isinf(wrap(madax.value_and_grad(loss, dtype=dtype))(w)[0])
+def test_what_cannot_be_refused_is_infinite(dtype):
+    for leaves in (lambda p: jax.tree.flatten(p)[0], lambda p: [ravel_pytree(p)[0]]):
+        loss = lambda w, leaves=leaves: sum(jnp.sum(x**2.0) for x in leaves(w))
+        for wrap in (lambda f: f, jax.jit):
+            assert np.isinf(wrap(madax.value_and_grad(loss, dtype=dtype))(STACK)[0])
+
+
+def test_leaves_tell_their_shapes_and_make_a_tree_again():
+    def loss(w):
+        leaves, treedef = jax.tree.leaves(w), jax.tree.structure(w)
+        assert [x.shape for x in leaves] == [(8, 4, 4), (8, 1, 1), (8, 4, 4)]
+        assert sum(x.size for x in leaves) == 264 and len(leaves[0]) == 8
+        assert leaves[0].dtype == jnp.int8 and not hasattr(leaves[0], "format_of")
+        assert repr(leaves[1]) == "LeafOfCodes(shape=(8, 1, 1), dtype=float32)"
+        return jnp.sum(treedef.unflatten(leaves) ** 2)
+
+    got = madax.value_and_grad(loss)(STACK)
+    expected = jax.value_and_grad(lambda w: jnp.sum(w**2))(STACK.dequantize())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), got, expected)
 
 
 def test_a_penalty_over_decoded_leaves_matches_the_weights():
