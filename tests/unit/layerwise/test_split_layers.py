@@ -71,7 +71,7 @@ def test_the_gradients_match_the_model(make):
         # A step takes the gradient off the parameters.
         optax.sgd(1.0),
         lambda ends, tokens: split.ends(ends).embedding(tokens[:, :-1]),
-        split.layer,
+        split.layer(),
         lambda ends, x, tokens: split.ends(ends).loss(x, tokens),
         dtype=jnp.float32,
     )
@@ -105,7 +105,7 @@ def test_codes_are_trained_with_dropout():
     init, step = madax.layerwise(
         madax.madam(0.02, floor=1.0),
         lambda ends, tokens: split.ends(ends).embedding(tokens[:, :-1]),
-        split.layer,
+        split.layer(),
         lambda ends, x, tokens: split.ends(ends).loss(x, tokens),
         dtype=jnp.float32,
     )
