@@ -84,8 +84,8 @@ def check_layer_output(x: Tree, out: Tree, shared: Tree, seen: Tree) -> None:
     old, new = map(jax.tree.leaves, (shared, seen))
     if len(old) != len(new) or any(a is not b for a, b in zip(old, new, strict=True)):
         raise ValueError(
-            f"layer changes what all layers share, {sorted(shared)}; let embed return "
-            "what a layer changes, as a part of x."
+            f"layer changes what all layers share, {sorted(shared)}; pass on in x what "
+            "a layer changes, as embed returns it."
         )
     if before != after:
         more = f" What it shares, {sorted(shared)}, is no part of x." if shared else ""

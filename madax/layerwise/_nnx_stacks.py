@@ -199,7 +199,8 @@ def _facts(module: nnx.Module, functions: bool) -> dict[str, str]:
             facts[name] = f"{type(node).__name__} of shape {np.shape(node)}"
         elif isinstance(node, nnx.Module):
             for key, value in vars(node).items():
-                is_function = callable(value) and not isinstance(value, nnx.Module)
+                is_part = isinstance(value, nnx.Module | nnx.Variable)
+                is_function = callable(value) and not is_part
                 if isinstance(value, str | int | float | tuple | None):
                     facts[f"{name}.{key}".lstrip(".")] = reprlib.repr(value)
                 elif functions and is_function:

@@ -72,7 +72,10 @@ def stacks_of(
         _of_stacks("shared", shared, layers),
     )
     if embeds[0] is None:
-        raise ValueError(f"embed has no function for {names[0]!r}, the first stack.")
+        raise ValueError(
+            f"embed has no function for {names[0]!r}, the first stack; pass one that "
+            "returns what its layers take."
+        )
     each = zip(layers.items(), embeds, shares, strict=True)
     return [
         Stack(name, embed, share, *_kinds(layer), name == names[0])
