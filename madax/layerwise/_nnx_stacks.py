@@ -193,13 +193,14 @@ def _difference(first: nnx.Module, other: nnx.Module) -> str:
 def _facts(module: nnx.Module, functions: bool) -> dict[str, str]:
     """All of a module except its values: types, shapes and static attributes."""
     facts = {"type": type(module).__name__}
+    is_node = nnx.graph.is_graph_node
     for path, node in nnx.iter_graph(module):
         name = ".".join(map(str, path))
         if isinstance(node, nnx.Variable):
             facts[name] = f"{type(node).__name__} of shape {np.shape(node)}"
         elif isinstance(node, nnx.Module):
             for key, value in vars(node).items():
-                is_part = isinstance(value, nnx.Module | nnx.Variable)
+                is_part = isinstance(value, nnx.Variable) or is_node(value)
                 is_function = callable(value) and not is_part
                 if isinstance(value, str | int | float | tuple | None):
                     facts[f"{name}.{key}".lstrip(".")] = reprlib.repr(value)

@@ -7,7 +7,7 @@ import optax
 import pytest
 from cases import FORMATS
 from flax import nnx
-from helpers import is_quantized, mostly_nightly, normal, raises
+from helpers import is_quantized, mostly_nightly, nnx_list, normal, raises
 
 import madax
 
@@ -44,11 +44,6 @@ class Model(nnx.Module):
         for block in self.blocks:
             cache, x = block(x, positions, cache, mask)
         return cache, self.last(x)
-
-
-def nnx_list(modules):
-    """A list of modules, as newer versions of Flax want it."""
-    return nnx.List(modules) if hasattr(nnx, "List") else modules
 
 
 BATCH = {
@@ -138,7 +133,8 @@ def test_a_model_of_trained_codes_is_evaluated():
         losses.append(value)
     assert losses[-1] < 0.8 * losses[0]
     trained, evaluate = split.model(params), nnx.jit(error)
-    assert is_quantized(trained.blocks[4].up.kernel.get_value())
+    codes = nnx.to_pure_dict(nnx.state(trained, nnx.Param))
+    assert is_quantized(codes["blocks"][4]["up"]["kernel"])
     next_loss = step(params, state, BATCH)[2]
     assert evaluate(trained, BATCH) == pytest.approx(float(next_loss), rel=1e-6)
     inside = jax.jit(lambda p: error(split.model(madax.dequantize_params(p)), BATCH))
