@@ -7,7 +7,8 @@ import optax
 import pytest
 from cases import FORMATS
 from flax import nnx
-from helpers import is_quantized, mostly_nightly, nnx_list, normal, raises
+from helpers import is_quantized, mostly_nightly, normal, raises
+from models import nnx_list
 
 import madax
 

@@ -8,6 +8,7 @@ import pytest
 from cases import FORMATS
 from flax import linen, nnx
 from helpers import mostly_nightly, raises
+from models import nnx_list
 
 import madax
 
@@ -317,8 +318,3 @@ def test_bad_input_is_refused():
     norms = [nnx.BatchNorm(WIDTH, rngs=nnx.Rngs(0)) for _ in range(2)]
     with raises(ValueError, "model.blocks has variables", "['mean', 'var']"):
         madax.split_layers(Model(nnx.Rngs(0), nnx_list(norms)), "blocks")
-
-
-def nnx_list(modules):
-    """A list of modules, as newer versions of Flax want it."""
-    return nnx.List(modules) if hasattr(nnx, "List") else modules
