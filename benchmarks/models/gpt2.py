@@ -117,7 +117,7 @@ def layerwise_step(
     run = madax.layerwise(
         contender.tx,
         lambda ends, tokens: split.ends(ends).embed(tokens[:, :-1]).astype(dtype),
-        split.layer,
+        split.layer(),
         loss,
         dtype=dtype,
     )

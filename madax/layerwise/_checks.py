@@ -1,6 +1,6 @@
 """What :func:`madax.layerwise` asks of its arguments, parameters and functions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from madax._core.names import ENDS, LAYERS, Tree, flatten_named
 from madax._core.shards import manual_axes, types_tell
 from madax.codes._array import is_quantized
 from madax.layerwise._floats import is_inexact
+from madax.layerwise._plan import Stack
 
 
 def check_devices() -> None:
@@ -23,7 +24,7 @@ def check_devices() -> None:
         )
 
 
-def check_params(params: Tree) -> None:
+def check_params(params: Tree, stacks: Sequence[Stack]) -> None:
     """Raises unless parameters are a dict of ends and of stacked layers."""
     if not isinstance(params, Mapping) or set(params) != {ENDS, LAYERS}:
         found = list(params) if isinstance(params, Mapping) else type(params).__name__
@@ -31,35 +32,66 @@ def check_params(params: Tree) -> None:
             f'params must be a dict of "ends" and "layers", got {found}; pass '
             '{"ends": tree, "layers": tree of leaves with a leading axis of layers}.'
         )
-    names, leaves, _ = flatten_named(params[LAYERS])
+    layers, names = params[LAYERS], [stack.name for stack in stacks]
+    is_dict = isinstance(layers, Mapping)
+    if None not in names and not (is_dict and set(layers) == set(names)):
+        found = list(layers) if is_dict else type(layers).__name__
+        raise ValueError(
+            f"params['layers'] must be a dict of stacks {names}, as layer has "
+            f"a function for each, got {found}; give both the same names."
+        )
+    for stack in stacks:
+        _check_stack(stack, layers if stack.name is None else layers[stack.name])
+
+
+def _check_stack(stack: Stack, layers: Tree) -> None:
+    """Raises unless all leaves have an axis of layers, which the pattern divides."""
+    path = LAYERS if stack.name is None else f"{LAYERS}/{stack.name}"
+    names, leaves, _ = flatten_named(layers)
     shapes = [np.shape(leaf) for leaf in leaves]
     if not shapes or not shapes[0] or not shapes[0][0]:
         found = f"shape {shapes[0]} at {names[0]!r}" if shapes else "no leaves"
         raise ValueError(
-            "params['layers'] must be a tree of arrays with a leading axis of layers, "
-            f"not empty, got {found}; stack layers with jnp.stack, or train a model "
-            "without layers by madax.value_and_grad."
+            f"{leaf_name('params', path)} must be a tree of arrays with a leading axis "
+            f"of layers, not empty, got {found}; stack layers with jnp.stack, or train "
+            "a model without layers by madax.value_and_grad."
         )
     for name, shape in zip(names, shapes, strict=True):
         if shape[:1] != shapes[0][:1]:
             raise ValueError(
-                f"{leaf_name('params', f'{LAYERS}/{name}')} has shape {shape}, but the "
+                f"{leaf_name('params', f'{path}/{name}')} has shape {shape}, but the "
                 f"first leaf of the layers has a leading axis of {shapes[0][0]}; all "
                 "must have the same. Codes must have scales of each layer: use "
                 "quantize_params(..., channel_axis=0)."
             )
+    if shapes[0][0] % len(stack.pattern):
+        raise ValueError(
+            f"layer is a pattern of {len(stack.pattern)} functions, which does not "
+            f"divide the {shapes[0][0]} layers of {leaf_name('params', path)}; pass a "
+            "list with a function for each layer."
+        )
 
 
-def check_layer_output(x: Tree, out: Tree) -> None:
-    """Raises unless a layer's output has the shapes and dtypes of its input."""
+def check_layer_output(x: Tree, out: Tree, shared: Tree, seen: Tree) -> None:
+    """Raises unless a layer returns what it is given, and leaves alone what is shared.
+
+    ``seen`` is the shared tree that the layer got, which it may have written to.
+    """
     before, after = (
         jax.tree.map(lambda x: (np.shape(x), str(jnp.result_type(x))), tree)
         for tree in (x, out)
     )
+    old, new = map(jax.tree.leaves, (shared, seen))
+    if len(old) != len(new) or any(a is not b for a, b in zip(old, new, strict=True)):
+        raise ValueError(
+            f"layer changes what all layers share, {sorted(shared)}; pass on in x what "
+            "a layer changes, as embed returns it."
+        )
     if before != after:
+        more = f" What it shares, {sorted(shared)}, is no part of x." if shared else ""
         raise ValueError(
             "layer must return what it is given, in shape and dtype, got "
-            f"{after} from {before}; cast x, or pass another dtype to layerwise."
+            f"{after} from {before}; cast x, or pass another dtype to layerwise.{more}"
         )
 
 

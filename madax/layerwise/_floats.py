@@ -21,13 +21,18 @@ def norm(tree: Tree) -> jax.Array:
     return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
-def floats_of(tree: Tree) -> tuple[list[jax.Array], Callable[..., Tree]]:
+def floats_of(
+    tree: Tree, only: Sequence[bool] | None = None
+) -> tuple[list[jax.Array], Callable[..., Tree]]:
     """The leaves that have a derivative, real or complex; a function replaces them.
 
-    It also takes a function to apply to all other leaves, such as integers.
+    It also takes a function to apply to all other leaves, such as integers. ``only``
+    tells which leaves are wanted.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    where = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
+    wanted = [True] * len(leaves) if only is None else only
+    pairs = zip(leaves, wanted, strict=True)
+    where = [i for i, (leaf, this) in enumerate(pairs) if this and is_inexact(leaf)]
 
     def merge(floats: Sequence[jax.Array], rest: Callable = lambda x: x) -> Tree:
         new = dict(zip(where, floats, strict=True))

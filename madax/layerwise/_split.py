@@ -2,7 +2,7 @@
 
 import reprlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from madax._core.names import Tree
@@ -14,16 +14,23 @@ class SplitLayers(NamedTuple):
     params: Tree
     ends: Callable[..., Tree]
     layer: Callable[..., Tree]
+    model: Callable[[Tree], Tree]
 
 
-def split_layers(model: object, name: str) -> SplitLayers:
+def split_layers(model: object, name: str | Sequence[str]) -> SplitLayers:
     """Takes a Flax NNX model apart, for :func:`madax.layerwise` to train it.
 
-    The layers are a list of modules that are alike, an ``nnx.Sequential`` of them, or
-    one module made by ``nnx.vmap``, as for ``nnx.scan``, whose arrays have a leading
-    axis already. Only ``nnx.Param`` are trained. No two layers may share one, nor a
-    layer and the ends. Other variables of the ends are constants; a model that writes
-    to one, as ``nnx.BatchNorm`` does to its statistics, is an error.
+    The layers are a list of modules, an ``nnx.Sequential`` of them, or one module made
+    by ``nnx.vmap``, as for ``nnx.scan``, whose arrays have a leading axis already. Only
+    ``nnx.Param`` are trained. No two layers may share one, nor a layer and the ends.
+    Other variables of the ends are constants; a model that writes to one, as
+    ``nnx.BatchNorm`` does to its statistics, is an error.
+
+    Layers whose parameters have the same shapes are one stack. They may differ in
+    anything else, as layers of local and of global attention do: each kind of layer is
+    compiled, and runs where it stands in the model. Layers of other shapes, such as
+    mixtures of experts after dense layers, are a stack of their own. Where shapes
+    repeat, in a period of p layers, p of them are one layer: they are decoded together.
 
     Random numbers, as in ``nnx.Dropout``, need a key: give one to the step for the
     layers, and to ``ends`` for the ends. Without a key they are an error. After
@@ -35,27 +42,38 @@ def split_layers(model: object, name: str) -> SplitLayers:
     Args:
       model: an ``nnx.Module``, of arrays or, from ``nnx.eval_shape``, of shapes; it is
         not changed.
-      name: the attribute that holds the layers, such as "blocks" or "decoder.blocks".
+      name: the attribute that holds the layers, such as "blocks" or "decoder.blocks";
+        or several, in the order in which they run, such as ("encoder", "decoder").
 
     Returns:
-      A named tuple (params, ends, layer), to write ``embed``, ``layer`` and ``loss``
-      with.
+      A named tuple (params, ends, layer, model), to write ``embed``, ``layer`` and
+      ``loss`` with.
 
       ``params`` is ``{"ends": ..., "layers": ...}``, nested dicts of arrays; arrays of
       layers have a leading axis. They may be made codes afterwards, the layers by
-      ``quantize_params(..., channel_axis=0)``.
+      ``quantize_params(..., channel_axis=0)``. If there are several stacks,
+      ``"layers"`` is a dict of them, by their names in ``name``, to which the index of
+      a stack's first layer is added if shapes differ under one name ("blocks_3").
 
       ``ends(values, key=None)`` returns a new model without its layers. With a key, its
       streams of random numbers start from it.
 
-      ``layer(values, x, key=None, **arguments)`` calls one of the layers with ``x`` and
-      the arguments. With a key, its streams of random numbers start from it, and it is
-      called with ``rngs=nnx.Rngs(key)`` if it has that argument.
+      ``layer(function=None)`` returns the ``layer`` that :func:`madax.layerwise` takes.
+      It calls ``function(module, x, **shared)``, whatever kind of layer the module is;
+      None calls ``module(x, **shared)``. If the step has a key, the module's streams of
+      random numbers start from it, and an argument ``rngs`` of the function, or else of
+      the module, is given ``nnx.Rngs(key)``. For several names, it may be a dict of
+      functions.
+
+      ``model(params)`` returns a new model of these parameters, trained ones or their
+      codes, with its layers where they were, to evaluate or to save it.
 
     Raises:
-      TypeError: if ``model`` is not an ``nnx.Module``.
-      ValueError: if it has no such layers, they are not alike, share parameters, or
-        hold variables that are neither parameters nor random number streams.
+      TypeError: if ``model`` is not an ``nnx.Module``, or ``layer`` is not given a
+        function.
+      ValueError: if it has no such layers, more than 16 kinds of them, or layers that
+        share parameters, or hold variables that are neither parameters nor random
+        number streams.
 
     Example:
       >>> import jax, jax.numpy as jnp, madax
@@ -72,11 +90,13 @@ def split_layers(model: object, name: str) -> SplitLayers:
       >>> init, step = madax.layerwise(
       ...     madax.madam(0.02),
       ...     embed=lambda ends, x: split.ends(ends).first(x),
-      ...     layer=lambda w, x: nnx.relu(split.layer(w, x)),
+      ...     layer=split.layer(lambda block, x: nnx.relu(block(x))),
       ...     loss=lambda ends, x, batch: jnp.mean((x - 1) ** 2),
       ... )
       >>> state = init(split.params)
       >>> params, state, value = jax.jit(step)(split.params, state, jnp.ones((3, 2)))
+      >>> split.model(params).blocks(jnp.ones((3, 8))).shape
+      (3, 8)
     """
     nnx = sys.modules.get("flax.nnx")
     if nnx is None or not isinstance(model, nnx.Module):
@@ -87,4 +107,5 @@ def split_layers(model: object, name: str) -> SplitLayers:
         )
     from madax.layerwise._flax import taken_apart
 
-    return SplitLayers(*taken_apart(model, name))
+    apart = taken_apart(model, [name] if isinstance(name, str) else name)
+    return SplitLayers(apart.split(), apart.rest.module, apart.layer, apart.model)

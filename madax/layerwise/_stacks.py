@@ -87,8 +87,11 @@ def splitter(tx: Optimizer, layers: Tree, stack: Tree) -> tuple[Callable, Callab
     return split, join
 
 
-def init_stack(tx: Optimizer, layers: Tree) -> Tree:
-    """The states of all layers, with a leading axis except in what they share."""
+def init_stack(tx: Optimizer, layers: Tree, first: int) -> Tree:
+    """The states of all layers, with a leading axis except in what they share.
+
+    ``first`` layers of other stacks have random numbers of their own.
+    """
     one = _one(layers)
     with_path, treedef = jax.tree_util.tree_flatten_with_path(
         jax.eval_shape(tx.init, {LAYERS: one})
@@ -119,7 +122,7 @@ def init_stack(tx: Optimizer, layers: Tree) -> Tree:
     states |= dict(zip(others, made, strict=True))
     of_layers = jax.vmap(_with_key_of, (0, 0))
     for i in keys:
-        states[i] = of_layers(states[i], jnp.arange(depth_of(layers)))
+        states[i] = of_layers(states[i], first + jnp.arange(depth_of(layers)))
     return treedef.unflatten([states[i] for i in range(len(states))])
 
 
@@ -174,30 +177,48 @@ def _gradients(params: Tree) -> Tree:
     return jax.eval_shape(dequantize_params, params)
 
 
-def check_layer_by_layer(tx: Optimizer, params: Tree) -> None:
+def check_layer_by_layer(
+    tx: Optimizer, params: Tree, names: Sequence[str | None]
+) -> None:
     """Raises if the update of one layer ever depends on the gradients of another.
 
     It may do so at once, as in a clip of the global norm, or in a later step, through a
-    part of the state that all leaves share, as in D-Adaptation.
+    part of the state that all leaves share, as in D-Adaptation. ``names`` are those of
+    the stacks; None stands for a single one.
     """
-    ends, one = jax.eval_shape(lambda x: x, params[ENDS]), _one(params[LAYERS])
-    tree = {ENDS: ends, LAYERS: [one, one]}
+    layers = params[LAYERS]
+    ends, stacks = jax.eval_shape(lambda x: x, (params[ENDS], layers))
+    ones = {name: _one(stacks if name is None else stacks[name]) for name in names}
+    for name in names:
+        _check_last(tx, ends, ones, name)
+
+
+def _check_last(tx: Optimizer, ends: Tree, ones: dict, name: str | None) -> None:
+    """Raises if gradients of the last layer of a stack act on any other update."""
+
+    def listed(ends, ones, *last):
+        lists = {k: [one, *last] if k == name else [one] for k, one in ones.items()}
+        return {ENDS: ends, LAYERS: lists.get(None, lists)}
+
+    tree = listed(ends, ones, ones[name])
     leaves, treedef = jax.tree.flatten(jax.eval_shape(tx.init, tree))
-    shared = _not_of_the_last(tx, tree, {ENDS: ends, LAYERS: [one]})
-    grads = _gradients(ends), _gradients(one)
+    shared = _not_of_the_last(tx, tree, listed(ends, ones))
+    grads, last_grads = (_gradients(ends), _gradients(ones)), _gradients(ones[name])
     reached: set[int] = set()  # the shared parts that the last layer's gradients reach
     while True:
         rest = {i: x for i, x in enumerate(leaves) if i not in reached}
 
         def others(mapped, fixed):
-            (last, reached), ((ends, first), rest, tree) = mapped, fixed
-            grads = {ENDS: ends, LAYERS: [first, last]}
+            (last, reached), (grads, rest, tree) = mapped, fixed
             state = [x for _, x in sorted((reached | rest).items())]
-            updates, state = tx.update(grads, treedef.unflatten(state), tree)
+            state = treedef.unflatten(state)
+            updates, state = tx.update(listed(*grads, last), state, tree)
             new: Tree = updates
-            return (new[ENDS], new[LAYERS][0]), state
+            lists: dict = {None: new[LAYERS]} if name is None else dict(new[LAYERS])
+            lists[name] = lists[name][:-1]
+            return (new[ENDS], list(lists.values())), state
 
-        mapped = grads[1], {i: leaves[i] for i in reached}
+        mapped = last_grads, {i: leaves[i] for i in reached}
         found = depends_on(others, mapped, (grads, rest, tree))
         if any(found[: -len(leaves)] if leaves else found):
             how = "the same step, as in optax.clip_by_global_norm"

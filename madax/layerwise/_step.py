@@ -1,46 +1,16 @@
-"""The train step that updates each layer of a stack inside the backward pass.
+"""Training of a stack of layers, each updated inside the backward pass."""
 
-Layers of one shape are stacked. The forward pass keeps the input of each layer. The
-backward pass is a loop whose carry holds the stacked parameters and optimizer states
-and updates them in place, one layer at a time. So no more than one layer is ever
-decoded or has a gradient.
-"""
-
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from madax._core.checks import check_float_dtype, check_function, check_transformation
-from madax._core.names import ENDS, LAYERS, Tree
-from madax._core.shards import axes_returned, barrier, manual_axes, spread, varying
-from madax.codes._quantize import dequantize_params
-from madax.layerwise._checks import (
-    check_devices,
-    check_layer_output,
-    check_loss,
-    check_params,
-    check_updates,
-)
-from madax.layerwise._floats import floats_of, norm
-from madax.layerwise._stacks import (
-    Optimizer,
-    check_layer_by_layer,
-    cut,
-    depth_of,
-    init_stack,
-    read,
-    splitter,
-    with_keys_of,
-    write,
-)
-
-Embed = Callable[[Tree, Tree], Tree]
-Index = int | jax.Array  # of a layer, or of a part of the batch
-Key = jax.Array | None
+from madax._core.names import Tree
+from madax.layerwise._plan import REMEDY, Function, Layer, stacks_of
+from madax.layerwise._run import Run
+from madax.layerwise._setup import Setup
 
 
 class Layerwise(NamedTuple):
@@ -52,10 +22,11 @@ class Layerwise(NamedTuple):
 
 def layerwise(
     tx: optax.GradientTransformation,
-    embed: Embed,
-    layer: Callable[..., Tree],
+    embed: Function | Mapping[str, Function],
+    layer: Layer | Mapping[str, Layer],
     loss: Callable[[Tree, Tree, Tree], Tree],
     *,
+    shared: Function | Mapping[str, Function] | None = None,
     dtype: jax.typing.DTypeLike | None = None,
     microbatches: int = 1,
     has_aux: bool = False,
@@ -82,6 +53,13 @@ def layerwise(
     equals ordinary training by ``tx`` of the same parameters with a list of layers,
     ``{"ends": ..., "layers": [...]}``, random bits of the rounding included.
 
+    Several stacks may follow one another, such as dense layers and mixtures of experts,
+    or an encoder and a decoder. ``layer`` is then a dict of functions by the names of
+    the stacks, in their order, and ``"layers"`` a dict of stacks. ``embed`` and
+    ``shared`` may be dicts, too. Of all stacks but the first they are called with the
+    output of the stack before, ``embed(ends, batch, x)``; a stack without ``embed`` or
+    ``shared`` has what the stack before it had.
+
     A random key in the state of ``tx``, such as ``optax.add_noise`` has, becomes one
     key per layer, with its index folded in, and one for the ends. Ordinary training
     draws different noise, because one key serves all leaves.
@@ -96,10 +74,16 @@ def layerwise(
         parameters have gradients of zero: leave them out with ``optax.masked`` or
         ``optax.partition``.
       embed: ``embed(ends, batch)`` returns :math:`x_0`, an array or a tree of arrays,
-        real or complex; the layers pass on integers in it, such as positions.
-      layer: ``layer(one_layer, x)`` returns the next :math:`x`, of the same shapes and
-        dtypes; ``layer(one_layer, x, key)`` if the step is given a key.
+        real or complex.
+      layer: ``layer(one_layer, x, **shared)`` returns the next :math:`x`, of the same
+        shapes and dtypes; ``layer(one_layer, x, key, **shared)`` if the step is given a
+        key. For layers that differ, a list of functions: a pattern, repeated over the
+        layers, or one for each. Each function is compiled once.
       loss: ``loss(ends, x, batch)`` returns a scalar, or (scalar, aux).
+      shared: ``shared(ends, batch)`` returns a dict of what all layers are given by
+        name: masks, positions, rotary tables, or the output of an encoder. It is kept
+        once, where each layer's ``x`` is kept. Floats in it that depend on parameters
+        have gradients. No layer can change it. None is the empty dict.
       dtype: floating dtype of the parameters that the functions are given, and of
         gradients. None, the default, decodes codes to their own dtype and leaves others
         as they are.
@@ -123,8 +107,9 @@ def layerwise(
 
     Raises:
       ValueError: if ``tx`` needs the gradients of other layers, as a global norm does;
-        parameters are not of that form; a batch cannot be divided; ``layer`` changes
-        the shape or dtype of ``x``; or, in ``jax.shard_map`` with ``check_vma=False``
+        parameters are not of that form; a batch cannot be divided; a pattern does not
+        divide the layers; ``layer`` changes the shape or dtype of ``x``, or what is
+        shared; or, in ``jax.shard_map`` with ``check_vma=False``
         and in ``jax.pmap``, gradients would not be summed.
       TypeError: if an argument is of the wrong type, or ``tx`` trains integers.
 
@@ -154,235 +139,12 @@ def layerwise(
       the backward pass.
     """
     check_transformation("tx", tx)
-    for name, function in {"embed": embed, "layer": layer, "loss": loss}.items():
-        check_function(name, function, "pass one with the arguments above")
+    check_function("loss", loss, REMEDY)
     check_float_dtype(dtype)
     if type(microbatches) is not int or microbatches < 1:
         raise ValueError(f"microbatches must be an int above 0, got {microbatches!r}.")
     tx = optax.with_extra_args_support(tx)
     gather = gather or (lambda stored: stored)
-    run = _Run(tx, embed, layer, loss, dtype, microbatches, has_aux, gather)
+    setup = Setup(tx, dtype, microbatches, has_aux, gather)
+    run = Run(setup, stacks_of(embed, layer, shared), loss)
     return Layerwise(run.init, run.step)
-
-
-class _Carry(NamedTuple):
-    """What the backward pass carries from a layer to the layer below it."""
-
-    layers: Tree  # updated from the last layer down
-    states: Tree  # updated likewise, except for the state of the layer above
-    above: Tree  # which is this
-    shared: Tree  # the leaves of the state that all layers share, after the step
-    grads: Tree  # for the output of the layer
-    norms: jax.Array  # of the gradients of the layers, float32, shape (layers,)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """The arguments of :func:`layerwise`, and the functions that it returns."""
-
-    tx: Optimizer
-    embed: Embed
-    layer: Callable[..., Tree]
-    loss: Callable[[Tree, Tree, Tree], Tree]
-    dtype: jax.typing.DTypeLike | None
-    microbatches: int
-    has_aux: bool
-    gather: Callable[[Tree], Tree]
-
-    def init(self, params: Tree) -> Tree:
-        """The states of the ends and of the layers."""
-        check_params(params)
-        ends, layers = params[ENDS], params[LAYERS]
-        check_layer_by_layer(self.tx, params)
-        # No two parts draw the same random numbers.
-        ends_state = with_keys_of(self.tx.init({ENDS: ends}), depth_of(layers))
-        return {ENDS: ends_state, LAYERS: init_stack(self.tx, layers)}
-
-    def step(self, params: Tree, state: Tree, batch: Tree, key: Key = None) -> Tree:
-        """New parameters and state, and the loss (and metrics) before the step."""
-        check_devices()
-        check_params(params)
-        ends, layers = params[ENDS], params[LAYERS]
-        batches = cut(batch, self.microbatches)
-        weights = self.decode(ends)
-        _, merge = floats_of(weights)
-        embed = self.typed_embed(weights, layers, batches, key)
-        x = self.over_parts(lambda _, batch: embed(weights, batch), batches)
-        x, inputs = self.forward(layers, x, key)
-        (value, g_ends, aux), grads = self.loss_grads(weights, x, batches)
-        last = self.backward(layers, state[LAYERS], inputs, grads, key)
-        # XLA shall decode the ends twice and not keep their values through the pass.
-        ends, grads = barrier((ends, last.grads))
-        g_embed = self.embed_grads(embed, ends, grads, batches)
-        g_ends = jax.tree.map(jnp.add, g_ends, g_embed)
-        if self.has_aux:
-            norms = {ENDS: norm(g_ends), LAYERS: last.norms}
-            value = (value, {"aux": aux, "grad_norm": norms})
-        g_ends = merge(g_ends, jnp.zeros_like)
-        ends, ends_state = self.update({ENDS: ends}, g_ends, state[ENDS])
-        params = {ENDS: ends, LAYERS: last.layers}
-        return params, {ENDS: ends_state, LAYERS: last.states}, value
-
-    def decode(self, stored: Tree) -> Tree:
-        """The values of stored parameters, which the functions are given."""
-        return dequantize_params(self.gather(stored), self.dtype)
-
-    def apply(self, weights: Tree, x: Tree, key: Key, i: Index, part: Index) -> Tree:
-        """The output of layer ``i``, of values ``weights``, for a part of the batch."""
-        fold = jax.random.fold_in
-        keys = () if key is None else (fold(fold(key, i), part),)
-        out = self.layer(weights, x, *keys)
-        check_layer_output(x, out)
-        return jax.tree.map(lambda x, out: spread(out, varying(x)), x, out)
-
-    def typed_embed(
-        self, weights: Tree, layers: Tree, batches: Tree, key: Key
-    ) -> Embed:
-        """``embed``, with types that hold for all layers inside ``jax.shard_map``.
-
-        A loop needs the same types in all layers. A sum that starts as zeros, say,
-        varies from device to device only after the first layer.
-        """
-        if not manual_axes():
-            return self.embed
-        batch = batches if self.microbatches == 1 else read(batches, 0)
-        _, axes = axes_returned(lambda: self.embed(weights, batch))
-        while True:
-
-            def embed(weights, batch, axes=axes):
-                return jax.tree.map(spread, self.embed(weights, batch), axes)
-
-            def first(embed=embed):
-                x = embed(weights, batch)
-                return self.apply(self.decode(read(layers, 0)), x, key, 0, 0)
-
-            _, after = axes_returned(first)
-            if after == axes:
-                return embed
-            axes = after
-
-    def forward(self, layers: Tree, x: Tree, key: Key) -> tuple[Tree, Tree]:
-        """The output of the last layer, and the inputs of all layers."""
-
-        def one(x, now):
-            i, stored = now
-            weights = self.decode(stored)
-            return self.over_parts(lambda p, x: self.apply(weights, x, key, i, p), x), x
-
-        return jax.lax.scan(one, x, (jnp.arange(depth_of(layers)), layers))
-
-    def loss_grads(self, weights: Tree, x: Tree, batches: Tree) -> tuple[Tree, Tree]:
-        """(Loss, its gradients for the ends, aux), and its gradients for ``x``."""
-        values, whole = floats_of(weights)
-
-        def one(_, now):
-            x, batch = now
-            floats, merge = floats_of(x)
-
-            def loss(values, floats):
-                out = self.loss(whole(values), merge(floats), batch)
-                value, aux = out if self.has_aux else (out, None)
-                check_loss(value)
-                return value, aux
-
-            value, pull, aux = jax.vjp(loss, values, floats, has_aux=True)
-            g_ends, g_x = pull(jnp.ones_like(value))
-            return (value, g_ends, aux), g_x
-
-        return self.mean_over_parts(one, (x, batches))
-
-    def backward(
-        self, layers: Tree, states: Tree, inputs: Tree, grads: Tree, key: Key
-    ) -> _Carry:
-        """Differentiates and updates all layers; returns the carry with whole states.
-
-        Norms are computed only if they are asked for.
-        """
-        depth = depth_of(layers)
-        split, join = splitter(self.tx, layers, states)
-        own, shared = split(states)
-
-        def one(t, carry):
-            i = depth - 1 - t
-            # The state of the layer above is written only now, in place. XLA would copy
-            # a stack that is written while it may still be read, and a state is read
-            # twice: for the new state and for the step.
-            above = jnp.minimum(i + 1, depth - 1)
-            own = write(carry.states, carry.above, above)
-            stored, mine = read(carry.layers, i), read(own, i)
-            values, whole = floats_of(self.decode(stored))
-
-            def pull(part, now):
-                x, grads = now
-                floats, merge = floats_of(x)
-
-                def output(values, floats):
-                    x = merge(floats)
-                    return floats_of(self.apply(whole(values), x, key, i, part))[0]
-
-                return jax.vjp(output, values, floats)[1](grads)
-
-            g_layer, g_x = self.mean_over_parts(pull, (read(inputs, i), carry.grads))
-            norms = carry.norms
-            if self.has_aux:
-                norms = norms.at[i].set(norm(g_layer))
-            g_layer, old = whole(g_layer, jnp.zeros_like), join(mine, shared)
-            stored, after = self.update({LAYERS: stored}, g_layer, old, madax_layer=i)
-            layers, after = write(carry.layers, stored, i), split(after)
-            return _Carry(layers, own, after[0], after[1], g_x, norms)
-
-        norms = jnp.zeros(depth, jnp.float32)
-        carry = _Carry(layers, own, read(own, depth - 1), shared, grads, norms)
-        carry = jax.lax.fori_loop(0, depth, one, carry)
-        own = write(carry.states, carry.above, 0)
-        return carry._replace(states=join(own, carry.shared))
-
-    def embed_grads(self, embed: Embed, ends: Tree, grads: Tree, batches: Tree) -> Tree:
-        """The gradients for the ends as ``embed`` uses them."""
-        values, whole = floats_of(self.decode(ends))
-
-        def one(_, now):
-            grads, batch = now
-
-            def output(values):
-                return floats_of(embed(whole(values), batch))[0]
-
-            return jax.vjp(output, values)[1](grads)[0], ()
-
-        return self.mean_over_parts(one, (grads, batches))[0]
-
-    def update(self, params: Tree, grads: Tree, state: Tree, **extra: Index) -> Tree:
-        """A part of the parameters, and its state, after a step of the optimizer.
-
-        ``params`` has one entry, so that paths start as in the whole tree.
-        """
-        ((name, _),) = params.items()
-        updates, state = self.tx.update({name: grads}, state, params, **extra)
-        check_updates(params, updates)
-        new: Tree = optax.apply_updates(params, updates)
-        return new[name], state
-
-    def over_parts(self, fn: Callable[[Index, Tree], Tree], xs: Tree) -> Tree:
-        """``fn(part, x)`` of every microbatch."""
-        if self.microbatches == 1:
-            return fn(0, xs)
-        parts = jnp.arange(self.microbatches)
-        return jax.lax.map(lambda now: fn(*now), (parts, xs))
-
-    def mean_over_parts(self, fn: Callable[..., Tree], xs: Tree) -> tuple[Tree, Tree]:
-        """Like :meth:`over_parts`, but takes the mean of the first result of ``fn``."""
-        if self.microbatches == 1:
-            return fn(0, xs)
-
-        def add(total, now):
-            x, out = fn(*now)
-            return jax.tree.map(lambda t, x: t + jnp.asarray(x, t.dtype), total, x), out
-
-        def zeros(x, axes):
-            dtype = jnp.promote_types(x.dtype, jnp.float32)
-            return spread(jnp.zeros(x.shape, dtype), axes)
-
-        first, axes = axes_returned(lambda *now: fn(*now)[0], 0, read(xs, 0))
-        parts = jnp.arange(self.microbatches)
-        total, out = jax.lax.scan(add, jax.tree.map(zeros, first, axes), (parts, xs))
-        return jax.tree.map(lambda x: x / self.microbatches, total), out

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from flax.training import train_state
 
 
@@ -14,3 +15,8 @@ def images():
     y = rng.integers(0, 4, 16)
     x = rng.normal(size=(16, 4, 4, 1)) + y[:, None, None, None]
     return jnp.asarray(x, jnp.float32), jnp.asarray(y)
+
+
+def nnx_list(modules):
+    """A list of modules, as newer versions of Flax want it."""
+    return nnx.List(modules) if hasattr(nnx, "List") else modules

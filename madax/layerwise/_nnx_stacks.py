@@ -1,0 +1,215 @@
+"""The layers of a Flax NNX model as stacks, whatever they differ in.
+
+Layers whose parameters have the same shapes are one stack. If they differ in anything
+else, they are of several kinds, each with a structure of its own. Layers of other
+shapes are a stack of their own; where shapes repeat, a period of layers is one layer.
+
+It is imported only where Flax has been.
+"""
+
+import itertools
+import reprlib
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from madax._core.names import Tree
+from madax.layerwise._nnx_part import Part, part_of, shapes_of, values_of
+
+# Each of them is compiled, forwards and backwards.
+_MOST_KINDS = 16
+
+
+class Layers(NamedTuple):
+    """What a model has under one name: some modules, or a stack by ``nnx.vmap``."""
+
+    name: str
+    modules: dict[str, nnx.Module]  # by their paths, for messages
+    keys: list[tuple]  # the same paths as keys of the model's state
+    is_stacked: bool
+
+
+class NnxStack(NamedTuple):
+    """A stack of layers, of one or more modules each."""
+
+    name: str
+    params: Tree
+    keys: list[tuple[tuple, ...]]  # of each layer: the paths of its modules
+    names: tuple[str | None, ...]  # of the modules, in the parameters of a layer
+    kinds: list[tuple[Part, ...]]  # no two the same
+    pattern: list[int]  # the kind of each layer
+
+    def unstacked(self, params: Tree) -> dict[tuple, Tree]:
+        """The parameters of each module, by its path."""
+        if not self.pattern:  # It is stacked in the model, too.
+            return {self.keys[0][0]: params}
+        found = {}
+        for i, keys in enumerate(self.keys):
+            one = jax.tree.map(lambda x, i=i: x[i], params)
+            for name, key in zip(self.names, keys, strict=True):
+                found[key] = one if name is None else one[name]
+        return found
+
+
+def layers_of(model: nnx.Module, name: str, layers: Tree) -> Layers:
+    """What a model has under a name."""
+    if isinstance(layers, nnx.Sequential):
+        layers = layers.layers
+    is_stacked = isinstance(layers, nnx.Module) and callable(layers)
+    modules = {name: layers} if is_stacked else _listed(layers, name)
+    at = {id(node): path for path, node in nnx.iter_graph(model)}
+    keys = [at[id(one)] for one in modules.values()]
+    return Layers(name, modules, keys, is_stacked)
+
+
+def stacks_of(layers: Layers) -> list[NnxStack]:
+    """The stacks of layers, one after another."""
+    name, modules = layers.name, list(layers.modules.values())
+    parts = [part_of(module, name) for module in modules]
+    for part in parts:
+        _check_variables(part)
+    values = list(map(values_of, modules))
+    if layers.is_stacked:
+        (part,) = parts
+        rngs = jax.eval_shape(lambda x: jax.tree.map(lambda x: x[0], x), part.rngs)
+        part = part._replace(rngs=rngs)
+        key = layers.keys[0]
+        return [NnxStack(name, values[0], [(key,)], (None,), [(part,)], [])]
+    plan = _plan([_shapes(one) for one in values])
+    stacks = []
+    for start, stop, period in plan:
+        called = name if len(plan) == 1 else f"{name}_{start}"
+        names = [f"{name.split('.')[-1]}_{i}" for i in range(period)]
+        firsts = range(start, stop, period)
+        each = [values[i : i + period] for i in firsts]
+        trees = [
+            one[0] if period == 1 else dict(zip(names, one, strict=True))
+            for one in each
+        ]
+        stack = NnxStack(
+            called,
+            jax.tree.map(_stack, *trees),
+            [tuple(layers.keys[i : i + period]) for i in firsts],
+            (None,) if period == 1 else tuple(names),
+            *_kinds([parts[i : i + period] for i in firsts]),
+        )
+        stacks.append(stack)
+    compiled = sum(len(stack.kinds) * len(stack.names) for stack in stacks)
+    if compiled > _MOST_KINDS:
+        first, other = next(
+            pair
+            for pair in itertools.pairwise(layers.modules.items())
+            if _difference(pair[0][1], pair[1][1])
+        )
+        raise ValueError(
+            f"model.{name} has {compiled} kinds of layers, and each would be compiled; "
+            f"model.{other[0]} differs from model.{first[0]}, as "
+            f"{_difference(first[1], other[1])}; give the layers what is the same, or "
+            f"train at most {_MOST_KINDS} kinds."
+        )
+    return stacks
+
+
+def _plan(shapes: Sequence[Hashable]) -> list[tuple[int, int, int]]:
+    """Where each stack starts and stops, and how many modules are a layer of it.
+
+    A period is the fewest modules that repeat. As it is decoded as a whole, layers of
+    one shape have a period of 1.
+    """
+
+    def runs(start):
+        lengths = [len(list(run)) for _, run in itertools.groupby(shapes[start:])]
+        stops = list(itertools.accumulate(lengths, initial=start))
+        return [(a, b, 1) for a, b in itertools.pairwise(stops)]
+
+    plans = [runs(0)]
+    for period in range(2, len(shapes) // 2 + 1):
+        stop = len(shapes) - len(shapes) % period
+        if all(shapes[i] == shapes[i % period] for i in range(stop)):
+            plans.append([(0, stop, period), *runs(stop)])
+    return min(plans, key=lambda plan: sum(period for *_, period in plan))
+
+
+def _shapes(values: Tree) -> Hashable:
+    leaves, treedef = jax.tree.flatten(shapes_of(values))
+    return treedef, tuple((x.shape, x.dtype) for x in leaves)
+
+
+def _kinds(
+    layers: Sequence[Sequence[Part]],
+) -> tuple[list[tuple[Part, ...]], list[int]]:
+    """The layers that differ in structure, and which of them each layer is like."""
+    kinds: list[tuple[Part, ...]] = []
+    pattern = []
+    for parts in layers:
+        graphs = [part.graph for part in parts]
+        known = [[part.graph for part in kind] for kind in kinds]
+        if graphs not in known:
+            kinds.append(tuple(parts))
+            known.append(graphs)
+        pattern.append(known.index(graphs))
+    return kinds, pattern
+
+
+def _listed(layers: Iterable[nnx.Module], name: str) -> dict[str, nnx.Module]:
+    """The path and module of each layer of a list."""
+    found = [] if isinstance(layers, dict) else list(layers)
+    if not found or not all(isinstance(one, nnx.Module) for one in found):
+        raise ValueError(
+            f"model.{name} must be a list of modules, got a {type(layers).__name__} of "
+            f"{[type(one).__name__ for one in found]}; pass the path of such a list."
+        )
+    return {f"{name}.{i}": one for i, one in enumerate(found)}
+
+
+def _check_variables(part: Part) -> None:
+    """Raises if a layer has more than parameters and random numbers."""
+    if jax.tree.leaves(part.others):
+        found = nnx.to_flat_state(part.others)
+        paths = [".".join(map(str, path)) for path, _ in found]
+        raise ValueError(
+            f"model.{part.path} has variables that layerwise would not change, "
+            f"{paths}; use layers of nnx.Param alone."
+        )
+
+
+def _difference(first: nnx.Module, other: nnx.Module) -> str:
+    """In what two modules differ, or nothing."""
+    graphs = [part_of(module, "").graph for module in (first, other)]
+    differs = graphs[0] != graphs[1]
+    # Texts of equal functions may differ, by their addresses.
+    facts, found = (_facts(x, differs) for x in (first, other))
+    for path in [*facts, *found]:
+        a, b = facts.get(path, "missing"), found.get(path, "missing")
+        if a != b:
+            return f"its {path} is {b} and not {a}"
+    return "the structure of its parts differs" if differs else ""
+
+
+def _facts(module: nnx.Module, functions: bool) -> dict[str, str]:
+    """All of a module except its values: types, shapes and static attributes."""
+    facts = {"type": type(module).__name__}
+    is_node = nnx.graph.is_graph_node
+    for path, node in nnx.iter_graph(module):
+        name = ".".join(map(str, path))
+        if isinstance(node, nnx.Variable):
+            facts[name] = f"{type(node).__name__} of shape {np.shape(node)}"
+        elif isinstance(node, nnx.Module):
+            for key, value in vars(node).items():
+                is_part = isinstance(value, nnx.Variable) or is_node(value)
+                is_function = callable(value) and not is_part
+                if isinstance(value, str | int | float | tuple | None):
+                    facts[f"{name}.{key}".lstrip(".")] = reprlib.repr(value)
+                elif functions and is_function:
+                    facts[f"{name}.{key}".lstrip(".")] = repr(value)
+    return facts
+
+
+def _stack(*xs: Tree) -> Tree:
+    if isinstance(xs[0], jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(xs), *xs[0].shape), xs[0].dtype)
+    return jnp.stack(xs)

@@ -1,0 +1,245 @@
+"""The passes through one stack of layers, forwards and backwards.
+
+The forward pass keeps the input of each layer. The backward pass is a loop whose carry
+holds the stacked parameters and optimizer states and updates them in place, one layer
+at a time. So no more than one layer is ever decoded or has a gradient. What all layers
+share is a constant of both loops, and so it is kept once.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from madax._core.names import LAYERS, Tree
+from madax._core.shards import axes_returned, manual_axes, spread, varying
+from madax._core.tracing import depends_on
+from madax.layerwise._checks import check_layer_output
+from madax.layerwise._floats import floats_of, is_inexact, norm
+from madax.layerwise._plan import Function, Index, Stack
+from madax.layerwise._setup import Setup, summed_in
+from madax.layerwise._stacks import depth_of, read, splitter, write
+
+Key = jax.Array | None
+
+
+class Carry(NamedTuple):
+    """What the backward pass carries from a layer to the layer below it."""
+
+    layers: Tree  # updated from the last layer down
+    states: Tree  # updated likewise, except for the state of the layer above
+    above: Tree  # which is this
+    common: Tree  # the leaves of the state that all layers share, after the step
+    grads: list[jax.Array]  # for the output of the layer
+    totals: list[jax.Array]  # of the gradients for what the layers share
+    norms: jax.Array  # of the gradients of the layers, float32, shape (layers,)
+
+
+class Done(NamedTuple):
+    """What the forward pass leaves for the backward pass."""
+
+    start: Callable[..., tuple[Tree, Tree]]
+    shared: Tree  # by all layers
+    trained: list[bool]  # which leaves of shared have gradients
+    inputs: Tree  # of all layers, stacked
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A stack, its parameters, and what comes before it.
+
+    With microbatches, what is given has a leading axis of parts.
+    """
+
+    setup: Setup
+    stack: Stack
+    layers: Tree
+    first: int  # how many layers come before the stack
+    key: Key
+    given: tuple[Tree, Tree, Tree]  # the batch, and x and shared of the stack before
+    learnt: list[bool]  # which leaves of these x and shared have gradients
+
+    def apply(
+        self, layer: Function, values: Tree, now: Tree, i: Index, part: Index
+    ) -> Tree:
+        """The output of layer ``i`` for a part of the batch: now, of (x, shared)."""
+        x, shared = now
+        fold, name = jax.random.fold_in, self.stack.name
+        key = self.key
+        keys = () if key is None else (fold(fold(key, self.first + i), part),)
+        # A layer gets a copy, to see what it changes.
+        seen = jax.tree.map(lambda x: x, shared)
+        out = layer(values if name is None else values[name], x, *keys, **seen)
+        check_layer_output(x, out, shared, seen)
+        return jax.tree.map(lambda x, out: spread(out, varying(x)), x, out)
+
+    def forward(self, weights: Tree) -> tuple[Tree, Done]:
+        """The output of the last layer, and what the backward pass needs."""
+        start = self._typed_start(weights)
+        over_parts = self.setup.over_parts
+        x, shared = over_parts(lambda _, now: start(weights, *now), self.given)
+
+        def one(x, now):
+            i, stored = now
+            values = self.setup.decode(stored)
+
+            def run(part, now):
+                return self.stack.of_kind(
+                    i, lambda layer: self.apply(layer, values, now, i, part)
+                )
+
+            return over_parts(run, (x, shared)), x
+
+        each = jnp.arange(depth_of(self.layers)), self.layers
+        x, inputs = jax.lax.scan(one, x, each)
+        return x, Done(start, shared, self._trained(start, weights), inputs)
+
+    def _typed_start(self, weights: Tree) -> Callable[..., tuple[Tree, Tree]]:
+        """``start``, with types that hold for all layers inside ``jax.shard_map``.
+
+        A loop needs the same types in all layers. A sum that starts as zeros, say,
+        varies from device to device only after the first layer.
+        """
+        if not manual_axes():
+            return self.stack.start
+        given = self.setup.part(self.given)
+        _, (axes, _) = axes_returned(lambda: self.stack.start(weights, *given))
+        while True:
+
+            def start(weights, *given, axes=axes):
+                x, shared = self.stack.start(weights, *given)
+                return jax.tree.map(spread, x, axes), shared
+
+            def outputs(start=start):
+                now = start(weights, *given)
+                values = self.setup.decode(read(self.layers, 0))
+                kinds = self.stack.kinds
+                return [self.apply(layer, values, now, 0, 0) for layer in kinds]
+
+            _, found = axes_returned(outputs)
+            after = jax.tree.map(lambda *axes: frozenset().union(*axes), *found)
+            if after == axes:
+                return start
+            axes = after
+
+    def _trained(self, start: Callable[..., tuple], weights: Tree) -> list[bool]:
+        """Which leaves of what layers share are floats that depend on parameters."""
+        batch, *before = self.setup.part(self.given)
+        if self.stack.shared is None and not jax.tree.leaves(before[1]):
+            return []
+        floats, merge = floats_of(before, self.learnt)
+
+        def shared(moving, batch):
+            weights, floats = moving
+            return start(weights, batch, *merge(floats))[1]
+
+        moving = weights, floats
+        found = depends_on(shared, moving, batch)
+        leaves = jax.tree.leaves(jax.eval_shape(shared, moving, batch))
+        return [x and is_inexact(leaf) for x, leaf in zip(found, leaves, strict=True)]
+
+    def backward(
+        self,
+        done: Done,
+        states: Tree,
+        grads: list[jax.Array],
+        totals: list[jax.Array] | None,
+    ) -> Carry:
+        """Differentiates and updates all layers; returns the carry with whole states.
+
+        Norms are computed only if they are asked for.
+        """
+        depth = depth_of(self.layers)
+        split, join = splitter(self.setup.tx, self.layers, states)
+        own, common = split(states)
+
+        def one(t, carry):
+            i = depth - 1 - t
+            # The state of the layer above is written only now, in place. XLA would copy
+            # a stack that is written while it may still be read, and a state is read
+            # twice: for the new state and for the step.
+            above = jnp.minimum(i + 1, depth - 1)
+            own = write(carry.states, carry.above, above)
+            stored, mine = read(carry.layers, i), read(own, i)
+            values, whole = floats_of(self.setup.decode(stored))
+
+            def pull(part, now):
+                x, shared, grads = now
+                floats, merge = _floats(x, shared, done.trained)
+
+                def of_layer(layer):
+                    def output(values, floats):
+                        given = merge(floats)
+                        out = self.apply(layer, whole(values), given, i, part)
+                        return floats_of(out)[0]
+
+                    return jax.vjp(output, values, floats)[1](grads)
+
+                return self.stack.of_kind(i, of_layer)
+
+            now = read(done.inputs, i), done.shared, carry.grads
+            g_layer, g = self.setup.mean_over_parts(pull, now)
+            g_x, g_shared = g[: len(grads)], g[len(grads) :]
+            norms = carry.norms
+            if self.setup.has_aux:
+                norms = norms.at[i].set(norm(g_layer))
+            g_layer, old = whole(g_layer, jnp.zeros_like), join(mine, common)
+            update = self.setup.update
+            stored, after = update({LAYERS: stored}, g_layer, old, madax_layer=i)
+            layers, after = write(carry.layers, stored, i), split(after)
+            add = zip(carry.totals, g_shared, strict=True)
+            total = [t + g.astype(t.dtype) for t, g in add]
+            return Carry(layers, own, after[0], after[1], g_x, total, norms)
+
+        shared, _ = floats_of(done.shared, done.trained)
+        norms = jnp.zeros(depth, jnp.float32)
+        carry = Carry(
+            self.layers,
+            own,
+            read(own, depth - 1),
+            common,
+            grads,
+            list(map(_total, shared, totals or [None] * len(shared))),
+            norms,
+        )
+        carry = jax.lax.fori_loop(0, depth, one, carry)
+        own = write(carry.states, carry.above, 0)
+        sums = zip(carry.totals, shared, strict=True)
+        total = [t.astype(x.dtype) for t, x in sums]
+        return carry._replace(states=join(own, carry.common), totals=total)
+
+    def start_grads(
+        self, done: Done, ends: Tree, grads: list[jax.Array]
+    ) -> tuple[Tree, list[jax.Array], list[jax.Array]]:
+        """The gradients for the ends as ``start`` uses them, and for what is given."""
+        values, whole = floats_of(self.setup.decode(ends))
+
+        def one(_, now):
+            grads, (batch, *before) = now
+            floats, merge = floats_of(before, self.learnt)
+
+            def output(values, floats):
+                out = done.start(whole(values), batch, *merge(floats))
+                return _floats(*out, done.trained)[0]
+
+            return jax.vjp(output, values, floats)[1](grads)
+
+        g_ends, g = self.setup.mean_over_parts(one, (grads, self.given))
+        count = len(floats_of(self.given[1])[0])
+        return g_ends, g[:count], g[count:]
+
+
+def _floats(
+    x: Tree, shared: Tree, trained: Sequence[bool]
+) -> tuple[list[jax.Array], Callable[..., Tree]]:
+    """:func:`floats_of` what a layer is given, where it has gradients."""
+    return floats_of((x, shared), [True] * len(jax.tree.leaves(x)) + list(trained))
+
+
+def _total(x: jax.Array, before: jax.Array | None) -> jax.Array:
+    """The sum of gradients for ``x`` that layers above have given, or zeros."""
+    if before is not None:
+        return before.astype(summed_in(x))
+    return spread(jnp.zeros(x.shape, summed_in(x)), varying(x))

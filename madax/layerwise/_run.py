@@ -1,0 +1,102 @@
+"""The train step of :func:`madax.layerwise`: forwards and backwards by stacks."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from madax._core.names import ENDS, LAYERS, Tree
+from madax._core.shards import barrier
+from madax.layerwise._checks import check_devices, check_loss, check_params
+from madax.layerwise._floats import floats_of, norm
+from madax.layerwise._pass import Key, Pass
+from madax.layerwise._plan import Stack
+from madax.layerwise._setup import Setup
+from madax.layerwise._stacks import (
+    check_layer_by_layer,
+    cut,
+    depth_of,
+    init_stack,
+    with_keys_of,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The functions that :func:`madax.layerwise` returns."""
+
+    setup: Setup
+    stacks: list[Stack]
+    loss: Callable[[Tree, Tree, Tree], Tree]
+
+    def init(self, params: Tree) -> Tree:
+        """The states of the ends and of the layers."""
+        check_params(params, self.stacks)
+        tx = self.setup.tx
+        check_layer_by_layer(tx, params, [stack.name for stack in self.stacks])
+        states, depth = {}, 0
+        for stack in self.stacks:
+            layers = stack.layers(params)
+            states[stack.name] = init_stack(tx, layers, depth)
+            depth += depth_of(layers)
+        # No two parts draw the same random numbers.
+        ends = with_keys_of(tx.init({ENDS: params[ENDS]}), depth)
+        return {ENDS: ends, LAYERS: states.get(None, states)}
+
+    def step(self, params: Tree, state: Tree, batch: Tree, key: Key = None) -> Tree:
+        """New parameters and state, and the loss (and metrics) before the step."""
+        check_devices()
+        check_params(params, self.stacks)
+        ends, setup = params[ENDS], self.setup
+        batches = cut(batch, setup.microbatches)
+        weights = setup.decode(ends)
+        _, merge = floats_of(weights)
+        passes, first, x, shared, learnt = [], 0, (), {}, []
+        for stack in self.stacks:
+            layers, given = stack.layers(params), (batches, x, shared)
+            one = Pass(setup, stack, layers, first, key, given, learnt)
+            x, done = one.forward(weights)
+            passes.append((one, done))
+            learnt = [True] * len(jax.tree.leaves(x)) + done.trained
+            first, shared = first + depth_of(layers), done.shared
+        (value, g_ends, aux), grads = self.loss_grads(weights, x, batches)
+        new, states, norms, totals = {}, {}, {}, None
+        for one, done in reversed(passes):
+            name = one.stack.name
+            mine = state[LAYERS] if name is None else state[LAYERS][name]
+            last = one.backward(done, mine, grads, totals)
+            new[name] = last.layers if name is None else last.layers[name]
+            states[name], norms[name] = last.states, last.norms
+            # XLA shall decode the ends twice and not keep their values through the
+            # pass.
+            ends, grads = barrier((ends, [*last.grads, *last.totals]))
+            g_start, grads, totals = one.start_grads(done, ends, grads)
+            g_ends = jax.tree.map(jnp.add, g_ends, g_start)
+        if setup.has_aux:
+            norms = {ENDS: norm(g_ends), LAYERS: norms.get(None, norms)}
+            value = (value, {"aux": aux, "grad_norm": norms})
+        g_ends = merge(g_ends, jnp.zeros_like)
+        ends, ends_state = setup.update({ENDS: ends}, g_ends, state[ENDS])
+        params = {ENDS: ends, LAYERS: new.get(None, new)}
+        return params, {ENDS: ends_state, LAYERS: states.get(None, states)}, value
+
+    def loss_grads(self, weights: Tree, x: Tree, batches: Tree) -> tuple[Tree, Tree]:
+        """(Loss, its gradients for the ends, aux), and its gradients for ``x``."""
+        values, whole = floats_of(weights)
+
+        def one(_, now):
+            x, batch = now
+            floats, merge = floats_of(x)
+
+            def loss(values, floats):
+                out = self.loss(whole(values), merge(floats), batch)
+                value, aux = out if self.setup.has_aux else (out, None)
+                check_loss(value)
+                return value, aux
+
+            value, pull, aux = jax.vjp(loss, values, floats, has_aux=True)
+            g_ends, g_x = pull(jnp.ones_like(value))
+            return (value, g_ends, aux), g_x
+
+        return self.setup.mean_over_parts(one, (x, batches))
