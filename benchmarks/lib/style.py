@@ -28,6 +28,10 @@ STYLES: tuple[dict[str, Any], ...] = (
 )
 
 
+# Inches, at which a page of 1280 pixels shows text of n points about n points high.
+WIDTH = 7.5
+
+
 def legend(
     fig: Figure,
     panels: Iterable[Axes] | None = None,

@@ -126,8 +126,9 @@ def quantize_params(
     chosen = [i for i, is_chosen in enumerate(chosen) if is_chosen]
     if not chosen:
         raise ValueError(
-            "where (or its default) selected no leaf of params, whose paths are "
-            f"{listed(map(repr, paths))}; pass a where(path, leaf) that selects some."
+            "where selected no leaf of params, whose paths are "
+            f"{listed(map(repr, paths))}; pass a where(path, leaf) that selects some. "
+            "The default selects weights of rank 2 or more and 16 elements or more."
         )
     coded = {i: _code_leaf(paths[i], leaves[i], format, p_scale, axes) for i in chosen}
     new = _usable_codes(paths, leaves, coded)
