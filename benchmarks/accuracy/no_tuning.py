@@ -19,7 +19,7 @@ from benchmarks.lib.analysis import workloads as of_workloads
 from benchmarks.lib.contender import points
 from benchmarks.lib.optimizers import UNTUNED
 from benchmarks.lib.profiles import Flags, Options
-from benchmarks.lib.style import STYLES, Report, legend, markdown
+from benchmarks.lib.style import STYLES, WIDTH, Report, legend, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 
 DRAWN = (
@@ -106,7 +106,7 @@ def no_tuning_figure(cells: pd.DataFrame) -> Figure:
     Args:
       cells: medians at the default rates, with ``ratio``.
     """
-    fig = Figure(figsize=(8, 5), layout="constrained")
+    fig = Figure(figsize=(WIDTH, 5), layout="constrained")
     axes = fig.subplots()
     for name, style in zip(DRAWN, cycle(STYLES)):
         lines = cells[
