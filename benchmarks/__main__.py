@@ -24,6 +24,7 @@ from benchmarks.accuracy.why import why
 from benchmarks.compilers.compiled import compiled
 from benchmarks.compilers.newton_schulz import newton_schulz
 from benchmarks.data.corpus import corpus, pack
+from benchmarks.ideas import ideas
 from benchmarks.report import report
 from benchmarks.systems.fit import fit
 from benchmarks.systems.init import init
@@ -61,6 +62,7 @@ for command in (
     pack,
     scale,
     smollm,
+    ideas,
     report,
 ):
     app.command(command)

@@ -51,8 +51,8 @@ print(f"{len(runs)} runs, on {device}; workloads:", *runs["workload"].unique()[:
 #
 # The height of a line is the best error of any optimizer on that network over the error
 # at this rate: 1 is best, 0 is useless. Every network has the same budget and seeds for
-# all three optimizers. The last row are the numbers of the Madam paper, for ResNets, a
-# GAN and a Transformer trained for many epochs.
+# all three optimizers. The last row shows the numbers of the Madam paper, for ResNets,
+# a GAN and a Transformer trained for many epochs.
 
 # %%
 cells = lr_sensitivity.rate_cells(runs)
@@ -123,9 +123,10 @@ for axes, name in zip(panels, OPTIMIZERS, strict=True):
     axes.grid(alpha=0.3)
 panels[0].set_ylabel("training loss at the end")
 panels[0].legend(fontsize=8)
+fig.suptitle("Madam does not notice the scale of a layer; SGD and Adam do")
 plt.show()
 
 # %% [markdown]
-# The three lines of Madam are one: it is invariant to the scale of a layer. Those of
-# SGD and of Adam move with it. That is what the learning rate of Madam does not depend
-# on; it still depends on the length of the run: in few steps, larger rates win.
+# The three lines of Madam are one: it is invariant to the scale of a layer. The lines
+# of SGD and Adam move with the scale. The best rate of Madam still depends on the
+# length of the run: in few steps, larger rates win.

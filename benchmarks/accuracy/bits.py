@@ -12,7 +12,7 @@ from benchmarks.lib.contender import Contender, points
 from benchmarks.lib.formats import FORMATS
 from benchmarks.lib.optimizers import stored
 from benchmarks.lib.profiles import Flags, Profile
-from benchmarks.lib.style import Report, markdown
+from benchmarks.lib.style import WIDTH, Report, markdown
 from benchmarks.lib.sweep import Sweep, run_missing
 from benchmarks.lib.train import Budget
 from benchmarks.workloads.fashion_mnist import fashion_mnist
@@ -147,7 +147,9 @@ def bits_figure(runs: pd.DataFrame) -> Figure:
     """
     runs = runs[runs["moments"] == 32]
     workloads = runs["workload"].unique()
-    fig = Figure(figsize=(4.5 * len(workloads), 4), layout="constrained")
+    fig = Figure(
+        figsize=(max(4.5, WIDTH / 2 * len(workloads)), 4.6), layout="constrained"
+    )
     panels = fig.subplots(1, len(workloads), squeeze=False)[0]
     for axes, workload in zip(panels, workloads, strict=True):
         here = runs[runs["workload"] == workload]
@@ -172,7 +174,7 @@ def bits_figure(runs: pd.DataFrame) -> Figure:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("test accuracy, %")
     handles, labels = panels[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    fig.legend(handles, labels, loc="outside lower center", ncols=2)
     return fig
 
 

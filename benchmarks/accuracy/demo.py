@@ -14,7 +14,7 @@ from benchmarks.lib import records
 from benchmarks.lib.contender import points
 from benchmarks.lib.cost import cost
 from benchmarks.lib.optimizers import DEMO
-from benchmarks.lib.style import STYLES, Report, legend, markdown
+from benchmarks.lib.style import STYLES, WIDTH, Report, legend, markdown
 from benchmarks.lib.train import Budget, train
 from benchmarks.workloads.digits import digits
 
@@ -96,7 +96,7 @@ def demo_table(runs: pd.DataFrame) -> str:
 
 def demo_figure(runs: pd.DataFrame) -> Figure:
     """Draws accuracy over steps, and over learning rates."""
-    fig = Figure(figsize=(9, 4), layout="constrained")
+    fig = Figure(figsize=(WIDTH, 3.8), layout="constrained")
     over_steps, over_rates = fig.subplots(1, 2)
     cells = summary(runs)
     names = cells["optimizer"].unique()

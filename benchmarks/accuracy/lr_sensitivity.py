@@ -10,7 +10,7 @@ from benchmarks.lib.analysis import workloads as of_workloads
 from benchmarks.lib.contender import Schedule, grid, points
 from benchmarks.lib.optimizers import OPTIMIZERS
 from benchmarks.lib.profiles import Flags
-from benchmarks.lib.style import STYLES, Report, legend, markdown
+from benchmarks.lib.style import STYLES, WIDTH, Report, legend, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 
 SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine")
@@ -193,7 +193,7 @@ def lr_sensitivity_figure(cells: pd.DataFrame) -> Figure:
         "cosine": "here, cosine to zero",
         "paper": "the paper's tasks",
     }
-    fig = Figure(figsize=(12, 9), layout="constrained")
+    fig = Figure(figsize=(WIDTH, 8.5), layout="constrained")
     panels = fig.subplots(3, 3, sharex="col", sharey=True)
     everything = pd.concat([cells, paper_cells()])
     for across, (schedule, title) in zip(panels, rows.items(), strict=True):
@@ -207,10 +207,10 @@ def lr_sensitivity_figure(cells: pd.DataFrame) -> Figure:
             if schedule == "constant":
                 axes.set_title(optimizer)
             if schedule == "paper":
-                axes.set_xlabel("learning rate (grey: the default)")
+                axes.set_xlabel("rate (grey: default)")
         across[0].set_ylabel(f"{title}\nbest error / error")
-    legend(fig, panels[0], columns=1, loc="outside right upper")
-    legend(fig, panels[2], columns=1, loc="outside right lower")
+    legend(fig, panels[0], columns=4, loc="outside upper center")
+    legend(fig, panels[2], columns=3)
     return fig
 
 
@@ -226,7 +226,7 @@ def _draw_lines(axes: Axes, cells: pd.DataFrame) -> None:
             height,
             (ends - height).abs().fillna(0),
             label=name,
-            markersize=5,
+            markersize=4,
             lw=1.2,
             elinewidth=0.6,
             **STYLES[i % len(STYLES)],

@@ -16,7 +16,7 @@ from benchmarks.lib.analysis import change, medians, spread
 from benchmarks.lib.contender import Contender, points
 from benchmarks.lib.optimizers import madam_floor
 from benchmarks.lib.profiles import Flags, Profile
-from benchmarks.lib.style import STYLES, Report, legend, markdown
+from benchmarks.lib.style import STYLES, WIDTH, Report, legend, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 
 BITS = (8, 9, 12, 16)
@@ -147,7 +147,7 @@ def hard_figure(runs: pd.DataFrame) -> Figure:
     Args:
       runs: records, as read.
     """
-    fig = Figure(figsize=(9, 6), layout="constrained")
+    fig = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     panels = fig.subplots(2, 2, sharex=True, sharey=True)
     for axes, (name, mine) in zip(
         panels.flat, runs.groupby("condition", sort=False), strict=False

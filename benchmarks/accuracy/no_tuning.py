@@ -19,7 +19,7 @@ from benchmarks.lib.analysis import workloads as of_workloads
 from benchmarks.lib.contender import points
 from benchmarks.lib.optimizers import UNTUNED
 from benchmarks.lib.profiles import Flags, Options
-from benchmarks.lib.style import STYLES, Report, legend, markdown
+from benchmarks.lib.style import STYLES, WIDTH, Report, legend, markdown
 from benchmarks.lib.sweep import Sweep, run_all
 
 DRAWN = (
@@ -78,7 +78,8 @@ def no_tuning_table(cells: pd.DataFrame) -> str:
       cells: medians at the default rates, with ``ratio``.
     """
     rows = []
-    for row in regrets(cells, ["optimizer", "schedule"]).to_dict("records"):
+    found = regrets(cells, ["optimizer", "schedule"]).sort_values("median")
+    for row in found.to_dict("records"):
         here = cells[
             (cells["optimizer"] == row["optimizer"])
             & (cells["schedule"] == row["schedule"])
@@ -88,8 +89,8 @@ def no_tuning_table(cells: pd.DataFrame) -> str:
                 "optimizer": row["optimizer"],
                 "schedule": row["schedule"],
                 "rate": f"{UNTUNED[row['optimizer']].rate:g}",
-                "mean regret": f"{100 * row['mean']:.0f} %",
-                "median": f"{100 * row['median']:.0f} %",
+                "median regret": f"{100 * row['median']:.0f} %",
+                "mean": f"{100 * row['mean']:.0f} %",
                 "worst": f"{100 * row['worst']:.0f} %",
                 "on": row["where"],
                 **here["median"].map(number).to_dict(),
@@ -106,7 +107,7 @@ def no_tuning_figure(cells: pd.DataFrame) -> Figure:
     Args:
       cells: medians at the default rates, with ``ratio``.
     """
-    fig = Figure(figsize=(8, 5), layout="constrained")
+    fig = Figure(figsize=(WIDTH, 5), layout="constrained")
     axes = fig.subplots()
     for name, style in zip(DRAWN, cycle(STYLES)):
         lines = cells[

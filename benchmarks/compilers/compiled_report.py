@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.lib.optimizers import BASELINE
 from benchmarks.lib.records import Record
-from benchmarks.lib.style import STYLES, Report, legend, markdown
+from benchmarks.lib.style import STYLES, WIDTH, Report, legend, markdown
 
 CAPTION = "compiled for, not run"
 # In the order of the figure, a colour and a marker each.
@@ -83,8 +83,8 @@ def compiled_figure(runs: pd.DataFrame) -> Figure:
     """Draws bytes, operations, cycles and compile time, one panel each."""
     alone = runs[runs["parameters"].notna() & ~runs["tree"].str.contains("train")]
     names = list(dict.fromkeys(alone["optimizer"]))
-    fig = Figure(figsize=(14, 2 + 0.28 * len(names)), layout="constrained")
-    panels = fig.subplots(1, 4, sharey=True)
+    fig = Figure(figsize=(WIDTH, 2 + 0.44 * len(names)), layout="constrained")
+    panels = fig.subplots(2, 2, sharey=True).flat
     four = alone[alone["tree"] == "4 leaves"]
     whole = alone[alone["leaves"] == alone["leaves"].max()]
     ours = four[four["foreign"] == 0]
@@ -97,10 +97,12 @@ def compiled_figure(runs: pd.DataFrame) -> Figure:
     lines = [names.index(name) for name in four["optimizer"]]
     floor = four["floor"] / four["parameters"]
     panels[0].plot(floor, lines, "k|", ms=14, label="floor", zorder=1)
-    panels[0].set(yticks=range(len(names)), yticklabels=names)
+    panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    fig.suptitle(f"The optimizer step alone: {CAPTION}", fontsize=10)
-    legend(fig)
+    for axes in panels:
+        axes.tick_params(labelsize=8)
+    fig.suptitle(f"The optimizer step alone: {CAPTION}", fontsize=11)
+    legend(fig, columns=4)
     return fig
 
 
@@ -130,13 +132,13 @@ def _points(
             axes.plot(
                 values[here.index] / unit,
                 np.add(lines, apart),
-                **style | {"linestyle": "", "ms": 5},
+                **style | {"linestyle": "", "ms": 4},
                 label=chip,
             )
     if is_ratio:
         axes.axvline(1, c="black", ls="--", lw=1)
     axes.set(xlabel=label, xscale="log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)

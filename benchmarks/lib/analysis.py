@@ -9,8 +9,8 @@ import pandas as pd
 CAP = 10.0
 REGRET = (
     "How much larger the error is than the least in all records of the workload, "
-    "whatever the optimizer and its rate; the geometric mean over workloads, the "
-    f"median and the worst. More than {CAP:g} times as large, or diverged, counts as "
+    "whatever the optimizer and its rate; the median over workloads, the geometric "
+    f"mean and the worst. More than {CAP:g} times as large, or diverged, counts as "
     f"{CAP:g} times."
 )
 DEPTH = "coordinates, depth "

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from benchmarks.lib import records
 
@@ -28,13 +29,18 @@ STYLES: tuple[dict[str, Any], ...] = (
 )
 
 
+# The width of a figure, in inches: about the width of the text on a page.
+WIDTH = 7.5
+_SHOWN, _LEGIBLE = 7.67, 8  # inches of text at 1280 pixels; points
+
+
 def legend(
     fig: Figure,
     panels: Iterable[Axes] | None = None,
     *,
     columns: int | None = None,
     loc: Literal[
-        "outside lower center", "outside right upper", "outside right lower"
+        "outside lower center", "outside upper center"
     ] = "outside lower center",
 ) -> None:
     """Puts one legend for several panels, what they share in it once.
@@ -87,8 +93,21 @@ class Report:
             text = f"{self.table(runs).rstrip()}\n"
             (folder / f"{self.name}.md").write_text(text, encoding="utf-8")
         if self.figure is not None:
-            self.figure(runs).savefig(folder / f"{self.name}.png", dpi=150)
+            fig = self.figure(runs)
+            check_legible(fig)
+            fig.savefig(folder / f"{self.name}.png", dpi=150)
         return text
+
+
+def check_legible(fig: Figure) -> None:
+    """Raises ValueError if a page of 1280 pixels shows some text below 8 points."""
+    points = min(float(text.get_fontsize()) for text in fig.findobj(Text))
+    width = fig.get_figwidth()
+    if points * min(1, _SHOWN / width) < _LEGIBLE:
+        raise ValueError(
+            f"a page shows text of {points:g} points too small in a figure {width:g} "
+            f"inches wide; make the figure {WIDTH:g} inches wide, or the text larger."
+        )
 
 
 def markdown(

@@ -25,7 +25,7 @@ from benchmarks.compilers.chips import footprint
 from benchmarks.data.text import text
 from benchmarks.lib import records
 from benchmarks.lib.records import Record
-from benchmarks.lib.style import STYLES, Report, markdown
+from benchmarks.lib.style import STYLES, WIDTH, Report, markdown
 from benchmarks.models import decoder
 from benchmarks.systems.fit import CONTENDERS, WAYS, Way, flags, functions
 
@@ -206,7 +206,7 @@ def large_table(runs: pd.DataFrame) -> str:
 
 def large_figure(runs: pd.DataFrame) -> Figure:
     """Draws what each run takes of memory, and below its loss in the same colour."""
-    fig = Figure(figsize=(8, 3 + 0.5 * len(runs)), layout="constrained")
+    fig = Figure(figsize=(WIDTH, 3 + 0.5 * len(runs)), layout="constrained")
     bars, lines = fig.subplots(2, height_ratios=(0.17 * len(runs), 1))
     names, peaks = [], runs["peak"].fillna(runs["compiled_peak"]) / 1e9
     styles = zip(runs.to_dict("records"), peaks, cycle(STYLES))
@@ -215,12 +215,14 @@ def large_figure(runs: pd.DataFrame) -> Figure:
         names.append(f"{run['model']}, {tokens}\n{_way(run)}")
         bars.barh(row, peak, color=style["color"], height=0.6)
         speed = f"  {_tokens_per_second(run):.0f} tokens/s, rate {run['rate']:g}"
-        bars.text(peak, row, speed, va="center", fontsize=8)
+        bars.text(peak, row, speed, va="center", fontsize=9)
         lines.plot(run["losses"], **(style | {"markersize": 3}))
     bars.set(xlabel="peak GB", yticks=range(len(runs)), xlim=(0, 1.5 * peaks.max()))
-    bars.set_yticklabels(names, fontsize=8)
+    bars.set_yticklabels(names, fontsize=9)
     bars.invert_yaxis()
-    bars.set_title(f"Run on one {runs['environment'].iloc[0]['device']}", fontsize=10)
+    bars.set_title(
+        f"Peak memory of runs on one {runs['environment'].iloc[0]['device']}"
+    )
     lines.set(xlabel="step", ylabel="nats a token")
     lines.grid(alpha=0.3)
     return fig

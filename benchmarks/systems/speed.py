@@ -23,7 +23,7 @@ from benchmarks.lib.contender import Contender
 from benchmarks.lib.optimizers import BASELINE, RIVALS, TIMED
 from benchmarks.lib.records import Record
 from benchmarks.lib.steps import Step, Tree, nbytes
-from benchmarks.lib.style import Report, markdown
+from benchmarks.lib.style import WIDTH, Report, markdown
 from benchmarks.models import gpt2
 
 QUEUED = 4  # Steps at a time, unless a profile has more.
@@ -266,9 +266,11 @@ def _table_row(run: Record) -> dict[str, str]:
 def speed_figure(runs: pd.DataFrame) -> Figure:
     """Draws time over that of optax.adam, one panel per tree."""
     groups = list(runs.groupby("tree", sort=False))
-    fig = Figure(figsize=(3.2 * len(groups) + 1.5, 4.2), layout="constrained")
-    panels = fig.subplots(1, len(groups), sharey=True, squeeze=False)[0]
-    for axes, (tree, group) in zip(panels, groups, strict=True):
+    rows = (len(groups) + 1) // 2
+    bars = runs["optimizer"].nunique()
+    fig = Figure(figsize=(WIDTH, rows * (0.9 + 0.18 * bars)), layout="constrained")
+    panels = fig.subplots(rows, 2, sharey=True, squeeze=False).flat
+    for axes, (tree, group) in zip(panels, groups, strict=False):
         pairs = zip(group["seconds"], group["baseline_seconds"], strict=True)
         low, mid, high = np.transpose([quantiles(*pair) for pair in pairs])
         mine = group["optimizer"].str.contains("madam|native|8-bit state").to_numpy()
@@ -284,8 +286,11 @@ def speed_figure(runs: pd.DataFrame) -> Figure:
         for row in np.flatnonzero(mid > limit):
             axes.text(limit, row, f"{mid[row]:.1f} ", ha="right", va="center")
         axes.set(xlabel="time / optax.adam", xlim=(0, limit))
-        axes.set_title(tree, fontsize=9)
+        axes.set_title(tree, fontsize=10)
+        axes.tick_params(axis="y", labelsize=8)
     panels[0].invert_yaxis()
+    for axes in panels[len(groups) :]:
+        axes.remove()
     return fig
 
 

@@ -141,8 +141,9 @@ def quantize_params(
     chosen = [i for i, is_chosen in enumerate(chosen) if is_chosen]
     if not chosen:
         raise ValueError(
-            "where (or its default) selected no leaf of params, whose paths are "
-            f"{listed(map(repr, paths))}; pass a where(path, leaf) that selects some."
+            "where selected no leaf of params, whose paths are "
+            f"{listed(map(repr, paths))}; pass a where(path, leaf) that selects some. "
+            "The default selects weights of rank 2 or more and 16 elements or more."
         )
     zero_rms = {i: _zero_rms(readings[i], format, zero_init_scale) for i in chosen}
     coded = {
