@@ -9,6 +9,7 @@ from benchmarks.accuracy.bounds import bounds
 from benchmarks.accuracy.choose import choose
 from benchmarks.accuracy.demo import demo
 from benchmarks.accuracy.depth import depth
+from benchmarks.accuracy.finetune import finetune
 from benchmarks.accuracy.llama import llama
 from benchmarks.accuracy.lns import lns
 from benchmarks.accuracy.lr_sensitivity import lr_sensitivity
@@ -61,6 +62,7 @@ for command in (
     pack,
     scale,
     smollm,
+    finetune,
     report,
 ):
     app.command(command)

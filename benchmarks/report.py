@@ -7,6 +7,7 @@ from benchmarks.accuracy.bounds import bounds_report
 from benchmarks.accuracy.choose import choose_report
 from benchmarks.accuracy.demo import demo_report
 from benchmarks.accuracy.depth import depth_report
+from benchmarks.accuracy.finetune import finetune_report
 from benchmarks.accuracy.llama_report import llama_report
 from benchmarks.accuracy.lr_sensitivity import lr_sensitivity_report
 from benchmarks.accuracy.moments import hard_report, moments_report
@@ -43,6 +44,7 @@ REPORTS = (
     llama_report,
     scale_report,
     smollm_report,
+    finetune_report,
     demo_report,
     stall_report,
     state_report,
