@@ -13,6 +13,7 @@ from benchmarks.accuracy.finetune import finetune
 from benchmarks.accuracy.llama import llama
 from benchmarks.accuracy.lns import lns
 from benchmarks.accuracy.lr_sensitivity import lr_sensitivity
+from benchmarks.accuracy.minilm import minilm
 from benchmarks.accuracy.moments import moments
 from benchmarks.accuracy.no_tuning import no_tuning
 from benchmarks.accuracy.pretrained import pretrained
@@ -63,6 +64,7 @@ for command in (
     scale,
     smollm,
     finetune,
+    minilm,
     report,
 ):
     app.command(command)

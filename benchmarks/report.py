@@ -10,6 +10,7 @@ from benchmarks.accuracy.depth import depth_report
 from benchmarks.accuracy.finetune import finetune_report
 from benchmarks.accuracy.llama_report import llama_report
 from benchmarks.accuracy.lr_sensitivity import lr_sensitivity_report
+from benchmarks.accuracy.minilm import minilm_report
 from benchmarks.accuracy.moments import hard_report, moments_report
 from benchmarks.accuracy.no_tuning import no_tuning_report
 from benchmarks.accuracy.pretrained import pretrained_report
@@ -45,6 +46,7 @@ REPORTS = (
     scale_report,
     smollm_report,
     finetune_report,
+    minilm_report,
     demo_report,
     stall_report,
     state_report,
