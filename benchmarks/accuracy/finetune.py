@@ -55,7 +55,7 @@ ROWS = {
     ADAMW: Row(partial(optax.adamw, b2=B2), 3e-4, FLOATS),
     "madam, 2 bytes": Row(_MADAM, 1e-3),
     "factored, 2 bytes, weights of 16 bits": Row(
-        partial(_MUON_MADAM, b1=None, direction="factored"), 1e-3, "symlog 16"
+        partial(_MUON_MADAM, b1=None, direction="factored"), 3e-4, "symlog 16"
     ),
     "muon_madam, 2 bytes": Row(_MUON_MADAM, 1e-3),
     "Muon on codes, 2 bytes": Row(_MUON_ON_CODES, 1e-3),
@@ -124,7 +124,7 @@ def next_trial(
 ) -> records.Record | None:
     """Returns the rate and the seed of the next run; None if there is none.
 
-    A rate is beside the best so far, above it first; then the best has other seeds.
+    A rate is beside the best so far, below it first; then the best has other seeds.
 
     Args:
       row: what is tuned.
@@ -136,7 +136,7 @@ def next_trial(
         return {"rate": row.rate, "seed": 0}
     best = min(tried, key=lambda rate: tried[rate])
     if len(tried) < TRIALS:
-        rate = best * FACTOR if best == max(tried) else best / FACTOR
+        rate = best / FACTOR if best == min(tried) else best * FACTOR
         return {"rate": float(f"{rate:.2g}"), "seed": 0}
     done = {run["seed"] for run in runs if run["rate"] == best}
     left = [seed for seed in range(seeds) if seed not in done]

@@ -209,5 +209,5 @@ def test_the_next_rate_is_beside_the_best():
             runs.append(trial | {"losses": [losses[trial["rate"]]]})
         return [run["rate"] for run in runs]
 
-    assert rates({1e-3: 1.0, 3e-3: 2.0, 3.3e-4: 0.5}) == [1e-3, 3e-3, 3.3e-4]
-    assert rates({1e-3: 1.0, 3e-3: 0.5, 9e-3: None}) == [1e-3, 3e-3, 9e-3]
+    assert rates({1e-3: 1.0, 3.3e-4: 2.0, 3e-3: 0.5}) == [1e-3, 3.3e-4, 3e-3]
+    assert rates({1e-3: None, 3.3e-4: 0.5, 1.1e-4: 0.1}) == [1e-3, 3.3e-4, 1.1e-4]
