@@ -9,9 +9,11 @@ from benchmarks.accuracy.bounds import bounds
 from benchmarks.accuracy.choose import choose
 from benchmarks.accuracy.demo import demo
 from benchmarks.accuracy.depth import depth
+from benchmarks.accuracy.finetune import finetune
 from benchmarks.accuracy.llama import llama
 from benchmarks.accuracy.lns import lns
 from benchmarks.accuracy.lr_sensitivity import lr_sensitivity
+from benchmarks.accuracy.minilm import minilm
 from benchmarks.accuracy.moments import moments
 from benchmarks.accuracy.no_tuning import no_tuning
 from benchmarks.accuracy.pretrained import pretrained
@@ -62,6 +64,8 @@ for command in (
     pack,
     scale,
     smollm,
+    finetune,
+    minilm,
     ideas,
     report,
 ):

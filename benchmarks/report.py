@@ -7,8 +7,10 @@ from benchmarks.accuracy.bounds import bounds_report
 from benchmarks.accuracy.choose import choose_report
 from benchmarks.accuracy.demo import demo_report
 from benchmarks.accuracy.depth import depth_report
+from benchmarks.accuracy.finetune import finetune_report
 from benchmarks.accuracy.llama_report import llama_report
 from benchmarks.accuracy.lr_sensitivity import lr_sensitivity_report
+from benchmarks.accuracy.minilm import minilm_report
 from benchmarks.accuracy.moments import hard_report, moments_report
 from benchmarks.accuracy.no_tuning import no_tuning_report
 from benchmarks.accuracy.pretrained import pretrained_report
@@ -43,6 +45,8 @@ REPORTS = (
     llama_report,
     scale_report,
     smollm_report,
+    finetune_report,
+    minilm_report,
     demo_report,
     stall_report,
     state_report,

@@ -58,9 +58,7 @@ def next_trial(row: Row, losses: Mapping[tuple, float]) -> Values | None:
     others = [(name, x) for name, values in row.knobs.items() for x in values[1:]]
     left = TRIALS - len(losses)
     if left > len(others):
-        return start | {
-            "rate": _next_rate({dict(k)["rate"]: losses[k] for k in losses})
-        }
+        return start | {"rate": next_rate({dict(k)["rate"]: losses[k] for k in losses})}
     name, value = others[-left]
     return best_trial(losses) | {name: value}
 
@@ -70,14 +68,20 @@ def best_trial(losses: Mapping[tuple, float]) -> dict[str, float]:
     return dict(min(losses, key=lambda values: losses[values]))
 
 
-def _next_rate(losses: Mapping[float, float]) -> float:
+def next_rate(losses: Mapping[float, float], factor: float = 2) -> float:
+    """Returns the rate to try next: beside the best, or else between two others.
+
+    Args:
+      losses: of the rates that were tried.
+      factor: from one rate to the next, until the best is between two others.
+    """
     rates = sorted(losses)
     best = min(rates, key=lambda rate: losses[rate])
     at = rates.index(best)
     if best == rates[-1]:
-        rate = 2 * best
+        rate = factor * best
     elif best == rates[0]:
-        rate = best / 2
+        rate = best / factor
     else:
         beside = min(rates[at - 1], rates[at + 1], key=lambda rate: losses[rate])
         rate = (best * beside) ** 0.5

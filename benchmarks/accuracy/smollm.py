@@ -1,5 +1,6 @@
 """SmolLM2-135M, a language model that others trained: what codes of it cost."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 import madax
 from benchmarks.accuracy import pretrained
-from benchmarks.data.corpus import SMOLLM, read_corpus
+from benchmarks.data.corpus import SMOLLM, Corpus, read_corpus
 from benchmarks.lib import records
 from benchmarks.lib.style import Report, markdown
 from benchmarks.models import decoder
@@ -47,17 +48,11 @@ def smollm(
         sequences: How many to measure, of 512 tokens each.
     """
     data = read_corpus(corpus, SMOLLM)
-    tokens = np.asarray(data.held_out[: sequences * LENGTH]).reshape(-1, LENGTH)
+    tokens = held_out(data, sequences)
     text = {"text": data.facts, "sequences": len(tokens), "length": LENGTH}
     raw = records.file(out, "smollm")
     size, params = load()
-    # A sequence at a time, as the features of all of them would be there at once.
-    loss = jax.jit(
-        lambda params: jax.lax.map(
-            lambda row: decoder.whole_loss(size, params, row[None]),
-            jnp.asarray(tokens, jnp.int32),
-        )
-    )
+    losses = losses_of(size, tokens)
     rows = [(FLOATS, "")] + [(name, scale) for name in FORMATS for scale in SCALES]
     for name, scale in tqdm(rows, desc="SmolLM2-135M"):
         settings = {"format": name, "scale": scale, **text}
@@ -65,9 +60,27 @@ def smollm(
             codes = params if name == FLOATS else quantized(params, name, scale)
             values = jax.jit(madax.dequantize_params)(codes)
             errors = pretrained.tails(_matrices(params), _matrices(values), 0)
-            losses = [float(x) for x in loss(values)]
-            records.append(raw, settings | errors | {"losses": losses})
+            records.append(raw, settings | errors | {"losses": losses(values)})
     print(smollm_report(out))
+
+
+def held_out(data: Corpus, sequences: int) -> np.ndarray:
+    """Returns the first tokens that are held out, of shape (sequences, LENGTH)."""
+    return np.asarray(data.held_out[: sequences * LENGTH]).reshape(-1, LENGTH)
+
+
+def losses_of(
+    size: decoder.Size, tokens: np.ndarray
+) -> Callable[[decoder.Params], list[float]]:
+    """Returns what measures parameters: the nats a token of each sequence."""
+    # A sequence at a time, as the features of all of them would be there at once.
+    measure = jax.jit(
+        lambda params: jax.lax.map(
+            lambda row: decoder.whole_loss(size, params, row[None]),
+            jnp.asarray(tokens, jnp.int32),
+        )
+    )
+    return lambda params: [float(x) for x in measure(params)]
 
 
 def _matrices(params: decoder.Params) -> decoder.Params:

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.accuracy import pretrained
+import madax
+from benchmarks.accuracy import finetune, pretrained
 from benchmarks.accuracy import smollm as benchmark
 from benchmarks.data.corpus import TOKENS
 from benchmarks.models import decoder, smollm
@@ -126,12 +127,12 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
         smollm.smollm()
 
 
-def test_the_cost_of_codes_is_measured_and_resumed(file, tmp_path, monkeypatch):
-    """Sixteen bits cost less than eight, and a row that is there is kept."""
-    formats = {name: pretrained.FORMATS[name] for name in ("symlog 8", "symlog 16")}
-    monkeypatch.setattr(benchmark, "FORMATS", formats)
-    monkeypatch.setattr(benchmark, "load", lambda: smollm.smollm(file[0]))
-    monkeypatch.setattr(benchmark, "LENGTH", 8)
+@pytest.fixture
+def text(file, tmp_path, monkeypatch):
+    """A corpus of three sequences of 8 tokens, for the network of the file."""
+    for module in (benchmark, finetune):
+        monkeypatch.setattr(module, "load", lambda: smollm.smollm(file[0]))
+        monkeypatch.setattr(module, "LENGTH", 8)
     place = tmp_path / "text" / "49152"
     place.mkdir(parents=True)
     tokens = np.random.default_rng(1).integers(0, len(PIECES), 24).astype(TOKENS)
@@ -139,7 +140,14 @@ def test_the_cost_of_codes_is_measured_and_resumed(file, tmp_path, monkeypatch):
         (place / f"{split}.u16").write_bytes(tokens.tobytes())
     facts = {"name": "text", "train": 24, "held-out": 24}
     (place / "corpus.json").write_text(json.dumps(facts))
-    run = lambda: benchmark.smollm(tmp_path, corpus=place.parent, sequences=3)
+    return place.parent
+
+
+def test_the_cost_of_codes_is_measured_and_resumed(text, tmp_path, monkeypatch):
+    """Sixteen bits cost less than eight, and a row that is there is kept."""
+    formats = {name: pretrained.FORMATS[name] for name in ("symlog 8", "symlog 16")}
+    monkeypatch.setattr(benchmark, "FORMATS", formats)
+    run = lambda: benchmark.smollm(tmp_path, corpus=text, sequences=3)
     run()
     raw = tmp_path / "smollm.jsonl"
     before = raw.read_text()
@@ -156,3 +164,36 @@ def test_the_cost_of_codes_is_measured_and_resumed(file, tmp_path, monkeypatch):
     table = (tmp_path / "smollm.md").read_text()
     assert table == benchmark.smollm_table(pd.DataFrame(runs)).rstrip() + "\n"
     assert "3 sequences of 8 tokens of text" in table
+
+
+def test_all_train_the_same_batches_and_are_resumed(text, tmp_path, monkeypatch):
+    """Falls are from the same weights; codes of 16 bits follow their float twin."""
+    row = finetune.ROWS[finetune.ADAMW]
+    codes = row._replace(
+        make=lambda rate: madax.with_quantized_params(row.make(rate)),
+        weights="symlog 16",
+    )
+    monkeypatch.setattr(finetune, "ROWS", {finetune.ADAMW: row, "codes": codes})
+    run = lambda steps: finetune.finetune(
+        tmp_path, corpus=text, steps=steps, sequences=3, seeds=2
+    )
+    run(3)
+    raw = tmp_path / "finetune.jsonl"
+    before = raw.read_text()
+    base, *runs = [json.loads(line) for line in before.splitlines()]
+    names = [finetune.ADAMW] * 5 + ["codes"] * 5
+    assert [r["optimizer"] for r in runs] == names
+    assert len({r["rate"] for r in runs[:5]}) == finetune.TRIALS
+    best = min(runs[:4], key=finetune.loss)
+    assert runs[4]["rate"] == best["rate"] and runs[4]["seed"] == 1
+    assert finetune.loss(best) < finetune.loss(base)
+    for one, two in zip(runs[:5], runs[5:], strict=True):
+        np.testing.assert_allclose(one["curve"], two["curve"], rtol=1e-3)
+    assert runs[0]["curve"][0] != runs[4]["curve"][0]
+    run(3)
+    assert raw.read_text() == before
+    with pytest.raises(ValueError, match=r"runs of another text or length.*--out"):
+        run(4)
+    assert raw.read_text() == before
+    table = (tmp_path / "finetune.md").read_text()
+    assert "for 3 steps of 8 tokens of text" in table and "codes" in table
