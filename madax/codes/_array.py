@@ -18,7 +18,8 @@ from madax.formats._base import Format, parse_format
 _REMEDY = (
     "codes and scales must not be scaled, averaged or cast: use "
     "madax.dequantize_params(params), or put the transform inside "
-    "madax.with_quantized_params(...). optax.apply_updates adds steps of codes."
+    "madax.with_quantized_params(...). optax.apply_updates adds steps of codes, and "
+    "madax.wrappers.multi_steps accumulates gradients for them."
 )
 
 _FLOAT32 = jnp.dtype(jnp.float32)

@@ -1,5 +1,6 @@
 """Any optimizer of optax, on weights of few bits and with its state in codes."""
 
+from madax.wrappers._multi_steps import multi_steps
 from madax.wrappers._quantized_params import (
     WithQuantizedParamsState,
     with_quantized_params,
@@ -17,6 +18,7 @@ __all__ = [
     "WithQuantizedParamsState",
     "WithQuantizedStateState",
     "WithStochasticRoundingState",
+    "multi_steps",
     "with_quantized_params",
     "with_quantized_state",
     "with_stochastic_rounding",

@@ -1,0 +1,100 @@
+"""Accumulation of gradients in front of an optimizer that trains codes."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from madax._core.checks import check_transformation
+from madax._core.names import Tree
+from madax.codes._array import is_quantized
+from madax.codes._leaves import flatten_both, zeros_like
+from madax.codes._steps import as_steps
+
+
+def multi_steps(
+    inner: optax.GradientTransformation,
+    every_k_schedule: int | Callable[[ArrayLike], ArrayLike],
+    *,
+    use_grad_mean: bool = True,
+    should_skip_update_fn: Callable | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """``optax.MultiSteps`` for parameters of which some, or all, are codes.
+
+    What it accumulates is gradients: an array in float32 for each leaf of codes. Every
+    ``k`` steps ``inner`` gets their mean, and its steps of codes leave unchanged; in
+    the other steps the update is zero. ``optax.MultiSteps`` itself would make its
+    accumulator of codes, and is an error.
+
+    Args:
+      inner: an optimizer that trains codes natively, such as :func:`muon_madam`, or
+        within :func:`with_quantized_params`.
+      every_k_schedule: ``k``, or a function of the number of steps of ``inner``.
+      use_grad_mean: whether ``inner`` gets the mean of gradients, or their sum.
+      should_skip_update_fn: as for ``optax.MultiSteps``, such as
+        ``optax.skip_not_finite``.
+
+    Returns:
+      An optimizer whose state is an ``optax.MultiStepsState``.
+
+    Raises:
+      ValueError: when called, if ``params`` are missing or do not match.
+      TypeError: if ``inner`` is not an optimizer.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, madax
+      >>> params = madax.quantize_params(jnp.ones((4, 4)), madax.SymlogFormat(bits=8))
+      >>> tx = madax.wrappers.multi_steps(madax.madam(0.1), 2)
+      >>> state = tx.init(params)
+      >>> for _ in range(4):
+      ...     updates, state = tx.update(jnp.ones((4, 4)), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(f"{state.gradient_step} {params.dequantize().mean():.1f}")
+      0 1.0
+      1 0.9
+      1 0.9
+      2 0.8
+    """
+    check_transformation("inner", inner)
+    inner = optax.with_extra_args_support(inner)
+
+    def accumulated(init_fn: optax.TransformInitFn) -> optax.MultiSteps:
+        # What optax makes of updates of codes must be arrays.
+        def update_fn(updates, state, params=None, **extra_args):
+            updates, state = inner.update(updates, state, params, **extra_args)
+            return _arrays(updates), state
+
+        tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        return optax.MultiSteps(
+            tx, every_k_schedule, use_grad_mean, should_skip_update_fn
+        )
+
+    def init_fn(params):
+        like_gradients = jax.tree.map(
+            lambda w: zeros_like(w) if is_quantized(w) else w,
+            params,
+            is_leaf=is_quantized,
+        )
+        state = inner.init(params)
+        return accumulated(lambda params: state).init(like_gradients)
+
+    def update_fn(updates, state, params: Tree = None, **extra_args):
+        _, ws, _, treedef = flatten_both(params, updates)
+        updates, state = accumulated(inner.init).update(
+            updates, state, params, **extra_args
+        )
+        us = treedef.flatten_up_to(updates)
+        return treedef.unflatten(map(as_steps, ws, us)), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _arrays(updates: Tree) -> Tree:
+    # Steps are exact in float32. Before 0.2.7 optax cast gradients to their dtype.
+    return jax.tree.map(
+        lambda u: u.codes.astype(jnp.float32) if is_quantized(u) else u,
+        updates,
+        is_leaf=is_quantized,
+    )
