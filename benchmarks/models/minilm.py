@@ -45,7 +45,7 @@ def minilm(folder: Path | None = None) -> Params:
 
 
 def minilm_tokens(sentences: Sequence[str], folder: Path | None = None) -> np.ndarray:
-    """Returns their tokens, 0 where there are none, of shape (sentences, 128).
+    """Returns their tokens, 0 where there are none, of shape (sentences, longest).
 
     Args:
       sentences: texts; what is longer than 128 tokens is cut.
@@ -61,7 +61,8 @@ def minilm_tokens(sentences: Sequence[str], folder: Path | None = None) -> np.nd
         raise ImportError(f"MiniLM takes the package tokenizers; {INSTALL}.") from error
     path = (folder or _installed()) / "tokenizer.json"
     encode = tokenizers.Tokenizer.from_file(str(path)).encode_batch
-    return np.array([found.ids for found in encode(list(sentences))])
+    tokens = np.array([found.ids for found in encode(list(sentences))])
+    return tokens[:, : np.count_nonzero(tokens, 1).max()]
 
 
 def _installed() -> Path:
