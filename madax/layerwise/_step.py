@@ -14,7 +14,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from madax._core.checks import check_float_dtype, check_function, check_transformation
+from madax._core.checks import (
+    Number,
+    check_float_dtype,
+    check_function,
+    check_transformation,
+)
 from madax._core.names import ENDS, LAYERS, Tree
 from madax._core.shards import axes_returned, barrier, manual_axes, spread, varying
 from madax.codes._quantize import dequantize_params
@@ -25,6 +30,7 @@ from madax.layerwise._checks import (
     check_params,
     check_updates,
 )
+from madax.layerwise._clip import ClipBy, check_clip, clipped, reference, total
 from madax.layerwise._floats import floats_of, norm
 from madax.layerwise._stacks import (
     Optimizer,
@@ -41,6 +47,7 @@ from madax.layerwise._stacks import (
 Embed = Callable[[Tree, Tree], Tree]
 Index = int | jax.Array  # of a layer, or of a part of the batch
 Key = jax.Array | None
+NORM = "norm"  # in the state, of the gradients of the last step
 
 
 class Layerwise(NamedTuple):
@@ -60,6 +67,8 @@ def layerwise(
     microbatches: int = 1,
     has_aux: bool = False,
     gather: Callable[[Tree], Tree] | None = None,
+    max_norm: Number | None = None,
+    clip_by: ClipBy = "last",
 ) -> Layerwise:
     r"""Trains a stack of layers with one layer decoded, and one gradient, at a time.
 
@@ -90,6 +99,16 @@ def layerwise(
     devices. Gradients of parameters that all devices share are summed over them: let
     ``loss`` take the mean, ``jax.lax.pmean(value, axis)``.
 
+    With ``max_norm`` gradients are clipped before ``tx`` gets them. Layers are updated
+    before the norm of all gradients is known, so ``clip_by`` tells which norm counts:
+
+    - ``"last"``: the global norm of the last step, or that of this step's layers so
+      far, from the last one down, if that is larger. So no layer passes on a gradient
+      above ``max_norm``. The state has one more number, ``"norm"``, 0 at first.
+    - ``"exact"``: the global norm of this step, as in ``optax.clip_by_global_norm``. A
+      backward pass that updates nothing comes before the other, and takes its time.
+    - ``"layer"``: the norm of each layer for itself, and of the ends for themselves.
+
     Args:
       tx: the optimizer, ``madam`` or ``with_quantized_params(optax.adam(1e-3))``; its
         masks and labels, if any, must be functions of the tree. Integers in the
@@ -111,15 +130,18 @@ def layerwise(
         before they are decoded; for sharded parameters, such as
         ``lambda w: jax.lax.with_sharding_constraint(w, P())``, so that devices send
         each other codes and not values.
+      max_norm: max norm of the gradients, above 0; None for no clip.
+      clip_by: "last", "exact" or "layer", as above.
 
     Returns:
       The functions ``init`` and ``step``, to be jitted, the step with parameters and
       state donated. ``step(params, state, batch, key=None)`` returns the new
       parameters, the new state, and the loss. With ``has_aux`` the last is (loss,
-      metrics): ``metrics["aux"]``, and ``metrics["grad_norm"]``, float32, a scalar for
-      the ``"ends"`` and shape (layers,) for the ``"layers"``. The state is a dict of
-      the states of the ends and of the layers. The leaves of the latter have a leading
-      axis, too, except scalars that belong to the step: counts, hyperparameters.
+      metrics): ``metrics["aux"]``, and ``metrics["grad_norm"]``, before the clip,
+      float32, a scalar for the ``"ends"`` and shape (layers,) for the ``"layers"``. The
+      state is a dict of the states of the ends and of the layers. The leaves of the
+      latter have a leading axis, too, except scalars that belong to the step: counts,
+      hyperparameters.
 
     Raises:
       ValueError: if ``tx`` needs the gradients of other layers, as a global norm does;
@@ -160,8 +182,20 @@ def layerwise(
     if type(microbatches) is not int or microbatches < 1:
         raise ValueError(f"microbatches must be an int above 0, got {microbatches!r}.")
     tx = optax.with_extra_args_support(tx)
+    check_clip(max_norm, clip_by)
     gather = gather or (lambda stored: stored)
-    run = _Run(tx, embed, layer, loss, dtype, microbatches, has_aux, gather)
+    run = _Run(
+        tx,
+        embed,
+        layer,
+        loss,
+        dtype,
+        microbatches,
+        has_aux,
+        gather,
+        max_norm,
+        "layer" if max_norm is None else clip_by,
+    )
     return Layerwise(run.init, run.step)
 
 
@@ -188,6 +222,8 @@ class _Run:
     microbatches: int
     has_aux: bool
     gather: Callable[[Tree], Tree]
+    max_norm: Number | None
+    clip_by: ClipBy
 
     def init(self, params: Tree) -> Tree:
         """The states of the ends and of the layers."""
@@ -196,7 +232,8 @@ class _Run:
         check_layer_by_layer(self.tx, params)
         # No two parts draw the same random numbers.
         ends_state = with_keys_of(self.tx.init({ENDS: ends}), depth_of(layers))
-        return {ENDS: ends_state, LAYERS: init_stack(self.tx, layers)}
+        states = {ENDS: ends_state, LAYERS: init_stack(self.tx, layers)}
+        return states | ({NORM: jnp.float32(0)} if self.clip_by == "last" else {})
 
     def step(self, params: Tree, state: Tree, batch: Tree, key: Key = None) -> Tree:
         """New parameters and state, and the loss (and metrics) before the step."""
@@ -210,18 +247,56 @@ class _Run:
         x = self.over_parts(lambda _, batch: embed(weights, batch), batches)
         x, inputs = self.forward(layers, x, key)
         (value, g_ends, aux), grads = self.loss_grads(weights, x, batches)
-        last = self.backward(layers, state[LAYERS], inputs, grads, key)
+        seen = self.norm_before(
+            state, weights, layers, inputs, (g_ends, grads), embed, batches, key
+        )
+        last = self.backward(layers, state[LAYERS], inputs, grads, key, seen)
         # XLA shall decode the ends twice and not keep their values through the pass.
         ends, grads = barrier((ends, last.grads))
-        g_embed = self.embed_grads(embed, ends, grads, batches)
+        g_embed = self.embed_grads(embed, self.decode(ends), grads, batches)
         g_ends = jax.tree.map(jnp.add, g_ends, g_embed)
+        norms = {ENDS: norm(g_ends), LAYERS: last.norms}
         if self.has_aux:
-            norms = {ENDS: norm(g_ends), LAYERS: last.norms}
             value = (value, {"aux": aux, "grad_norm": norms})
-        g_ends = merge(g_ends, jnp.zeros_like)
+        whole = total([norms[ENDS], norms[LAYERS]])
+        by = reference(self.clip_by, norms[ENDS], seen, whole)
+        g_ends = merge(clipped(g_ends, by, self.max_norm), jnp.zeros_like)
         ends, ends_state = self.update({ENDS: ends}, g_ends, state[ENDS])
         params = {ENDS: ends, LAYERS: last.layers}
-        return params, {ENDS: ends_state, LAYERS: last.states}, value
+        state = {ENDS: ends_state, LAYERS: last.states}
+        if self.clip_by == "last":
+            # A norm that is not finite would stop the next step, or all of them.
+            state[NORM] = jnp.where(jnp.isfinite(whole), whole, seen)
+        return params, state, value
+
+    def norm_before(
+        self,
+        state: Tree,
+        weights: Tree,
+        layers: Tree,
+        inputs: Tree,
+        grads: tuple[Tree, Tree],
+        embed: Embed,
+        batches: Tree,
+        key: Key,
+    ) -> jax.Array:
+        """The global norm that is known before the layers are updated."""
+        if self.clip_by != "exact":
+            return state.get(NORM, jnp.float32(0))
+        depth, (g_ends, g_x) = depth_of(layers), grads
+
+        def one(t, carry):
+            g_x, norms = carry
+            i = depth - 1 - t
+            g_layer, g_x, _ = self.layer_grads(
+                read(layers, i), read(inputs, i), g_x, key, i
+            )
+            return g_x, norms.at[i].set(norm(g_layer))
+
+        norms = jnp.zeros(depth, jnp.float32)
+        g_x, norms = jax.lax.fori_loop(0, depth, one, (g_x, norms))
+        g_embed = self.embed_grads(embed, weights, g_x, batches)
+        return total([norm(jax.tree.map(jnp.add, g_ends, g_embed)), norms])
 
     def decode(self, stored: Tree) -> Tree:
         """The values of stored parameters, which the functions are given."""
@@ -292,11 +367,18 @@ class _Run:
         return self.mean_over_parts(one, (x, batches))
 
     def backward(
-        self, layers: Tree, states: Tree, inputs: Tree, grads: Tree, key: Key
+        self,
+        layers: Tree,
+        states: Tree,
+        inputs: Tree,
+        grads: Tree,
+        key: Key,
+        seen: jax.Array,
     ) -> _Carry:
         """Differentiates and updates all layers; returns the carry with whole states.
 
-        Norms are computed only if they are asked for.
+        Norms are computed only if they are asked for. ``seen`` is the norm known
+        before.
         """
         depth = depth_of(layers)
         split, join = splitter(self.tx, layers, states)
@@ -310,23 +392,15 @@ class _Run:
             above = jnp.minimum(i + 1, depth - 1)
             own = write(carry.states, carry.above, above)
             stored, mine = read(carry.layers, i), read(own, i)
-            values, whole = floats_of(self.decode(stored))
-
-            def pull(part, now):
-                x, grads = now
-                floats, merge = floats_of(x)
-
-                def output(values, floats):
-                    x = merge(floats)
-                    return floats_of(self.apply(whole(values), x, key, i, part))[0]
-
-                return jax.vjp(output, values, floats)[1](grads)
-
-            g_layer, g_x = self.mean_over_parts(pull, (read(inputs, i), carry.grads))
+            g_layer, g_x, whole = self.layer_grads(
+                stored, read(inputs, i), carry.grads, key, i
+            )
             norms = carry.norms
-            if self.has_aux:
+            if self.has_aux or self.max_norm is not None:
                 norms = norms.at[i].set(norm(g_layer))
-            g_layer, old = whole(g_layer, jnp.zeros_like), join(mine, shared)
+            by = reference(self.clip_by, norms[i], seen, total([norms]))
+            g_layer = whole(clipped(g_layer, by, self.max_norm), jnp.zeros_like)
+            old = join(mine, shared)
             stored, after = self.update({LAYERS: stored}, g_layer, old, madax_layer=i)
             layers, after = write(carry.layers, stored, i), split(after)
             return _Carry(layers, own, after[0], after[1], g_x, norms)
@@ -337,9 +411,29 @@ class _Run:
         own = write(carry.states, carry.above, 0)
         return carry._replace(states=join(own, carry.shared))
 
-    def embed_grads(self, embed: Embed, ends: Tree, grads: Tree, batches: Tree) -> Tree:
+    def layer_grads(
+        self, stored: Tree, x: Tree, grads: Tree, key: Key, i: Index
+    ) -> tuple[Tree, Tree, Callable[..., Tree]]:
+        """The gradients of the floats of a layer, those of its input, and a merge."""
+        values, whole = floats_of(self.decode(stored))
+
+        def pull(part, now):
+            x, grads = now
+            floats, merge = floats_of(x)
+
+            def output(values, floats):
+                x = merge(floats)
+                return floats_of(self.apply(whole(values), x, key, i, part))[0]
+
+            return jax.vjp(output, values, floats)[1](grads)
+
+        return *self.mean_over_parts(pull, (x, grads)), whole
+
+    def embed_grads(
+        self, embed: Embed, weights: Tree, grads: Tree, batches: Tree
+    ) -> Tree:
         """The gradients for the ends as ``embed`` uses them."""
-        values, whole = floats_of(self.decode(ends))
+        values, whole = floats_of(weights)
 
         def one(_, now):
             grads, batch = now
