@@ -213,7 +213,8 @@ def _start(
     if contender.format is None or name in CLIPPED:
         return params, tx.init, partial(_ordinary, budget, tx)
     dtype = jnp.dtype(budget.dtype)
-    return params, *decoder.layerwise(budget.size, tx, dtype=dtype)
+    clip = {"max_norm": 1.0, "clip_by": contender.clip_by} if contender.clip_by else {}
+    return params, *decoder.layerwise(budget.size, tx, dtype=dtype, **clip)
 
 
 def _ordinary(

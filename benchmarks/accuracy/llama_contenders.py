@@ -33,11 +33,13 @@ class Row(Contender):
         longer ones take the first. None is the same rate.
       other: what the optimizer calls this rate.
       warm_up: fraction of the run in which rates rise.
+      clip_by: of ``madax.layerwise``, to clip norms above 1; None for no clip.
     """
 
     others: tuple[float | None, ...] = (None,)
     other: str = "madam_learning_rate"
     warm_up: float = 0.1
+    clip_by: str | None = None
 
 
 def adamw(
@@ -70,13 +72,17 @@ def _muon_in_2_bytes(
     return clipped(madax.with_quantized_params(tx, moment_format=MOMENTS_8))
 
 
-def _adamw_in_3_bytes(
+def _adamw_by_layers(
     rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformation:
     adamw = optax.adamw(rate, weight_decay=0.1)
-    return clipped(
-        madax.with_quantized_params(adamw, moment_format=MOMENTS_8, **options)
-    )
+    return madax.with_quantized_params(adamw, moment_format=MOMENTS_8, **options)
+
+
+def _adamw_in_3_bytes(
+    rate: optax.ScalarOrSchedule, **options: Any
+) -> optax.GradientTransformation:
+    return clipped(_adamw_by_layers(rate, **options))
 
 
 def flash_adamw(
@@ -137,12 +143,18 @@ CONTENDERS = {
     "AdamW in 3 bytes, error feedback": Row(
         partial(_adamw_in_3_bytes, error_feedback=True), ADAM_RATES[1:4], SYMLOG_8
     ),
+    **{
+        f"AdamW in 3 bytes, clipped by {what}": Row(
+            _adamw_by_layers, ADAM_RATES[1:2], SYMLOG_8, clip_by=by
+        )
+        for by, what in {"last": "the last norm", "layer": "norms of layers"}.items()
+    },
     "Adam float32, no clipping": Row(optax.adam, ADAM_RATES[1:4]),
     "AdamW bfloat16": Row(adamw, ADAM_RATES[1:4], params=jnp.bfloat16),
 }
 if find_spec("flashoptim_jax") is not None:
     CONTENDERS["FlashAdamW"] = Row(_flash_adamw, ADAM_RATES[1:4], params=jnp.bfloat16)
-# A layer at a time there is no norm of all gradients to clip.
+# These are trained as a whole, with the norm of all gradients to clip.
 CLIPPED = ("AdamW in 3 bytes", "AdamW in 3 bytes, error feedback", "Muon on 8 bits")
 LONG = (
     BASELINE,

@@ -49,13 +49,13 @@ def scale(
     Each optimizer is tuned by the same number of trials on the next smaller size. What
     the records have is not run again; a run that was cut short goes on where its
     checkpoint was. The order is that of `arms` in accuracy/scale_arms.py. A run of the
-    size 1M takes some 40 minutes on two CPU cores, one of 0.3M five, and one of 0.1M one.
+    size 1M takes some 40 minutes on two CPU cores, one of 0.3M six, one of 0.1M two.
 
     Args:
         out: Folder for scale.jsonl, .md and .png, and for checkpoints.
         corpus: Folder of a text, made by the command corpus.
-        sizes: Models, the smallest first: 0.1M, 0.3M, 1M, 3M, 10M, 30M, 124M, named by their
-            parameters without tables of tokens; or smoke.
+        sizes: Models, the smallest first: 0.1M, 0.3M, 1M, 3M, 10M, 30M, 124M, named by
+            their parameters without tables of tokens; or smoke.
         tokens_per_parameter: How long to train.
         rows: Names of optimizers; by default all, FlashAdamW where its package is
             there (``pip install madax[rivals]``).

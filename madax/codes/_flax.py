@@ -14,6 +14,7 @@ from flax import nnx
 from madax._core.names import Tree
 from madax.codes._array import is_quantized
 from madax.codes._probes import probed, probes_of, without_probes
+from madax.codes._residuals import value_and_gradient
 
 # The base class of objects that nnx keeps track of, which Flax 0.12 renamed.
 _BASE = getattr(nnx, "Pytree", None) or nnx.Object
@@ -59,9 +60,7 @@ def holds_modules(tree: Tree) -> bool:
 
     An nnx.State is none, but a tree of arrays.
     """
-    kinds = (_BASE, nnx.Variable)
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, (*kinds, nnx.State)))
-    return any(isinstance(x, kinds) for x in leaves)
+    return bool(_objects(tree))
 
 
 def differentiate(fun, wrt, positions, has_aux, dtype, args, kwargs):
@@ -70,25 +69,39 @@ def differentiate(fun, wrt, positions, has_aux, dtype, args, kwargs):
     arrays = _with_states(tuple(args[i] for i in positions), filters)
     weights, treedef = jax.tree.flatten(arrays, is_leaf=is_quantized)
 
-    # nnx passes copies of all modules, and writes back what the function changed in
-    # them.
-    def loss(probes, args, kwargs):
-        given = list(args)
+    graph, state = nnx.split((args, kwargs))
+
+    # The function gets copies of all modules, and what it changed is written back.
+    def loss(probes):
+        given, named = nnx.merge(graph, jax.tree.map(lambda x: x, state))
+        copies, given = (given, named), list(given)
         arrays = treedef.unflatten(probed(weights, probes))
         for i, array in zip(positions, arrays, strict=True):
             given[i] = jax.tree.map(_updated, given[i], array, is_leaf=_is_leaf)
-        out = fun(*given, **kwargs)
+        out = fun(*given, **named)
+        value, aux = out if has_aux else (out, None)
         for module in _modules([given[i] for i in positions]):
             nnx.update(module, without_probes(nnx.state(module), weights))
-        return without_probes(out, weights, is_leaf=_is_leaf)
+        aux = without_probes(aux, weights, is_leaf=_is_leaf)
+        return value, (aux, nnx.state(_objects(copies)))
 
-    gradient = nnx.value_and_grad(loss, has_aux=has_aux)
-    value, grads = gradient(probes_of(weights, dtype), args, kwargs)
+    (value, (aux, after)), grads = value_and_gradient(
+        loss, probes_of(weights, dtype), has_aux=True
+    )
+    nnx.update(_objects((args, kwargs)), after)
+    value = (value, aux) if has_aux else value
     return value, treedef.unflatten(grads)
 
 
 def _is_module(x: object) -> bool:
     return isinstance(x, _BASE)
+
+
+def _objects(tree: Tree) -> list[Tree]:
+    """The modules and variables of a tree, which a function may change."""
+    kinds = (_BASE, nnx.Variable)
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, (*kinds, nnx.State)))
+    return [x for x in leaves if isinstance(x, kinds)]
 
 
 def _is_leaf(x: object) -> bool:

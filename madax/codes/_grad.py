@@ -15,6 +15,7 @@ from madax._core.checks import check_float_dtype, check_function
 from madax._core.names import Tree
 from madax.codes._array import AFTER_IMPORT, is_quantized
 from madax.codes._probes import probed, probes_of, without_probes
+from madax.codes._residuals import value_and_gradient
 
 
 def value_and_grad(
@@ -161,8 +162,7 @@ def _differentiate(fun, wrt, positions, has_aux, dtype, args, kwargs):
             given[i] = array
         return without_probes(fun(*given, **kwargs), weights)
 
-    gradient = jax.value_and_grad(loss, has_aux=has_aux)
-    value, grads = gradient(probes_of(weights, dtype))
+    value, grads = value_and_gradient(loss, probes_of(weights, dtype), has_aux)
     return value, merged(grads, [None] * len(leaves))
 
 

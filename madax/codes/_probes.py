@@ -5,8 +5,10 @@ of the shape of a weight. The decoded value is declared to have the derivative o
 probe. Nothing reads a probe, so XLA allocates no array for it.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -61,10 +63,37 @@ class ProbedArray(QuantizedArray):
         return cls(w.codes, w.scale, *w.kind, probe=_shifted(probe, -1))
 
     def _value(self) -> jax.Array:
-        return straight_through(self.probe, super()._value().astype(self.dtype))
+        value = straight_through(self.probe, super()._value().astype(self.dtype))
+        noted = _NOTED.get()
+        if noted is not None:
+            noted.append((value, self))
+        return value
 
     def _at(self, index: Any) -> QuantizedArray:
         return ProbedArray.of(super()._at(index), self.probe[index])
+
+
+# The decoded values of a loss that is being differentiated, and their codes.
+Decodes = list[tuple[jax.Array, ProbedArray]]
+_NOTED: ContextVar[Decodes | None] = ContextVar("noted", default=None)
+
+
+@contextlib.contextmanager
+def noting_decodes() -> Generator[Decodes, None, None]:
+    """Lists what is decoded meanwhile."""
+    noted: Decodes = []
+    token = _NOTED.set(noted)
+    try:
+        yield noted
+    finally:
+        _NOTED.reset(token)
+
+
+def primal(x: jax.Array) -> jax.Array:
+    """The value that a derivative is taken at, of a value that has one."""
+    while hasattr(x, "primal"):
+        x = x.primal
+    return x
 
 
 def _shifted(probe: jax.Array, sign: int) -> jax.Array:

@@ -17,6 +17,7 @@ from madax._core.names import LAYERS, Tree
 from madax._core.shards import axes_returned, manual_axes, spread, varying
 from madax._core.tracing import depends_on
 from madax.layerwise._checks import check_layer_output
+from madax.layerwise._clip import total
 from madax.layerwise._floats import floats_of, is_inexact, norm
 from madax.layerwise._plan import Function, Index, Stack
 from madax.layerwise._setup import Setup, summed_in
@@ -140,16 +141,36 @@ class Pass:
         leaves = jax.tree.leaves(jax.eval_shape(shared, moving, batch))
         return [x and is_inexact(leaf) for x, leaf in zip(found, leaves, strict=True)]
 
+    def norms(
+        self, done: Done, grads: list[jax.Array], totals: list[jax.Array] | None
+    ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+        """The norms that :meth:`backward` finds, grads and totals, without updates."""
+        depth = depth_of(self.layers)
+
+        def one(t, carry):
+            grads, totals, norms = carry
+            i = depth - 1 - t
+            stored = read(self.layers, i)
+            g_layer, grads, totals, _ = self._grads(done, stored, i, grads, totals)
+            return grads, totals, norms.at[i].set(norm(g_layer))
+
+        start = grads, self._totals(done, totals), jnp.zeros(depth, jnp.float32)
+        grads, totals, norms = jax.lax.fori_loop(0, depth, one, start)
+        return norms, grads, self._typed(done, totals)
+
     def backward(
         self,
         done: Done,
         states: Tree,
         grads: list[jax.Array],
         totals: list[jax.Array] | None,
+        seen: jax.Array,
+        above: Sequence[jax.Array],
     ) -> Carry:
         """Differentiates and updates all layers; returns the carry with whole states.
 
-        Norms are computed only if they are asked for.
+        Norms are computed only if they are asked for. A clip uses ``seen``, the norm
+        known before, and ``above``, the norms of the stacks after this one.
         """
         depth = depth_of(self.layers)
         split, join = splitter(self.setup.tx, self.layers, states)
@@ -160,55 +181,77 @@ class Pass:
             # The state of the layer above is written only now, in place. XLA would copy
             # a stack that is written while it may still be read, and a state is read
             # twice: for the new state and for the step.
-            above = jnp.minimum(i + 1, depth - 1)
-            own = write(carry.states, carry.above, above)
+            over = jnp.minimum(i + 1, depth - 1)
+            own = write(carry.states, carry.above, over)
             stored, mine = read(carry.layers, i), read(own, i)
-            values, whole = floats_of(self.setup.decode(stored))
-
-            def pull(part, now):
-                x, shared, grads = now
-                floats, merge = _floats(x, shared, done.trained)
-
-                def of_layer(layer):
-                    def output(values, floats):
-                        given = merge(floats)
-                        out = self.apply(layer, whole(values), given, i, part)
-                        return floats_of(out)[0]
-
-                    return jax.vjp(output, values, floats)[1](grads)
-
-                return self.stack.of_kind(i, of_layer)
-
-            now = read(done.inputs, i), done.shared, carry.grads
-            g_layer, g = self.setup.mean_over_parts(pull, now)
-            g_x, g_shared = g[: len(grads)], g[len(grads) :]
+            g_layer, g_x, totals, whole = self._grads(
+                done, stored, i, carry.grads, carry.totals
+            )
             norms = carry.norms
-            if self.setup.has_aux:
+            if self.setup.has_norms:
                 norms = norms.at[i].set(norm(g_layer))
+            g_layer = self.setup.clip(g_layer, norms[i], seen, total([*above, norms]))
             g_layer, old = whole(g_layer, jnp.zeros_like), join(mine, common)
             update = self.setup.update
             stored, after = update({LAYERS: stored}, g_layer, old, madax_layer=i)
             layers, after = write(carry.layers, stored, i), split(after)
-            add = zip(carry.totals, g_shared, strict=True)
-            total = [t + g.astype(t.dtype) for t, g in add]
-            return Carry(layers, own, after[0], after[1], g_x, total, norms)
+            return Carry(layers, own, after[0], after[1], g_x, totals, norms)
 
-        shared, _ = floats_of(done.shared, done.trained)
-        norms = jnp.zeros(depth, jnp.float32)
         carry = Carry(
             self.layers,
             own,
             read(own, depth - 1),
             common,
             grads,
-            list(map(_total, shared, totals or [None] * len(shared))),
-            norms,
+            self._totals(done, totals),
+            jnp.zeros(depth, jnp.float32),
         )
         carry = jax.lax.fori_loop(0, depth, one, carry)
         own = write(carry.states, carry.above, 0)
-        sums = zip(carry.totals, shared, strict=True)
-        total = [t.astype(x.dtype) for t, x in sums]
-        return carry._replace(states=join(own, carry.common), totals=total)
+        return carry._replace(
+            states=join(own, carry.common), totals=self._typed(done, carry.totals)
+        )
+
+    def _grads(
+        self,
+        done: Done,
+        stored: Tree,
+        i: Index,
+        grads: list[jax.Array],
+        totals: list[jax.Array],
+    ) -> tuple[Tree, list[jax.Array], list[jax.Array], Callable[..., Tree]]:
+        """Gradients for a layer and for its input, totals, and a merge of floats."""
+        values, whole = floats_of(self.setup.decode(stored))
+
+        def pull(part, now):
+            x, shared, grads = now
+            floats, merge = _floats(x, shared, done.trained)
+
+            def of_layer(layer):
+                def output(values, floats):
+                    given = merge(floats)
+                    out = self.apply(layer, whole(values), given, i, part)
+                    return floats_of(out)[0]
+
+                return jax.vjp(output, values, floats)[1](grads)
+
+            return self.stack.of_kind(i, of_layer)
+
+        now = read(done.inputs, i), done.shared, grads
+        g_layer, g = self.setup.mean_over_parts(pull, now)
+        g_x, g_shared = g[: len(grads)], g[len(grads) :]
+        add = zip(totals, g_shared, strict=True)
+        return g_layer, g_x, [t + g.astype(t.dtype) for t, g in add], whole
+
+    def _totals(self, done: Done, before: list[jax.Array] | None) -> list[jax.Array]:
+        """The sums of gradients for what layers share, which the layers add to."""
+        shared, _ = floats_of(done.shared, done.trained)
+        return list(map(_total, shared, before or [None] * len(shared)))
+
+    def _typed(self, done: Done, totals: list[jax.Array]) -> list[jax.Array]:
+        """The sums in the dtypes of what is shared."""
+        shared, _ = floats_of(done.shared, done.trained)
+        return [t.astype(x.dtype) for t, x in zip(totals, shared, strict=True)]
 
     def start_grads(
         self, done: Done, ends: Tree, grads: list[jax.Array]

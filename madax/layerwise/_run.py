@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from madax._core.names import ENDS, LAYERS, Tree
 from madax._core.shards import barrier
 from madax.layerwise._checks import check_devices, check_loss, check_params
+from madax.layerwise._clip import total
 from madax.layerwise._floats import floats_of, norm
-from madax.layerwise._pass import Key, Pass
+from madax.layerwise._pass import Done, Key, Pass
 from madax.layerwise._plan import Stack
 from madax.layerwise._setup import Setup
 from madax.layerwise._stacks import (
@@ -20,6 +21,8 @@ from madax.layerwise._stacks import (
     init_stack,
     with_keys_of,
 )
+
+NORM = "norm"  # in the state, of the gradients of the last step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Run:
             depth += depth_of(layers)
         # No two parts draw the same random numbers.
         ends = with_keys_of(tx.init({ENDS: params[ENDS]}), depth)
-        return {ENDS: ends, LAYERS: states.get(None, states)}
+        whole = {ENDS: ends, LAYERS: states.get(None, states)}
+        return whole | ({NORM: jnp.float32(0)} if self.setup.clip.has_memory else {})
 
     def step(self, params: Tree, state: Tree, batch: Tree, key: Key = None) -> Tree:
         """New parameters and state, and the loss (and metrics) before the step."""
@@ -61,11 +65,15 @@ class Run:
             learnt = [True] * len(jax.tree.leaves(x)) + done.trained
             first, shared = first + depth_of(layers), done.shared
         (value, g_ends, aux), grads = self.loss_grads(weights, x, batches)
+        seen = state.get(NORM, jnp.float32(0))
+        if setup.clip.is_exact:
+            seen = self.exact_norm(passes, ends, g_ends, grads)
         new, states, norms, totals = {}, {}, {}, None
         for one, done in reversed(passes):
             name = one.stack.name
             mine = state[LAYERS] if name is None else state[LAYERS][name]
-            last = one.backward(done, mine, grads, totals)
+            above = list(norms.values())
+            last = one.backward(done, mine, grads, totals, seen, above)
             new[name] = last.layers if name is None else last.layers[name]
             states[name], norms[name] = last.states, last.norms
             # XLA shall decode the ends twice and not keep their values through the
@@ -73,13 +81,35 @@ class Run:
             ends, grads = barrier((ends, [*last.grads, *last.totals]))
             g_start, grads, totals = one.start_grads(done, ends, grads)
             g_ends = jax.tree.map(jnp.add, g_ends, g_start)
+        own, layer_norms = norm(g_ends), norms
+        norms = {ENDS: own, LAYERS: layer_norms.get(None, layer_norms)}
         if setup.has_aux:
-            norms = {ENDS: norm(g_ends), LAYERS: norms.get(None, norms)}
             value = (value, {"aux": aux, "grad_norm": norms})
-        g_ends = merge(g_ends, jnp.zeros_like)
+        whole = total([own, *layer_norms.values()])
+        g_ends = merge(setup.clip(g_ends, own, seen, whole), jnp.zeros_like)
         ends, ends_state = setup.update({ENDS: ends}, g_ends, state[ENDS])
         params = {ENDS: ends, LAYERS: new.get(None, new)}
-        return params, {ENDS: ends_state, LAYERS: states.get(None, states)}, value
+        state = {ENDS: ends_state, LAYERS: states.get(None, states)}
+        if setup.clip.has_memory:
+            # A norm that is not finite would stop the next step, or all of them.
+            state[NORM] = jnp.where(jnp.isfinite(whole), whole, seen)
+        return params, state, value
+
+    def exact_norm(
+        self,
+        passes: list[tuple[Pass, Done]],
+        ends: Tree,
+        g_ends: Tree,
+        grads: list[jax.Array],
+    ) -> jax.Array:
+        """The norm of all gradients, by a backward pass that updates nothing."""
+        norms, totals = [], None
+        for one, done in reversed(passes):
+            found, grads, totals = one.norms(done, grads, totals)
+            g_start, grads, totals = one.start_grads(done, ends, [*grads, *totals])
+            g_ends = jax.tree.map(jnp.add, g_ends, g_start)
+            norms.append(found)
+        return total([norm(g_ends), *norms])
 
     def loss_grads(self, weights: Tree, x: Tree, batches: Tree) -> tuple[Tree, Tree]:
         """(Loss, its gradients for the ends, aux), and its gradients for ``x``."""

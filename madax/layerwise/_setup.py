@@ -11,6 +11,7 @@ from madax._core.names import Tree
 from madax._core.shards import axes_returned, spread
 from madax.codes._quantize import dequantize_params
 from madax.layerwise._checks import check_updates
+from madax.layerwise._clip import Clip
 from madax.layerwise._plan import Index
 from madax.layerwise._stacks import Optimizer, read
 
@@ -24,6 +25,12 @@ class Setup:
     microbatches: int
     has_aux: bool
     gather: Callable[[Tree], Tree]
+    clip: Clip
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether the norms of the gradients of layers are asked for."""
+        return self.has_aux or self.clip.max_norm is not None
 
     def decode(self, stored: Tree) -> Tree:
         """The values of stored parameters, which the functions are given."""

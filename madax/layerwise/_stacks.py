@@ -226,9 +226,9 @@ def _check_last(tx: Optimizer, ends: Tree, ones: dict, name: str | None) -> None
                 how = "a step before, as in optax.contrib.dadapt_adamw"
             raise ValueError(
                 "tx must update each layer from its own gradients, but its updates "
-                f"depend on gradients of other layers in {how}; use madam without "
-                "clipping, optax.clip or optax.clip_by_block_rms, or train the whole "
-                "model with madax.value_and_grad."
+                f"depend on gradients of other layers in {how}; to clip, pass "
+                "max_norm= to layerwise, or use optax.clip or optax.clip_by_block_rms; "
+                "or train the whole model with madax.value_and_grad."
             )
         after = {i for i in shared if found[i - len(leaves)]}
         if after <= reached:

@@ -6,8 +6,14 @@ from typing import NamedTuple
 import jax
 import optax
 
-from madax._core.checks import check_float_dtype, check_function, check_transformation
+from madax._core.checks import (
+    Number,
+    check_float_dtype,
+    check_function,
+    check_transformation,
+)
 from madax._core.names import Tree
+from madax.layerwise._clip import ClipBy, checked_clip
 from madax.layerwise._plan import REMEDY, Function, Layer, stacks_of
 from madax.layerwise._run import Run
 from madax.layerwise._setup import Setup
@@ -31,6 +37,8 @@ def layerwise(
     microbatches: int = 1,
     has_aux: bool = False,
     gather: Callable[[Tree], Tree] | None = None,
+    max_norm: Number | None = None,
+    clip_by: ClipBy = "last",
 ) -> Layerwise:
     r"""Trains a stack of layers with one layer decoded, and one gradient, at a time.
 
@@ -68,6 +76,16 @@ def layerwise(
     devices. Gradients of parameters that all devices share are summed over them: let
     ``loss`` take the mean, ``jax.lax.pmean(value, axis)``.
 
+    With ``max_norm`` gradients are clipped before ``tx`` gets them. Layers are updated
+    before the norm of all gradients is known, so ``clip_by`` tells which norm counts:
+
+    - ``"last"``: the global norm of the last step, or that of this step's layers so
+      far, from the last one down, if that is larger. So no layer passes on a gradient
+      above ``max_norm``. The state has one more number, ``"norm"``, 0 at first.
+    - ``"exact"``: the global norm of this step, as in ``optax.clip_by_global_norm``. A
+      backward pass that updates nothing comes before the other, and takes its time.
+    - ``"layer"``: the norm of each layer for itself, and of the ends for themselves.
+
     Args:
       tx: the optimizer, ``madam`` or ``with_quantized_params(optax.adam(1e-3))``; its
         masks and labels, if any, must be functions of the tree. Integers in the
@@ -95,15 +113,18 @@ def layerwise(
         before they are decoded; for sharded parameters, such as
         ``lambda w: jax.lax.with_sharding_constraint(w, P())``, so that devices send
         each other codes and not values.
+      max_norm: max norm of the gradients, above 0; None for no clip.
+      clip_by: "last", "exact" or "layer", as above.
 
     Returns:
       The functions ``init`` and ``step``, to be jitted, the step with parameters and
       state donated. ``step(params, state, batch, key=None)`` returns the new
       parameters, the new state, and the loss. With ``has_aux`` the last is (loss,
-      metrics): ``metrics["aux"]``, and ``metrics["grad_norm"]``, float32, a scalar for
-      the ``"ends"`` and shape (layers,) for the ``"layers"``. The state is a dict of
-      the states of the ends and of the layers. The leaves of the latter have a leading
-      axis, too, except scalars that belong to the step: counts, hyperparameters.
+      metrics): ``metrics["aux"]``, and ``metrics["grad_norm"]``, before the clip,
+      float32, a scalar for the ``"ends"`` and shape (layers,) for the ``"layers"``. The
+      state is a dict of the states of the ends and of the layers. The leaves of the
+      latter have a leading axis, too, except scalars that belong to the step: counts,
+      hyperparameters.
 
     Raises:
       ValueError: if ``tx`` needs the gradients of other layers, as a global norm does;
@@ -145,6 +166,7 @@ def layerwise(
         raise ValueError(f"microbatches must be an int above 0, got {microbatches!r}.")
     tx = optax.with_extra_args_support(tx)
     gather = gather or (lambda stored: stored)
-    setup = Setup(tx, dtype, microbatches, has_aux, gather)
+    clip = checked_clip(max_norm, clip_by)
+    setup = Setup(tx, dtype, microbatches, has_aux, gather, clip)
     run = Run(setup, stacks_of(embed, layer, shared), loss)
     return Layerwise(run.init, run.step)

@@ -120,7 +120,14 @@ def test_arms_come_in_the_order_that_is_written_down():
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("0.1M", 0.1e6), ("0.3M", 0.3e6), ("1M", 1e6), ("3M", 3e6), ("10M", 10e6), ("30M", 30e6)],
+    [
+        ("0.1M", 0.1e6),
+        ("0.3M", 0.3e6),
+        ("1M", 1e6),
+        ("3M", 3e6),
+        ("10M", 10e6),
+        ("30M", 30e6),
+    ],
 )
 def test_sizes_are_those_without_tables(name, parameters):
     model = MODELS[name]

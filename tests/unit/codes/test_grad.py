@@ -172,8 +172,9 @@ def test_vmap_over_examples_and_over_stacks_of_codes(params):
     )
 
 
-def temporaries(fun, *args):
-    return jax.jit(fun).lower(*args).compile().memory_analysis().temp_size_in_bytes
+def temporaries(fun, *args, **options):
+    compiled = jax.jit(fun, **options).lower(*args).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def test_blocks_under_checkpoint_have_their_own_weights_in_floats_and_no_others():
@@ -185,6 +186,34 @@ def test_blocks_under_checkpoint_have_their_own_weights_in_floats_and_no_others(
     in_layers = lambda f: temporaries(f, w, jnp.ones((2, width))) / (4 * width**2)
     assert in_layers(of_decoded(fun)) > depth
     assert in_layers(madax.value_and_grad(fun)) < 3
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="drops barriers")
+def test_weights_are_decoded_again_and_not_kept():
+    """Without checkpoints, no layer's values are kept for the backward pass."""
+    # By default XLA may decode all weights first on a CPU, to have more to do at once.
+    order = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    depth, width = 8, 128
+    w = [codes(i, (width, width)) for i in range(depth)]
+    fun = lambda w, x: jnp.sum(chain(w, x))
+
+    def chain(w, x):
+        for one in w:
+            x = jnp.tanh(jnp.einsum("bi,ij->bj", x, one))
+        return x
+
+    def in_layers(gradient):
+        # XLA keeps no values in the place of the results, which are small.
+        norms = lambda w, x: jax.tree.map(jnp.linalg.norm, gradient(w, x))
+        return temporaries(norms, w, x, compiler_options=order) / (4 * width**2)
+
+    x = jnp.ones((2, width))
+    kept = in_layers(of_decoded(fun, transform=jax.grad))
+    assert in_layers(madax.grad(fun)) < kept - depth / 2
+    same(
+        jax.jit(madax.grad(fun))(w, x),
+        jax.jit(of_decoded(fun, transform=jax.grad))(w, x),
+    )
 
 
 def test_probes_are_not_there():
