@@ -74,7 +74,11 @@ def _find_stacks(leaves: list[Leaf]) -> None:
         # Without the ends, it is a stack or one of its layers.
         alike = all(len(x.core) > 2 and not _is_convolution(x) for x in layers)
         if not listed and (ENDS in tops or alike):
-            _take_axis(layers, 0)
+            several = not _take_axis(layers, 0) and ENDS in tops
+            for name in {
+                leaf.names[1] for leaf in layers if several and leaf.names[1:]
+            }:
+                _take_axis([leaf for leaf in layers if leaf.names[1:2] == (name,)], 0)
     for _ in range(2):  # A stack may be a stack of stages, each of several layers.
         taken = set()
         groups = sorted(_below(leaves).items(), key=lambda item: len(item[0]))
