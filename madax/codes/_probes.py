@@ -111,8 +111,7 @@ def _shifted(probe: jax.Array, sign: int) -> jax.Array:
 def probes_of(weights: Sequence[Leaf], dtype: DTypeLike | None) -> list[Tree]:
     """The leaves, with a probe of zeros in the place of every QuantizedArray."""
     return [
-        zeros_like(w, w.dtype if dtype is None else dtype) if is_quantized(w) else w
-        for w in weights
+        zeros_like(w, dtype or w.value_dtype) if is_quantized(w) else w for w in weights
     ]
 
 
