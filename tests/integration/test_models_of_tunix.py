@@ -9,8 +9,8 @@ from helpers import is_quantized, needs_hijax, same
 import madax
 
 pytest.importorskip("tunix.sft.peft_trainer")
-import others  # noqa: E402
-from tunix_loop import by_tunix  # noqa: E402
+import others
+from tunix_loop import by_tunix
 
 pytestmark = [
     needs_hijax,
