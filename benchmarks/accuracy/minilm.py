@@ -41,14 +41,14 @@ def minilm(out: Path = Path("benchmarks/results/smollm")) -> None:
     raw = records.file(out, "minilm", fresh=True)
     params = load()
     tokens = jnp.asarray(minilm_tokens(sentences()))
-    embed = jax.jit(lambda params: embeddings(madax.dequantize_params(params), tokens))
+    embed = jax.jit(lambda values: embeddings(values, tokens))
     base = np.float64(embed(params))
     rows = [(name, scale) for name in FORMATS for scale in SCALES]
     for name, scale in tqdm(rows, desc="all-MiniLM-L6-v2"):
-        codes = quantized(params, name, scale)
+        values = jax.jit(madax.dequantize_params)(quantized(params, name, scale))
         run = {"format": name, "scale": scale, "sentences": len(base)}
-        errors = pretrained.tails(_matrices(params), _matrices(codes), 0)
-        records.append(raw, run | errors | compared(base, np.float64(embed(codes))))
+        errors = pretrained.tails(_matrices(params), _matrices(values), 0)
+        records.append(raw, run | errors | compared(base, np.float64(embed(values))))
     print(minilm_report(out))
 
 
@@ -81,8 +81,7 @@ def quantized(params: Params, name: str, scale: str) -> Params:
 
 def _matrices(params: Params) -> Params:
     """Returns values with a leading axis, as ``tails`` wants it."""
-    values = jax.jit(madax.dequantize_params)(params)
-    return {name: x[None] for name, x in values.items() if x.ndim == 2}
+    return {name: x[None] for name, x in params.items() if x.ndim == 2}
 
 
 def compared(base: np.ndarray, other: np.ndarray) -> records.Record:
