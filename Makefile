@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= /dev/null
 BIN := $(VENV)/bin
-# Those of them that this machine has.
+# The Pythons to test, where this machine has them.
 PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 AWAY := $(abspath build/away)
 
@@ -23,7 +23,7 @@ demo: $(VENV)/.demo
 notebooks: $(VENV)/.notebooks
 	cd notebooks && $(abspath $(BIN))/jupytext --to ipynb --execute *.py
 
-# All pages anew, and a warning is an error. Links are relative: any static host does.
+# Builds all pages again; a warning is an error. Links are relative, for any static host.
 docs: $(VENV)/.docs
 	rm -rf build/docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees -E docs build/docs

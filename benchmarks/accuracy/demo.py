@@ -28,7 +28,7 @@ def demo(out: Path = Path("benchmarks/results/demo"), *, smoke: bool = False) ->
 
     Every optimizer runs at its default learning rate, and at a tenth and ten times of
     it, with the same seeds. Prints a table; writes a figure and the records of all
-    runs, in place of those of the last demo.
+    runs, and replace the records of the last demo.
 
     Args:
         out: Folder for demo.png and demo.jsonl.

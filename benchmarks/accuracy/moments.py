@@ -82,7 +82,7 @@ def _sweep(name: str, stored: madax.MomentFormat | None) -> Sweep:
 
 
 def off(name: str, bits: int, steps: int) -> records.Record:
-    """Returns how far directions are off those of float32 moments.
+    """Returns how far directions differ from directions with float32 moments.
 
     Args:
       name: of the condition.
@@ -142,7 +142,7 @@ def hard_table(runs: pd.DataFrame) -> str:
 
 
 def hard_figure(runs: pd.DataFrame) -> Figure:
-    """Draws the mean size of directions over that of float32, against the step.
+    """Draws the mean size of directions over the size with float32, against the step.
 
     Args:
       runs: records, as read.
@@ -162,7 +162,7 @@ def hard_figure(runs: pd.DataFrame) -> Figure:
         axes.grid(alpha=0.3)
     for axes in panels[-1]:
         axes.set_xlabel("step")
-    fig.supylabel("mean |direction| / that of float32 moments")
+    fig.supylabel("mean |direction| / mean |direction| with float32 moments")
     legend(fig)
     return fig
 

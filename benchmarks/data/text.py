@@ -63,8 +63,8 @@ def words(source: str, folder: Path | None = None, *, vocabulary: int) -> Text:
     """Returns a text of bytes by words: letters in a row, without case, or a mark.
 
     Args:
-      source: as of ``text``.
-      folder: as of ``text``.
+      source: as in ``text``.
+      folder: as in ``text``.
       vocabulary: number of words, the most frequent first; the last one stands for all
         that are less frequent in the text to train on.
     """

@@ -17,7 +17,7 @@ DEPTH = "coordinates, depth "
 
 
 def workloads(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns the records of the workloads proper, without those of other depths."""
+    """Returns the records of the workloads proper, without the runs of other depths."""
     return runs[~runs["workload"].str.startswith(DEPTH)]
 
 
@@ -110,7 +110,7 @@ def spread(cell: pd.Series) -> str:
 
 
 def change(cell: pd.Series, base: pd.Series, *, digits: int = 1) -> str:
-    """Writes how much larger a median is than that of a base, and the median."""
+    """Writes how much larger a median is than the median of a base, and the median."""
     percent = 100 * (cell["median"] / base["median"] - 1)
     return f"{percent:+.{digits}f} %: {spread(cell)}"
 

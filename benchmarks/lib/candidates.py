@@ -115,7 +115,7 @@ def with_noise(
 
 
 def without_noise(params: optax.Params, state: Tree) -> optax.Params:
-    """The parameters to be scored, those of :func:`with_noise` without its noise."""
+    """The parameters to be scored: of :func:`with_noise`, without its noise."""
     del params
     return state[0]
 

@@ -58,7 +58,7 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def remove(path: Path, is_stale: Callable[[Record], bool]) -> None:
-    """Removes the runs of which ``is_stale`` is true, to be made anew."""
+    """Removes the runs of which ``is_stale`` is true, to be made again."""
     kept = [run for run in _load(path) if not is_stale(run)]
     path.write_text("".join(f"{json.dumps(run)}\n" for run in kept), encoding="utf-8")
 

@@ -162,7 +162,7 @@ def data_order(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns what a seed draws: the examples of each step, and a number for noise.
 
-    The examples come in epochs, each shuffled anew.
+    The examples come in epochs, each with a new shuffle.
     """
     rng = np.random.default_rng(seed)
     whole = examples - examples % budget.batch_size

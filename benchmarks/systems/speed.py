@@ -76,7 +76,7 @@ def speed(
 
     Steps are compiled, warm and on donated buffers, and each optimizer takes turns with
     optax.adam, so that what else the machine does slows both. Prints a table; writes a
-    figure and the records, in place of those of the same device and optimizers.
+    figure and the records, and replaces records of the same device and optimizers.
 
     Args:
         out: Folder of a folder for this device: speed.jsonl, .md and .png.
@@ -225,7 +225,7 @@ def copy_bandwidth(profile: Profile) -> float:
 
 
 def quantiles(seconds: list[float], baseline: list[float]) -> np.ndarray:
-    """Returns the 10, 50 and 90 % quantiles of times over those of a baseline."""
+    """Returns the 10, 50 and 90 % quantiles of times over the times of a baseline."""
     return np.quantile(np.divide(seconds, baseline), [0.1, 0.5, 0.9])
 
 
@@ -264,7 +264,7 @@ def _table_row(run: Record) -> dict[str, str]:
 
 
 def speed_figure(runs: pd.DataFrame) -> Figure:
-    """Draws time over that of optax.adam, one panel per tree."""
+    """Draws time over the time of optax.adam, one panel per tree."""
     groups = list(runs.groupby("tree", sort=False))
     rows = (len(groups) + 1) // 2
     bars = runs["optimizer"].nunique()

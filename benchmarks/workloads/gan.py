@@ -74,7 +74,7 @@ def gan(
         real, labels, latents = batch
         stop = jax.lax.stop_gradient
         fake = generate(params["generator"], latents, labels)
-        # The gradient of this sum is, for each player, that of its own loss.
+        # For each player the gradient of this sum is the gradient of its own loss.
         against = nnx.relu(1 + judge(params["critic"], stop(fake), labels))
         towards = nnx.relu(1 - judge(params["critic"], real, labels))
         fooled = -judge(stop(params["critic"]), fake, labels)

@@ -99,7 +99,7 @@ def residual(
     places: jax.Array,
     viscosity: float,
 ) -> jax.Array:
-    """Returns u_t + u u_x - ν u_xx of a solution; arguments as of ``derivatives``."""
+    """Returns u_t + u u_x - ν u_xx of a solution; arguments as in ``derivatives``."""
     u, u_t, u_x, u_xx = derivatives(solution, times, places)
     return u_t + u * u_x - viscosity * u_xx
 

@@ -154,7 +154,7 @@ def actor_critic(
       logits: of a push to the right, of shape (ticks, episodes).
       expected: returns, as the critic has them.
       actions: whether the push was to the right.
-      rewards: as of ``rollout``.
+      rewards: as from ``rollout``.
     """
     alive = jnp.concatenate([jnp.ones_like(rewards[:1]), rewards[:-1]]) > 0
     returns = discounted(rewards)

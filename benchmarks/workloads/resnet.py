@@ -92,7 +92,7 @@ def resnet(
     stem: int = 1,
     **options: int,
 ) -> Workload:
-    """Returns the workload; by default the network is that of ResNet-18.
+    """Returns the workload; by default a ResNet-18.
 
     Args:
       folder: where the data is, see ``benchmarks.data.images``.

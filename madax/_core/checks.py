@@ -70,7 +70,9 @@ def check_number(
     if isinstance(value, jax.core.Tracer):
         return _or_nan(value, ok)
     if isinstance(value, int) and abs(value) >= 2**31:  # which JAX makes an int32
-        raise ValueError(f"{name} must be a float above 2**31, got {value}; {remedy}.")
+        raise ValueError(
+            f"{name} must be below 2**31 if it is an int, got {value}; {remedy}."
+        )
     if 3.4e38 < abs(float(value)) < math.inf:
         raise ValueError(f"{name} must fit a float32, got {value}; {remedy}.")
     if math.isnan(value) or not ok(float(value)):

@@ -77,7 +77,7 @@ class SecondMomentCodec:
         if self.format.octaves is not None:
             raise ValueError(
                 f"moment_format is {self.format}, but the octaves of these moments are "
-                f"not to be chosen; pass MomentFormat(bits={self.format.bits})."
+                f"fixed; pass MomentFormat(bits={self.format.bits})."
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Figures: their text is legible, and those of the page of ideas say what is so."""
+"""Figures: text is legible, and the figures of the page of ideas are true."""
 
 import numpy as np
 import pytest
