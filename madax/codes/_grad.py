@@ -30,7 +30,9 @@ def value_and_grad(
     The gradient of a :class:`QuantizedArray` is an array of its shape, the gradient
     with respect to the decoded weights. ``fun`` gets the codes, and each weight is
     decoded where ``fun`` uses it. So a block under ``jax.checkpoint``, or the body of a
-    scan over stacked layers, holds no weights in floats except its own.
+    scan over stacked layers, holds no weights in floats except its own. Under jit the
+    backward pass decodes weights again, and keeps no floats of them; those that a scan
+    decodes are kept, unless its body is under ``jax.checkpoint``.
 
     An argument may be a ``flax.nnx.Module``, or a tree of modules; then this is
     ``nnx.value_and_grad``. Gradients are with respect to the ``nnx.Param`` of the

@@ -4,12 +4,18 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from layers import listed
 
+import madax
 from benchmarks import RESULTS
+from benchmarks.compilers import chips
 from benchmarks.lib import records
-from benchmarks.models import gpt2
+from benchmarks.lib.optimizers import madam_8
+from benchmarks.lib.steps import ShapedStep, apply
+from benchmarks.models import decoder, gpt2
 from benchmarks.systems import memory, speed
 
 FEW = ("adam", "native 8, 8-bit v")
@@ -100,6 +106,43 @@ def test_layer_by_layer_no_more_than_a_layer_is_decoded():
         for make in (gpt2.whole_step, gpt2.layerwise_step)
     )
     assert by_layer < 0.7 * whole
+
+
+def bytes_a_parameter(remat):
+    """Of an ordinary step on codes of a Llama whose layers are a list, 8.9 M weights.
+
+    Arguments and temporaries, by XLA's count, with weights decoded to bfloat16.
+    """
+    size, format = decoder.Size(2048, 8, 256, 1024, 8, 4), madax.SymlogFormat(8)
+    tx, one = madam_8(0.02), lambda x, w: decoder.layer(size, w, x)
+    one = jax.checkpoint(one) if remat else one
+
+    def start(key):
+        return madax.quantize_params(listed(decoder.init(size, key)), format)
+
+    def loss(params, tokens):
+        x = decoder.embed(params["ends"], tokens)
+        for w in params["layers"]:
+            x = one(x, w)
+        return decoder.loss(madax.dequantize_params(params["ends"]), x, tokens)
+
+    def step(params, state, tokens):
+        gradient = madax.value_and_grad(loss, dtype=jnp.bfloat16)
+        return apply(tx, params, state, gradient(params, tokens)[1])
+
+    params = jax.eval_shape(start, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((2, 129), jnp.int32)
+    shaped = ShapedStep(params, jax.eval_shape(tx.init, params), tokens, step)
+    used = chips.footprint(shaped.lower().compile())
+    return used["peak"] / decoder.count(size)
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="drops barriers")
+@pytest.mark.parametrize(("remat", "bound"), [(True, 5), (False, 9)])
+def test_an_ordinary_step_on_codes_keeps_no_weights(remat, bound):
+    assert bytes_a_parameter(remat) < bound
 
 
 @pytest.mark.parametrize(
