@@ -64,13 +64,19 @@ def judged(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["tuned_on"].notna()]
 
 
+def by_size(runs: pd.DataFrame) -> list[tuple]:
+    """Returns the size and tokens of runs, and the runs, the smallest models first."""
+    runs = runs.sort_values("parameters", kind="stable")
+    return list(runs.groupby(GROUPS, sort=False))
+
+
 def _losses(group: pd.DataFrame, name: str) -> np.ndarray:
     return group[group["name"] == name]["loss"].to_numpy(float)
 
 
 def scale_table(runs: pd.DataFrame) -> str:
     """Returns held-out losses, bars and the trend in Markdown, what loses first."""
-    groups = list(judged(runs).groupby(GROUPS, sort=False))
+    groups = by_size(judged(runs))
     parts = [f"{RULE}\n\n{_bars(groups)}\n"]
     if len(groups) > 1:
         parts.append(f"\n**Against {ADAMW}, by size:**\n\n{_trend(groups)}\n")
@@ -184,7 +190,7 @@ def _trials(runs: pd.DataFrame) -> str:
 def scale_figure(runs: pd.DataFrame) -> Figure:
     """Draws the distance from AdamW over sizes, and losses over bytes a parameter."""
     runs = judged(runs)
-    groups = [group for _, group in runs.groupby(GROUPS, sort=False)]
+    groups = [group for _, group in by_size(runs)]
     styles = dict(zip(runs["name"].unique(), cycle(STYLES)))
     fig = Figure(figsize=(9, 4.6), layout="constrained")
     over_size, over_bytes = fig.subplots(1, 2)

@@ -85,8 +85,9 @@ class Kind(NamedTuple):
     value_dtype: jnp.dtype
 
     def __str__(self) -> str:
-        other = self.value_dtype != jnp.float32
-        return f"{self.value_dtype.name}:" * other + repr(self.format)
+        if self.value_dtype == jnp.float32:
+            return repr(self.format)
+        return f"{self.value_dtype.name}:{self.format!r}"
 
     @classmethod
     def parse(cls, text: str) -> "Kind":

@@ -55,7 +55,7 @@ def multi_steps(
       0 1.0
       1 0.9
       1 0.9
-      2 0.8
+      2 0.7
     """
     check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
