@@ -56,7 +56,7 @@ def minilm_tokens(sentences: Sequence[str], folder: Path | None = None) -> np.nd
       ImportError: if the package tokenizers is missing.
     """
     try:
-        import tokenizers
+        import tokenizers  # pyrefly: ignore[missing-import]
     except ImportError as error:
         raise ImportError(f"MiniLM takes the package tokenizers; {INSTALL}.") from error
     path = (folder or _installed()) / "tokenizer.json"
