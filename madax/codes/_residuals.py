@@ -27,7 +27,7 @@ def value_and_gradient(
     jax.eval_shape(jax.grad(lambda value: value), value)
     kept, treedef = jax.tree.flatten(pull)
     again: dict[int, QuantizedArray] = {
-        i: QuantizedArray(w.codes, w.scale, w.format)
+        i: w.like(w.codes, w.scale)
         for i, x in enumerate(kept)
         for value, w in decodes
         if primal(value) is x

@@ -10,6 +10,7 @@ from flax import nnx
 from helpers import needs_hijax, same
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from models import with_zeros_drawn
 
 import madax
 
@@ -41,11 +42,7 @@ def coded():
         norm_eps=1e-6,
         use_tied_embedding=True,
     )
-    model = qwen.Qwen3(config, rngs=nnx.Rngs(0))
-    # The kernels of its MLPs start at zero, where codes have no scale.
-    drawn = lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
-    state = nnx.state(model, nnx.Param)
-    nnx.update(model, jax.tree.map(lambda x: x if x.any() else drawn(x), state))
+    model = with_zeros_drawn(qwen.Qwen3(config, rngs=nnx.Rngs(0)))
     return madax.quantize_params(model, FMT)
 
 

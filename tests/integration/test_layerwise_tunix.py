@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from models import with_zeros_drawn
 
 import madax
 
@@ -31,12 +32,7 @@ def drawn():
         sliding_window_size=4,
         param_dtype=jnp.float32,
     )
-    model = gemma.Gemma3(config, rngs=nnx.Rngs(0))
-    # The kernels of its MLPs start at zero, where codes have no scale.
-    normal = lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
-    state = nnx.state(model, nnx.Param)
-    nnx.update(model, jax.tree.map(lambda x: x if x.any() else normal(x), state))
-    return model
+    return with_zeros_drawn(gemma.Gemma3(config, rngs=nnx.Rngs(0)))
 
 
 TOKENS = jax.random.randint(jax.random.key(1), (4, LENGTH + 1), 0, 64)

@@ -1,5 +1,6 @@
 """What the tests of Flax share, whichever its API."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,6 +16,14 @@ def images():
     y = rng.integers(0, 4, 16)
     x = rng.normal(size=(16, 4, 4, 1)) + y[:, None, None, None]
     return jnp.asarray(x, jnp.float32), jnp.asarray(y)
+
+
+def with_zeros_drawn(model):
+    """The model, whose leaves that start at zero are drawn, so that all formats fit."""
+    drawn = lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype)
+    state = nnx.state(model, nnx.Param)
+    nnx.update(model, jax.tree.map(lambda x: x if x.any() else drawn(x), state))
+    return model
 
 
 def nnx_list(modules):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from contractions import contractions
 from flax import nnx
+from models import with_zeros_drawn
 
 LISTED = pathlib.Path(__file__).with_suffix(".json")
 TOKENS = jnp.arange(16)[None] % 8 + jnp.arange(2)[:, None]
@@ -63,11 +64,8 @@ def build(name):
     module, kind, fields, more = MODELS[name]
     module = importlib.import_module(f"tunix.models.{module}.model")
     fields = _SIZES | fields | (more(module) if more else {})
-    model = getattr(module, kind)(module.ModelConfig(**fields), rngs=nnx.Rngs(0))
-    drawn = lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype)
-    state = nnx.state(model, nnx.Param)
-    nnx.update(model, jax.tree.map(lambda x: x if x.any() else drawn(x), state))
-    return model
+    config = module.ModelConfig(**fields)
+    return with_zeros_drawn(getattr(module, kind)(config, rngs=nnx.Rngs(0)))
 
 
 def logits(model):

@@ -17,6 +17,15 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 WIDTH, LENGTH = 8, 6
 
 
+def assert_moved_by(grads, before, after):
+    """What a step of SGD at a rate of 1 took from parameters are their gradients."""
+    states = nnx.state(before, nnx.Param), nnx.state(after, nnx.Param), grads
+    jax.tree.map(
+        lambda old, new, g: np.testing.assert_allclose(old - new, g, 1e-4, 1e-6),
+        *map(nnx.to_pure_dict, states),
+    )
+
+
 class Block(nnx.Module):
     """A layer as language models have it: many arguments, and a cache returned."""
 
@@ -113,14 +122,7 @@ def test_the_gradients_match_the_model(name):
     params, _, value = jax.jit(step)(split.params, init(split.params), BATCH)
     expected, grads = nnx.jit(nnx.value_and_grad(error))(model, BATCH)
     assert value == pytest.approx(float(expected), rel=1e-6)
-    after = nnx.to_pure_dict(nnx.state(split.model(params), nnx.Param))
-    before, grads = map(nnx.to_pure_dict, (nnx.state(model, nnx.Param), grads))
-    jax.tree.map(
-        lambda old, new, g: np.testing.assert_allclose(old - new, g, 1e-4, 1e-6),
-        before,
-        after,
-        grads,
-    )
+    assert_moved_by(grads, model, split.model(params))
 
 
 def test_a_model_of_trained_codes_is_evaluated():
@@ -212,14 +214,7 @@ def test_an_encoder_and_a_decoder_are_two_stacks():
     params, _, value = jax.jit(step)(split.params, init(split.params), batch)
     expected, grads = nnx.jit(nnx.value_and_grad(Translator.__call__))(model, batch)
     assert value == pytest.approx(float(expected), rel=1e-6)
-    after = nnx.to_pure_dict(nnx.state(split.model(params), nnx.Param))
-    before, grads = map(nnx.to_pure_dict, (nnx.state(model, nnx.Param), grads))
-    jax.tree.map(
-        lambda old, new, g: np.testing.assert_allclose(old - new, g, 1e-4, 1e-6),
-        before,
-        after,
-        grads,
-    )
+    assert_moved_by(grads, model, split.model(params))
     # Either stack may have a function of its own.
     functions = {"encoder": lambda block, x: x, "decoder": None}
     assert set(split.layer(functions)) == {"encoder", "decoder"}
