@@ -1,1 +1,1 @@
-"""Weights that are codes of a number format: arrays, gradients, files."""
+"""Weights stored as codes of a number format: arrays, gradients and files."""

@@ -1,4 +1,4 @@
-"""Parameters that are codes of a number format, in the place of floats."""
+"""Parameters stored as codes of a number format instead of floats."""
 
 import dataclasses
 import operator
@@ -24,21 +24,22 @@ _REMEDY = (
 
 _FLOAT32 = jnp.dtype(jnp.float32)
 
-# What to do once Flax, or Orbax, is imported, later than madax or never: a function
-# of an attribute of a module of it. Modules of madax that import this one add theirs.
+# Functions to call once Flax or Orbax is imported, which may be after madax or never. A
+# key is a module and one of its attributes, which the function gets. Other modules of
+# madax add entries.
 AFTER_IMPORT: dict[tuple[str, str], Callable[[Any], object]] = {}
 
 
 def notice_imports() -> None:
-    """Does what is to be done once for each library that has been imported."""
+    """Calls the functions of ``AFTER_IMPORT`` whose library has been imported, once."""
     for module, attribute in list(AFTER_IMPORT):
         found = getattr(sys.modules.get(module), attribute, None)
         if found is not None:
             AFTER_IMPORT.pop((module, attribute), bool)(found)
 
 
-# Attributes of arrays that codes have, too: attributes of the values, or of the codes
-# where nothing needs to be decoded. A formatted list would take a line for each.
+# Attributes of arrays that a QuantizedArray has, too: read from its values, or from its
+# codes if that needs no decoding. A formatted list would take a line for each.
 _OF_VALUES = """
 T all any argmax argmin argpartition argsort astype at clip compress conj conjugate
 cumprod cumsum diagonal dot flat flatten imag item itemsize mT max mean min nonzero prod
@@ -52,9 +53,9 @@ sharding size
 
 
 class _InErrors(type):
-    """Names the remedy where JAX prints types, in errors about trees that differ.
+    """Puts the remedy into JAX's errors about trees that differ, which print types.
 
-    An optimizer of floats ends in ``optax.apply_updates(codes, floats)``, where no
+    An optimizer of floats fails in ``optax.apply_updates(codes, floats)``, where no
     other code of madax runs.
     """
 
@@ -66,19 +67,19 @@ class _InErrors(type):
 
 
 def _by_value(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """The method that applies a function of arrays to the decoded value."""
+    """Returns a method that applies a function of arrays to the decoded value."""
     return lambda self, *others: operation(self.dequantize(), *others)
 
 
 def _both_ways(operation: Callable[..., Any]) -> tuple[Callable, Callable]:
-    """The methods of an operator with the codes on its left, and on its right."""
+    """Returns the methods of an operator with the codes on either side."""
     return _by_value(operation), lambda self, x: operation(x, self.dequantize())
 
 
 class Kind(NamedTuple):
-    """What is static of codes: their format, and the dtype that they decode to.
+    """The static part of codes: their format and the dtype that they decode to.
 
-    In text it is the format, after the dtype if it is another than float32.
+    It prints as the format, after the dtype unless that is float32.
     """
 
     format: Format
@@ -101,23 +102,23 @@ class Kind(NamedTuple):
 class QuantizedArray(metaclass=_InErrors):
     """An array stored as integer codes of a number format.
 
-    It takes the place of a weight. Operators, methods of arrays, ``jnp`` functions and
-    layers of Flax use it as the array of floats that its codes decode to, and decode it
-    where they use it. Indexing decodes only the elements that it returns, so a look-up
-    in a table of codes costs a few rows. ``w[...]`` is an array, for functions that
-    need one (functions of ``jax.lax``, and with JAX 0.6.0 also sums). Use
-    :func:`madax.value_and_grad` for derivatives: ``jax.grad`` has none for integers.
+    It replaces a weight. Operators, methods of arrays, ``jnp`` functions and layers of
+    Flax decode it where they use it. Indexing decodes only the elements that it
+    returns, so a look-up in a table of codes decodes a few rows. ``w[...]`` is an
+    array, for functions that need one (functions of ``jax.lax``, and with JAX 0.6.0
+    also sums). Use :func:`madax.value_and_grad` for derivatives: ``jax.grad`` has none
+    for integers.
 
     It is a pytree node with two children, ``codes`` and ``scale``; the format and the
     dtype are static. Functions of trees see the two children. A change of their dtypes
-    raises an error, and a scale that is not positive makes all values NaN; but a sum of
-    two trees of codes does neither, and is no sum of weights. So do arithmetic, norms
+    raises an error, and a scale that is not positive makes all values NaN, but a sum of
+    two trees of codes goes unnoticed, and is not a sum of weights. Compute sums, norms
     and penalties on ``madax.dequantize_params(params)``.
 
-    The update that an optimizer returns for it is another QuantizedArray, with steps in
-    the place of codes, False in the place of the scale, and no value.
-    ``optax.apply_updates`` adds both. Steps have a wider dtype than codes, so a
-    transform in between that changes codes or steps causes an error.
+    The update that an optimizer returns for it is another QuantizedArray, with steps
+    instead of codes, False instead of the scale, and no value. ``optax.apply_updates``
+    adds both. Steps have a wider dtype than codes, so a transform after the optimizer
+    that changes them causes an error.
 
     Attributes:
       codes: signed codes, int8 or int16, any shape; steps are int32.
@@ -141,7 +142,7 @@ class QuantizedArray(metaclass=_InErrors):
     format: Format
     value_dtype: jnp.dtype = _FLOAT32
 
-    # NumPy's arrays leave their operators to this class.
+    # Makes NumPy's arrays defer to the operators of this class.
     __array_priority__ = 100
 
     def __post_init__(self) -> None:
@@ -188,7 +189,7 @@ class QuantizedArray(metaclass=_InErrors):
         return self._value().astype(self.dtype if dtype is None else dtype)
 
     def check_has_codes(self) -> None:
-        """Raises if there are no arrays inside, as where a mask took them away."""
+        """Raises if the children are not arrays, as after a mask."""
         if not hasattr(self.codes, "dtype"):
             raise TypeError(
                 f"a QuantizedArray holds {self.codes!r} in the place of codes, and "
@@ -198,7 +199,7 @@ class QuantizedArray(metaclass=_InErrors):
             )
 
     def check_has_value(self) -> None:
-        """Raises if these are steps of codes, which have no value, or none at all."""
+        """Raises if these are steps of codes, or no arrays, and so have no value."""
         self.check_has_codes()
         if self.codes.dtype == self.format.step_dtype:
             raise TypeError(f"{self!r} was used as a number; {_REMEDY}")
@@ -268,18 +269,18 @@ class QuantizedArray(metaclass=_InErrors):
     def parts(self) -> dict[str, jax.Array]:
         """The codes and the scale by their names in files.
 
-        The name of the codes contains their format: codes that are restored as codes of
-        another format would be silent nonsense.
+        The name of the codes contains their format: codes restored in another format
+        would be silently wrong.
         """
         return {f"codes:{self.kind}": self.codes, "scale": self.scale}
 
     @property
     def kind(self) -> Kind:
-        """What is static."""
+        """The format and the dtype of the values."""
         return Kind(self.format, self.value_dtype)
 
     def like(self, codes: jax.Array, scale: jax.Array) -> "QuantizedArray":
-        """Other codes and scales of the kind of these."""
+        """Returns other codes and scales with the same format and dtype."""
         return QuantizedArray(codes, scale, *self.kind)
 
     def tree_flatten_with_keys(self) -> tuple[tuple, Kind]:
@@ -289,7 +290,7 @@ class QuantizedArray(metaclass=_InErrors):
     @classmethod
     def tree_unflatten(cls, aux: Kind, children: Any) -> "QuantizedArray":
         codes, scale, *others = children
-        # Here an average or a rescaling of codes would pass for an average of weights.
+        # Otherwise an average or a rescaling of codes would pass for one of weights.
         dtypes = [getattr(x, "dtype", type(x)) for x in (codes, scale)]
         if dtypes[0] == jax.dtypes.float0:
             raise TypeError(
@@ -311,9 +312,8 @@ class QuantizedArray(metaclass=_InErrors):
         return cls(codes, scale, *aux, *others)
 
     def _value(self) -> jax.Array:
-        # The product may be fused with a sum of the caller, so it is rounded. A scale
-        # that is not positive was negated or subtracted as if it were a weight, and so
-        # were its codes.
+        # The product is rounded, because a sum of the caller might be fused with it. A
+        # scale that is not positive means that arithmetic treated the tree as weights.
         traced = isinstance(self.scale, jax.core.Tracer)
         scale = _constant(self.scale) if traced else self.scale
         scale = jnp.where(scale > 0, scale, jnp.nan)
@@ -344,12 +344,12 @@ def _refuse(*_: object) -> jax.Array:
 
 @with_derivative(_refuse)
 def _constant(scale: jax.Array) -> jax.Array:
-    """The scale. An optimizer of floats would train it alone, without a word."""
+    """Returns the scale, which an optimizer of floats would silently train alone."""
     return scale
 
 
 def _index_scale(scale: jax.Array, shape: tuple[int, ...], index: Any) -> jax.Array:
-    """``broadcast_to(scale, shape)[index]``, of size 1 along axes of a single scale."""
+    """Like ``broadcast_to(scale, shape)[index]``; axes of a single scale stay 1."""
     if np.size(scale) == 1:
         return jnp.reshape(scale, ())
     scale = jnp.reshape(scale, (*[1] * (len(shape) - np.ndim(scale)), *np.shape(scale)))
@@ -365,16 +365,16 @@ def _index_scale(scale: jax.Array, shape: tuple[int, ...], index: Any) -> jax.Ar
 
 
 def _index_axis(index: Any, scales: int, size: int) -> Any:
-    """The index of the scales on an axis, which may have one scale for all."""
+    """Returns the index of scales on an axis, which may have one scale for all."""
     if scales == size:
         return index
     return slice(None) if isinstance(index, slice) else jnp.zeros_like(index)
 
 
 def _fit(codes: object, scale: object, format: Format) -> bool:
-    """Whether these are the dtypes of an array of the format, or of steps of its codes.
+    """Returns whether these dtypes fit codes, or steps of codes, of the format.
 
-    True also where there are no arrays of numbers, but masks, shapes or shardings.
+    Returns True also for masks, shapes and shardings in place of arrays.
     """
     if not isinstance(codes, np.dtype) or not jnp.issubdtype(codes, np.number):
         return True

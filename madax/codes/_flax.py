@@ -1,4 +1,4 @@
-"""Variables of Flax nnx, and gradients of losses of its modules.
+"""Flax nnx: variables that hold codes, and gradients with respect to modules.
 
 This module is imported only after Flax.
 """
@@ -16,21 +16,21 @@ from madax.codes._array import is_quantized
 from madax.codes._probes import probed, probes_of, without_probes
 from madax.codes._residuals import value_and_gradient
 
-# The base class of objects that nnx keeps track of, which Flax 0.12 renamed.
+# The base class of nnx objects, which Flax 0.12 renamed.
 _BASE = getattr(nnx, "Pytree", None) or nnx.Object
 
 
 def decode_variables(variable: type[nnx.Variable]) -> None:
-    """Lets ``jnp`` functions take variables of codes by their values.
+    """Lets ``jnp`` functions decode variables of codes.
 
-    JAX asks an object for its array once, and a variable answers with its value: codes,
-    which are no array. This function wraps the method of Flax, which also serves
-    variables that users make of codes, and keeps the types that filters and checkpoints
-    look at. A subclass of each type of variable would do neither.
+    JAX asks an object for its array once, and a variable returns its value: codes,
+    which are not an array. This function wraps the method of Flax, so it also works for
+    variables that users make, and the types that filters and checkpoints look at stay
+    the same. Subclasses of each type of variable would do neither.
     """
     jax_array: Callable = variable.__jax_array__
-    # Before Flax 0.11 variables were no pytrees. A jitted function of jnp takes them as
-    # constants, whose shape JAX's core asks for: a derivative would be zero.
+    # Before Flax 0.11 variables were not pytrees, and a jitted jnp function took them
+    # as constants (JAX's core asks for their shape), so a derivative would be zero.
     constant = jax.tree_util.all_leaves([variable(None)])
 
     @wraps(jax_array)
@@ -45,7 +45,7 @@ def decode_variables(variable: type[nnx.Variable]) -> None:
             and caller == "jax._src.core"
             and isinstance(array, jax.core.Tracer)
         ):
-            raise NotImplementedError(  # JAX would replace a TypeError by its own
+            raise NotImplementedError(  # JAX would replace a TypeError
                 f"with Flax {flax.__version__} this function takes no "
                 f"{type(self).__name__} of codes in jit or in a derivative; pass "
                 "its values, as in self.w[...], or use Flax 0.11 or newer."
@@ -58,20 +58,20 @@ def decode_variables(variable: type[nnx.Variable]) -> None:
 def holds_modules(tree: Tree) -> bool:
     """Whether a tree holds objects of nnx, which functions may change.
 
-    An nnx.State is none, but a tree of arrays.
+    An ``nnx.State`` does not count: it is a tree of arrays.
     """
     return bool(_objects(tree))
 
 
 def differentiate(fun, wrt, positions, has_aux, dtype, args, kwargs):
-    """The value and gradients of a function of modules, and of trees without them."""
+    """Returns the value and gradients of a function of modules and other trees."""
     filters = [a.filter if isinstance(a, nnx.DiffState) else nnx.Param for a in wrt]
     arrays = _with_states(tuple(args[i] for i in positions), filters)
     weights, treedef = jax.tree.flatten(arrays, is_leaf=is_quantized)
 
     graph, state = nnx.split((args, kwargs))
 
-    # The function gets copies of all modules, and what it changed is written back.
+    # The function gets copies of all modules, and its changes are written back.
     def loss(probes):
         given, named = nnx.merge(graph, jax.tree.map(lambda x: x, state))
         copies, given = (given, named), list(given)
@@ -98,7 +98,7 @@ def _is_module(x: object) -> bool:
 
 
 def _objects(tree: Tree) -> list[Tree]:
-    """The modules and variables of a tree, which a function may change."""
+    """Returns the modules and variables of a tree, which a function may change."""
     kinds = (_BASE, nnx.Variable)
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, (*kinds, nnx.State)))
     return [x for x in leaves if isinstance(x, kinds)]
@@ -113,9 +113,9 @@ def _modules(tree: Tree) -> list[Tree]:
 
 
 def _with_states(args: tuple[Tree, ...], filters: Sequence[nnx.filterlib.Filter]):
-    """The arguments, with each module replaced by the variables that its filter takes.
+    """Replaces each module in the arguments by the variables that its filter selects.
 
-    A variable that modules share goes with the first module.
+    A variable shared by several modules goes with the first one.
     """
     predicates: list[Callable] = [
         nnx.filterlib.to_predicate(f)
@@ -135,7 +135,7 @@ def _with_states(args: tuple[Tree, ...], filters: Sequence[nnx.filterlib.Filter]
 
 
 def _updated(old: Tree, new: Tree) -> Tree:
-    """The new array, or the module with the new values of its variables."""
+    """Returns the new array, or the module with the new values of its variables."""
     if not _is_module(old):
         return new
     nnx.update(old, new)

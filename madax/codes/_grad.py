@@ -27,12 +27,13 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, Tree]]:
     """``jax.value_and_grad`` for parameters of which some, or all, are codes.
 
-    The gradient of a :class:`QuantizedArray` is an array of its shape, the gradient
-    with respect to the decoded weights. ``fun`` gets the codes, and each weight is
-    decoded where ``fun`` uses it. So a block under ``jax.checkpoint``, or the body of a
-    scan over stacked layers, holds no weights in floats except its own. Under jit the
-    backward pass decodes weights again, and keeps no floats of them; those that a scan
-    decodes are kept, unless its body is under ``jax.checkpoint``.
+    The gradient of a :class:`QuantizedArray` is a float array of its shape: the
+    gradient with respect to the decoded weights. ``fun`` gets the codes, and each
+    weight is decoded where ``fun`` uses it. So a block under ``jax.checkpoint``, or the
+    body of a scan over stacked layers, holds no weights in floats except its own. Under
+    jit the backward pass decodes weights again instead of keeping them in floats,
+    except those that a scan decodes, unless the body of the scan is under
+    ``jax.checkpoint``.
 
     An argument may be a ``flax.nnx.Module``, or a tree of modules; then this is
     ``nnx.value_and_grad``. Gradients are with respect to the ``nnx.Param`` of the
@@ -40,17 +41,17 @@ def value_and_grad(
     changes that ``fun`` makes to any module (statistics, counts of random numbers) are
     kept.
 
-    A module of Equinox is a tree with leaves that are functions. Its leaves other than
-    codes and floating arrays have no gradient: it is None, as of
-    ``equinox.filter_value_and_grad``. Functions and text in other trees have none.
+    In a module of Equinox, leaves other than codes and floating arrays, such as
+    functions, have the gradient None, as in ``equinox.filter_value_and_grad``. So have
+    functions and strings in other trees.
 
     Args:
       fun: function of which the first result is a real scalar.
       argnums: which positional arguments to differentiate with respect to, an int or a
         sequence of ints; for modules also ``nnx.DiffState``, to choose the variables.
       has_aux: whether ``fun`` returns a pair of the value and auxiliary data.
-      dtype: floating dtype that codes are decoded to, and the dtype of their gradients;
-        None for their own. Other leaves are not cast.
+      dtype: floating dtype of decoded codes and of their gradients; None for the dtype
+        of each leaf. Other leaves are not cast.
 
     Returns:
       A function of the arguments of ``fun`` that returns the value, or the pair, and
@@ -93,8 +94,8 @@ def value_and_grad(
                 fun, wrt, positions, has_aux, dtype, args, kwargs
             )
         except (TypeError, ValueError) as error:
-            # The rule returns a derivative for one array, and JAX wants one for codes
-            # and one for the scale.
+            # The rule returns one derivative, but JAX expects one for the codes and one
+            # for the scale.
             if "custom vjp" not in str(error).lower():
                 raise
             raise TypeError(
@@ -115,14 +116,14 @@ def grad(
 ) -> Callable[..., Tree]:
     """``jax.grad`` for parameters of which some, or all, are codes.
 
-    The gradients of :func:`value_and_grad`, with the same arguments and errors.
+    Returns the gradients of :func:`value_and_grad`, with its arguments and errors.
 
     Args:
       fun: function of which the first result is a real scalar.
       argnums: which positional arguments to differentiate with respect to.
       has_aux: whether ``fun`` returns a pair of the value and auxiliary data.
-      dtype: floating dtype that codes are decoded to, and the dtype of their gradients;
-        None for their own.
+      dtype: floating dtype of decoded codes and of their gradients; None for the dtype
+        of each leaf.
 
     Returns:
       A function of the arguments of ``fun`` that returns the gradients; with
@@ -145,7 +146,7 @@ def grad(
 
 
 def _differentiate(fun, wrt, positions, has_aux, dtype, args, kwargs):
-    """The value and gradients of a function of pytrees."""
+    """Returns the value and gradients of a function of pytrees."""
     del wrt
     chosen = tuple(args[i] for i in positions)
     leaves, treedef = jax.tree.flatten(chosen, is_leaf=is_quantized)
@@ -169,7 +170,7 @@ def _differentiate(fun, wrt, positions, has_aux, dtype, args, kwargs):
 
 
 def _is_numeric(leaf: Tree) -> bool:
-    """Whether it is for JAX to say if a leaf has a gradient; a function has none."""
+    """Returns whether a leaf goes to JAX, which decides if it has a gradient."""
     return (
         is_quantized(leaf)
         or isinstance(leaf, (int, float, complex))
@@ -178,20 +179,20 @@ def _is_numeric(leaf: Tree) -> bool:
 
 
 def _of_equinox(leaf: Tree) -> bool:
-    """Whether a leaf of a module of Equinox has a gradient: codes, and floats."""
+    """Returns whether a leaf of an Equinox module is codes or floats."""
     is_array = isinstance(leaf, (jax.Array, np.ndarray))
     return is_quantized(leaf) or (is_array and jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
 def _holds_equinox(tree: Tree) -> bool:
-    """Whether a tree holds modules of Equinox, which exist only if it is imported."""
+    """Returns whether a tree holds modules of Equinox."""
     module = getattr(sys.modules.get("equinox"), "Module", ())
     nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, module))
     return any(isinstance(x, module) for x in nodes)
 
 
 def _position(argnum: int, args: Sequence[Tree]) -> int:
-    """The place of an argument, counted from the end if negative."""
+    """Returns the position of an argument, counted from the end if negative."""
     i = operator.index(argnum)
     if not -len(args) <= i < len(args):
         raise ValueError(

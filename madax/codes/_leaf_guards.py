@@ -1,4 +1,4 @@
-"""Leaves of codes that were taken out of their tree in a loss: no arithmetic."""
+"""Guards leaves of codes against arithmetic in a loss, such as a penalty."""
 
 import sys
 
@@ -7,10 +7,10 @@ import jax
 from madax._core.names import Tree
 
 _REMEDY = (
-    "a leaf of codes that is no weight, as a penalty or a norm takes it: take it over "
+    "a leaf of codes, which is not a weight; compute penalties and norms over "
     "jax.tree.leaves(madax.dequantize_params(params))"
 )
-# What takes leaves for a tree that it makes again, or for their shapes alone.
+# Libraries that flatten a tree only to build it again, or to read shapes.
 _LIBRARIES = {"jax", "flax", "haiku", "equinox", "madax"}
 _OF_TREES = {"jax._src.tree", "jax._src.tree_util"}
 _ARITHMETIC = """
@@ -21,10 +21,10 @@ round rpow rsub rtruediv sub truediv
 
 
 def leaves_are_taken() -> bool:
-    """Whether the tree that JAX takes apart will be a list of leaves, in a loss.
+    """Returns whether a user's code is flattening the tree to a list of leaves.
 
-    It is called where JAX asks a node for its children. Functions of JAX and of layers
-    ask, too, but put the tree together again.
+    It is called where JAX asks a node for its children. Libraries ask, too, but build
+    the tree again from them.
     """
     frame, functions = sys._getframe(2), []
     while frame and frame.f_globals.get("__name__") in _OF_TREES:
@@ -42,7 +42,7 @@ class _InErrors(type):
 
 
 class LeafOfCodes(metaclass=_InErrors):
-    """An array with its shape and dtype, and without its values."""
+    """An array that shows its shape and dtype, but refuses arithmetic."""
 
     def __init__(self, array: jax.Array):
         self._array = array
@@ -74,5 +74,5 @@ for _name in _ARITHMETIC:
 
 
 def without_guard(x: Tree) -> Tree:
-    """The array that was guarded, for a tree that is put together again."""
+    """Returns the guarded array, for a tree that is built again."""
     return x._array if isinstance(x, LeafOfCodes) else x

@@ -26,7 +26,7 @@ _State = TypeVar("_State")
 
 
 def compute_dtype(leaf: Leaf | ArrayLike) -> jnp.dtype:
-    """The dtype of arithmetic on a leaf: float32 or wider."""
+    """Returns the dtype of arithmetic on a leaf: float32 or wider."""
     if is_quantized(leaf):
         return jnp.dtype(jnp.float32)
     # promote_types would refuse float8.
@@ -40,14 +40,14 @@ def widen(x: ArrayLike) -> jax.Array:
 
 
 def max_weight(dtype: DTypeLike) -> float:
-    """The number below the max of a dtype, so that ``w + u`` rounded stays finite."""
+    """Returns the number below the max of a dtype: ``w + u`` rounded stays finite."""
     info = jnp.finfo(dtype)
     _, exponent = math.frexp(info.max)
     return float(info.max) - float(info.eps) * 2.0 ** (exponent - 1)
 
 
 def zeros_like(leaf: Leaf, dtype: DTypeLike | None = None) -> jax.Array:
-    """Zeros of a leaf's shape and sharding, by default in the dtype of arithmetic."""
+    """Returns zeros of a leaf's shape and sharding, by default in its compute dtype."""
     array = leaf.codes if is_quantized(leaf) else leaf
     return jnp.zeros_like(array, compute_dtype(leaf) if dtype is None else dtype)
 
@@ -55,7 +55,7 @@ def zeros_like(leaf: Leaf, dtype: DTypeLike | None = None) -> jax.Array:
 def flatten(
     params: optax.Params, name: str = "params"
 ) -> tuple[list[str], list[Tree], jax.tree_util.PyTreeDef]:
-    """Paths, leaves, treedef; raises unless leaves are real floating or quantised."""
+    """Returns paths, leaves, treedef; raises unless leaves are floats or codes."""
     paths, leaves, treedef = flatten_named(params, is_leaf=is_quantized)
     for path, leaf in zip(paths, leaves, strict=True):
         if is_quantized(leaf):
@@ -101,7 +101,7 @@ def flatten_like(
 def flatten_both(
     params: optax.Params | None, updates: optax.Updates
 ) -> tuple[list[str], list[Tree], list[jax.Array], jax.tree_util.PyTreeDef]:
-    """Paths and leaves of ``params``, leaves of matching ``updates``, treedef."""
+    """Returns paths and leaves of ``params``, leaves of ``updates``, treedef."""
     if params is None:
         raise ValueError(
             "params is None, but a multiplicative update is relative to the "
@@ -112,13 +112,13 @@ def flatten_both(
 
 
 def nodes_of(state: optax.OptState, kinds: type[_State] | tuple) -> list[_State]:
-    """The states of one or several types within the state of an optimizer."""
+    """Returns the states of given types within the state of an optimizer."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
     return [node for node in nodes if isinstance(node, kinds)]
 
 
 def places_of_floats(vector: jax.Array, leaves: Sequence[Leaf]) -> list[int]:
-    """The places of float leaves; raises unless ``vector`` has an entry for each."""
+    """Returns positions of float leaves; raises unless ``vector`` has that size."""
     floats = [i for i, leaf in enumerate(leaves) if not is_quantized(leaf)]
     if vector.shape != entries(len(floats)):
         raise ValueError(

@@ -56,7 +56,8 @@ class ProbedArray(QuantizedArray):
     @classmethod
     def tree_unflatten(cls, aux: Kind, children: Any) -> Any:
         codes, scale, probe = map(without_guard, children)
-        # These are tangents, for a function that has a derivative rule of its own.
+        # JAX rebuilds the node from tangents, for a function with its own derivative
+        # rule.
         if getattr(codes, "dtype", None) == jax.dtypes.float0:
             return probe
         w = QuantizedArray.tree_unflatten(aux, (codes, scale))
@@ -73,14 +74,14 @@ class ProbedArray(QuantizedArray):
         return ProbedArray.of(super()._at(index), self.probe[index])
 
 
-# The decoded values of a loss that is being differentiated, and their codes.
+# Decoded values, with their codes, of the loss that is being differentiated.
 Decodes = list[tuple[jax.Array, ProbedArray]]
 _NOTED: ContextVar[Decodes | None] = ContextVar("noted", default=None)
 
 
 @contextlib.contextmanager
 def noting_decodes() -> Generator[Decodes, None, None]:
-    """Lists what is decoded meanwhile."""
+    """Collects the arrays that are decoded while the context is active."""
     noted: Decodes = []
     token = _NOTED.set(noted)
     try:
@@ -90,18 +91,17 @@ def noting_decodes() -> Generator[Decodes, None, None]:
 
 
 def primal(x: jax.Array) -> jax.Array:
-    """The value that a derivative is taken at, of a value that has one."""
+    """Returns the value at the bottom of nested JVP tracers."""
     while hasattr(x, "primal"):
         x = x.primal
     return x
 
 
 def _shifted(probe: jax.Array, sign: int) -> jax.Array:
-    """The probe as a leaf of a tree (``sign`` 1), or the leaf as a probe (-1).
+    """Converts a probe to a leaf of a tree (``sign`` 1), or back (-1).
 
-    The leaf is huge, so that a norm or a penalty over the leaves of codes in a loss is
-    infinite, if it is not refused before. Otherwise it would be a number that looks
-    right.
+    The leaf is huge, so that a norm or a penalty over leaves of codes that is not
+    refused is infinite, and does not look right.
     """
     if not isinstance(probe, jax.Array):
         return probe
@@ -109,7 +109,7 @@ def _shifted(probe: jax.Array, sign: int) -> jax.Array:
 
 
 def probes_of(weights: Sequence[Leaf], dtype: DTypeLike | None) -> list[Tree]:
-    """The leaves, with a probe of zeros in the place of every QuantizedArray."""
+    """Replaces each QuantizedArray by a probe of zeros."""
     return [
         zeros_like(w, dtype or w.value_dtype) if is_quantized(w) else w for w in weights
     ]
@@ -118,7 +118,7 @@ def probes_of(weights: Sequence[Leaf], dtype: DTypeLike | None) -> list[Tree]:
 def probed(weights: Sequence[Leaf], probes: Sequence[Tree]) -> list[Leaf]:
     """Replaces each QuantizedArray by a ProbedArray that carries its probe.
 
-    The other leaves are those that :func:`probes_of` returned, traced.
+    Other leaves are taken from ``probes``, which :func:`probes_of` made.
     """
     return [
         ProbedArray.of(w, x) if is_quantized(w) else x

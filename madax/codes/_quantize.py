@@ -1,4 +1,4 @@
-"""From trees of floats to trees of codes, and back."""
+"""Conversion of trees of floats to trees of codes, and back."""
 
 import dataclasses
 import sys
@@ -34,7 +34,7 @@ from madax.codes._leaves import widen
 from madax.codes._scales import bound_on_weights, fraction_above, root_mean_square
 from madax.formats._base import Format
 
-# The warnings about leaves.
+# Warnings about leaves.
 _LOSSY = (
     "this fraction of the norm was lost in rounding; pass channel_axis=-1 for a scale "
     "per channel, or a format of more bits, or another range."
@@ -57,34 +57,33 @@ def quantize_params(
       c = \mathrm{round}(\mathrm{encode}(w / \text{scale}))
 
     with nearest rounding. The scale stays the bound on the weights, like the bound of
-    :func:`madam` on floats: it clips no present weight, and small weights have room to
-    grow. With a number for ``p_scale`` it is :math:`p_\text{scale}\,
+    :func:`madam` on floats. It clips no weight of ``params``, and small weights have
+    room to grow. With a number for ``p_scale`` it is :math:`p_\text{scale}\,
     \mathrm{rms}(w)`, the bound of the paper, and a warning names the clipped leaves.
 
     In a module of ``flax.nnx`` only ``nnx.Param`` variables become codes; the result is
     a new module. Other arrays are copied, so that the result may be donated. Leaves
-    that are no arrays, such as functions in a module of Equinox, stay.
+    that are not arrays, such as functions in a module of Equinox, stay.
 
-    By default a leaf has one scale. ``channel_axis`` gives closer codes where
-    magnitudes differ much from channel to channel, or weights have heavy tails. A
-    warning names leaves that lose a quarter of their norm or more.
+    By default a leaf has one scale. With ``channel_axis``, codes are more accurate
+    where magnitudes differ between channels or weights have heavy tails. A warning
+    names leaves whose relative error is 25 % or more.
 
     Leaves that are codes of this format stay; codes of another format are decoded and
     encoded again. They keep their scale unless ``p_scale`` or ``channel_axis`` asks for
     another. To keep two formats in one tree, choose the leaves of each by ``where``.
 
     A leaf that is all zeros, such as the last kernel of a branch or B of LoRA, becomes
-    codes of zero, so the structure of the result never depends on values. In the place
-    of its root mean square stands ``zero_init_scale``, by default :math:`1 /
-    \sqrt{\text{fan-in}}`, to which it may grow: the scale is three times that. Steps
-    move such codes away from zero, but not in a :class:`LogFormat`, where a zero is a
-    trap: there the leaf is an error, unless ``zero_init_scale`` is given, for
-    optimizers within :func:`with_quantized_params`. A channel of zeros in another leaf
-    has the max of the scales of that leaf.
+    codes of zero, so the structure of the result never depends on values. Its scale is
+    three times ``zero_init_scale``, by default :math:`1 / \sqrt{\text{fan-in}}`, which
+    stands in for its root mean square. In a :class:`LogFormat` multiplicative steps
+    never move a code of zero, so such a leaf is an error, unless ``zero_init_scale`` is
+    given, for optimizers within :func:`with_quantized_params`. A channel of zeros in
+    another leaf has the max of the scales of that leaf.
 
-    Under ``jit`` and ``vmap`` values are unknown, so there are no warnings. There the
-    codes of a leaf that is not finite, or would be such an error, have the scale NaN,
-    and ``init`` of an optimizer raises an error that names the leaf.
+    Under ``jit`` and ``vmap`` values are unknown, so there are no warnings and no
+    errors about values. A leaf that would be such an error has the scale NaN, and
+    ``init`` of an optimizer raises an error that names it.
 
     Args:
       params: tree of floating-point arrays, any shapes, or a module of ``flax.nnx``.
@@ -98,13 +97,13 @@ def quantize_params(
       channel_axis: the axis, or several, with a scale for each index along it: -1 gives
         a scale for each output of a Flax kernel, 0 for each layer in a stack of layers.
         None, the default, for one scale per leaf.
-      zero_init_scale: the root mean square that stands in for a leaf that is all zeros,
-        in units of the weights; None for one over the root of its fan-in.
-      dtype: floating dtype that the codes decode to, and of their gradients; None for
-        the dtype of a leaf of 16 bits or of codes, and float32 for others.
+      zero_init_scale: the root mean square assumed for a leaf that is all zeros, in
+        units of the weights; None for one over the square root of its fan-in.
+      dtype: floating dtype of decoded codes and of their gradients; None for the dtype
+        of a leaf of 16 bits or of codes, and float32 for other leaves.
 
     Returns:
-      The tree, with a :class:`QuantizedArray` in the place of every chosen leaf; its
+      The tree, with a :class:`QuantizedArray` in place of each chosen leaf; its
       scale has the rank of its codes.
 
     Raises:
@@ -163,16 +162,16 @@ def quantize_params(
 
 
 def dequantize_params(params: Tree, dtype: DTypeLike | None = None) -> Tree:
-    """The parameters as floating-point arrays, for the model to use.
+    """Decodes the codes in a parameter tree to floating-point arrays.
 
     Args:
       params: tree of floating-point arrays and :class:`QuantizedArray`, or a module of
         ``flax.nnx``.
-      dtype: floating dtype of all floating leaves; None decodes codes to their own
-        dtype, and does not cast other leaves.
+      dtype: floating dtype of all floating leaves; None decodes codes to the dtype of
+        each leaf, and does not cast other leaves.
 
     Returns:
-      The tree with an array in the place of every :class:`QuantizedArray`.
+      The tree with an array in place of each :class:`QuantizedArray`.
 
     Raises:
       TypeError: if ``dtype`` is not floating.
@@ -196,7 +195,7 @@ def dequantize_params(params: Tree, dtype: DTypeLike | None = None) -> Tree:
 
 
 class _Facts(NamedTuple):
-    """The scalars that tell whether a leaf and a format suit each other."""
+    """Scalars that tell whether a format suits a leaf."""
 
     max: jax.Array  # max magnitude of the weights
     min_scale: jax.Array
@@ -206,14 +205,14 @@ class _Facts(NamedTuple):
 
 
 def _copied(tree: Tree) -> Tree:
-    """The arrays of a tree in new buffers, so that these may be donated."""
+    """Copies the arrays of a tree, so that the result may be donated."""
     return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, tree)
 
 
 def _is_weight(leaf: Tree, reading: Reading) -> bool:
     """The default of ``where``."""
     # Below 16 elements, codes hardly save more bytes than the scale takes. A leaf that
-    # is no array has no axes, so it is not asked for a dtype.
+    # is not an array has rank 0, so its dtype is never read.
     return is_quantized(leaf) or (
         np.ndim(leaf) >= 2
         and np.size(leaf) >= 16
@@ -231,7 +230,7 @@ def _value_dtype(leaf: Leaf, dtype: DTypeLike | None) -> jnp.dtype:
 def _zero_rms(
     reading: Reading, format: Format, zero_init_scale: ArrayLike | None
 ) -> ArrayLike:
-    """The root mean square that stands in for a leaf of zeros; 0 if none may."""
+    """Returns the root mean square assumed for a leaf of zeros; 0 if it is an error."""
     if zero_init_scale is not None:
         return zero_init_scale
     return reading.fan_in**-0.5 if format.moves_zeros else 0.0
@@ -245,7 +244,7 @@ def _code_leaf(
     channel_axes: Sequence[int],
     zero_rms: ArrayLike,
 ) -> tuple[QuantizedArray, _Facts | None]:
-    """The codes of a leaf; without facts if it is codes of the format already."""
+    """Returns the codes of a leaf, and facts; None if it has codes of the format."""
     name, scale = leaf_name("params", path), None
     if isinstance(leaf.codes if is_quantized(leaf) else leaf, jax.ShapeDtypeStruct):
         raise TypeError(
@@ -280,7 +279,7 @@ def _values(leaf: Tree) -> jax.Array:
     return leaf.dequantize(jnp.float32) if is_quantized(leaf) else leaf
 
 
-# Leaves of one shape share a program, and the host reads nothing between leaves.
+# Leaves of one shape share a program, and the host waits for none of them.
 @partial(jax.jit, static_argnames=("format", "axes"))
 def _encode(
     w: jax.Array,
@@ -291,13 +290,13 @@ def _encode(
     format: Format,
     axes: Sequence[int],
 ) -> tuple[jax.Array, jax.Array, _Facts]:
-    """The codes of a leaf, their scale (if it is not given), and the facts."""
+    """Returns the codes of a leaf, their scale (unless it is given), and the facts."""
     w = widen(w)
     rms = root_mean_square(w, axes, keepdims=True)
     max = jnp.max(jnp.abs(w), axis=axes, keepdims=True, initial=0)
     if scale is None:
         bound = bound_on_weights(p_scale, rms, max)
-        # A channel of zeros takes the scale of the other channels.
+        # A channel of zeros takes the max of the scales of the others.
         others = jnp.max(bound, initial=0)
         of_zeros = bound_on_weights(p_scale, jnp.asarray(zero_rms, w.dtype), others)
         others = jnp.where(others == 0, of_zeros, others)
@@ -320,7 +319,7 @@ def _check_codes(
     leaves: Sequence[Leaf],
     coded: dict[int, tuple[QuantizedArray, _Facts | None]],
 ) -> None:
-    """Warns of leaves that do not suit the format, and raises if they have no scale."""
+    """Warns of leaves that the format does not suit; raises if one has no scale."""
     facts_of = {i: facts for i, (_, facts) in coded.items() if facts is not None}
     known = {
         i: f for i, f in facts_of.items() if not isinstance(f.max, jax.core.Tracer)
@@ -329,10 +328,11 @@ def _check_codes(
     for i, facts in jax.device_get(known).items():  # all at once
         name, leaf, (q, _) = leaf_name("params", paths[i]), leaves[i], coded[i]
         if facts.min_scale > 0 and facts.max_scale < np.inf:
-            # A weight that is above the scale by a rounding is no outlier.
+            # A weight that exceeds the scale by a rounding error is not an outlier.
             if facts.max_relative > 1 + 1e-5:
                 clipped.append((name, fraction_above(_values(leaf), q.scale)))
-            # Measuring the loss takes as long as all else, so it is done only in doubt.
+            # Measuring the error takes as long as the rest, so only doubtful leaves pay
+            # for it.
             elif facts.max_ratio > 0.25 * q.format.dynamic_range:
                 lossy.append((name, _relative_error(_values(leaf), q)))
         elif facts.max == 0:
@@ -357,8 +357,8 @@ def _check_codes(
 
 @jax.jit
 def _relative_error(w: jax.Array, q: QuantizedArray) -> jax.Array:
-    """The norm of the error, relative to the norm of the weights."""
-    unit = jnp.max(q.scale)  # in which squares do not overflow
+    """Returns the norm of the error, relative to the norm of the weights."""
+    unit = jnp.max(q.scale)  # a unit in which squares do not overflow
     error, values = (
         jnp.sum(jnp.square(x / unit)) for x in (_values(q) - widen(w), widen(w))
     )
@@ -366,18 +366,18 @@ def _relative_error(w: jax.Array, q: QuantizedArray) -> jax.Array:
 
 
 def decoded(params: Tree) -> Tree:
-    """The parameters for an optimizer, which computes with codes in float32."""
+    """Decodes parameters for an optimizer, which computes in float32."""
     return jax.tree.map(_values, params, is_leaf=is_quantized)
 
 
 def split_module(params: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
-    """The weights of a module of Flax's nnx, and a function that makes it a module.
+    """Returns the weights of an nnx module, and a function that makes a module of them.
 
-    Returns other trees unchanged. A module can only exist if Flax is imported.
+    Other trees are returned unchanged. A module can exist only if Flax is imported.
     """
     nnx: Any = sys.modules.get("flax.nnx")
     if nnx is None or not isinstance(params, nnx.Module):
         return params, lambda tree: tree
     graph, weights, rest = nnx.split(params, nnx.Param, ...)
-    rest = _copied(rest)  # the variables of the new module are its own
+    rest = _copied(rest)  # so that the new module shares no variables
     return weights, lambda weights: nnx.merge(graph, weights, rest)

@@ -1,7 +1,7 @@
-"""A backward pass that decodes weights again, where the forward pass kept their values.
+"""A backward pass that decodes weights again instead of keeping their values.
 
-The derivative of a product needs the weights, so JAX keeps what they decoded to until
-then: four bytes for each weight, of all layers at once. The codes are there anyway.
+The derivative of a product needs the weights, so JAX would keep the decoded weights of
+all layers until the backward pass: four bytes per weight. The codes are kept anyway.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +19,8 @@ from madax.codes._probes import noting_decodes, primal
 def value_and_gradient(
     loss: Callable[[list], Tree], probes: list, has_aux: bool
 ) -> tuple[Tree, list]:
-    """``jax.value_and_grad(loss, has_aux=has_aux)(probes)``, but for what is kept."""
-    # These traces raise the errors of JAX for arguments and results.
+    """Like ``jax.value_and_grad(loss, has_aux=has_aux)(probes)``, in less memory."""
+    # These traces raise JAX's errors about arguments and results.
     jax.eval_shape(jax.grad(lambda probes: 0.0), probes)
     with noting_decodes() as decodes:
         value, pull, *aux = jax.vjp(loss, probes, has_aux=has_aux)
@@ -33,7 +33,7 @@ def value_and_gradient(
         if primal(value) is x
     }
     one = jnp.ones_like(value)
-    # Outside of jit everything is computed at once, so nothing would be saved.
+    # Outside jit every operation runs at once, so this would save nothing.
     if not again or not isinstance(value, jax.core.Tracer):
         (grads,) = pull(one)
     else:
@@ -45,7 +45,8 @@ def value_and_gradient(
 
         arrays = [kept[i] for i in again]
         closed, shape = jax.make_jaxpr(back, return_shape=True)(one, *arrays)
-        # The value, and not a constant, is what decoding waits for at least.
+        # Makes decoding wait at least for the value of the loss, and not for a
+        # constant.
         _, one = barrier((value, one))
         grads = jax.tree.unflatten(
             jax.tree.structure(shape), _evaluated(closed, one, list(again.values()))
@@ -56,10 +57,10 @@ def value_and_gradient(
 def _evaluated(
     closed: core.ClosedJaxpr, ct: jax.Array, weights: Sequence[QuantizedArray]
 ) -> list[jax.Array]:
-    """The results of a jaxpr of ``ct`` and of decoded weights.
+    """Evaluates a jaxpr of the cotangent ``ct`` and of decoded weights.
 
-    A weight is decoded for each operation that takes it, and not before the other
-    operands are there: else XLA may decode all weights first.
+    A weight is decoded for each operation that uses it, after the other operands are
+    computed. Otherwise XLA may decode all weights first.
     """
     jaxpr = closed.jaxpr
     codes = dict(zip(jaxpr.invars[1:], weights, strict=True))

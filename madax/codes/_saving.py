@@ -1,4 +1,4 @@
-"""Trees of codes as flat dictionaries of arrays, for files of any kind, and back."""
+"""Conversion of trees of codes to flat dictionaries of arrays, for files, and back."""
 
 import re
 from collections.abc import Mapping
@@ -12,17 +12,17 @@ from madax._core.names import Tree, flatten_named
 from madax.codes._array import AFTER_IMPORT, Kind, Leaf, QuantizedArray, is_quantized
 
 _CODES = re.compile(r"(?P<path>(?:.*/)?)codes:(?P<kind>(\w+:)?\w+\(.*\))")
-# Dtypes that NumPy's files do not keep: they return bfloat16 as two bytes of no type.
+# NumPy's files lose these dtypes: bfloat16 is read as two bytes without a type.
 _NO_NUMPY = re.compile(r"(?P<path>.*):(?P<dtype>bfloat16|float[468]_\w+|u?int[24])")
 
 
 def to_flat_dict(tree: Tree) -> dict[str, Any]:
-    """The arrays of a tree by name, with the codes and scales of quantised leaves.
+    """Returns the arrays of a tree by name, codes and scales of quantised leaves apart.
 
     Save them with ``numpy.savez``, safetensors, or any other format that keeps arrays
     by name. The names contain the format of codes, so the file is complete. NumPy's
-    files keep no bfloat16, float8 or int4. Such arrays become unsigned integers of the
-    same bits, and their names tell the dtype.
+    files do not support bfloat16, float8 or int4. Such arrays become unsigned integers
+    with the same bits, and their names contain the dtype.
 
     Args:
       tree: parameters, statistics, an ``nnx.State`` or any other tree of arrays.
@@ -70,7 +70,7 @@ def to_flat_dict(tree: Tree) -> dict[str, Any]:
 
 
 def from_flat_dict(arrays: Mapping[str, Any], target: Tree = None) -> Tree:
-    """The tree from which :func:`to_flat_dict` made a dictionary.
+    """Returns the tree from which :func:`to_flat_dict` made a dictionary.
 
     It also takes a tree of dictionaries that has lost its :class:`QuantizedArray`
     nodes, as Orbax restores without a target, or flax's ``msgpack_restore``.
@@ -109,7 +109,7 @@ def from_flat_dict(arrays: Mapping[str, Any], target: Tree = None) -> Tree:
 def _restored(
     name: str, codes: jax.Array, scale: jax.Array, kind: Kind
 ) -> QuantizedArray:
-    """Codes and their scale from a file, checked; errors call them ``name``."""
+    """Returns codes and their scale from a file, checked; errors call them ``name``."""
     format = kind.format
     axes = zip(scale.shape[::-1], codes.shape[::-1], strict=False)
     is_here = _is_here(codes) and _is_here(scale)
@@ -123,7 +123,7 @@ def _restored(
             f"codes of shape {codes.shape}, but a scale of shape {scale.shape}, whose "
             "axes must be 1 or as long as the axes of the codes"
         )
-    # The magnitude of -128 is no int8.
+    # The magnitude of -128 does not fit int8.
     elif is_here and np.any((codes > format.levels) | (codes < -format.levels)):
         wrong = f"codes beyond {format.levels}, the max of {format!r}"
     elif is_here and not np.all((scale > 0) & (scale < np.inf)):
@@ -134,13 +134,13 @@ def _restored(
 
 
 def _is_here(x: Any) -> bool:
-    """Whether this process has all values of an array."""
+    """Returns whether this process has all values of an array."""
     if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
         return False
     return getattr(x, "is_fully_addressable", True)
 
 
-# Lets flax.serialization take QuantizedArrays apart, and put them together.
+# Lets flax.serialization save and restore QuantizedArrays.
 AFTER_IMPORT["flax.serialization", "register_serialization_state"] = lambda register: (
     register(QuantizedArray, QuantizedArray.parts, _from_parts)
 )
@@ -157,7 +157,7 @@ def _from_parts(target: QuantizedArray, parts: dict[str, Any]) -> QuantizedArray
 
 
 def _in_numpy(name: str, array: Any) -> tuple[str, Any]:
-    """The array in a dtype of NumPy's files, and a name that tells its own dtype."""
+    """Returns the array in a dtype of NumPy's files, and a name with its own dtype."""
     dtype = getattr(array, "dtype", None)
     if not _NO_NUMPY.fullmatch(f":{dtype}") or isinstance(array, jax.ShapeDtypeStruct):
         return name, array
@@ -197,7 +197,7 @@ def _unnested(arrays: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _joined(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The leaves by name; codes and their scale become one leaf."""
+    """Returns the leaves by name; codes and their scale become one leaf."""
     leaves = {}
     codes = {name: match for name in arrays if (match := _CODES.fullmatch(name))}
     scales = {f"{match['path']}scale" for match in codes.values()}
@@ -222,7 +222,7 @@ def _joined(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _nested(leaves: dict[str, Any]) -> Tree:
-    """Dictionaries in dictionaries, along the slashes in names."""
+    """Returns nested dictionaries, by the slashes in names."""
     if leaves.keys() == {""}:  # the tree is a leaf
         return leaves[""]
     tree: Tree = {}

@@ -1,6 +1,6 @@
-"""The root mean square and the max of a leaf, from which its scale is made.
+"""The root mean square and the max of a leaf, which determine its scale.
 
-All results have the same bits on one device and on a mesh, at any scale of the weights.
+All results have the same bits on one device and on a mesh, at any scale of weights.
 """
 
 import operator
@@ -21,7 +21,7 @@ from madax.codes._leaves import flatten, widen
 
 
 def float_leaf_sizes(params: optax.Params) -> tuple[list[str], jax.Array, jax.Array]:
-    """The paths of float leaves; vectors of root mean squares and of max magnitudes.
+    """Returns paths of float leaves, and vectors of their root mean squares and maxima.
 
     Raises if a leaf is a shape, has less than 16 bits, or is known not to be finite.
     """
@@ -63,9 +63,9 @@ def float_leaf_sizes(params: optax.Params) -> tuple[list[str], jax.Array, jax.Ar
 def bound_on_weights(
     p_scale: jax.typing.ArrayLike | None, rms: jax.Array, max: jax.Array
 ) -> jax.Array:
-    """The bound on weights of a root mean square and a max; it clips no weight.
+    """Returns the bound on weights, given their root mean square and max.
 
-    With a number for ``p_scale`` it is the bound of the paper, which may clip weights.
+    By default it clips no weight. With ``p_scale`` it is the paper's bound, which may.
     """
     if p_scale is None:
         return jnp.maximum(3 * rms, max)
@@ -73,9 +73,9 @@ def bound_on_weights(
 
 
 def check_code_scales(params: optax.Params) -> None:
-    """Raises if a scale of codes is known not to be a positive, finite number.
+    """Raises if a scale of codes is known not to be positive and finite.
 
-    ``quantize_params`` under ``jit`` knows no values, and returns NaN for such a scale.
+    ``quantize_params`` under ``jit`` cannot raise, and returns NaN for such a scale.
     """
     paths, leaves, _ = flatten(params)
     usable = {
@@ -100,17 +100,17 @@ def _usable(scale: jax.Array) -> jax.Array:
     return jnp.all((scale > 0) & (scale < jnp.inf))
 
 
-# Leaves of one shape share a program, and the host reads nothing between leaves.
+# Leaves of one shape share a program, and the host waits for none of them.
 @jax.jit
 def _leaf_size(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The root mean square of an array, and its max magnitude."""
+    """Returns the root mean square of an array, and its max magnitude."""
     w = widen(w)
     return root_mean_square(w), jnp.max(jnp.abs(w), initial=0)
 
 
 @jax.jit
 def fraction_above(w: jax.Array, bound: jax.Array) -> jax.Array:
-    """The fraction of weights that are above a bound by more than a rounding."""
+    """Returns the fraction of weights above a bound by more than a rounding error."""
     above = jnp.abs(widen(w)) > bound * (1 + 1e-5)
     return jnp.sum(above, dtype=jnp.uint32) / float(max(np.size(w), 1))
 
@@ -118,10 +118,10 @@ def fraction_above(w: jax.Array, bound: jax.Array) -> jax.Array:
 def root_mean_square(
     w: jax.Array, axes: Sequence[int] | None = None, *, keepdims: bool = False
 ) -> jax.Array:
-    """The root mean square over ``axes``, float32 or wider, at any scale of ``w``.
+    """Returns the root mean square over ``axes``, float32 or wider, without overflow.
 
-    It is 1 for an empty array, which needs no scale, but is not "all zeros", and NaN
-    for an array with a value that is not finite.
+    It is 1 for an empty array, which is not "all zeros", and NaN for an array with a
+    value that is not finite.
     """
     axes = tuple(range(w.ndim)) if axes is None else tuple(axes)
     rms = _root_mean_square_over(axes)(widen(w))
@@ -130,7 +130,7 @@ def root_mean_square(
 
 @cache
 def _root_mean_square_over(axes: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
-    """The function of an array that keeps the axes, in size 1."""
+    """Returns a function of an array that keeps the axes, with size 1."""
 
     # Sums of integers have no derivative, so the rule is written out.
     def rule(tangents, rms, w):
@@ -150,7 +150,7 @@ def _root_mean_square_over(axes: tuple[int, ...]) -> Callable[[jax.Array], jax.A
 
 
 def _orderless_mean(x: jax.Array, axis: int) -> jax.Array:
-    """The mean of numbers in [0, 1]; the bits do not depend on the order of adding.
+    """Returns the mean of numbers in [0, 1], with bits that no order of sums changes.
 
     So a leaf has the same scale on one device and on a mesh, where partial sums of
     floats would round differently. The numbers are cut into digits, narrow enough for
@@ -177,15 +177,15 @@ def _orderless_mean(x: jax.Array, axis: int) -> jax.Array:
 def split_max(
     x: jax.Array, axes: Sequence[int] | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """A magnitude and ``x`` relative to it, in [-2, 2], whose squares do not overflow.
+    """Returns a magnitude, and ``x`` relative to it, whose squares do not overflow.
 
-    The magnitude is a power of two near the max over ``axes``, which are kept in size
-    1, or 1 if the max is zero. So the quotient is exact in every program.
+    The magnitude is a power of two near the max over ``axes``, which are kept with size
+    1, or 1 if the max is zero. So the quotient, in [-2, 2], is exact in every program.
     """
     max = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
     info = jnp.finfo(x.dtype)
     power = jax.lax.reduce_precision(0.75 * max, info.nexp, 0)
-    # A power of two was a tie, which is rounded up or down, depending on its exponent.
+    # A power of two is a tie here, and rounds up or down depending on its exponent.
     power = jnp.where(2 * power <= max, 2 * power, power)
     unit = jnp.where(max == 0, 1, jnp.maximum(power, info.tiny))
     return unit, operator.truediv(*normal_reciprocal(x, unit))

@@ -1,4 +1,4 @@
-"""Steps of codes: real-valued, rounded to integers, and as an update of a leaf."""
+"""Steps of codes: real-valued steps, integer steps, and updates of leaves."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def moved_codes(
     sign: jax.Array,
     bits: jax.Array | None,
 ) -> jax.Array:
-    """The codes, int32, after real-valued ``steps`` are rounded and saturated."""
+    """Returns the codes, int32, after real-valued ``steps``, rounded and saturated."""
     far = 2 * format.levels + 1  # further than any two codes are apart
     steps = jnp.where(jnp.isfinite(steps), within(steps, -far, far), 0)
     whole = round_steps(steps, bits)
@@ -37,7 +37,7 @@ def moved_codes(
 
 
 def real_steps(w: QuantizedArray, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The real-valued steps that add ``u`` to a leaf, and its values after them.
+    """Returns the real-valued steps that add ``u`` to a leaf, and its new values.
 
     Both are float32, and the values relative to the scale. Elements of ``u`` that are
     not finite count as 0.
@@ -47,9 +47,9 @@ def real_steps(w: QuantizedArray, u: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def as_steps(w: Leaf, step: jax.Array) -> Leaf:
-    """The step as an update: for a quantised leaf, a QuantizedArray.
+    """Returns a step as an update; for a quantised leaf, as a QuantizedArray.
 
-    A compiled function cannot return it, because the mark of an update is a Python
-    value.
+    A compiled function cannot return it, because False in place of the scale, which
+    marks an update, is a Python value.
     """
     return QuantizedArray.steps(step, *w.kind) if is_quantized(w) else step

@@ -1,14 +1,14 @@
-"""Codes for training loops of others, which differentiate and update by themselves.
+"""Codes for training loops that call ``jax.grad`` and apply updates themselves.
 
 .. warning::
-   Experimental, as is ``jax.experimental.hijax``, on which it stands. It needs
-   JAX 0.10.2 or newer, and is imported when it is used.
+   Experimental, like ``jax.experimental.hijax``, on which it is built. It needs JAX
+   0.10.2 or newer, and is imported on first use.
 
 ``jax.grad`` has no derivatives for integers, so a trainer that calls it cannot train a
-:class:`madax.QuantizedArray`. Lifted codes are a single leaf of a type of their own:
-its values are codes, and its tangents are floats. A trainer takes the leaf for a
-floating array, of its shape and with its gradients. It takes a byte or two per weight,
-and is decoded where it is used.
+:class:`madax.QuantizedArray`. Lifted codes are a single leaf with a JAX type of its
+own: its values are codes, and its tangents are floats. To a trainer the leaf is a
+floating array with float gradients. The leaf takes one or two bytes per weight, and is
+decoded where it is used.
 """
 
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-if not TYPE_CHECKING:  # A type checker would accept any name.
+if not TYPE_CHECKING:  # With __getattr__, a type checker would accept any name.
 
     def __getattr__(name):
         if name not in __all__:

@@ -1,4 +1,4 @@
-"""What is used of ``jax.experimental.hijax``, which changes from version to version."""
+"""The names of ``jax.experimental.hijax`` that madax uses, for each version of JAX."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from jax.experimental import hijax
 
 HiType: Any = hijax.HiType
 ShapedArray: Any = hijax.ShapedArray
-# JAX 0.12 renamed it. The methods that are used of it have not changed since 0.10.
+# JAX 0.12 renamed this class. The methods used here have not changed since 0.10.
 Primitive: Any = getattr(hijax, "HiPrim", None) or getattr(hijax, "VJPHiPrimitive")  # noqa: B009
-# A base that may set its own attributes.
+# As Any, because subclasses set attributes that jax.Array declares read-only.
 Array: Any = jax.Array
 
 register = hijax.register_hitype

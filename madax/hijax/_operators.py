@@ -1,4 +1,4 @@
-"""Lifted codes where an array is expected: they decode, except for ``p + steps``."""
+"""Array operators of lifted codes: all decode, except ``p + steps``."""
 
 import sys
 from collections.abc import Callable
@@ -12,17 +12,18 @@ from madax.hijax._jax import Array, ShapedArray, method, property_
 from madax.hijax._primitives import decode_array, lift_array, lower_array
 from madax.hijax._values import CodesType, LiftedArray, is_lifted
 
-# What ShapedArray has for other ends, and what lifted codes have of their own.
+# Attributes that ShapedArray has for other purposes, or that lifted codes define.
 _OTHER = {"__new__", "_create", "_array_module", "_copy", "_deepcopy", "copy"}
-# The modules that add an update to weights.
+# Modules that add updates to weights.
 _APPLIERS = ("optax.", "equinox._update")
 
 
 class _Stepped(Array):
-    """New codes on their way through ``jnp.asarray(p + u).astype(p.dtype)`` of optax.
+    """Carries new codes through optax's ``jnp.asarray(p + u).astype(p.dtype)``.
 
-    ``jnp.asarray`` returns a ``jax.Array`` as it is, where it would decode codes. In a
-    tree, as where ``p + u`` is all, this is a node, which becomes the codes themselves.
+    ``jnp.asarray`` returns a ``jax.Array`` unchanged, but would decode codes. Where a
+    loop uses plain ``p + u``, this is a node of the tree, and unflattening it returns
+    the codes.
     """
 
     def __init__(self, value: LiftedArray):
@@ -46,9 +47,9 @@ jax.tree_util.register_pytree_node(
 
 
 def install() -> None:
-    """Gives lifted codes, and tracers of them, all that arrays have.
+    """Gives lifted codes and their tracers every operator and method of arrays.
 
-    The list of operators, methods and properties is that of JAX.
+    The list of operators, methods and properties comes from JAX.
     """
     for name, kind in list(vars(ShapedArray).items()):
         if name in _OTHER:
@@ -97,7 +98,7 @@ def _value(x: Tree) -> Tree:
 
 
 def _add(x: LiftedArray, other: Tree) -> Tree:
-    """New codes if ``other`` are steps, integers of their shape; or a sum of floats."""
+    """Returns new codes if ``other`` holds integer steps, or else a sum of floats."""
     of_shape = getattr(other, "shape", None) == x.shape and not is_lifted(other)
     if of_shape and other.dtype == jax.typeof(x).number_format.step_dtype:
         w = lower_array(x)
@@ -118,7 +119,7 @@ def _to_numpy(x, dtype=None, copy=None):
 
 
 def _caller() -> str:
-    """The name of the module that computes with a value."""
+    """Returns the name of the module that called the operator."""
     frame, name = sys._getframe(2), ""
     while frame and (name := frame.f_globals["__name__"]).startswith(
         ("jax.", "madax.")
@@ -128,8 +129,7 @@ def _caller() -> str:
 
 
 def _getitem(x: LiftedArray, index: Tree) -> Tree:
-    # With an ellipsis alone it is the value of an nnx.Variable, which is decoded where
-    # it is used.
+    # x[...] is how nnx.Variable reads its value, which is decoded later, at its use.
     return x if index is Ellipsis else decode_array(x)[index]
 
 

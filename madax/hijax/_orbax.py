@@ -1,4 +1,4 @@
-"""Lifted codes in the checkpoints of Orbax: three arrays in the place of one.
+"""Saves lifted codes in Orbax checkpoints, as three arrays for each leaf.
 
 This module is imported only after Orbax.
 """
@@ -23,10 +23,10 @@ _PARTS = "codes", "scale", "format"
 
 
 class _Handler(type_handlers.TypeHandler):
-    """Saves the codes, the scale, and the bytes of a text with the format."""
+    """Saves the codes, the scale, and the name of the format as bytes."""
 
     def __init__(self):
-        # A handler writes files about all its arrays, which two would overwrite.
+        # Two handlers would overwrite each other's sharding file.
         self._arrays = type_handlers.ArrayHandler(enable_write_sharding_file=False)
 
     def typestr(self) -> str:
@@ -35,7 +35,7 @@ class _Handler(type_handlers.TypeHandler):
     async def metadata(self, infos):
         codes = [_of_part(info, "codes") for info in infos]
         found = await type_handlers.NumpyHandler().metadata(codes)
-        # Without a sharding, a restore that has no target would ask for a NumPy array.
+        # Without a sharding, a restore without a target would ask for a NumPy array.
         first = SingleDeviceShardingMetadata.from_jax_sharding(_placed(None))
         return [dataclasses.replace(metadata, sharding=first) for metadata in found]
 
@@ -75,11 +75,11 @@ def _value(codes: jax.Array, scale: jax.Array, text: jax.Array) -> LiftedArray:
 
 
 def _of_part(info: Tree, name: str) -> Tree:
-    """Where a part is, beside the others."""
+    """Returns the name and path of one of the three arrays of a leaf."""
     part = copy.copy(info)
     part.name = f"{info.name}.{name}"
     part.path = info._path.parent / part.name
-    # Other arrays are saved by another thread, with which a limiter cannot be shared.
+    # Other arrays are saved by another thread, and a limiter belongs to one thread.
     part.byte_limiter = None
     return part
 
@@ -90,7 +90,7 @@ def _placed(arg: Tree) -> Tree:
 
 
 def _saved_as(kind: str, directory: Tree) -> set[str]:
-    """The names of what a checkpoint says to hold of a kind."""
+    """Returns the names of the leaves that a checkpoint lists with a type string."""
     path = directory / "_METADATA"
     if not path.exists():
         return set()
@@ -107,12 +107,12 @@ def _is_other(kind: type) -> bool:
 
 
 def register(handlers: Tree) -> None:
-    """Makes Orbax save and restore lifted codes; it takes other arrays as before."""
+    """Registers a handler of lifted codes with Orbax; other arrays keep theirs."""
     arrays = handlers.get_type_handler(jax.Array)
     codes = _Handler()
 
     class Arrays(type(arrays)):  # pyrefly: ignore[invalid-inheritance]
-        """Restores what was saved as codes also where a jax.Array is asked for."""
+        """Restores codes where they were saved, even if a jax.Array is asked for."""
 
         async def deserialize(self, infos, args=None):
             args = args or [None] * len(infos)

@@ -1,4 +1,4 @@
-"""The three things that are done to lifted codes: made, taken apart, and decoded."""
+"""The three primitives of lifted codes: lift, take apart, and decode."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from madax.hijax._values import CodesType, LiftedArray, type_of
 
 
 class _Decode(Primitive):
-    """The floats of codes; its derivative is the identity."""
+    """Decodes lifted codes; the derivative is the identity."""
 
     def __init__(self, kind: CodesType):
         self.in_avals, self.out_aval = (kind,), kind.to_tangent_aval()
@@ -40,7 +40,7 @@ class _Decode(Primitive):
 
 
 class _Parts(Primitive):
-    """The codes and the scale, which are integers and a constant."""
+    """Returns the codes and the scale, neither of which has a derivative."""
 
     def __init__(self, kind: CodesType):
         self.in_avals, self.out_aval = (kind,), tuple(kind.lo_ty())
@@ -51,11 +51,11 @@ class _Parts(Primitive):
         return x.codes, x.scale
 
     def vjp_fwd(self, nzs_in, /, *args):
-        # A derivative of zero would be wrong without a word.
+        # A derivative of zero would be silently wrong.
         raise TypeError(
-            "madax.hijax.lower, put or an update was called on codes inside a "
-            "derivative, which it does not have; call it outside, and use the codes "
-            "as they are inside."
+            "madax.hijax.lower, put or an update of an optimizer was called on codes "
+            "that are being differentiated, and has no derivative; call it outside, "
+            "and use the lifted codes inside."
         )
 
     jvp = lin = vjp_fwd
@@ -65,7 +65,7 @@ class _Parts(Primitive):
 
 
 class _Lift(Primitive):
-    """A lifted array of codes and a scale."""
+    """Makes a lifted array of codes and a scale."""
 
     def __init__(self, kind: CodesType):
         self.in_avals, self.out_aval = tuple(kind.lo_ty()), kind
@@ -86,18 +86,18 @@ class _Lift(Primitive):
 
 
 def decode_array(x: LiftedArray) -> jax.Array:
-    """The array that lifted codes decode to, with a derivative."""
+    """Decodes lifted codes, with a derivative."""
     return _Decode(jax.typeof(x))(x)
 
 
 def lower_array(x: LiftedArray) -> QuantizedArray:
-    """The codes of a lifted array, which have no derivative."""
+    """Returns the :class:`QuantizedArray` of lifted codes, without a derivative."""
     codes, scale = _parts(x)
     return QuantizedArray(codes, scale, jax.typeof(x).number_format, x.dtype)
 
 
 def lift_array(w: QuantizedArray, dtype: DTypeLike) -> LiftedArray:
-    """A lifted array of codes, which decodes to a dtype."""
+    """Lifts codes, to be decoded to a dtype."""
     w.check_has_value()
     return _lifted(w.codes, w.scale, w.format, jnp.dtype(dtype))
 

@@ -1,18 +1,18 @@
-"""Where a scale lies, of which the codes are sharded."""
+"""Shardings of scales, for codes that are sharded."""
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 
 def replicated(sharding: Sharding) -> Sharding:
-    """The whole array on each device."""
+    """Returns a sharding with the whole array on each device of another sharding."""
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec())
     return sharding
 
 
 def of_scale(sharding: Sharding, scale: jax.Array) -> Sharding:
-    """The sharding of codes, without the axes along which there is one scale."""
+    """Returns a sharding of codes without the axes along which the scale has size 1."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     axes = zip(scale.shape, sharding.spec, strict=False)

@@ -1,4 +1,4 @@
-"""Trees of lifted codes: made, taken back, placed, and trained."""
+"""Functions of trees of lifted codes: lift, lower, decode, place and train."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -30,7 +30,7 @@ def _let_orbax_save(type_handlers: Tree) -> None:
 
 
 def _let_variables_decode(nnx: Tree) -> None:
-    """Lets ``jnp`` functions take a variable by its values, as in ``codes._flax``."""
+    """Lets ``jnp`` functions decode a variable of codes, as in ``codes._flax``."""
     jax_array = nnx.Variable.__jax_array__
 
     @wraps(jax_array)
@@ -50,17 +50,17 @@ def lift(params: Tree, dtype: DTypeLike | None = None) -> Tree:
     """Makes each :class:`QuantizedArray` of a tree a leaf that has derivatives.
 
     To ``jax.grad``, ``optax`` and ``flax`` such a leaf is an array of floats: it has
-    their shape and dtype, gradients with respect to it are floats, and what is computed
-    with it decodes it. A model or a trainer needs no change. Two lines of its user do:
-    parameters are lifted, and the optimizer is wrapped in :func:`optimizer`.
+    the shape and dtype of the decoded weights, its gradients are floats, and operations
+    decode it. Models and trainers need no change. Their user changes two lines: lift
+    the parameters, and wrap the optimizer in :func:`optimizer`.
 
-    The lifted codes share the buffers of those in ``params``.
+    The lifted codes share their buffers with the codes in ``params``.
 
     Args:
       params: tree with :class:`QuantizedArray`, as from
         :func:`madax.quantize_params`, a state of ``flax.nnx``, or a module.
-      dtype: floating dtype that the codes decode to, and of their gradients; None for
-        their own. Other leaves are not cast.
+      dtype: floating dtype of decoded codes and of their gradients; None for the dtype
+        of each leaf. Other leaves are not cast.
 
     Returns:
       The tree, or a new module, with lifted codes.
@@ -96,17 +96,17 @@ def lift(params: Tree, dtype: DTypeLike | None = None) -> Tree:
     if not any(map(is_lifted, jax.tree.leaves(new))):
         raise ValueError(
             "params hold no codes to lift; call madax.quantize_params(params, format) "
-            "before."
+            "first."
         )
     return merge(new)
 
 
 def lower(params: Tree) -> Tree:
-    """Makes lifted codes :class:`QuantizedArray` again, on the same buffers.
+    """Turns lifted codes back into :class:`QuantizedArray`, on the same buffers.
 
-    Everything of madax takes those: :func:`madax.value_and_grad`,
-    :func:`madax.dequantize_params`, :func:`madax.to_flat_dict`,
-    ``madax.diagnostics``, ``jax.shard_map``, and ``jax.device_put``.
+    The rest of madax takes these: :func:`madax.value_and_grad`,
+    :func:`madax.dequantize_params`, :func:`madax.to_flat_dict`, ``madax.diagnostics``,
+    ``jax.shard_map``, and ``jax.device_put``.
 
     Args:
       params: tree, state or module with lifted codes.
@@ -127,20 +127,19 @@ def lower(params: Tree) -> Tree:
 
 
 def decode(params: Tree) -> Tree:
-    """The floats of lifted codes, with derivatives.
+    """Decodes lifted codes to floats, with derivatives.
 
-    Lifted codes decode themselves where an array of floats is used as such: by
-    operators, methods and indices, by ``jnp``, and in layers of Flax. Functions of
-    ``jax.lax`` take them as they are, and refuse them; so do layers that call those,
-    such as the convolutions of Haiku and Equinox. A loss of decoded parameters suits
-    them all:
+    Lifted codes decode themselves in operators, methods, indexing, ``jnp`` functions
+    and layers of Flax. ``jax.lax`` functions refuse them, and so do layers that call
+    ``jax.lax`` directly, such as the convolutions of Haiku and Equinox. A loss of
+    decoded parameters works with all of them:
 
     .. code-block:: python
 
         loss = lambda params, x: their_loss(madax.hijax.decode(params), x)
 
-    Gradients are the same. All weights are floats at once, unless the compiler decodes
-    them where they are used.
+    The gradients are the same. All weights are in floats at once, unless the compiler
+    moves the decoding to where a weight is used.
 
     Args:
       params: tree, state or module with lifted codes.
@@ -163,13 +162,13 @@ def decode(params: Tree) -> Tree:
 def put(params: Tree, shardings: Tree) -> Tree:
     """``jax.device_put`` for trees with codes, lifted or not.
 
-    Codes are placed like an array of their shape. Their scale is placed likewise along
-    the axes where there are several, and replicated along the others.
+    Codes are placed like an array of their shape. Their scale is sharded along the axes
+    where it has several values, and replicated along the others.
 
     Args:
       params: tree of arrays, lifted codes and :class:`QuantizedArray`.
-      shardings: a sharding or a device for all leaves, or a tree of them, whose
-        structure is that of ``params`` or of its upper part; codes are one leaf.
+      shardings: a sharding or a device for all leaves, or a tree of them with the
+        structure of ``params`` or a prefix of it; codes are one leaf.
 
     Returns:
       The tree on those devices.
@@ -200,16 +199,16 @@ def put(params: Tree, shardings: Tree) -> Tree:
 def optimizer(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Lets an optimizer that trains codes train lifted ones.
+    """Lets an optimizer of codes train lifted codes.
 
-    ``tx`` sees each of them as a :class:`QuantizedArray`, and so takes the same steps,
-    to the bit. The update that leaves here for a lifted leaf is an array of steps of
-    its codes, int32, of its shape. ``optax.apply_updates`` adds it; so does
-    ``equinox.apply_updates``, or ``p + u`` by hand.
+    ``tx`` sees each lifted leaf as a :class:`QuantizedArray`, and so takes the same
+    steps, to the bit. The update of a lifted leaf is an int32 array of code steps, of
+    the shape of the leaf. ``optax.apply_updates``, ``equinox.apply_updates`` or ``p +
+    u`` adds it.
 
-    What is applied to gradients (clipping, noise, accumulation by ``optax.MultiSteps``)
-    may stand before it, around it or inside ``tx``. Nothing that makes floats of its
-    updates may follow it: adding floats to lifted codes in ``apply_updates`` is an
+    Transforms of gradients (clipping, noise, accumulation by ``optax.MultiSteps``) may
+    go before it, around it or inside ``tx``. No transform that turns its updates into
+    floats may follow it: adding floats to lifted codes in ``apply_updates`` is an
     error.
 
     Args:
@@ -220,8 +219,8 @@ def optimizer(
       An optimizer for trees with lifted codes.
 
     Raises:
-      TypeError: if ``tx`` is no optimizer, or, when called, its updates of codes are
-        floats, or a gradient is missing.
+      TypeError: if ``tx`` is not an optimizer, or, when called, its updates of codes
+        are floats, or a gradient is missing.
       ValueError: when called, if ``params`` hold no codes.
 
     Example:
@@ -241,7 +240,7 @@ def optimizer(
     def update_fn(updates, state, params: Tree = None, **extra_args):
         _check_all_there(updates, params)
         _check_codes(params)
-        # Outside of jit, codes of p + u alone are still nodes, which become leaves.
+        # Outside jit, the result of a plain p + u is still a _Stepped node.
         params = jax.tree.map(lambda w: w, params)
         updates, state = inner.update(updates, state, lower(params), **extra_args)
         paths, leaves, treedef = flatten_named(params)
@@ -259,9 +258,9 @@ def _check_codes(params: Tree) -> None:
     leaves = jax.tree.leaves(params, is_leaf=_is_code_or_masked)
     if leaves and not any(is_lifted(x) or _is_code_or_masked(x) for x in leaves):
         raise ValueError(
-            "params hold no lifted codes; pass those that madax.hijax.lift returned, "
-            "to a filter of arrays also. Filters inside equinox.filter_jit leave them "
-            "out, as no arrays: use jax.jit of the arrays of equinox.partition."
+            "params hold no lifted codes; pass the tree that madax.hijax.lift "
+            "returned. Inside equinox.filter_jit, filters of arrays leave lifted codes "
+            "out: use jax.jit on the arrays of equinox.partition instead."
         )
 
 
@@ -275,7 +274,7 @@ def _mapped(function: Callable, params: Tree) -> Tree:
 
 
 def _steps(path: str, u: Tree) -> jax.Array:
-    """The update of lifted codes."""
+    """Returns the update of lifted codes."""
     if not is_quantized(u):
         raise TypeError(
             f"{leaf_name('updates', path)} is {jnp.result_type(u)}, but the leaf is "
@@ -293,6 +292,6 @@ def _check_all_there(updates: Tree, params: Tree) -> None:
     if missing[0] > missing[1]:
         raise TypeError(
             "a gradient is None where params have a leaf: filters of arrays, as in "
-            "equinox.filter_grad, leave out lifted codes that are traced; take "
-            "jax.value_and_grad of the arrays of equinox.partition."
+            "equinox.filter_grad, leave out traced lifted codes; use "
+            "jax.value_and_grad on the arrays of equinox.partition instead."
         )

@@ -1,7 +1,7 @@
-"""The type of lifted codes, and a value of it.
+"""The JAX type of lifted codes, and its values.
 
-JAX asks a type of ``jax.experimental.hijax`` for the arrays that stand for a value in a
-compiled program, here codes and a scale, and for the type of its tangents, here floats.
+JAX asks such a type which arrays represent a value in a compiled program (here codes
+and a scale), and for the type of its tangents (here floats).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from madax.codes._array import QuantizedArray
 from madax.formats._base import Format
 from madax.hijax._jax import Array, HiType, ShapedArray, register
 
-# JAX and other libraries print the type, or the class, where they refuse a value.
+# JAX and other libraries print the type or the class when they refuse a value.
 REMEDY = (
     "codes of madax.hijax: pass madax.hijax.decode(w) to functions of jax.lax, place w "
     "by madax.hijax.put, and take madax.hijax.lower(w) for everything else"
@@ -26,7 +26,7 @@ REMEDY = (
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class CodesType(HiType):
-    """The type of an array of codes, whose tangents are floats of its shape.
+    """The type of an array of codes, with float tangents of the same shape.
 
     Attributes:
       codes: the type of the codes.
@@ -45,7 +45,7 @@ class CodesType(HiType):
     ndim = property(lambda self: self.codes.ndim)
     size = property(lambda self: self.codes.size)
     sharding = property(lambda self: self.codes.sharding)
-    # JAX 0.10 asks it of what scan and cond return, and newer ones of arrays alone.
+    # JAX 0.10 reads this from the results of scan and cond; newer versions do not.
     mat = property(lambda self: self.codes.mat)
 
     @cached_property
@@ -78,7 +78,7 @@ class CodesType(HiType):
         return self._tangent
 
     def dec_rank(self, size: int | None, spec: int | None) -> "CodesType":
-        """The type of one of the slices of ``vmap`` or ``scan``."""
+        """Returns the type of one slice in ``vmap`` or ``scan``."""
         if spec is None:
             return self
         if self.scale.shape[spec] != size:
@@ -92,7 +92,7 @@ class CodesType(HiType):
         return codes_type(*parts, self.number_format, self.dtype)
 
     def inc_rank(self, size: int | None, spec: int | None) -> "CodesType":
-        """The type of a stack of such values."""
+        """Returns the type of a stack of values of this type."""
         if spec is None:
             return self
         parts = (_resized(part, spec, 0, (size,)) for part in self.lo_ty())
@@ -127,7 +127,7 @@ codes_type = lru_cache(maxsize=4096)(CodesType)
 def _resized(
     part: ShapedArray, axis: int, drop: int, sizes: Sequence[int | None]
 ) -> ShapedArray:
-    """The type with ``sizes`` in the place of ``drop`` axes."""
+    """Returns the type with ``sizes`` in place of ``drop`` axes."""
     shape = (*part.shape[:axis], *sizes, *part.shape[axis + drop :])
     on = part.sharding
     spec = [*on.spec, *[None] * (part.ndim - len(on.spec))]
@@ -142,10 +142,10 @@ class _InErrors(type(jax.Array)):
 
 
 class LiftedArray(Array, metaclass=_InErrors):
-    """Codes and a scale where they are not traced.
+    """Codes and a scale outside of tracing.
 
-    Its operators, methods and ``__jax_array__`` are those of the array that it decodes
-    to; ``_operators`` adds them.
+    ``_operators`` adds the operators, methods and ``__jax_array__`` of the decoded
+    array.
     """
 
     def __init__(self, codes: jax.Array, scale: jax.Array, kind: CodesType):
@@ -165,7 +165,7 @@ class LiftedArray(Array, metaclass=_InErrors):
 
     @property
     def val(self) -> jax.Array:
-        """What JAX asks for where a function of jax.lax takes the value as it is."""
+        """An error, as JAX reads it where a ``jax.lax`` function gets the codes."""
         raise TypeError(f"a function of jax.lax got {self.aval!r}.")
 
     def is_deleted(self) -> bool:
@@ -198,7 +198,7 @@ class LiftedArray(Array, metaclass=_InErrors):
         return lifted, (self.lowered(), self.dtype)
 
     def lowered(self) -> QuantizedArray:
-        """The same codes and scale, as ``madax`` trains them elsewhere."""
+        """Returns the same codes and scale as a :class:`QuantizedArray`."""
         kind = self.aval.number_format, self.dtype
         return QuantizedArray(self.codes, self.scale, *kind)
 
@@ -212,12 +212,12 @@ class LiftedArray(Array, metaclass=_InErrors):
 def type_of(
     codes: jax.Array, scale: jax.Array, format: Format, dtype: Tree
 ) -> CodesType:
-    """The type of such codes."""
+    """Returns the lifted type of codes."""
     return codes_type(jax.typeof(codes), jax.typeof(scale), format, dtype)
 
 
 def lifted(w: QuantizedArray, dtype: jnp.dtype | None = None) -> LiftedArray:
-    """The value where nothing is traced."""
+    """Lifts codes outside of tracing."""
     kind = type_of(w.codes, w.scale, w.format, dtype or w.value_dtype)
     return LiftedArray(w.codes, w.scale, kind)
 
@@ -226,5 +226,5 @@ register(LiftedArray, lambda x: x.aval)
 
 
 def is_lifted(x: object) -> bool:
-    """Whether a value, or a tracer, is an array of lifted codes."""
+    """Returns whether a value or a tracer is an array of lifted codes."""
     return isinstance(getattr(x, "aval", None), CodesType)

@@ -1,4 +1,4 @@
-"""What :func:`madax.layerwise` asks of its arguments, parameters and functions."""
+"""Checks of the arguments, parameters and functions of :func:`madax.layerwise`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -45,7 +45,7 @@ def check_params(params: Tree, stacks: Sequence[Stack]) -> None:
 
 
 def _check_stack(stack: Stack, layers: Tree) -> None:
-    """Raises unless all leaves have an axis of layers, which the pattern divides."""
+    """Raises unless all leaves have an axis of layers that the pattern divides."""
     path = LAYERS if stack.name is None else f"{LAYERS}/{stack.name}"
     names, leaves, _ = flatten_named(layers)
     shapes = [np.shape(leaf) for leaf in leaves]
@@ -73,9 +73,9 @@ def _check_stack(stack: Stack, layers: Tree) -> None:
 
 
 def check_layer_output(x: Tree, out: Tree, shared: Tree, seen: Tree) -> None:
-    """Raises unless a layer returns what it is given, and leaves alone what is shared.
+    """Raises if a layer changes the shapes or dtypes of ``x``, or the shared tree.
 
-    ``seen`` is the shared tree that the layer got, which it may have written to.
+    ``seen`` is the copy of the shared tree that the layer got, and may have changed.
     """
     before, after = (
         jax.tree.map(lambda x: (np.shape(x), str(jnp.result_type(x))), tree)

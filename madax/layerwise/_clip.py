@@ -1,4 +1,4 @@
-"""A clip of gradients by a norm, where layers are updated one after the other."""
+"""Clipping of gradients by a norm, where layers are updated one after another."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
@@ -13,7 +13,7 @@ ClipBy = Literal["last", "exact", "layer"]
 
 
 class Clip(NamedTuple):
-    """How gradients are clipped, if they are."""
+    """How gradients are clipped, if at all."""
 
     max_norm: Number | None
     by: ClipBy
@@ -31,15 +31,15 @@ class Clip(NamedTuple):
     def __call__(
         self, grads: Tree, own: jax.Array, seen: jax.Array, so_far: jax.Array
     ) -> Tree:
-        """The gradients of a part, scaled by ``max_norm / norm`` where that is below 1.
+        """Scales the gradients of a part by ``max_norm / norm`` if that is below 1.
 
         The operations are as in ``optax.clip_by_global_norm``.
 
         Args:
           grads: of the part.
           own: the norm of the part.
-          seen: the global norm of this step if that is exact, or of the last step.
-          so_far: the norm of all that this step has found.
+          seen: the global norm: of this step for ``"exact"``, else of the last step.
+          so_far: the norm of the gradients that this step has computed so far.
         """
         if self.max_norm is None:
             return grads
@@ -55,7 +55,7 @@ class Clip(NamedTuple):
 
 
 def checked_clip(max_norm: Number | None, clip_by: ClipBy) -> Clip:
-    """The clip of these arguments, None or a positive number, and a :data:`ClipBy`."""
+    """Returns the clip of these arguments, after a check."""
     if max_norm is not None:
         check_positive("max_norm", max_norm, None)
     why = '"exact" takes a second backward pass, and the others none.'
@@ -64,5 +64,5 @@ def checked_clip(max_norm: Number | None, clip_by: ClipBy) -> Clip:
 
 
 def total(norms: Sequence[jax.Array]) -> jax.Array:
-    """The norm of parts that have these norms, in arrays of any shape."""
+    """Returns the norm of a whole, given the norms of its parts in any arrays."""
     return jnp.sqrt(sum((jnp.sum(norm**2) for norm in norms), jnp.float32(0)))

@@ -1,4 +1,4 @@
-"""A Flax NNX model taken apart into its layers and the rest, and put together.
+"""Takes a Flax NNX model apart into its layers and the rest, and back.
 
 It is imported only where Flax has been.
 """
@@ -18,7 +18,7 @@ from madax.layerwise._plan import Function, Layer
 
 
 class Apart(NamedTuple):
-    """A model without its layers, and these as stacks."""
+    """A model without its layers, and its layers as stacks."""
 
     graph: nnx.GraphDef  # of the whole model
     params: nnx.State  # shapes
@@ -28,7 +28,7 @@ class Apart(NamedTuple):
     stacks: dict[str, list[NnxStack]]  # by the names that the user gave
 
     def split(self) -> Tree:
-        """The parameters that are trained."""
+        """Returns the parameters that are trained."""
         stacks = {
             one.name: one.params for found in self.stacks.values() for one in found
         }
@@ -40,7 +40,7 @@ class Apart(NamedTuple):
         *old: Tree,
         **old_too: Tree,
     ) -> Layer | Mapping[str, Layer]:
-        """What :func:`madax.layerwise` is given as ``layer``."""
+        """Returns the argument ``layer`` of :func:`madax.layerwise`."""
         functions: dict = dict.fromkeys(self.stacks, function)
         if isinstance(function, Mapping):
             functions = dict(function)
@@ -61,7 +61,7 @@ class Apart(NamedTuple):
         )
 
     def model(self, params: Tree) -> nnx.Module:
-        """A new model with these parameters."""
+        """Returns a new model with these parameters."""
         values = jax.tree.map(lambda x: x, params[ENDS])
         stacks = [stack for found in self.stacks.values() for stack in found]
         for stack in stacks:
@@ -79,9 +79,9 @@ class Apart(NamedTuple):
 
 
 def taken_apart(model: nnx.Module, names: Sequence[str]) -> Apart:
-    """Finds the layers that have these names, and takes them out of a copy."""
+    """Takes the layers with these names out of a copy of the model."""
     graph, params, others = nnx.split(model, nnx.Param, ...)
-    # The module is a copy that has the same arrays.
+    # The copy of the module shares its arrays.
     shell = nnx.merge(graph, params, others)
     found = []
     for name in names:
@@ -104,7 +104,7 @@ def taken_apart(model: nnx.Module, names: Sequence[str]) -> Apart:
 
 
 def _layer(stack: NnxStack, function: Function | None) -> Layer:
-    """The function of all layers of a stack, or a list with one for each."""
+    """Returns the function of all layers of a stack, or a list with one for each."""
     kinds = [_of_kind(kind, stack.names, function) for kind in stack.kinds]
     return [kinds[kind] for kind in stack.pattern] if len(kinds) > 1 else kinds[0]
 
@@ -112,7 +112,7 @@ def _layer(stack: NnxStack, function: Function | None) -> Layer:
 def _of_kind(
     parts: Sequence[Part], names: Sequence[str | None], function: Function | None
 ) -> Function:
-    """A layer of these modules, one after another."""
+    """Returns a layer that runs these modules one after another."""
 
     def layer(
         values: Tree, x: Tree, key: jax.Array | None = None, **shared: Tree
@@ -132,7 +132,7 @@ def _of_kind(
 
 
 def _alone(stacks: dict[str, Tree]) -> Tree:
-    """A single stack needs no name."""
+    """Returns the entry of a single stack, which needs no name, or else the dict."""
     return stacks if len(stacks) > 1 else next(iter(stacks.values()))
 
 

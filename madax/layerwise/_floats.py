@@ -1,4 +1,4 @@
-"""The leaves of a tree that have derivatives: floating or complex arrays."""
+"""Leaves that have derivatives: floating or complex arrays."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,12 +10,12 @@ from madax._core.shards import over_shards
 
 
 def is_inexact(x: jax.typing.ArrayLike) -> bool:
-    """Whether an array, or a number, is of a floating or a complex dtype."""
+    """Returns whether an array or a number has a floating or complex dtype."""
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
 def norm(tree: Tree) -> jax.Array:
-    """The root of the sum of squares of a tree, float32."""
+    """Returns the square root of the sum of squares of a tree, float32."""
     squares = [jnp.sum(jnp.float32(jnp.abs(x)) ** 2) for x in jax.tree.leaves(tree)]
     squares = [over_shards(jax.lax.psum, x) for x in squares]
     return jnp.sqrt(sum(squares, jnp.float32(0)))
@@ -24,10 +24,10 @@ def norm(tree: Tree) -> jax.Array:
 def floats_of(
     tree: Tree, only: Sequence[bool] | None = None
 ) -> tuple[list[jax.Array], Callable[..., Tree]]:
-    """The leaves that have a derivative, real or complex; a function replaces them.
+    """Returns the leaves that have a derivative, and a function that replaces them.
 
-    It also takes a function to apply to all other leaves, such as integers. ``only``
-    tells which leaves are wanted.
+    That function can also apply another one to all other leaves, such as integers.
+    ``only`` selects among the leaves.
     """
     leaves, treedef = jax.tree.flatten(tree)
     wanted = [True] * len(leaves) if only is None else only

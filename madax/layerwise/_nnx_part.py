@@ -1,4 +1,4 @@
-"""The ends of a Flax NNX model, or one of its layers: structure without values.
+"""The structure, without values, of a layer or of the ends of a Flax NNX model.
 
 It is imported only where Flax has been.
 """
@@ -16,7 +16,7 @@ from madax.layerwise._stacks import is_typed_key
 
 
 class Part(NamedTuple):
-    """What ``nnx.split`` makes of a module, and the module's path in the model."""
+    """A module as ``nnx.split`` returns it, and its path in the model."""
 
     path: str
     graph: nnx.GraphDef  # the static structure
@@ -25,13 +25,13 @@ class Part(NamedTuple):
     others: nnx.State  # all other variables
 
     def module(self, values: Tree, key: jax.Array | None = None) -> nnx.Module:
-        """A new module of ``values``, whose random numbers start from the key."""
+        """Returns a module of ``values``, whose random numbers start from the key."""
         params, others = (
             jax.tree.map(lambda x: x, state) for state in (self.params, self.others)
         )
         nnx.replace_by_pure_dict(params, values)
         module = nnx.merge(self.graph, params, _started(self.rngs, key), others)
-        # A write to any other variable would be lost with the module. To draw a random
+        # A write to any other variable would be lost with the module. Drawing a random
         # number is such a write, to the count of its stream.
         free = nnx.Param if key is None else (nnx.Param, nnx.RngState)
         for path, variable in variables(module, self.path):
@@ -45,19 +45,19 @@ class Part(NamedTuple):
 
 
 def part_of(module: nnx.Module, path: str) -> Part:
-    """The structure of a module; it keeps none of its parameters alive."""
+    """Returns the structure of a module, without a reference to its parameters."""
     graph, params, *others = nnx.split(module, nnx.Param, nnx.RngState, ...)
     return Part(path, graph, shapes_of(params), *others)
 
 
 def shapes_of(tree: Tree) -> Tree:
-    """The same tree with shapes in the place of arrays."""
+    """Returns the tree with shapes in place of arrays."""
     shape = jax.ShapeDtypeStruct
     return jax.tree.map(lambda x: shape(x.shape, x.dtype), tree)
 
 
 def values_of(module: nnx.Module) -> Tree:
-    """The parameters of a module, nested dicts."""
+    """Returns the parameters of a module, as nested dicts."""
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
@@ -70,7 +70,7 @@ def variables(module: nnx.Module, name: str) -> Iterator[tuple[str, nnx.Variable
 
 
 def _started(rngs: nnx.State, key: jax.Array | None) -> nnx.State:
-    """Streams of random numbers that start from a key, no two alike."""
+    """Returns streams of random numbers that start from a key, no two alike."""
     key = jax.random.key(0) if key is None else key
     if not is_typed_key(key):
         key = jax.random.wrap_key_data(key)
@@ -85,7 +85,7 @@ def _started(rngs: nnx.State, key: jax.Array | None) -> nnx.State:
 
 
 def _refuse_write(path: str, variable: nnx.Variable, value: object) -> NoReturn:
-    """What a variable does when the model writes to it: it raises."""
+    """Raises when the model writes to a variable."""
     del value
     if isinstance(variable, nnx.RngState):
         raise ValueError(

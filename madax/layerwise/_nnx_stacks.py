@@ -1,4 +1,4 @@
-"""The layers of a Flax NNX model as stacks, whatever they differ in.
+"""The layers of a Flax NNX model as stacks, even if they differ.
 
 Layers whose parameters have the same shapes are one stack. If they differ in anything
 else, they are of several kinds, each with a structure of its own. Layers of other
@@ -20,12 +20,12 @@ from flax import nnx
 from madax._core.names import Tree
 from madax.layerwise._nnx_part import Part, part_of, shapes_of, values_of
 
-# Each of them is compiled, forwards and backwards.
+# Each kind is compiled, forward and backward.
 _MOST_KINDS = 16
 
 
 class Layers(NamedTuple):
-    """What a model has under one name: some modules, or a stack by ``nnx.vmap``."""
+    """The layers under one name of a model: modules, or one made by ``nnx.vmap``."""
 
     name: str
     modules: dict[str, nnx.Module]  # by their paths, for messages
@@ -44,8 +44,8 @@ class NnxStack(NamedTuple):
     pattern: list[int]  # the kind of each layer
 
     def unstacked(self, params: Tree) -> dict[tuple, Tree]:
-        """The parameters of each module, by its path."""
-        if not self.pattern:  # It is stacked in the model, too.
+        """Returns the parameters of each module, by its path."""
+        if not self.pattern:  # The model has it as a stack, too.
             return {self.keys[0][0]: params}
         found = {}
         for i, keys in enumerate(self.keys):
@@ -56,7 +56,7 @@ class NnxStack(NamedTuple):
 
 
 def layers_of(model: nnx.Module, name: str, layers: Tree) -> Layers:
-    """What a model has under a name."""
+    """Returns the layers under a name of a model."""
     if isinstance(layers, nnx.Sequential):
         layers = layers.layers
     is_stacked = isinstance(layers, nnx.Module) and callable(layers)
@@ -67,7 +67,7 @@ def layers_of(model: nnx.Module, name: str, layers: Tree) -> Layers:
 
 
 def stacks_of(layers: Layers) -> list[NnxStack]:
-    """The stacks of layers, one after another."""
+    """Returns the stacks of layers, one after another."""
     name, modules = layers.name, list(layers.modules.values())
     parts = [part_of(module, name) for module in modules]
     for part in parts:
@@ -115,10 +115,10 @@ def stacks_of(layers: Layers) -> list[NnxStack]:
 
 
 def _plan(shapes: Sequence[Hashable]) -> list[tuple[int, int, int]]:
-    """Where each stack starts and stops, and how many modules are a layer of it.
+    """Returns where each stack starts and stops, and how many modules form a layer.
 
-    A period is the fewest modules that repeat. As it is decoded as a whole, layers of
-    one shape have a period of 1.
+    A period is the smallest number of modules after which shapes repeat. A period is
+    decoded as a whole.
     """
 
     def runs(start):
@@ -142,7 +142,7 @@ def _shapes(values: Tree) -> Hashable:
 def _kinds(
     layers: Sequence[Sequence[Part]],
 ) -> tuple[list[tuple[Part, ...]], list[int]]:
-    """The layers that differ in structure, and which of them each layer is like."""
+    """Returns one layer of each structure, and the structure of each layer."""
     kinds: list[tuple[Part, ...]] = []
     pattern = []
     for parts in layers:
@@ -156,7 +156,7 @@ def _kinds(
 
 
 def _listed(layers: Iterable[nnx.Module], name: str) -> dict[str, nnx.Module]:
-    """The path and module of each layer of a list."""
+    """Returns the path and module of each layer in a list."""
     found = [] if isinstance(layers, dict) else list(layers)
     if not found or not all(isinstance(one, nnx.Module) for one in found):
         raise ValueError(
@@ -178,10 +178,10 @@ def _check_variables(part: Part) -> None:
 
 
 def _difference(first: nnx.Module, other: nnx.Module) -> str:
-    """In what two modules differ, or nothing."""
+    """Describes how two modules differ; empty if they do not."""
     graphs = [part_of(module, "").graph for module in (first, other)]
     differs = graphs[0] != graphs[1]
-    # Texts of equal functions may differ, by their addresses.
+    # Equal functions may print differently, by their addresses.
     facts, found = (_facts(x, differs) for x in (first, other))
     for path in [*facts, *found]:
         a, b = facts.get(path, "missing"), found.get(path, "missing")
@@ -191,7 +191,7 @@ def _difference(first: nnx.Module, other: nnx.Module) -> str:
 
 
 def _facts(module: nnx.Module, functions: bool) -> dict[str, str]:
-    """All of a module except its values: types, shapes and static attributes."""
+    """Returns the types, shapes and static attributes of a module."""
     facts = {"type": type(module).__name__}
     is_node = nnx.graph.is_graph_node
     for path, node in nnx.iter_graph(module):

@@ -1,9 +1,9 @@
-"""The passes through one stack of layers, forwards and backwards.
+"""The forward and the backward pass through one stack of layers.
 
 The forward pass keeps the input of each layer. The backward pass is a loop whose carry
 holds the stacked parameters and optimizer states and updates them in place, one layer
-at a time. So no more than one layer is ever decoded or has a gradient. What all layers
-share is a constant of both loops, and so it is kept once.
+at a time. So only one layer at a time is decoded or has a gradient. The tree that all
+layers share is a constant of both loops, so it is kept once.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ Key = jax.Array | None
 
 
 class Carry(NamedTuple):
-    """What the backward pass carries from a layer to the layer below it."""
+    """The carry of the backward pass, from a layer to the layer below it."""
 
     layers: Tree  # updated from the last layer down
     states: Tree  # updated likewise, except for the state of the layer above
@@ -39,7 +39,7 @@ class Carry(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What the forward pass leaves for the backward pass."""
+    """The results of the forward pass that the backward pass needs."""
 
     start: Callable[..., tuple[Tree, Tree]]
     shared: Tree  # by all layers
@@ -49,9 +49,9 @@ class Done(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """A stack, its parameters, and what comes before it.
+    """A stack, its parameters and its inputs.
 
-    With microbatches, what is given has a leading axis of parts.
+    With microbatches, the inputs have a leading axis of parts.
     """
 
     setup: Setup
@@ -70,14 +70,14 @@ class Pass:
         fold, name = jax.random.fold_in, self.stack.name
         key = self.key
         keys = () if key is None else (fold(fold(key, self.first + i), part),)
-        # A layer gets a copy, to see what it changes.
+        # The layer gets a copy, so that changes are noticed.
         seen = jax.tree.map(lambda x: x, shared)
         out = layer(values if name is None else values[name], x, *keys, **seen)
         check_layer_output(x, out, shared, seen)
         return jax.tree.map(lambda x, out: spread(out, varying(x)), x, out)
 
     def forward(self, weights: Tree) -> tuple[Tree, Done]:
-        """The output of the last layer, and what the backward pass needs."""
+        """Returns the output of the last layer, and what the backward pass needs."""
         start = self._typed_start(weights)
         over_parts = self.setup.over_parts
         x, shared = over_parts(lambda _, now: start(weights, *now), self.given)
@@ -98,10 +98,10 @@ class Pass:
         return x, Done(start, shared, self._trained(start, weights), inputs)
 
     def _typed_start(self, weights: Tree) -> Callable[..., tuple[Tree, Tree]]:
-        """``start``, with types that hold for all layers inside ``jax.shard_map``.
+        """Makes the types of ``start`` hold for all layers inside ``jax.shard_map``.
 
-        A loop needs the same types in all layers. A sum that starts as zeros, say,
-        varies from device to device only after the first layer.
+        A loop needs the same types in all layers, but a sum that starts as zeros varies
+        between devices only after the first layer.
         """
         if not manual_axes():
             return self.stack.start
@@ -126,7 +126,7 @@ class Pass:
             axes = after
 
     def _trained(self, start: Callable[..., tuple], weights: Tree) -> list[bool]:
-        """Which leaves of what layers share are floats that depend on parameters."""
+        """Returns which leaves of ``shared`` are floats that depend on parameters."""
         batch, *before = self.setup.part(self.given)
         if self.stack.shared is None and not jax.tree.leaves(before[1]):
             return []
@@ -144,7 +144,7 @@ class Pass:
     def norms(
         self, done: Done, grads: list[jax.Array], totals: list[jax.Array] | None
     ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-        """The norms that :meth:`backward` finds, grads and totals, without updates."""
+        """Returns the norms that :meth:`backward` computes, without updates."""
         depth = depth_of(self.layers)
 
         def one(t, carry):
@@ -169,8 +169,8 @@ class Pass:
     ) -> Carry:
         """Differentiates and updates all layers; returns the carry with whole states.
 
-        Norms are computed only if they are asked for. A clip uses ``seen``, the norm
-        known before, and ``above``, the norms of the stacks after this one.
+        Norms are computed only if they are needed. A clip uses ``seen``, the norm known
+        beforehand, and ``above``, the norms of the stacks after this one.
         """
         depth = depth_of(self.layers)
         split, join = splitter(self.setup.tx, self.layers, states)
@@ -178,9 +178,9 @@ class Pass:
 
         def one(t, carry):
             i = depth - 1 - t
-            # The state of the layer above is written only now, in place. XLA would copy
-            # a stack that is written while it may still be read, and a state is read
-            # twice: for the new state and for the step.
+            # The state of the layer above is written only now, so that XLA writes in
+            # place. A state is read twice, for the new state and for the step, and XLA
+            # copies a stack that is written before it is last read.
             over = jnp.minimum(i + 1, depth - 1)
             own = write(carry.states, carry.above, over)
             stored, mine = read(carry.layers, i), read(own, i)
@@ -220,7 +220,7 @@ class Pass:
         grads: list[jax.Array],
         totals: list[jax.Array],
     ) -> tuple[Tree, list[jax.Array], list[jax.Array], Callable[..., Tree]]:
-        """Gradients for a layer and for its input, totals, and a merge of floats."""
+        """Returns gradients for a layer and its input, totals, and a merge."""
         values, whole = floats_of(self.setup.decode(stored))
 
         def pull(part, now):
@@ -244,19 +244,19 @@ class Pass:
         return g_layer, g_x, [t + g.astype(t.dtype) for t, g in add], whole
 
     def _totals(self, done: Done, before: list[jax.Array] | None) -> list[jax.Array]:
-        """The sums of gradients for what layers share, which the layers add to."""
+        """Returns the sums of gradients for the shared tree, to which layers add."""
         shared, _ = floats_of(done.shared, done.trained)
         return list(map(_total, shared, before or [None] * len(shared)))
 
     def _typed(self, done: Done, totals: list[jax.Array]) -> list[jax.Array]:
-        """The sums in the dtypes of what is shared."""
+        """Returns the sums in the dtypes of the shared tree."""
         shared, _ = floats_of(done.shared, done.trained)
         return [t.astype(x.dtype) for t, x in zip(totals, shared, strict=True)]
 
     def start_grads(
         self, done: Done, ends: Tree, grads: list[jax.Array]
     ) -> tuple[Tree, list[jax.Array], list[jax.Array]]:
-        """The gradients for the ends as ``start`` uses them, and for what is given."""
+        """Returns gradients through ``start``: for the ends, and for the inputs."""
         values, whole = floats_of(self.setup.decode(ends))
 
         def one(_, now):
@@ -277,12 +277,12 @@ class Pass:
 def _floats(
     x: Tree, shared: Tree, trained: Sequence[bool]
 ) -> tuple[list[jax.Array], Callable[..., Tree]]:
-    """:func:`floats_of` what a layer is given, where it has gradients."""
+    """Applies :func:`floats_of` to the inputs of a layer that have gradients."""
     return floats_of((x, shared), [True] * len(jax.tree.leaves(x)) + list(trained))
 
 
 def _total(x: jax.Array, before: jax.Array | None) -> jax.Array:
-    """The sum of gradients for ``x`` that layers above have given, or zeros."""
+    """Returns the sum of gradients for ``x`` from the layers above, or zeros."""
     if before is not None:
         return before.astype(summed_in(x))
     return spread(jnp.zeros(x.shape, summed_in(x)), varying(x))

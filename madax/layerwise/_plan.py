@@ -18,7 +18,7 @@ REMEDY = "pass one with the arguments above"
 
 
 class Stack(NamedTuple):
-    """A stack of layers, and what comes before it."""
+    """A stack of layers, and the functions that make its inputs."""
 
     name: str | None  # in the layers of the parameters; None if they are one stack
     embed: Function | None
@@ -28,12 +28,12 @@ class Stack(NamedTuple):
     is_first: bool
 
     def layers(self, params: Tree) -> Tree:
-        """The parameters of the stack, with its name, if it has one, above them."""
+        """Returns the parameters of the stack, below its name if it has one."""
         name, layers = self.name, params[LAYERS]
         return layers if name is None else {name: layers[name]}
 
     def start(self, ends: Tree, batch: Tree, x: Tree, shared: Tree) -> tuple:
-        """What the layers are given, from what the stack before returned."""
+        """Returns the inputs of the layers, from the output of the stack before."""
         before = () if self.is_first else (x,)
         if self.shared is not None:
             shared = self.shared(ends, batch, *before)
@@ -46,7 +46,7 @@ class Stack(NamedTuple):
         return x, shared
 
     def of_kind(self, i: Index, run: Callable[[Function], T]) -> T:
-        """``run(layer)`` of the function of layer ``i``."""
+        """Returns ``run(layer)`` for the function of layer ``i``."""
         if len(self.kinds) == 1:
             return run(self.kinds[0])
         kind = jnp.asarray(self.pattern)[i % len(self.pattern)]
@@ -58,7 +58,7 @@ def stacks_of(
     layer: Layer | Mapping[str, Layer],
     shared: Function | Mapping[str, Function] | None,
 ) -> list[Stack]:
-    """The stacks in the order of ``layer``, from the arguments of ``layerwise``."""
+    """Returns the stacks, in the order of ``layer``, from ``layerwise``'s arguments."""
     several = isinstance(layer, Mapping)
     layers: dict = dict(layer) if several else {None: layer}
     names = list(layers)
@@ -88,7 +88,7 @@ def _of_stacks(
     given: Function | Mapping[str, Function] | None,
     names: Iterable[str | None],
 ) -> list[Function | None]:
-    """The function of each stack; one that is given alone is for the first."""
+    """Returns the function of each stack; a single function is for the first one."""
     names = list(names)
     found: dict = dict(given) if isinstance(given, Mapping) else {names[0]: given}
     if not set(found) <= set(names):
@@ -103,7 +103,7 @@ def _of_stacks(
 
 
 def _kinds(layer: Layer) -> tuple[tuple[Function, ...], tuple[int, ...]]:
-    """The functions in a pattern, each once, and their places in it."""
+    """Returns the distinct functions of a pattern, and their indices along it."""
     pattern: Iterable = [layer]
     if isinstance(layer, Sequence) and not isinstance(layer, str) and layer:
         pattern = layer
@@ -115,5 +115,5 @@ def _kinds(layer: Layer) -> tuple[tuple[Function, ...], tuple[int, ...]]:
 
 
 def _is_name(name: object) -> bool:
-    """Whether a key can be a name: a number would count layers in paths."""
+    """Returns whether a key can be a name; in paths, a number would be a layer."""
     return isinstance(name, str) and bool(name) and not name.isdecimal()

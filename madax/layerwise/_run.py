@@ -1,4 +1,4 @@
-"""The train step of :func:`madax.layerwise`: forwards and backwards by stacks."""
+"""The train step of :func:`madax.layerwise`: both passes, stack by stack."""
 
 import dataclasses
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class Run:
     loss: Callable[[Tree, Tree, Tree], Tree]
 
     def init(self, params: Tree) -> Tree:
-        """The states of the ends and of the layers."""
+        """Returns the states of the ends and of the layers."""
         check_params(params, self.stacks)
         tx = self.setup.tx
         check_layer_by_layer(tx, params, [stack.name for stack in self.stacks])
@@ -43,13 +43,13 @@ class Run:
             layers = stack.layers(params)
             states[stack.name] = init_stack(tx, layers, depth)
             depth += depth_of(layers)
-        # No two parts draw the same random numbers.
+        # Each part draws random numbers of its own.
         ends = with_keys_of(tx.init({ENDS: params[ENDS]}), depth)
         whole = {ENDS: ends, LAYERS: states.get(None, states)}
         return whole | ({NORM: jnp.float32(0)} if self.setup.clip.has_memory else {})
 
     def step(self, params: Tree, state: Tree, batch: Tree, key: Key = None) -> Tree:
-        """New parameters and state, and the loss (and metrics) before the step."""
+        """Returns new parameters and state, and the loss (and metrics) before."""
         check_devices()
         check_params(params, self.stacks)
         ends, setup = params[ENDS], self.setup
@@ -76,8 +76,8 @@ class Run:
             last = one.backward(done, mine, grads, totals, seen, above)
             new[name] = last.layers if name is None else last.layers[name]
             states[name], norms[name] = last.states, last.norms
-            # XLA shall decode the ends twice and not keep their values through the
-            # pass.
+            # So that XLA decodes the ends twice, and does not keep their values
+            # meanwhile.
             ends, grads = barrier((ends, [*last.grads, *last.totals]))
             g_start, grads, totals = one.start_grads(done, ends, grads)
             g_ends = jax.tree.map(jnp.add, g_ends, g_start)
@@ -102,7 +102,7 @@ class Run:
         g_ends: Tree,
         grads: list[jax.Array],
     ) -> jax.Array:
-        """The norm of all gradients, by a backward pass that updates nothing."""
+        """Returns the norm of all gradients, by a backward pass without updates."""
         norms, totals = [], None
         for one, done in reversed(passes):
             found, grads, totals = one.norms(done, grads, totals)
@@ -112,7 +112,7 @@ class Run:
         return total([norm(g_ends), *norms])
 
     def loss_grads(self, weights: Tree, x: Tree, batches: Tree) -> tuple[Tree, Tree]:
-        """(Loss, its gradients for the ends, aux), and its gradients for ``x``."""
+        """Returns (loss, gradients for the ends, aux), and the gradients for ``x``."""
         values, whole = floats_of(weights)
 
         def one(_, now):

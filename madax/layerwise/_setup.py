@@ -18,7 +18,7 @@ from madax.layerwise._stacks import Optimizer, read
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """The arguments of :func:`madax.layerwise` that are the same for all stacks."""
+    """The arguments of :func:`madax.layerwise` that all stacks share."""
 
     tx: Optimizer
     dtype: jax.typing.DTypeLike | None
@@ -29,15 +29,15 @@ class Setup:
 
     @property
     def has_norms(self) -> bool:
-        """Whether the norms of the gradients of layers are asked for."""
+        """Whether norms of the layers' gradients are needed."""
         return self.has_aux or self.clip.max_norm is not None
 
     def decode(self, stored: Tree) -> Tree:
-        """The values of stored parameters, which the functions are given."""
+        """Decodes stored parameters for the user's functions."""
         return dequantize_params(self.gather(stored), self.dtype)
 
     def update(self, params: Tree, grads: Tree, state: Tree, **extra: Index) -> Tree:
-        """A part of the parameters, and its state, after a step of the optimizer.
+        """Updates a part of the parameters and its state by a step of the optimizer.
 
         ``params`` has one entry, so that paths start as in the whole tree.
         """
@@ -48,11 +48,11 @@ class Setup:
         return new[name], state
 
     def part(self, xs: Tree) -> Tree:
-        """The first microbatch, to read shapes and types from."""
+        """Returns the first microbatch, for its shapes and types."""
         return xs if self.microbatches == 1 else read(xs, 0)
 
     def over_parts(self, fn: Callable[[Index, Tree], Tree], xs: Tree) -> Tree:
-        """``fn(part, x)`` of every microbatch."""
+        """Returns ``fn(part, x)`` of every microbatch."""
         if self.microbatches == 1:
             return fn(0, xs)
         parts = jnp.arange(self.microbatches)
@@ -77,5 +77,5 @@ class Setup:
 
 
 def summed_in(x: jax.typing.ArrayLike | jax.ShapeDtypeStruct) -> jax.typing.DTypeLike:
-    """The dtype in which gradients like ``x`` are summed: at least float32."""
+    """Returns the dtype in which gradients like ``x`` are summed: float32 or wider."""
     return jnp.promote_types(jnp.result_type(x), jnp.float32)

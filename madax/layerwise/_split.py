@@ -1,4 +1,4 @@
-"""From a Flax model to the parameters and functions for training by layers."""
+"""Splits a Flax model into parameters and functions for :func:`madax.layerwise`."""
 
 import reprlib
 import sys
@@ -9,7 +9,7 @@ from madax._core.names import Tree
 
 
 class SplitLayers(NamedTuple):
-    """What :func:`split_layers` returns."""
+    """The result of :func:`split_layers`."""
 
     params: Tree
     ends: Callable[..., Tree]
@@ -22,19 +22,19 @@ def split_layers(model: object, name: str | Sequence[str]) -> SplitLayers:
 
     The layers are a list of modules, an ``nnx.Sequential`` of them, or one module made
     by ``nnx.vmap``, as for ``nnx.scan``, whose arrays have a leading axis already. Only
-    ``nnx.Param`` are trained. No two layers may share one, nor a layer and the ends.
-    Other variables of the ends are constants; a model that writes to one, as
+    ``nnx.Param`` are trained. Layers may share none with each other or with the ends.
+    Other variables of the ends are constants, and a model that writes to one, as
     ``nnx.BatchNorm`` does to its statistics, is an error.
 
     Layers whose parameters have the same shapes are one stack. They may differ in
-    anything else, as layers of local and of global attention do: each kind of layer is
-    compiled, and runs where it stands in the model. Layers of other shapes, such as
-    mixtures of experts after dense layers, are a stack of their own. Where shapes
-    repeat, in a period of p layers, p of them are one layer: they are decoded together.
+    anything else, for example in local and global attention: each kind of layer is
+    compiled, and layers run in the order of the model. Layers of other shapes, such as
+    mixtures of experts after dense layers, are a stack of their own. If shapes repeat
+    with a period of p layers, p of them count as one layer, and are decoded together.
 
-    Random numbers, as in ``nnx.Dropout``, need a key: give one to the step for the
-    layers, and to ``ends`` for the ends. Without a key they are an error. After
-    ``model.eval()`` Dropout is off, and statistics stay as they are.
+    Layers that draw random numbers, such as ``nnx.Dropout``, need a key: pass one to
+    the step for the layers, and to ``ends`` for the ends. Without a key they raise an
+    error. After ``model.eval()`` Dropout is off, and statistics are constant.
 
     A linen model made by ``nn.scan`` does not need this function: its parameters are
     stacked, and ``lambda w, x: Block().apply({"params": w}, x)`` is one layer.
@@ -50,13 +50,13 @@ def split_layers(model: object, name: str | Sequence[str]) -> SplitLayers:
       ``loss`` with.
 
       ``params`` is ``{"ends": ..., "layers": ...}``, nested dicts of arrays; arrays of
-      layers have a leading axis. They may be made codes afterwards, the layers by
-      ``quantize_params(..., channel_axis=0)``. If there are several stacks,
-      ``"layers"`` is a dict of them, by their names in ``name``, to which the index of
-      a stack's first layer is added if shapes differ under one name ("blocks_3").
+      layers have a leading axis. Both can be quantised, the layers by
+      ``quantize_params(..., channel_axis=0)``. Several stacks are a dict under
+      ``"layers"``, by their names in ``name``. If shapes differ under one name, the
+      index of a stack's first layer is added ("blocks_3").
 
-      ``ends(values, key=None)`` returns a new model without its layers. With a key, its
-      streams of random numbers start from it.
+      ``ends(values, key=None)`` returns a new model without its layers, whose streams
+      of random numbers start from the key, if given.
 
       ``layer(function=None)`` returns the ``layer`` that :func:`madax.layerwise` takes.
       It calls ``function(module, x, **shared)``, whatever kind of layer the module is;
@@ -65,8 +65,8 @@ def split_layers(model: object, name: str | Sequence[str]) -> SplitLayers:
       the module, is given ``nnx.Rngs(key)``. For several names, it may be a dict of
       functions.
 
-      ``model(params)`` returns a new model of these parameters, trained ones or their
-      codes, with its layers where they were, to evaluate or to save it.
+      ``model(params)`` returns a whole new model of these parameters, floats or codes,
+      to evaluate or save.
 
     Raises:
       TypeError: if ``model`` is not an ``nnx.Module``, or ``layer`` is not given a

@@ -1,7 +1,7 @@
 """Stacks of layers, and their optimizer states.
 
 A stack is a tree whose leaves have a leading axis of layers. Its state has this axis,
-too, except in scalars that belong to the step and not to a layer, such as counts.
+too, except in scalars that belong to the step, such as counts.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,19 +24,19 @@ def depth_of(layers: Tree) -> int:
 
 
 def read(stack: Tree, i: int | jax.Array) -> Tree:
-    """Layer ``i`` of a stack."""
+    """Returns layer ``i`` of a stack."""
     at = jax.lax.dynamic_index_in_dim
     return jax.tree.map(lambda x: at(x, i, keepdims=False), stack)
 
 
 def write(stack: Tree, one: Tree, i: int | jax.Array) -> Tree:
-    """The stack with a new layer ``i``, written in place if XLA can do so."""
+    """Returns the stack with a new layer ``i``, written in place if XLA can do so."""
     at = jax.lax.dynamic_update_index_in_dim
     return jax.tree.map(lambda x, new: at(x, new, i, 0), stack, one)
 
 
 def cut(batch: Tree, parts: int) -> Tree:
-    """The batch as a stack of parts of equal size."""
+    """Returns the batch as a stack of parts of equal size."""
     if parts == 1:
         return batch
     names, leaves, treedef = flatten_named(batch)
@@ -48,21 +48,21 @@ def cut(batch: Tree, parts: int) -> Tree:
                 f"{leaf_name('batch', name)} has shape {shape}, whose leading axis "
                 f"must be a multiple of microbatches={parts}."
             )
-        # The examples of a part are not neighbours: where the axis is sharded, each
-        # device has some of every part.
+        # A part takes every n-th example, so that with a sharded axis each device has
+        # some of every part.
         x = jnp.reshape(x, (shape[0] // parts, parts, *shape[1:]))
         split.append(jnp.moveaxis(x, 1, 0))
     return treedef.unflatten(split)
 
 
 def _one(layers: Tree) -> Tree:
-    """The shapes of one layer of a stack."""
+    """Returns the shapes of one layer of a stack."""
     shape = jax.ShapeDtypeStruct
     return jax.tree.map(lambda x: shape(x.shape[1:], jnp.result_type(x)), layers)
 
 
 def splitter(tx: Optimizer, layers: Tree, stack: Tree) -> tuple[Callable, Callable]:
-    """Two functions that split a state into per-layer and shared parts, and join it.
+    """Returns functions that split a state into per-layer and shared parts, and back.
 
     Both take the state of a layer or of a stack of layers.
     """
@@ -88,22 +88,22 @@ def splitter(tx: Optimizer, layers: Tree, stack: Tree) -> tuple[Callable, Callab
 
 
 def init_stack(tx: Optimizer, layers: Tree, first: int) -> Tree:
-    """The states of all layers, with a leading axis except in what they share.
+    """Returns the states of all layers, with a leading axis except in shared scalars.
 
-    ``first`` layers of other stacks have random numbers of their own.
+    ``first`` is the number of layers in the stacks before, for the random numbers.
     """
     one = _one(layers)
     with_path, treedef = jax.tree_util.tree_flatten_with_path(
         jax.eval_shape(tx.init, {LAYERS: one})
     )
     from_values = depends_on(lambda layers, _: tx.init({LAYERS: layers}), one, ())
-    # Each layer has random numbers of its own, so keys are never shared.
+    # Each layer has random numbers of its own, so keys have the axis of layers.
     keys = {i for i, (_, x) in enumerate(with_path) if _is_key(x)}
     shared = _shared(tx, one, from_values, keys)
 
-    # Zeros of the shape of the stack are sharded like the stack, so they are kept. They
-    # are found by path, because an optimizer may treat a stack differently from a
-    # layer, by its size or rank.
+    # Zeros of the shape of the stack are kept, because they are sharded like the stack.
+    # They are found by path, because an optimizer may treat a stack differently from a
+    # layer, by size or rank.
     stack = dict(jax.tree_util.tree_leaves_with_path(tx.init({LAYERS: layers})))
     states: dict[int, jax.Array] = {}
     for i, (path, one_leaf) in enumerate(with_path):
@@ -127,7 +127,7 @@ def init_stack(tx: Optimizer, layers: Tree, first: int) -> Tree:
 
 
 def with_keys_of(state: Tree, part: int) -> Tree:
-    """A state whose random keys, if it has any, belong to one part of the tree."""
+    """Folds the random keys of a state, if any, for one part of the tree."""
     return jax.tree.map(lambda x: _with_key_of(x, part) if _is_key(x) else x, state)
 
 
@@ -138,7 +138,7 @@ def _with_key_of(key: jax.Array, part: int | jax.Array) -> jax.Array:
 
 
 def _is_key(x: jax.Array) -> bool:
-    """Whether a leaf of a state is a random key; old keys are two numbers."""
+    """Returns whether a leaf is a random key, typed or two raw numbers."""
     is_old = np.shape(x) == (2,) and x.dtype == jnp.uint32
     return is_old or is_typed_key(x)
 
@@ -148,7 +148,7 @@ def is_typed_key(x: jax.Array) -> bool:
 
 
 def _shared(tx: Optimizer, one: Tree, from_values: Sequence[bool], keys: set) -> set:
-    """Which leaves of a layer's state are the same in all layers, at every step.
+    """Returns which leaves of a layer's state are equal in all layers, at every step.
 
     They are scalars that depend on no parameter, gradient or key, such as counts.
     """
@@ -173,18 +173,18 @@ def _shared(tx: Optimizer, one: Tree, from_values: Sequence[bool], keys: set) ->
 
 
 def _gradients(params: Tree) -> Tree:
-    """The shapes of the gradients of parameters."""
+    """Returns the shapes of the gradients of parameters."""
     return jax.eval_shape(dequantize_params, params)
 
 
 def check_layer_by_layer(
     tx: Optimizer, params: Tree, names: Sequence[str | None]
 ) -> None:
-    """Raises if the update of one layer ever depends on the gradients of another.
+    """Raises if the update of a layer ever depends on the gradients of another layer.
 
-    It may do so at once, as in a clip of the global norm, or in a later step, through a
-    part of the state that all leaves share, as in D-Adaptation. ``names`` are those of
-    the stacks; None stands for a single one.
+    It may depend on them in the same step, as in a clip of the global norm, or in a
+    later step, through state that all leaves share, as in D-Adaptation. ``names`` are
+    the names of the stacks; None stands for a single stack.
     """
     layers = params[LAYERS]
     ends, stacks = jax.eval_shape(lambda x: x, (params[ENDS], layers))
@@ -194,7 +194,7 @@ def check_layer_by_layer(
 
 
 def _check_last(tx: Optimizer, ends: Tree, ones: dict, name: str | None) -> None:
-    """Raises if gradients of the last layer of a stack act on any other update."""
+    """Raises if gradients of a stack's last layer affect any other update."""
 
     def listed(ends, ones, *last):
         lists = {k: [one, *last] if k == name else [one] for k, one in ones.items()}
@@ -204,7 +204,9 @@ def _check_last(tx: Optimizer, ends: Tree, ones: dict, name: str | None) -> None
     leaves, treedef = jax.tree.flatten(jax.eval_shape(tx.init, tree))
     shared = _not_of_the_last(tx, tree, listed(ends, ones))
     grads, last_grads = (_gradients(ends), _gradients(ones)), _gradients(ones[name])
-    reached: set[int] = set()  # the shared parts that the last layer's gradients reach
+    reached: set[int] = (
+        set()
+    )  # shared state that depends on gradients of the last layer
     while True:
         rest = {i: x for i, x in enumerate(leaves) if i not in reached}
 
@@ -237,10 +239,10 @@ def _check_last(tx: Optimizer, ends: Tree, ones: dict, name: str | None) -> None
 
 
 def _not_of_the_last(tx: Optimizer, *trees: Tree) -> set[int]:
-    """Which leaves of the first tree's state do not belong to its last layer alone.
+    """Returns which leaves of a state do not belong to the last layer alone.
 
-    The state of the second tree, which lacks that layer, has leaves of the same path
-    and size. Vectors with an entry per leaf are shorter there.
+    These have the same path and size in the state of a second tree, which lacks that
+    layer. Vectors with an entry per leaf are shorter there.
     """
     more, fewer = (
         jax.tree_util.tree_leaves_with_path(jax.eval_shape(tx.init, tree))

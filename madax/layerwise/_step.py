@@ -1,4 +1,4 @@
-"""Training of a stack of layers, each updated inside the backward pass."""
+"""The public function :func:`layerwise`: each layer is updated in the backward pass."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -40,7 +40,7 @@ def layerwise(
     max_norm: Number | None = None,
     clip_by: ClipBy = "last",
 ) -> Layerwise:
-    r"""Trains a stack of layers with one layer decoded, and one gradient, at a time.
+    r"""Makes a train step that decodes and updates one layer at a time.
 
     .. math::
 
@@ -49,17 +49,17 @@ def layerwise(
       w_i &\leftarrow w_i + \mathrm{tx}(\partial L / \partial w_i), \qquad
         i = n - 1, \dots, 0, \text{ one after the other}
 
-    A train step takes the memory of the parameters, the optimizer state, the inputs
+    A train step needs memory for the parameters, the optimizer state, the inputs
     :math:`x_i` of all layers, and the values, gradients and activations of one layer.
-    On codes of 8 bits, with moments of 8 bits, the parameters and the state take little
-    more than two bytes per parameter.
+    With codes and moments of 8 bits, parameters and state take about two bytes per
+    parameter.
 
     Parameters are ``{"ends": tree, "layers": tree}``. The leaves of the layers have a
     leading axis that counts layers; :func:`madax.split_layers` makes them from a Flax
     model. The ends are the parameters before and after the stack; ``embed`` and
     ``loss`` may both use them (tied embeddings). All may be floats or codes. The result
-    equals ordinary training by ``tx`` of the same parameters with a list of layers,
-    ``{"ends": ..., "layers": [...]}``, random bits of the rounding included.
+    equals ordinary training by ``tx`` of a list of the same layers, ``{"ends": ...,
+    "layers": [...]}``, including the random bits of rounding.
 
     Several stacks may follow one another, such as dense layers and mixtures of experts,
     or an encoder and a decoder. ``layer`` is then a dict of functions by the names of
@@ -77,14 +77,14 @@ def layerwise(
     ``loss`` take the mean, ``jax.lax.pmean(value, axis)``.
 
     With ``max_norm`` gradients are clipped before ``tx`` gets them. Layers are updated
-    before the norm of all gradients is known, so ``clip_by`` tells which norm counts:
+    before the global norm is known, so ``clip_by`` says which norm counts:
 
-    - ``"last"``: the global norm of the last step, or that of this step's layers so
-      far, from the last one down, if that is larger. So no layer passes on a gradient
-      above ``max_norm``. The state has one more number, ``"norm"``, 0 at first.
-    - ``"exact"``: the global norm of this step, as in ``optax.clip_by_global_norm``. A
-      backward pass that updates nothing comes before the other, and takes its time.
-    - ``"layer"``: the norm of each layer for itself, and of the ends for themselves.
+    - ``"last"``: the global norm of the last step, or the norm of this step's layers so
+      far, from the last layer down, if it is larger. So no layer passes on a gradient
+      above ``max_norm``. The state has one more number, ``"norm"``, initially 0.
+    - ``"exact"``: the global norm of this step, as in ``optax.clip_by_global_norm``. It
+      takes a second backward pass, without updates, which comes first.
+    - ``"layer"``: the norm of each layer, and of the ends, separately.
 
     Args:
       tx: the optimizer, ``madam`` or ``with_quantized_params(optax.adam(1e-3))``; its
@@ -98,28 +98,28 @@ def layerwise(
         key. For layers that differ, a list of functions: a pattern, repeated over the
         layers, or one for each. Each function is compiled once.
       loss: ``loss(ends, x, batch)`` returns a scalar, or (scalar, aux).
-      shared: ``shared(ends, batch)`` returns a dict of what all layers are given by
-        name: masks, positions, rotary tables, or the output of an encoder. It is kept
-        once, where each layer's ``x`` is kept. Floats in it that depend on parameters
-        have gradients. No layer can change it. None is the empty dict.
-      dtype: floating dtype of the parameters that the functions are given, and of
-        gradients. None, the default, decodes codes to their own dtype and leaves others
-        as they are.
+      shared: ``shared(ends, batch)`` returns a dict of keyword arguments for all
+        layers: masks, positions, rotary tables, or the output of an encoder. It is kept
+        once, whereas ``x`` is kept for each layer. Floats in it that depend on
+        parameters have gradients. A layer that changes it is an error. None is the
+        empty dict.
+      dtype: floating dtype of the parameters that the functions get, and of gradients.
+        None, the default, decodes codes to the dtype of their leaf and does not cast
+        other leaves.
       microbatches: number of equal parts along the leading axis of every array of a
         batch; example ``k`` is in part ``k % microbatches``. Each layer runs over one
         part at a time; the loss, aux and gradients are float32 means over the parts.
       has_aux: whether ``loss`` returns (scalar, aux).
       gather: function of the stored parameters of one layer, or of the ends, applied
-        before they are decoded; for sharded parameters, such as
-        ``lambda w: jax.lax.with_sharding_constraint(w, P())``, so that devices send
-        each other codes and not values.
+        before they are decoded, so that devices send each other codes and not values,
+        such as ``lambda w: jax.lax.with_sharding_constraint(w, P())``.
       max_norm: max norm of the gradients, above 0; None for no clip.
       clip_by: "last", "exact" or "layer", as above.
 
     Returns:
-      The functions ``init`` and ``step``, to be jitted, the step with parameters and
-      state donated. ``step(params, state, batch, key=None)`` returns the new
-      parameters, the new state, and the loss. With ``has_aux`` the last is (loss,
+      The functions ``init`` and ``step``. Put both into ``jax.jit``, the step with
+      parameters and state donated. ``step(params, state, batch, key=None)`` returns the
+      new parameters, the new state, and the loss. With ``has_aux`` the last is (loss,
       metrics): ``metrics["aux"]``, and ``metrics["grad_norm"]``, before the clip,
       float32, a scalar for the ``"ends"`` and shape (layers,) for the ``"layers"``. The
       state is a dict of the states of the ends and of the layers. The leaves of the
@@ -128,10 +128,10 @@ def layerwise(
 
     Raises:
       ValueError: if ``tx`` needs the gradients of other layers, as a global norm does;
-        parameters are not of that form; a batch cannot be divided; a pattern does not
-        divide the layers; ``layer`` changes the shape or dtype of ``x``, or what is
-        shared; or, in ``jax.shard_map`` with ``check_vma=False``
-        and in ``jax.pmap``, gradients would not be summed.
+        parameters do not have that form; a batch cannot be divided; a pattern does not
+        divide the layers; ``layer`` changes the shape or dtype of ``x``, or the shared
+        dict; or gradients would not be summed, as in ``jax.pmap`` or ``jax.shard_map``
+        with ``check_vma=False``.
       TypeError: if an argument is of the wrong type, or ``tx`` trains integers.
 
     Example:

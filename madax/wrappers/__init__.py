@@ -1,4 +1,4 @@
-"""Any optimizer of optax, on weights of few bits and with its state in codes."""
+"""Wrappers that let any optax optimizer train codes, or keep its state in codes."""
 
 from madax.wrappers._multi_steps import multi_steps
 from madax.wrappers._quantized_params import (

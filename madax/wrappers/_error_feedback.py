@@ -1,8 +1,9 @@
-"""Error feedback: a momentum makes up for what the rounding of codes lost.
+"""Error feedback: the momentum makes up for the rounding errors of codes.
 
-In each element, the previous momentum enters the update with a factor, the slope, and
-the new momentum with another, the decay. An amount added to the momentum therefore adds
-slope * (1 + decay + decay**2 + ...) times as much to the updates that follow.
+For each element, the slope is the derivative of the update with respect to the previous
+momentum, and the decay is the derivative of the new momentum. An amount added to the
+momentum therefore adds slope * (1 + decay + decay**2 + ...) times as much to later
+updates.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from madax.codes._array import QuantizedArray, is_quantized
 from madax.codes._leaves import widen
 from madax.codes._quantize import decoded
 
-# What optax calls the momentum of an optimizer.
+# The names of a momentum in the states of optax.
 _NAMES = ("mu", "trace")
 
 
 class CodedLeaves(NamedTuple):
-    """The leaves of codes among all leaves of the parameters, in flatten order."""
+    """The leaves of the parameters that are codes, in flatten order."""
 
     treedef: jax.tree_util.PyTreeDef  # the structure, in which codes are leaves
     paths: tuple[str, ...]  # of all leaves
@@ -65,7 +66,7 @@ class CodedLeaves(NamedTuple):
     def with_momentum(
         self, state: optax.OptState, ms: Sequence[jax.Array | None]
     ) -> optax.OptState:
-        """The state of an optimizer with another momentum for the leaves of codes."""
+        """Returns the state with another momentum for the leaves of codes."""
         for name, path, leaves in self._momenta(state):
             for i, m in zip(self.places, ms, strict=True):
                 if not isinstance(leaves[i], optax.MaskedNode):
@@ -81,9 +82,10 @@ class CodedLeaves(NamedTuple):
     ) -> list[tuple[str, jax.tree_util.KeyPath, list[Tree]]]:
         """The names, paths and leaves of fields that hold a momentum of all parameters.
 
-        Their values are trees like the parameters: a parameter may be called "mu", too.
+        A field counts only if it is a tree like the parameters, one of which may be
+        called "mu", too.
         """
-        # Instead of a leaf, SM3 has a list of vectors.
+        # SM3 has a list of vectors instead of a leaf.
         kinds = (optax.MaskedNode, jax.Array, jax.ShapeDtypeStruct)
         fields = []
         for name in _NAMES:
@@ -101,13 +103,13 @@ class CodedLeaves(NamedTuple):
 def _place_and_reason(
     inner: optax.GradientTransformationExtraArgs, shapes: Shapes, coded: CodedLeaves
 ) -> tuple[int, str]:
-    """The place of a leaf that may not get errors, and why; "" if all may."""
+    """Returns the first leaf that must not get errors, and why; "" if there is none."""
     params, extra_args = shapes.tree()
     state = jax.eval_shape(inner.init, params)
     ms, count = coded.momentum(state), len(coded.paths)
 
     def others(state):
-        """The leaves of a state that have derivatives, without the momentum."""
+        """Returns the leaves of a state that have derivatives, except the momentum."""
         paths, leaves, _ = flatten_named(coded.with_momentum(state, [None] * len(ms)))
         kinds = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves]
         return dict(itertools.compress(zip(paths, leaves, strict=True), kinds))
@@ -124,7 +126,7 @@ def _place_and_reason(
     found = dependences(derivatives, ms, ms, state, params, params, extra_args)
     updates, news = found[:count], found[count : count + len(ms)]
     kept = dict(zip(others(state), found[count + len(ms) :], strict=True))
-    # Inputs of derivatives are first the momenta, then their tangents.
+    # The first inputs are the momenta, followed by their tangents.
     for k, i in enumerate(coded.places):
         tangent, own = len(ms) + k, (updates[i], news[k])
         if tangent not in updates[i]:
@@ -142,7 +144,7 @@ def _place_and_reason(
 
 
 class _Step(NamedTuple):
-    """A step, and its derivatives by the momentum of each leaf of codes."""
+    """A step and its derivatives, with respect to the momentum of leaves of codes."""
 
     updates: optax.Updates
     state: optax.OptState
@@ -152,7 +154,7 @@ class _Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ErrorFeedback:
-    """A step of an optimizer whose momentum gets errors of rounding."""
+    """The steps of an optimizer whose momentum gets rounding errors."""
 
     inner: optax.GradientTransformationExtraArgs
     grads: Tree
@@ -166,10 +168,10 @@ class ErrorFeedback:
         return CodedLeaves(treedef, tuple(paths), places)
 
     def check(self) -> None:
-        """Raises a ValueError if errors do not belong in the momentum.
+        """Raises a ValueError if ``inner`` cannot take errors in its momentum.
 
-        They do if an update is a linear function of the momentum, element by element,
-        and nothing else that ``inner`` keeps depends on it.
+        It can if an update is a linear function of the momentum, element by element,
+        and nothing else in its state depends on the momentum.
         """
         args = self.params, self.extra_args
         shapes = jax.eval_shape(lambda p, x: (decoded(p), x), *args)
@@ -183,9 +185,9 @@ class ErrorFeedback:
             )
 
     def zero_slopes(self, state: optax.OptState) -> jax.Array:
-        """The slopes before the first step, for each leaf of codes, after a check."""
+        """Checks ``inner``, and returns the slopes before the first step."""
         self.coded.momentum(state)
-        # An update that needs more arguments is checked when there are some.
+        # An update that needs extra arguments is checked when it gets them.
         with contextlib.suppress(TypeError):
             self.check()
         return jnp.zeros(entries(len(self.coded.places)), jnp.float32)
@@ -193,16 +195,16 @@ class ErrorFeedback:
     def limited_momentum(
         self, state: optax.OptState, before: jax.Array | None
     ) -> tuple[optax.OptState, jax.Array]:
-        """The state with a momentum that fits the learning rate, and slopes of a step.
+        """Limits the momentum of a state to the learning rate; returns slopes, too.
 
-        A momentum that makes up for errors at a low rate would be far too large at a
-        high one, as in a warm restart. Its effect grows only where slopes rise faster
-        than the momentum decays, so it is made smaller there, and only there. Slopes
-        ``before`` are the last ones that were not zero.
+        A momentum that makes up for errors at a low rate is far too large at a high
+        rate, as in a warm restart. Its effect grows only where slopes rise faster than
+        the momentum decays, so only there it is reduced. ``before`` are the last slopes
+        that were not zero.
 
-        The rate is read from a step of the same optimizer on a tree of single elements,
-        whose moments are all ones. Its slopes change with counts, schedules and
-        hyperparameters, but not with any gradient.
+        The rate is measured by a step of the same optimizer on a tree of single
+        elements whose moments are all one. Its slopes depend on counts, schedules and
+        hyperparameters, but not on gradients.
         """
         count = len(self.coded.places)
         if before is None or before.shape != entries(count):
@@ -242,14 +244,14 @@ class ErrorFeedback:
     def state_with_errors(
         self, state: optax.OptState, moves: Sequence[jax.Array]
     ) -> tuple[optax.OptState, list[jax.Array]]:
-        """The state after a step with its rounding errors in the momentum, and moves.
+        """Returns the state with rounding errors in its momentum, and the moves.
 
-        ``moves`` say by how many codes the leaves of codes move. The moves that are
-        returned are computed from the stored codes.
+        ``moves`` says by how many codes the leaves of codes move. The returned moves
+        are computed from the stored codes.
 
-        On CPUs the step is taken a second time, after the new codes are stored. A
-        kernel there has one result, and quotients that the codes and the momentum share
-        would be kept as floats, six for each weight.
+        On CPUs the step is computed again after the new codes are stored. A CPU kernel
+        has one result, so quotients that the codes and the momentum share would be kept
+        as floats, six for each weight.
         """
         coded, new = self.coded, []
         gs, ws = map(coded.treedef.flatten_up_to, (self.grads, self.params))
@@ -264,7 +266,8 @@ class ErrorFeedback:
         us, ws = ([each[i] for i in coded.places] for each in (us, ws))
         ms = coded.momentum(step.state)
         leaves = zip(ws, us, new, ms, step.slopes, step.decays, strict=True)
-        # An optimizer that stores the momentum as codes reads it in several kernels.
+        # An optimizer that stores the momentum as codes would read it in several
+        # kernels.
         ms = [_computed_first(_momentum_with_error(*leaf)) for leaf in leaves]
         moves = [
             codes.astype(jnp.int32) - w.codes.astype(jnp.int32)
@@ -273,9 +276,9 @@ class ErrorFeedback:
         return coded.with_momentum(step.state, ms), moves
 
     def _step(self, state: optax.OptState, grads: Tree, values: Tree) -> _Step:
-        """A step with other gradients and parameters, floats, and its derivatives.
+        """Returns a step and its derivatives, for float gradients and parameters.
 
-        Elements have their own derivatives, as the momentum acts on each alone.
+        Each element has a derivative of its own, because its momentum acts on it alone.
         """
         coded, ms = self.coded, self.coded.momentum(state)
 
@@ -292,9 +295,9 @@ class ErrorFeedback:
 
 
 def _computed_first(x: Tree) -> Tree:
-    """A tree of arrays, which CPUs store before they go on.
+    """Returns a tree of arrays that CPUs compute before all that uses it.
 
-    Other compilers make one kernel for all results of a leaf, and keep no floats.
+    Other compilers make one kernel for all results of a leaf, and need no barrier.
     """
     return jax.lax.platform_dependent(x, cpu=barrier, default=lambda x: x)
 
@@ -308,15 +311,15 @@ def _momentum_with_error(
     slope: jax.Array,
     decay: jax.Array,
 ) -> jax.Array:
-    """The momentum ``m`` after an update ``u`` that was rounded to ``codes``.
+    """Returns the momentum ``m`` after an update ``u`` that was rounded to ``codes``.
 
-    It gains ``(1 - decay) / slope`` times the error of the value, not of the code: on a
-    curved grid, a step of one code up and one down are not equally long.
+    It gains ``(1 - decay) / slope`` times the error of the value, not of the code,
+    because on a curved grid a code up and a code down differ in length.
     """
-    # Compilers rewrite a quotient of quotients, where they see that it is one.
+    # Compilers would rewrite a quotient of quotients, and round differently.
     value, slope = w.dequantize(jnp.float32), rounded(widen(slope))
     moved = w.like(codes, w.scale).dequantize(jnp.float32) - value
-    # What would have gone beyond the max code is no error of rounding.
+    # The part of a step beyond the max code is not a rounding error.
     wanted = jnp.clip(rounded(widen(u)), -w.scale - value, w.scale - value)
     error = rounded((wanted - moved) * (1 - widen(decay)))
     after = widen(m) + error / jnp.where(slope == 0, 1, slope)

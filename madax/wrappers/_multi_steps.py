@@ -23,10 +23,10 @@ def multi_steps(
 ) -> optax.GradientTransformationExtraArgs:
     """``optax.MultiSteps`` for parameters of which some, or all, are codes.
 
-    What it accumulates is gradients: an array in float32 for each leaf of codes. Every
-    ``k`` steps ``inner`` gets their mean, and its steps of codes leave unchanged; in
+    It accumulates gradients, in a float32 array for each leaf of codes. Every ``k``
+    steps ``inner`` gets their mean, and its steps of codes are returned unchanged; in
     the other steps the update is zero. ``optax.MultiSteps`` itself would make its
-    accumulator of codes, and is an error.
+    accumulator of codes, which is an error.
 
     Args:
       inner: an optimizer that trains codes natively, such as :func:`muon_madam`, or
@@ -61,7 +61,7 @@ def multi_steps(
     inner = optax.with_extra_args_support(inner)
 
     def accumulated(init_fn: optax.TransformInitFn) -> optax.MultiSteps:
-        # What optax makes of updates of codes must be arrays.
+        # optax.MultiSteps computes with updates, so updates of codes become arrays.
         def update_fn(updates, state, params=None, **extra_args):
             updates, state = inner.update(updates, state, params, **extra_args)
             return _arrays(updates), state
@@ -92,7 +92,8 @@ def multi_steps(
 
 
 def _arrays(updates: Tree) -> Tree:
-    # Steps are exact in float32. Before 0.2.7 optax cast gradients to their dtype.
+    # Steps are exact in float32. Before 0.2.7 optax cast gradients to the dtype of
+    # updates.
     return jax.tree.map(
         lambda u: u.codes.astype(jnp.float32) if is_quantized(u) else u,
         updates,

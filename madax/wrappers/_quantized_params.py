@@ -36,9 +36,10 @@ class WithQuantizedParamsState(NamedTuple):
     Attributes:
       count: number of steps taken, int32 scalar.
       inner_state: state of the inner optimizer, for decoded parameters.
-      slope: with error feedback, how much an update changes with the momentum, for a
-        second moment of 1: float32, shape (leaves of codes,), or () if there are none;
-        0 before the first step with a learning rate above 0. None without.
+      slope: with error feedback, the derivative of an update with respect to the
+        momentum, for a second moment of 1: float32, shape (leaves of codes,), or () if
+        there are none; 0 before the first step with a learning rate above 0. None
+        without error feedback.
     """
 
     count: jax.Array
@@ -55,37 +56,36 @@ def with_quantized_params(
     rounding: Rounding = "stochastic",
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Lets an optimizer that knows nothing of codes train quantised parameters.
+    r"""Lets any optax optimizer train quantised parameters.
 
-    For every quantised leaf, the value is decoded, the inner optimizer proposes an
-    additive update :math:`u`, and :math:`w + u` is encoded and rounded. There is no
-    float copy of the weights between steps. The inner optimizer trains float leaves.
-    Stochastic rounding keeps the mean of the value, also where the spacing of codes
-    varies. With ``moment_format``, the moments of ``inner`` become codes, too, as
-    :func:`with_quantized_state` describes: Adam on 8-bit codes then takes three bytes
-    per parameter.
+    Each quantised leaf is decoded, the inner optimizer proposes an additive update
+    :math:`u`, and :math:`w + u` is encoded and rounded. There is no float copy of the
+    weights between steps. The inner optimizer trains float leaves. Stochastic rounding
+    keeps the mean of the value, also where the spacing of codes varies. With
+    ``moment_format``, the moments of ``inner`` become codes, too, as in
+    :func:`with_quantized_state`: Adam on 8-bit codes then takes three bytes per
+    parameter.
 
     Error feedback puts the errors of rounding into the momentum of ``inner``, and so
     into the next updates:
 
     .. math:: m \leftarrow m + (1 - \beta)\, e / s
 
-    where :math:`e` is the error of the value, :math:`s` the derivative of the update
-    with respect to the momentum before it, and :math:`\beta` the derivative of the new
-    momentum likewise. It keeps one number for each leaf of codes. Without it, errors
-    add up to a random walk, and the noise they leave in a weight does not fall with the
-    learning rate. Where the rate rises faster than the momentum decays, as in a warm
-    restart, the momentum of codes is made smaller by as much: it holds errors that were
-    counted at the lower rate. Float leaves get the update of ``inner`` to the bit.
+    where :math:`e` is the rounding error of the value, and :math:`s` and :math:`\beta`
+    are the derivatives of the update and of the new momentum with respect to the old
+    momentum. It keeps one number for each leaf of codes. Without error feedback, errors
+    add up to a random walk, and their noise in a weight does not fall with the learning
+    rate. Where the rate rises faster than the momentum decays, as in a warm restart,
+    the momentum of codes is reduced in proportion, because its errors were counted at
+    the lower rate. Float leaves get the update of ``inner`` to the bit.
 
     Error feedback is for optimizers whose update is a linear function of one momentum,
-    element by element: SGD, Adam, AdamW, NAdam, AMSGrad, AdaMax. Others are refused,
-    since errors would go where they do not belong: Lion and other signs, Muon, LAMB, a
-    clip of updates, averages of updates, centred RMSProp, AdaBelief, schedule-free. A
-    step calls ``inner`` three times then, once for single elements. Compilers drop what
-    is computed in vain, but not a callback.
+    element by element: SGD, Adam, AdamW, NAdam, AMSGrad, AdaMax. Others raise an error:
+    Lion and other signs, Muon, LAMB, a clip of updates, averages of updates, centred
+    RMSProp, AdaBelief, schedule-free. With error feedback, a step calls ``inner`` three
+    times, once for single elements; compilers drop unused results, but not callbacks.
 
-    :func:`madam` needs no such wrapper: it trains quantised leaves natively.
+    :func:`madam` and :func:`muon_madam` need no wrapper: they train codes natively.
 
     Args:
       inner: any optax optimizer.
@@ -137,7 +137,7 @@ def with_quantized_params(
             "moment_where chooses which moments have a moment_format, but that is "
             "None; pass moment_format=madax.MomentFormat(bits=8)."
         )
-    # Error feedback adds to a momentum of floats, so codes go around it.
+    # Error feedback adds to a float momentum, so codes of moments go around it.
     if moment_format is not None:
         again = {"rounding": rounding, "seed": seed}
         if error_feedback:
@@ -189,7 +189,7 @@ def with_quantized_params(
 
 
 def _inside(where: Where) -> Where:
-    """``where`` for the state of :func:`with_quantized_params` around the optimizer."""
+    """Returns ``where`` for the state of :func:`with_quantized_params`."""
     prefix = "inner_state/"
     return lambda path, x: path.startswith(prefix) and where(path[len(prefix) :], x)
 
@@ -198,12 +198,12 @@ def _inside(where: Where) -> Where:
 def _rounded_sum(
     w: QuantizedArray, u: jax.Array, key: jax.Array, rounding: Rounding
 ) -> jax.Array:
-    """The step of codes that adds about ``u`` to their values; none if not finite."""
+    """Returns code steps that add ``u`` to values, rounded; zero where not finite."""
     steps, value = real_steps(w, u)
     bits = rounding_bits(rounding, key, w.shape)
     if bits is not None:
-        # Where the next code is further away than the last, it is taken less often, so
-        # that rounding keeps the mean of the value, not of the code.
+        # A code that is further away is taken less often, so that rounding keeps the
+        # mean of the value, not of the code.
         part = steps - jnp.floor(steps)
         bend = 0.5 * w.format.curvature(w.codes)
         steps = minus_product(steps, bend, part * (1 - part))

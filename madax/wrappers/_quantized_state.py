@@ -1,4 +1,4 @@
-"""Any optax optimizer with its moments as codes: decode, update, encode."""
+"""Any optax optimizer with its moments stored as codes: decode, update, encode."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from madax.wrappers._state_roles import StateLeaves, reasons_for_floats, state_l
 # Smaller leaves save little, and the noise of a few codes would hurt them.
 _MIN_SIZE = 4096
 
-# Which leaves of a state are stored, given their paths, shapes and dtypes.
+# Tells which leaves of a state are stored, given their paths, shapes and dtypes.
 Where = Callable[[str, jax.ShapeDtypeStruct], bool]
 
 
@@ -47,11 +47,11 @@ class WithQuantizedStateState(NamedTuple):
 
     Attributes:
       count: number of steps taken, int32 scalar.
-      inner_state: state of the inner optimizer, with codes in the place of the
-        leaves that are stored: uint8, or uint16 for more than 8 bits.
-      window: ``{format of the codes: where they lie}``, a ``MomentWindow``. The key is
-        there so that a checkpoint of other codes does not fit. It ends with the dtypes
-        of the moments, unless all are float32.
+      inner_state: state of the inner optimizer, with codes in place of the stored
+        leaves: uint8, or uint16 for more than 8 bits.
+      window: a dict from the name of the format to a ``MomentWindow``, the octaves of
+        the codes. The key makes a checkpoint of another format an error. It ends with
+        the dtypes of the moments, unless all are float32.
     """
 
     count: jax.Array
@@ -72,47 +72,46 @@ def with_quantized_state(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Stores the moments of an optimizer as codes of 8 to 16 bits.
 
-    In every step the codes are decoded, the inner optimizer makes its update and new
-    values, and these are encoded. Adam then has two bytes of state per parameter
+    In each step the codes are decoded, the inner optimizer returns its update and new
+    moments, and the moments are encoded. Adam then has two bytes of state per parameter
     instead of eight. For parameters that are codes, pass ``moment_format`` to
     :func:`with_quantized_params` instead: a parameter then takes three bytes in all.
 
     - A leaf of the state that has a negative value is stored with a sign and 32
       octaves, any other leaf without a sign and with 64. The other bits are binary
-      digits: two of them in 8 bits. SGD and Muon use a momentum as a whole:
-      ``MomentFormat(8, octaves=8)`` gives it two digits more, and evenly spaced values
-      below a 64th of the max.
-    - The octaves are placed below the max of the leaf in every step, so moments may
-      grow or fall by any factor. They do not follow a few elements that are far too
-      large: they reach 20 above the mean of a leaf with a sign, 40 above the mean of
-      other leaves, and rise by 4 or 8 a step beyond. An element above them, or one that
-      is not finite, keeps its former value in all moments of its parameter, float
-      moments included. So a finite spike costs the momentum of one element, and a real
-      rise a few steps.
+      digits: two of 8 bits. In SGD and Muon large elements of the momentum matter most:
+      ``MomentFormat(8, octaves=8)`` gives them two more digits, and evenly spaced
+      values below 1/64 of the max.
+    - The octaves are placed below the max of the leaf in each step, so moments may grow
+      or fall by any factor. They do not follow outliers: they reach 20 octaves above
+      the mean of a leaf with a sign, 40 above the mean of other leaves, and rise by 4
+      or 8 a step beyond. An element above them, or one that is not finite, keeps its
+      old value in all moments of its parameter, including float moments. So a spike
+      costs one step of one element, and a real rise a few steps.
     - In a leaf without negative values, a positive value stays positive, so Adam never
-      divides by a zero that was positive before. Its decay is exact: the factor that
-      all elements have in common goes into a scale. Rounding gives :math:`\nu` the
-      relative variance that :class:`MomentFormat` has, which makes
-      :math:`1/\sqrt\nu` too large by 3.4 % on average for 8 bits.
+      divides by a zero that rounding made. Decay is exact: the factor that all elements
+      share goes into a scale. Rounding gives :math:`\nu` the relative variance of
+      :class:`MomentFormat`, which makes :math:`1/\sqrt\nu` too large by 3.4 % on
+      average for 8 bits.
 
     Without ``where``, a leaf is stored if it is floating, has 4096 elements or more and
-    belongs to a parameter, by path and shape; but not if codes would ruin it, as they
-    would the two moments whose difference is the step of centred RMSProp. ``init``
-    finds out by tracing a step, and refuses a ``where`` that selects such a leaf.
+    belongs to a parameter, by path and shape, unless codes would ruin it. Centred
+    RMSProp, for example, divides by the difference of two moments. ``init`` finds such
+    leaves by tracing a step, and raises if ``where`` selects one.
 
-    Moments keep the dtypes that they were made with, whatever dtype gradients have; so
-    ``params`` may be left out. A step calls the inner optimizer twice: where codes lie
-    depends on all new values of a leaf, and to keep the values for the second call
-    would take the memory that codes save. Compilers drop what the first call computes
-    in vain, but not a callback. An accumulator of gradients is a moment, too:
-    ``optax.MultiSteps`` goes around this.
+    Moments keep the dtypes of ``init``, whatever dtype gradients have, so ``params``
+    may be left out. A step calls the inner optimizer twice: the octaves depend on all
+    new values of a leaf, and to keep those until they are encoded would take the memory
+    that codes save. Compilers drop unused results of the first call, but not callbacks.
+    An accumulator of gradients would count as a moment, so put ``optax.MultiSteps``
+    around this.
 
     Args:
       inner: any optax optimizer.
       moment_format: the format of the codes.
       where: ``where(path, leaf)`` tells which leaves of the state are stored, given
         paths like ``"0/mu/Dense_0/kernel"`` and shapes, a ``jax.ShapeDtypeStruct``.
-      rounding: "stochastic", or "nearest", with which slow averages stand still.
+      rounding: "stochastic", or "nearest", with which slow averages stall.
       seed: seed of the stochastic rounding.
 
     Returns:
@@ -120,7 +119,7 @@ def with_quantized_state(
 
     Raises:
       ValueError: if ``rounding`` is unknown, the state is not of this optimizer,
-        ``where`` selects a leaf that codes ruin, or there is no ``where`` and the
+        ``where`` selects a leaf that codes would ruin, or there is no ``where`` and the
         update cannot be traced.
       TypeError: if an argument is of the wrong type, or ``where`` selects a leaf that
         is not floating.
@@ -157,11 +156,11 @@ def quantized_state(
     """Like :func:`with_quantized_state`, with any codec and any choice of leaves.
 
     ``choose`` returns the indices of the leaves to store, from the shapes of parameters
-    and the leaves of the state. Random bits depend on ``known_as`` in the place of the
-    path of the state, so that its fields may be renamed.
+    and the leaves of the state. Random bits depend on ``known_as`` instead of the path
+    of the state, so that fields can be renamed.
     """
 
-    # Eager steps would spend a quarter of their time on this.
+    # Cached, because eager steps would spend a quarter of their time on it.
     @functools.lru_cache(maxsize=16)
     def leaves_for(shapes: Shapes) -> StateLeaves:
         return state_leaves(inner, shapes.tree())
@@ -203,8 +202,8 @@ def quantized_state(
             inner_state = like.treedef.unflatten(now.values())
             return inner.update(updates, inner_state, params, **extra_args)
 
-        # New codes need the new windows, and those need all of the new values. To keep
-        # the values until then would take more memory than codes save.
+        # New codes need the new windows, which need all new values. To keep the values
+        # until then would take more memory than codes save.
         before = decoded(codes)
         new = jax.tree.leaves(inner_step(before, params)[1])
         new = [new[i] for i in dtypes]
@@ -213,7 +212,8 @@ def quantized_state(
         # all leaves before the second.
         again = [_computed_again(one) for one in zip(codes, following, strict=True)]
         codes, following = ([one[k] for one in again] for k in (0, 1))
-        # Codes of parameters are decoded again, too, or their values would be kept.
+        # Codes of parameters are decoded again, too; otherwise XLA would keep the
+        # values.
         params = jax.tree.map(
             lambda w: _computed_again(w) if is_quantized(w) else w,
             params,
@@ -222,7 +222,7 @@ def quantized_state(
         before = decoded(codes)
         inner_updates, inner_state = inner_step(before, params)
         after, treedef = jax.tree.flatten(inner_state)
-        # An element of a parameter keeps all of its new moments, or none, floats
+        # An element of a parameter takes all of its new moments, or none, floats
         # included: a momentum without its second moment would be a large step.
         owners: dict[int, int | str] = {i: i for i in dtypes}
         for i, owner in enumerate(like.owners):
@@ -250,9 +250,9 @@ def quantized_state(
 
 
 def _computed_again(x: Tree) -> Tree:
-    """A tree of arrays, from which results are computed again, for less memory.
+    """Returns a tree of arrays from which XLA computes again, which saves memory.
 
-    TPUs keep results: arithmetic is their bound.
+    TPUs keep results, because arithmetic is their bottleneck.
     """
     return jax.lax.platform_dependent(x, tpu=lambda x: x, default=barrier)
 
@@ -266,7 +266,7 @@ def _chosen(
     params: Tree,
     leaves: StateLeaves,
 ) -> list[int]:
-    """The indices of the leaves of the state to be stored."""
+    """Returns the indices of the leaves of the state to store."""
     of_parameters = zip(leaves.paths, leaves.owners, strict=True)
     moments = {path for path, owner in of_parameters if owner is not None}
     choose = where or (lambda path, x: x.size >= _MIN_SIZE and path in moments)
@@ -298,7 +298,7 @@ def _chosen(
 
 
 def _window_name(codec: MomentCodec, dtypes: Sequence[jnp.dtype]) -> str:
-    """The name of the codes, with the dtypes of the values if not all are float32."""
+    """Returns the name of the codes, with the dtypes of values if not all float32."""
     names = [jnp.dtype(dtype).name for dtype in dtypes]
     others = f", {' '.join(names)}" if set(names) - {"float32"} else ""
     return f"{codec.format}{others}"
@@ -307,10 +307,10 @@ def _window_name(codec: MomentCodec, dtypes: Sequence[jnp.dtype]) -> str:
 def _stored_dtypes(
     codec: MomentCodec, state: WithQuantizedStateState, like: StateLeaves
 ) -> dict[int, jnp.dtype]:
-    """By the indices of stored leaves, their dtypes for the optimizer.
+    """Returns the dtypes of stored leaves for the optimizer, by index.
 
-    The state, which must be of this optimizer, was made with these dtypes, whatever
-    parameters and gradients have now.
+    They are the dtypes of ``init``, whatever parameters and gradients have now. Raises
+    if the state is not of this optimizer.
     """
     ((name, window),) = state.window.items()
     wanted = repr(codec.format)
@@ -336,11 +336,11 @@ def _stored_dtypes(
 
 
 def _key_name(like: StateLeaves, i: int, known_as: str | None, is_layer: bool) -> str:
-    """What random bits know a leaf of the state by.
+    """Returns the name of a leaf of the state that random bits depend on.
 
-    Layer 3 of a stack has the bits of layer 3 of a list: :func:`leaf_keys` reads the
-    index of a layer before all indices of a path, so those before it, which are of the
-    state, become text where the parameter has an index, too.
+    Layer 3 of a stack has the bits of layer 3 of a list, because :func:`leaf_keys`
+    reads the first index in a path as the layer. So if the path of the parameter has an
+    index, indices of the state before it become text.
     """
     path, parameter = like.paths[i], like.parameters[i]
     if not parameter:

@@ -1,9 +1,9 @@
-"""What an optimizer does with each leaf of its state, found by tracing its step.
+"""Finds what an optimizer does with each leaf of its state, by tracing a step.
 
-The noise of a code is harmless where values are averaged, and ruins a step that takes
-the difference of two moments. Nothing is run: the jaxpr of a step is read, of shapes. A
-few primitives have rules. The results of all others depend on all their arguments, and
-nothing more is known of them.
+The noise of codes is harmless where values are averaged, but ruins a step that takes
+the difference of two moments. Nothing is run: the jaxpr of a step is read. A few
+primitives have rules. Of the results of others it is only known that they depend on all
+arguments.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from madax._core.tracing import JaxprReader, depends_on, shape_of
 from madax.codes._array import is_quantized
 from madax.codes._quantize import dequantize_params
 
-# Beside the indices of leaves, which are not negative: gradients, parameters, and the
-# factors of matrices.
+# Dependences besides the indices of leaves, which are not negative: gradients,
+# parameters, and the factors of matrices.
 GRADS, PARAMS, FACTORS = -1, -2, -3
 _KEEP = {"broadcast_in_dim", "convert_element_type", "copy", "copy_p"}
 _KEEP |= {"reduce_precision", "reshape", "sharding_constraint", "squeeze", "transpose"}
@@ -40,10 +40,10 @@ class StateLeaves(NamedTuple):
     """The leaves of the state of an optimizer, by their index in flatten order.
 
     Attributes:
-      parameters: the end of a path that is the path of a parameter; None without one.
-      owners: the path of the parameter that a leaf is a moment of: it also has the
-        shape of the parameter, and is floating. None for other leaves.
-      copies: whether a leaf starts as a function of parameters, such as a copy.
+      parameters: the path of the parameter at the end of a leaf's path, or None.
+      owners: the path of the parameter of which a leaf is a moment, that is, has the
+        shape, too, and is floating. None for other leaves.
+      copies: whether the initial value of a leaf depends on parameters, such as a copy.
     """
 
     paths: list[str]
@@ -55,7 +55,7 @@ class StateLeaves(NamedTuple):
 
 
 def state_leaves(inner: optax.GradientTransformation, params: Tree) -> StateLeaves:
-    """The leaves of the state that ``inner`` has for ``params``, arrays or shapes."""
+    """Returns the leaves of the state of ``inner`` for ``params``, arrays or shapes."""
     params = jax.eval_shape(lambda params: params, params)
     paths, shapes, treedef = flatten_named(jax.eval_shape(inner.init, params))
     copies = depends_on(lambda params, _: inner.init(params), params, ())
@@ -75,10 +75,10 @@ def state_leaves(inner: optax.GradientTransformation, params: Tree) -> StateLeav
 def reasons_for_floats(
     inner: optax.GradientTransformationExtraArgs, params: Tree, leaves: StateLeaves
 ) -> dict[int, str]:
-    """Why some leaves of a state must not be stored as codes, by their indices.
+    """Returns why leaves of a state must not be stored as codes, by index.
 
     Raises:
-      Exception: what the update of ``inner`` raises, if it cannot be traced.
+      Exception: the error of the update of ``inner``, if it cannot be traced.
     """
     reader, values = _read_step(inner, params, leaves)
     updates, new = values[: -len(leaves.paths)], values[-len(leaves.paths) :]
@@ -108,14 +108,14 @@ def reasons_for_floats(
             refuse(i, "no update depends on it, so others read it")
         if FACTORS in value.parts:
             refuse(i, "it is made of the factors of a matrix")
-        # Where gradients cease, the errors of a momentum outlive the moment below it.
+        # Without gradients, errors of a momentum outlive the moment that divides it.
         k = i if owner is None else divisors.get(owner, i)
         is_divided = i not in reader.rooted and k not in value.parts
         if is_divided and decay.get(i, 0) ** 2 > decay.get(k, 1):
             refuse(i, f"it decays more slowly than the root of {leaves.paths[k]}")
             refuse(k, f"its root decays faster than {leaves.paths[i]}")
     for i in used:
-        # The contribution of one element to a number cannot be taken back.
+        # The contribution of a skipped element to a sum cannot be taken back.
         is_number = i >= 0 and leaves.owners[i] is None
         if is_number and any(k >= 0 for k in new[i].summed - {i}):
             for k in range(len(new)):
@@ -126,7 +126,7 @@ def reasons_for_floats(
 def _read_step(
     inner: optax.GradientTransformationExtraArgs, params: Tree, leaves: StateLeaves
 ) -> tuple[StepReader, list[Value]]:
-    """The reader of a step, and what it knows of all leaves of (updates, new state)."""
+    """Returns the reader of a step, and its values of (updates, new state)."""
     grads = jax.eval_shape(dequantize_params, params)
     state = leaves.treedef.unflatten(leaves.shapes)
 
@@ -163,29 +163,29 @@ def _read_step(
 
 
 class Value(NamedTuple):
-    """What the reader knows of a value in a step."""
+    """The knowledge of the reader about a value in a step."""
 
-    # What it depends on: indices of leaves, GRADS, PARAMS and FACTORS.
+    # Its dependences: indices of leaves, GRADS, PARAMS and FACTORS.
     parts: Leaves = frozenset()
-    # The leaves that it depends on by a sum over elements, as a norm does.
+    # The leaves that it depends on through a sum over elements, as a norm does.
     summed: Leaves = frozenset()
-    # (leaf, c) if it is c times the leaf and something independent of it.
+    # (leaf, c) if it is c times the leaf plus a term independent of the leaf.
     linear: frozenset[tuple[int, float]] = frozenset()
-    # The leaves to which something was added that may be negative.
+    # The leaves to which a term was added that may be negative.
     signed: Leaves = frozenset()
-    multiple: Leaves = frozenset()  # the leaves that it is a product of
+    multiple: Leaves = frozenset()  # the leaves that are its factors
     positive: bool = False  # whether it has no negative values
     constant: float | None = None  # its value, if that is the same in every step
 
 
 class StepReader(JaxprReader[Value]):
-    """Reads a step, and collects what it does with the moments of parameters."""
+    """Reads a step, and collects its operations on the moments of parameters."""
 
     def __init__(self, moments: Iterable[int]) -> None:
         self.moments = frozenset(moments)
         # ("the difference of", leaves), and likewise for other operations.
         self.mixed: list[tuple[str, Leaves]] = []
-        # The leaves of which a root is taken, element by element.
+        # The leaves of which the step takes a root, element by element.
         self.rooted: Leaves = frozenset()
 
     def constant(self, x: jax.typing.ArrayLike) -> Value:
@@ -242,7 +242,7 @@ class StepReader(JaxprReader[Value]):
                 c = b.constant if name == "mul" else 1 / b.constant
                 out = _scaled(a, c)
         elif name in ("max", "min", "clamp"):
-            # A bound leaves a sum or a product what it is.
+            # A clip of a sum or a product is still a sum or a product.
             free = [x for x in args if x.parts]
             if len(free) == 1:
                 out = free[0]
@@ -282,13 +282,13 @@ def _is_positive(eqn: core.JaxprEqn, name: str, args: list[Value]) -> bool:
         return True
     if name in ("max", "clamp"):
         return any(x.positive for x in args[:2])
-    # A difference of two numbers is 1 minus a decay.
+    # A difference of two scalars is 1 minus a decay.
     is_rate = name == "sub" and not shape_of(eqn.outvars[0])
     return is_rate or (name in _POSITIVE_IF_ALL_ARE and all(x.positive for x in args))
 
 
 def _together(values: Sequence[Value]) -> Value:
-    """What is known of any function of several values."""
+    """Returns what is known about any function of several values."""
     return Value(
         _union(x.parts for x in values),
         _union(x.summed for x in values),

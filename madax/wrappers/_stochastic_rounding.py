@@ -1,4 +1,4 @@
-"""Any optimizer of optax on weights of 16-bit floats, without a copy in float32."""
+"""Any optax optimizer on 16-bit float weights, without a float32 copy of them."""
 
 from __future__ import annotations
 
@@ -42,24 +42,22 @@ def with_stochastic_rounding(
     moment_format: MomentFormat | None = None,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Trains weights of bfloat16 or float16 by any optimizer, as if in float32.
+    r"""Trains bfloat16 or float16 weights by any optimizer, as if in float32.
 
-    Two things go wrong where an optimizer is given such weights: its moments take their
-    dtype, and a second moment of bfloat16 stands still; and a step below half of the
-    spacing of a weight, 0.2 to 0.4 % of it, is lost. Here the optimizer sees weights
-    and gradients in float32, so its moments are float32, or codes of
-    ``moment_format``. The weight :math:`w + u` is rounded to one of its two neighbours,
-    up with the probability of its distance from the lower one:
+    By itself, an optimizer gives its moments the dtype of such weights, in which a
+    second moment stalls, and loses steps below half the spacing of a weight, which is
+    0.2 to 0.4 % of it. Here the optimizer sees weights and gradients in float32, so its
+    moments are float32, or codes of ``moment_format``. The weight :math:`w + u` is
+    rounded to one of its two neighbours, with probabilities that keep its mean:
 
     .. math:: \mathrm{E}[w'] = w + u
 
-    There is no float32 copy of the weights between steps. With
-    ``MomentFormat(bits=8)`` training keeps four bytes per parameter with Adam, three
-    with a single momentum (SGD, Lion). The loop does not change, so this is for
-    trainers that cannot train codes, too.
+    There is no float32 copy of the weights between steps. With ``MomentFormat(bits=8)``
+    Adam takes four bytes per parameter, and SGD or Lion three. The training loop does
+    not change, so this also works in trainers that cannot train codes.
 
-    Leaves of float32 take the steps of ``inner``, to the bit. So do codes, for an
-    ``inner`` that trains them. Nothing may scale or average the updates after this.
+    Float32 leaves take the steps of ``inner``, to the bit. So do codes, if ``inner``
+    trains them. No transform may scale or average updates after this one.
 
     Args:
       inner: any optax optimizer.
@@ -68,8 +66,8 @@ def with_stochastic_rounding(
       seed: seed of the stochastic rounding.
 
     Returns:
-      An optimizer whose updates, of the dtypes of the weights, end on their grid under
-      ``optax.apply_updates``.
+      An optimizer whose updates have the dtypes of the weights, and which
+      ``optax.apply_updates`` adds without rounding.
 
     Raises:
       ValueError: if ``params`` are missing or do not match.
@@ -126,7 +124,7 @@ def _rounded(w: jax.Array, u: jax.Array, key: jax.Array) -> Leaf:
 
 
 def _widened(tree: Tree) -> Tree:
-    """The tree with its floats in float32 or wider; codes stay."""
+    """Returns the tree with floats in float32 or wider; codes stay."""
     return jax.tree.map(
         lambda x: x if is_quantized(x) else widen(x), tree, is_leaf=is_quantized
     )
