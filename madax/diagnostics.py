@@ -1,7 +1,7 @@
-"""What an update does to a network: small pure functions that ``jax.jit`` compiles.
+"""Diagnostics of updates and weights: small pure functions that ``jax.jit`` compiles.
 
-Each returns scalars, or small vectors, by the path of a leaf (``"Dense_0/kernel"``),
-ready for a logger. Leaves may be floats or codes, which count by their values.
+Each returns a dict of scalars or small vectors, by the path of a leaf
+(``"Dense_0/kernel"``), ready for a logger. Codes count by their values.
 """
 
 import math
@@ -73,7 +73,7 @@ class _MatrixTable(dict[str, tuple[int, int, int] | None]):
 
 
 def matrices(params: Tree, matrices: Matrices | None = None) -> _MatrixTable:
-    """How :func:`madax.muon_madam` reads a tree: which leaves are which matrices.
+    """Returns which leaves :func:`madax.muon_madam` reads as matrices, and how.
 
     Args:
       params: tree of floating-point or quantised arrays, or of their shapes.
@@ -113,7 +113,7 @@ def matrices(params: Tree, matrices: Matrices | None = None) -> _MatrixTable:
 
 
 def relative_update_size(params: Tree, updates: Tree) -> dict[str, jax.Array]:
-    r"""The norm of an update over the norm of the weights, leaf by leaf.
+    r"""Returns the norm of an update over the norm of the weights, leaf by leaf.
 
     .. math:: \|u\| / \|w\|
 
@@ -147,16 +147,15 @@ def relative_update_size(params: Tree, updates: Tree) -> dict[str, jax.Array]:
 
 
 def fraction_at_bound(params: Tree, state: Tree) -> dict[str, jax.Array]:
-    r"""The fraction of weights at their bound, leaf by leaf.
+    r"""Returns the fraction of weights at their bound, leaf by leaf.
 
-    A float weight counts as at the bound when it is within a fraction of
-    :math:`2^{-6}` of the bound, which any dtype can tell; a quantised weight when its
-    code is the max. The bound is the bound of the last step, as ``clip_log_weights``
-    had it, which for a free leaf is the max of the dtype, or the end of a grid, if that
-    is lower.
+    A float weight counts as at the bound when it is within a fraction of :math:`2^{-6}`
+    of the bound, which any dtype can tell; a quantised weight when its code is the max.
+    The bound is the one that ``clip_log_weights`` used in the last step: for a leaf
+    without a bound, the max of the dtype, or of a grid if that is lower.
 
-    Outside of ``jax.jit`` a warning names the leaves half of whose weights or more are
-    at their bound, because they may be unable to grow. In a matrix a quarter is usual.
+    Outside ``jax.jit`` a warning names leaves with half of their weights or more at the
+    bound, because they may be unable to grow. In a matrix a quarter is usual.
 
     Args:
       params: tree of floating-point or quantised arrays.
@@ -202,7 +201,7 @@ def fraction_at_bound(params: Tree, state: Tree) -> dict[str, jax.Array]:
 
 
 def fraction_zero(params: Tree) -> dict[str, jax.Array]:
-    """The fraction of weights that are exactly zero, leaf by leaf.
+    """Returns the fraction of weights that are exactly zero, leaf by leaf.
 
     Args:
       params: tree of floating-point or quantised arrays.
@@ -222,7 +221,7 @@ def fraction_zero(params: Tree) -> dict[str, jax.Array]:
 
 
 def fraction_sign_changed(params: Tree, previous: Tree) -> dict[str, jax.Array]:
-    """The fraction of weights whose sign differs from an earlier step.
+    """Returns the fraction of weights whose sign differs from an earlier step.
 
     Args:
       params: tree of floating-point or quantised arrays.
@@ -246,7 +245,7 @@ def fraction_sign_changed(params: Tree, previous: Tree) -> dict[str, jax.Array]:
 
 
 def code_occupancy(params: Tree) -> dict[str, jax.Array]:
-    """The number of weights that each code has, for every quantised leaf.
+    """Returns the number of weights with each code, for each quantised leaf.
 
     The entropy of the counts is the number of bits per weight that a leaf needs.
 
@@ -281,15 +280,14 @@ def code_occupancy(params: Tree) -> dict[str, jax.Array]:
 def count_skipped(
     grads: Tree, state: Tree = None, *, b2: jax.typing.ArrayLike = 0.999
 ) -> dict[str, jax.Array]:
-    r"""How many elements of the gradients madam or muon_madam skips, leaf by leaf.
+    r"""Returns how many gradient elements madam or muon_madam skips, leaf by leaf.
 
     ``scale_by_second_moment`` skips an element that is not finite, or whose square
     overflows: neither its moments nor its weight change in that step. With a
     ``moment_format`` it also skips one whose second moment is beyond the octaves,
-    unless ``b2`` is below 0.75.
-    ``scale_by_orthogonal_momentum`` keeps an element that is not finite out of its
-    momentum, or takes it for zero. The state tells which of the two transforms a leaf
-    has, and which elements were beyond the octaves.
+    unless ``b2`` is below 0.75. ``scale_by_orthogonal_momentum`` keeps an element that
+    is not finite out of its momentum, or takes it as zero. The state shows which of the
+    two transforms a leaf has, and which elements were beyond the octaves.
 
     Args:
       grads: tree of floating-point arrays, no wider than their moments: float64
@@ -323,7 +321,7 @@ def count_skipped(
         names, moments, _ = flatten_named(tree)
         found += [(*leaf, node) for leaf in zip(names, moments, strict=True)]
     shapes = {path: np.shape(moment) for path, moment, _ in found}
-    # Without a momentum the state does not name the matrices: they are what is left.
+    # Without a momentum, matrices are the leaves that the state does not name.
     free = by_path.keys() - shapes.keys() if stateless else set()
     for path in free:
         shapes[path] = np.shape(by_path[path])
@@ -371,7 +369,7 @@ def _fraction(condition: jax.Array) -> jax.Array:
 
 
 def _relative_norm(u: jax.Array, w: jax.Array) -> jax.Array:
-    """The norm of ``u`` over the norm of ``w``; 0/0 is 0."""
+    """Returns the norm of ``u`` over the norm of ``w``; 0/0 is 0."""
     (peak_u, u), (peak_w, w) = split_max(u), split_max(w)
     ratio = jnp.squeeze(peak_u / peak_w)
     zero = jnp.all(u == 0)

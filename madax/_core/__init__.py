@@ -1,1 +1,1 @@
-"""What all rooms need: arithmetic, checks, names, and nothing about weights."""
+"""Arithmetic, checks and names that all rooms share; nothing about weights."""

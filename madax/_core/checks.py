@@ -1,4 +1,4 @@
-"""Checks of what users pass in: hyperparameters, parameter trees and their leaves."""
+"""Checks of user input: hyperparameters, parameter trees and their leaves."""
 
 import math
 import warnings
@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 # A Python number or a scalar array, traced or not.
 Number: TypeAlias = Any
 
-# The warning about leaves with outliers, without their names and fractions.
+# The warning about clipped weights; the names and fractions of leaves precede it.
 CLIPPED = (
     "this fraction of the weights is beyond p_scale times the root mean square, and is "
     "clipped; leave p_scale at None for a bound that clips nothing, or make it larger."
@@ -22,7 +22,7 @@ CLIPPED = (
 
 
 def type_error(name: str, wanted: str, value: object, remedy: str) -> TypeError:
-    """The error for an argument of the wrong type."""
+    """Returns the error for an argument of the wrong type."""
     kind = type(value).__name__
     return TypeError(
         f"{name} must be {wanted}, got {value!r} of type {kind}; {remedy}."
@@ -44,9 +44,9 @@ def check_number(
     """Raises unless ``value`` is a real scalar that satisfies ``ok``.
 
     Traced values (a rate under ``vmap``, ``optax.inject_hyperparams`` under ``jit``)
-    have a type but no value yet: only their type and shape are checked. This function
-    and the next ones return the value, in which NaN takes the place of a traced value
-    that does not satisfy ``ok``, so that the loss shows the mistake.
+    have no value yet, so only their type and shape are checked. This function and the
+    next ones return the value, but NaN for a traced value that does not satisfy ``ok``,
+    so that the loss shows the mistake.
     """
     remedy = f"pass a number with {condition} (default: {default})"
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
@@ -69,7 +69,7 @@ def check_number(
         raise TypeError(f"{name} must be real, got {value!r}; {remedy}.")
     if isinstance(value, jax.core.Tracer):
         return _or_nan(value, ok)
-    if isinstance(value, int) and abs(value) >= 2**31:  # which JAX makes an int32
+    if isinstance(value, int) and abs(value) >= 2**31:  # JAX makes an int32 of it
         raise ValueError(
             f"{name} must be below 2**31 if it is an int, got {value}; {remedy}."
         )
@@ -164,24 +164,24 @@ def check_float_dtype(dtype: DTypeLike | None) -> None:
 
 
 def leaf_name(tree_name: str, path: str) -> str:
-    """What messages call a leaf: ``params['Dense_0/kernel']``, or ``params``."""
+    """Returns the name for messages: ``params['Dense_0/kernel']`` or ``params``."""
     return f"{tree_name}[{path!r}]" if path else tree_name
 
 
 def warn_of_leaves(leaves: Sequence[str], amiss: str, *, stacklevel: int) -> None:
-    """Warns once of the named leaves, if any, ``stacklevel`` calls above this one."""
+    """Warns of the named leaves, if any, from ``stacklevel`` calls above this one."""
     if leaves:
         warnings.warn(f"{listed(leaves)}: {amiss}", stacklevel=stacklevel + 1)
 
 
 def in_percent(leaves: Iterable[tuple[str, Number]], above: float = 0.0) -> list[str]:
-    """Names of leaves with their fractions in per cent, for fractions ``above``."""
+    """Returns names of leaves with fractions in per cent, where these are ``above``."""
     known = [(name, float(fraction)) for name, fraction in leaves]
     return [f"{name} ({100 * x:.3g} %)" for name, x in known if x > above]
 
 
 def listed(items: Iterable[str], limit: int = 8) -> str:
-    """The first items, and how many more there are."""
+    """Returns the first items as text, and the number of the others."""
     items = list(items)
     more = [f"and {len(items) - limit} more"] if len(items) > limit else []
     return ", ".join([*items[:limit], *more])
@@ -196,7 +196,7 @@ def check_float_leaf(tree_name: str, path: str, leaf: object) -> None:
         remedy = "train only the arrays, with optax.masked or optax.partition"
         raise type_error(where, "a floating-point array", leaf, remedy)
     dtype = getattr(leaf, "dtype", None)
-    if dtype is None or jnp.issubdtype(dtype, np.number):  # not an array of strings
+    if dtype is None or jnp.issubdtype(dtype, np.number):  # refuses arrays of strings
         dtype = jnp.result_type(leaf)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(

@@ -1,9 +1,8 @@
-"""Functions whose derivatives are declared, and which stay declared in loops.
+"""Functions with derivative rules that also hold inside differentiated loops.
 
 When JAX differentiates a loop, it drops the rules of ``jax.custom_jvp`` functions in
-the body, and keeps the functions. A second derivative would then differentiate
-operations on bits, and be zero. A primitive keeps its rule. XLA compiles the function
-alone, and the rule only where a derivative is taken.
+its body. A second derivative would then differentiate operations on bits, and be zero.
+A primitive keeps its rule.
 """
 
 import functools
@@ -22,7 +21,7 @@ def with_derivative(rule: _Function) -> Callable[[_Function], _Function]:
     """Decorates a function of floating arrays that returns an array.
 
     ``rule(tangents, ans, *args)`` is the tangent of its result ``ans``, given the
-    tangents of all arguments. The rule is differentiated for higher orders.
+    tangents of all arguments. Higher orders differentiate the rule.
     """
 
     def decorate(function):
@@ -58,7 +57,7 @@ def _map(args, axes, *, function, rule):
     return _declared.bind(*args, function=function, rule=rule), 0
 
 
-# One object for each mapped function, so that JAX finds it among its traces.
+# Cached, so that JAX finds the traces of a mapped function again.
 _mapped = functools.cache(jax.vmap)
 
 
@@ -67,7 +66,7 @@ _declared.def_abstract_eval(_shape)
 ad.primitive_jvps[_declared] = _differentiate
 batching.primitive_batchers[_declared] = _map
 mlir.register_lowering(_declared, mlir.lower_fun(_call, multiple_results=False))
-if jax.__version_info__ < (0, 7):  # whose shard_map asks for rules of its own
+if jax.__version_info__ < (0, 7):  # whose shard_map needs rules of its own
     from jax.experimental import shard_map
 
     rules: Any = shard_map

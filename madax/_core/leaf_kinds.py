@@ -1,13 +1,14 @@
-"""What each leaf of a tree is, by its names and the shapes around it.
+"""Reads what each leaf of a tree is, from its names and the shapes around it.
 
-Three questions come one after the other. Which axes count layers? A norm has one axis,
-so a second axis shows a stack. Which axes are rows and columns? Names tell for
+It answers three questions in turn. Which axes count layers? A norm has one axis, so a
+second axis indicates a stack. Which axes are rows and columns? Names decide for
 attention, experts and convolutions, shapes for the rest. What is the leaf for? Tables
-and last layers have a name, or a size (a vocabulary, classes) that no other leaf has.
+and last layers have a typical name, or a size (a vocabulary, classes) that no other
+leaf has.
 
-A leaf of a repeated layer is compared with its own layer, any other leaf with the tree
-without those layers. So a leaf is read the same in :func:`madax.layerwise`, which shows
-an optimizer either the ends or one layer, and outside of it.
+A leaf of a repeated layer is compared with its own layer, and any other leaf with the
+tree without those layers. So a leaf is read the same inside :func:`madax.layerwise`,
+where an optimizer sees either the ends or one layer, and outside.
 """
 
 import math
@@ -23,7 +24,7 @@ _Below = dict[tuple[str, ...], list[Leaf]]
 
 
 def read_leaves(paths: Sequence[str], shapes: Iterable[Sequence[int]]) -> list[Leaf]:
-    """Kinds and axes of all leaves of a tree, given paths like ``"Dense_0/kernel"``."""
+    """Reads kinds and axes of all leaves, given paths like ``"Dense_0/kernel"``."""
     leaves, modules = [], defaultdict(list)
     for path, shape in zip(paths, shapes, strict=True):
         names = tuple(re.split(r"[/.]", path))
@@ -41,7 +42,7 @@ def read_leaves(paths: Sequence[str], shapes: Iterable[Sequence[int]]) -> list[L
 
 
 def _below(leaves: Iterable[Leaf]) -> _Below:
-    """The leaves below each prefix of a path."""
+    """Returns the leaves below each prefix of a path."""
     below = defaultdict(list)
     for leaf in leaves:
         for i in range(len(leaf.names)):
@@ -50,9 +51,9 @@ def _below(leaves: Iterable[Leaf]) -> _Below:
 
 
 def _near(leaf: Leaf, below: _Below, end: int | None = None) -> list[Leaf]:
-    """The other leaves of its layer that share the names of its path up to ``end``.
+    """Returns the other leaves of its layer with the same path up to ``end``.
 
-    By default these are the leaves beside its module: ``query`` beside ``out/kernel``.
+    By default, the leaves next to its module: ``query`` is next to ``out/kernel``.
     """
     end = (-2 if like.GENERIC.fullmatch(leaf.own) else -1) if end is None else end
     found = below[leaf.names[:end]]
@@ -63,7 +64,7 @@ def _near(leaf: Leaf, below: _Below, end: int | None = None) -> list[Leaf]:
 
 
 def _find_stacks(leaves: list[Leaf]) -> None:
-    """Takes the axes that count layers from the leaves of stacks of layers."""
+    """Finds stacks of layers, and removes the axes that count layers."""
     tops = {leaf.names[0] for leaf in leaves}
     layers = [leaf for leaf in leaves if leaf.names[0] == LAYERS]
     if layers and tops <= {ENDS, LAYERS}:  # the form that layerwise trains
@@ -71,7 +72,7 @@ def _find_stacks(leaves: list[Leaf]) -> None:
         for leaf in layers:
             if not listed or ENDS in tops:
                 leaf.layer = leaf.names[: 1 + listed]
-        # Without the ends, it is a stack or one of its layers.
+        # Without the ends, the tree is a stack or one of its layers.
         alike = all(len(x.core) > 2 and not _is_convolution(x) for x in layers)
         if not listed and (ENDS in tops or alike):
             several = not _take_axis(layers, 0) and ENDS in tops
@@ -89,8 +90,8 @@ def _find_stacks(leaves: list[Leaf]) -> None:
 
 
 def _is_stack(group: list[Leaf]) -> bool:
-    """Whether vectors show that leaves count layers, on an axis that is then taken."""
-    # Biases of queries have two axes without a stack: heads, and features of a head.
+    """Returns whether vectors show an axis of layers, which is then removed."""
+    # Biases of queries have two axes even without a stack: heads and features.
     vectors = [x for x in group if x.is_vector and not like.TO_HEADS.fullmatch(x.owner)]
     shown = vectors and all(sum(n > 1 for n in x.sizes) > 1 for x in vectors)
     matrices = any(len(leaf.core) > 2 for leaf in group)
@@ -102,7 +103,7 @@ def _is_stack(group: list[Leaf]) -> bool:
 
 
 def _take_axis(group: list[Leaf], i: int) -> bool:
-    """Takes a core axis from leaves if it has the same size in all leaves."""
+    """Removes a core axis from leaves if it has the same size in all of them."""
     sizes = {leaf.sizes[i : i + 1] for leaf in group}
     if len(sizes) != 1 or () in sizes:
         return False
@@ -129,7 +130,7 @@ def _find_lists(leaves: list[Leaf]) -> None:
 
 
 def _make_layer(group: list[Leaf], prefix: tuple[str, ...]) -> None:
-    """Makes a repeated layer of leaves, unless it has a single weight."""
+    """Marks leaves as a repeated layer, unless it has a single weight."""
     if sum(len(x.core) > 1 and not x.is_vector for x in group) > 1:
         for leaf in group:
             leaf.layer = leaf.layer or prefix
@@ -140,7 +141,7 @@ def _make_layer(group: list[Leaf], prefix: tuple[str, ...]) -> None:
 
 def _as_matrix(leaf: Leaf, below: _Below) -> tuple[Kind, Axes | None]:
     """The kind of a leaf before its role is known, and its axes if it is a matrix."""
-    # A gate of shape (1, 1) has no more rows and columns than one of shape ().
+    # A gate of shape (1, 1) is no more a matrix than a gate of shape ().
     if len(leaf.core) < 2 or leaf.is_vector or max(leaf.sizes) < 2:
         return "vector", None
     from_heads = like.FROM_HEADS.fullmatch(leaf.subject) is not None and (
@@ -162,7 +163,7 @@ def _as_matrix(leaf: Leaf, below: _Below) -> tuple[Kind, Axes | None]:
 
 
 def _split(leaf: Leaf, from_heads: bool) -> Axes | None:
-    """The core axes that a product sums over, and the core axes of its result."""
+    """Returns the core axes that a product sums over, and the axes of its result."""
     axes, sizes = range(len(leaf.core)), leaf.sizes
     if len(axes) < 3:
         # PyTorch and Equinox keep the outputs first.
@@ -176,7 +177,7 @@ def _split(leaf: Leaf, from_heads: bool) -> Axes | None:
     if from_heads:
         return axes[-3:-1], axes[-1:]
     if to_heads:
-        # Where keys and values are one leaf, an axis counts the two.
+        # Where keys and values share a leaf, an axis of size 2 counts them.
         if len(axes) == 3 and sizes[0] < 4:
             return axes[1:2], axes[2:]
         counted = len(axes) == 4 and sizes[1] in (2, 3) and sizes[0] > 3
@@ -195,7 +196,7 @@ def _split(leaf: Leaf, from_heads: bool) -> Axes | None:
 
 
 def _is_convolution(leaf: Leaf) -> bool:
-    """Whether a leaf is a kernel by name, or by two or more window axes of one size."""
+    """Returns whether a leaf is a convolution, by its name or its window axes."""
     sizes = leaf.sizes
     if like.CONVOLUTION.search(leaf.subject):
         return len(sizes) > 2 or min(sizes) < 9  # rank 2: a window of each channel
@@ -205,7 +206,7 @@ def _is_convolution(leaf: Leaf) -> bool:
 
 
 def _split_convolution(leaf: Leaf) -> Axes:
-    """:func:`_split` for kernels of two layouts; () for depthwise kernels."""
+    """Like :func:`_split`, for kernels of two layouts; () for depthwise kernels."""
     sizes, axes = leaf.sizes, range(len(leaf.core))
     if len(sizes) == 2:
         return (), ()
@@ -242,7 +243,7 @@ def _by_name(leaf: Leaf, below: _Below) -> Kind:
     _, fan_out = leaf.fans
     heads = [i for i, name in enumerate(leaf.names) if like.HEAD.fullmatch(name)]
     if heads and not like.TO_HEADS.fullmatch(leaf.subject):  # head_0/query
-        # In a classifier of several layers, all but the last feed another one.
+        # In a classifier of several layers, only the last is a last layer.
         group = _near(leaf, below, heads[0] + 1)
         feeds = fan_out and any(x.fans[0] == fan_out for x in group)
         return leaf.kind if feeds else "head"
@@ -259,7 +260,7 @@ def _by_name(leaf: Leaf, below: _Below) -> Kind:
 
 
 class _BySize:
-    """Tells a table or a last layer by a size that no other leaf has."""
+    """Recognises a table or a last layer by a size that no other leaf has."""
 
     def __init__(self, leaves: list[Leaf], layered: bool):
         self.layered = layered
@@ -274,7 +275,7 @@ class _BySize:
         if leaf.kind != "matrix" or len(leaf.core) != 2:
             return leaf.kind
         fan_in, fan_out = leaf.fans
-        # A leaf that multiplies features is not looked up, so it is no table.
+        # A leaf that multiplies features is not looked up, so it is not a table.
         biased = (*leaf.names[:-1], (fan_out,)) in self.biased
         dense = biased or leaf.own == "kernel" or bool(like.DENSE.search(leaf.subject))
         if self.is_alone(leaf, fan_out, fan_in, dense):
@@ -284,7 +285,7 @@ class _BySize:
         return "table" if table else "matrix"
 
     def is_alone(self, leaf: Leaf, n: int, other: int, dense: bool) -> bool:
-        """Whether ``other`` is a width of features, but the size ``n`` is not."""
+        """Returns whether ``other`` is a width of features, and ``n`` is not."""
         if len(self.holders[n]) > 4:  # itself, a bias, a table, a last layer
             return False
         same = [
@@ -301,6 +302,6 @@ class _BySize:
             return False
         if tables or (self.layered and not dense):
             return True
-        # Queries, keys and values, or gates, make a multiple of a width.
+        # Fused queries, keys and values, or gates, have a multiple of a width.
         widths = [other, *(m for m in self.holders if m > 7 and m != n)]
         return not any(n % m == 0 and n // m < 10 for m in widths)

@@ -1,4 +1,4 @@
-"""What the names of leaves, and the names of their modules, tell of a leaf."""
+"""Reads the names of leaves and of their modules."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ def _name(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"({pattern})(_?\d+)?", re.IGNORECASE)
 
 
-# Names that do not tell what a leaf is for.
+# Names that do not say what a leaf is for.
 GENERIC = _name(r"kernels?|weights?|w|params|lora|(\w+_)?lora_[ab]|layers|~|")
 NORM = _name(r"\w*norm(_(?!proj|linear|mlp)[a-z]+)?|(\w+_)?(ln|bn)(_[a-z]+)?")
 OF_NORM = _name(r"weight|w|g|b")
@@ -58,7 +58,7 @@ LAYERS = _name("layers?|blocks?|stack|scan")
 
 @dataclasses.dataclass(eq=False)
 class Leaf:
-    """A leaf, and the facts about it that are known so far.
+    """A leaf, and what is known about it so far.
 
     Attributes:
       names: the components of its path.
@@ -66,9 +66,10 @@ class Leaf:
       core: the axes that do not count layers.
       layer: the path of its repeated layer; None outside of repeated layers.
       siblings: leaves of the same module, itself included.
-      kind: "vector" for norms, biases, gains; "filter" for weights that are no matrix,
-        such as depthwise kernels; "unknown" where names and shapes do not tell.
-      axes: how the leaf is a matrix, of any kind; None if it is no matrix.
+      kind: "vector" for norms, biases, gains; "filter" for weights that are not
+        matrices, such as depthwise kernels; "unknown" if names and shapes do not
+        decide.
+      axes: the axes of rows and columns; None if the leaf is not a matrix.
     """
 
     names: tuple[str, ...]
@@ -103,17 +104,17 @@ class Leaf:
 
     @property
     def fan_in(self) -> int:
-        """The number of terms in a sum of products with the leaf, 1 or more.
+        """Returns the number of terms in a sum of products with the leaf, 1 or more.
 
-        A table is looked up, and has the scale of a matrix that takes its rows. Where
-        names and shapes do not tell, the longest axis of a layer is its outputs.
+        A table is looked up, and has the scale of a matrix that takes its rows. If
+        names and shapes do not decide, the longest axis of a layer counts its outputs.
         """
         fan_in = self.fans[self.kind == "table"]
         return fan_in or max(math.prod(self.sizes) // max(*self.sizes, 1, 1), 1)
 
     @cached_property
     def is_vector(self) -> bool:
-        """Whether its name tells that it is a vector, in each layer."""
+        """Returns whether it is a vector in each layer, by its name."""
         if NORM.fullmatch(self.owner) and OF_NORM.fullmatch(self.own):
             return True
         if B.fullmatch(self.own) and not LORA.search(self.owner):
@@ -131,6 +132,6 @@ def size_of(shape: Sequence[int], axes: Iterable[int]) -> int:
 
 
 def _is_within(bias: Sequence[int], kernel: Sequence[int]) -> bool:
-    """Whether a shape is the other one without some axes."""
+    """Returns whether a shape is the other one without some axes."""
     sizes = iter(kernel)
     return len(bias) < len(kernel) and all(n in sizes for n in bias)

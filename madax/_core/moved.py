@@ -1,4 +1,4 @@
-"""What version 0.2 called otherwise: errors that say what to write now.
+"""Errors for names and arguments of version 0.2, which say what to write now.
 
 This module is for one version only.
 """
@@ -15,10 +15,10 @@ _R = TypeVar("_R")
 def by_name(
     *places: str, **gone: str
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Makes old positions and names of arguments errors that name the new ones.
+    """Decorates a function: old positions and names of arguments raise an error.
 
-    ``places`` are the arguments that lost their position after 0.2, and ``gone`` says
-    by the name of an argument that is gone what to do instead.
+    ``places`` are the arguments that were positional in 0.2. ``gone`` says, by the name
+    of a removed argument, what to do instead.
     """
 
     def decorate(function):

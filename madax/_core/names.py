@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 
 import jax
 
-# A pytree: of arrays, of their shapes, or a state. Public signatures have it also for
-# parameters, because typing.get_type_hints does not find the type of optax.Params.
+# A pytree of arrays or shapes, or a state. Public signatures use it for parameters,
+# too, because typing.get_type_hints cannot resolve optax.Params.
 Tree: TypeAlias = Any
 
 # The two parts of the parameters that :func:`madax.layerwise` trains.
@@ -16,7 +16,7 @@ ENDS, LAYERS = "ends", "layers"
 
 
 def path_names(paths: Sequence[jax.tree_util.KeyPath]) -> list[str]:
-    """The paths of all leaves of a tree, with slashes: ``Dense_0/kernel``.
+    """Returns the paths of all leaves of a tree, with slashes: ``Dense_0/kernel``.
 
     Flax puts arrays in boxes: variables of nnx, and partitioned ones of linen. Each box
     is a node with a single child, ``value``, which is left out of the path.
@@ -43,10 +43,10 @@ def flatten_named(
 
 
 def is_part(paths: Sequence[str]) -> bool:
-    """Whether a tree of these paths is a part that ``layerwise`` shows an optimizer.
+    """Returns whether ``layerwise`` passes a tree of these paths as a part.
 
-    It calls ``init`` with the ends alone, with one layer alone, and once with the whole
-    tree. Warnings about a tree are for the whole tree.
+    ``layerwise`` calls ``init`` with the ends, with one layer, and once with the whole
+    tree. Only the last call may warn about the tree.
     """
     parts = rf"{ENDS}(/|$)", rf"{LAYERS}(/\D|$)"
     return any(all(re.match(part, path) for path in paths) for part in parts)

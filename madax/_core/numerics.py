@@ -1,4 +1,4 @@
-"""Elementary functions in few vector operations, of the same bits in every program.
+"""Elementary functions in few vector operations, with the same bits in each program.
 
 A compiler may fuse a product with the sum that it goes into, and round once, not twice.
 Whether XLA does so depends on the shape of an array, so a shard would get other bits
@@ -51,7 +51,7 @@ def rounded(x: jax.Array) -> jax.Array:
     """Returns ``x``, float32 or float64; a product passed here is not fused with a sum.
 
     The minimum of a pattern and the second largest integer is the pattern itself,
-    except for one NaN, which becomes another NaN. No compiler knows that.
+    except for one NaN, which becomes another. Compilers do not know that.
     """
     bits_dtype = np.dtype(np.int32 if x.dtype == np.float32 else np.int64)
     bits = jax.lax.bitcast_convert_type(x, bits_dtype)
@@ -71,7 +71,7 @@ def minus_product(c: jax.Array | float, a: ArrayLike, b: ArrayLike) -> jax.Array
 
 @with_derivative(lambda tangents, ans, value, stored: tangents[0])
 def straight_through(value: jax.Array, stored: jax.Array) -> jax.Array:
-    """``stored``, a rounding of ``value``, with the derivative of ``value``."""
+    """Returns ``stored``, a rounding of ``value``, with the derivative of ``value``."""
     del value
     return stored
 
@@ -236,8 +236,8 @@ def round_to_int(x: jax.Array) -> jax.Array:
     """The integer nearest to a float32 below 2**22 in size, halves to even; int32.
 
     A float32 near 1.5 * 2**23 has no bits for a fraction. So adding that number rounds,
-    and the lowest bits are the integer. A conversion would also check every element for
-    NaN and overflow.
+    and the lowest bits are the integer. A conversion would check each element for NaN
+    and overflow, too.
     """
     rounder = jnp.float32(1.5 * 2**23)
     bits = to_pattern(x + rounder)
@@ -247,8 +247,7 @@ def round_to_int(x: jax.Array) -> jax.Array:
 def relative_to(scale: jax.Array, x: jax.Array) -> jax.Array:
     """``x / scale``, as the product with a reciprocal.
 
-    XLA may turn a quotient by one number into such a product, or not: that depends on
-    how the array is sharded.
+    Otherwise it depends on the sharding whether XLA makes such a product of a quotient.
     """
     x, scale = normal_reciprocal(x, scale)
     return rounded(x * rounded(1 / scale))

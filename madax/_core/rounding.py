@@ -35,10 +35,10 @@ def leaf_keys(
     paths: Sequence[str],
     layer: ArrayLike | None = None,
 ) -> jax.Array:
-    """A key for each leaf, from (seed, step, path): uint32, shape (leaves,).
+    """Returns a key for each leaf, from (seed, step, path): uint32, shape (leaves,).
 
-    A leaf has the same key whatever part of the tree it is trained with. Indices in a
-    path are numbers: layer 3 of a stack, ``layers/w`` with ``layer=3``, has the key of
+    A leaf has the same key in the whole tree and in any part of it. Indices in a path
+    are numbers: layer 3 of a stack, ``layers/w`` with ``layer=3``, has the key of
     ``layers/3/w``. All integers are scalars.
     """
     seed = np.uint32(seed % 2**32) if isinstance(seed, int) else seed
@@ -57,16 +57,16 @@ def leaf_keys(
         keys = where.where(there, _mix(keys + index), keys)
     for counter in (count, seed):
         keys = _mix(keys) + jnp.asarray(counter).astype(jnp.uint32)
-    # With one half of a key, two leaves could have the same bits in every step.
+    # With half a key, two leaves could have the same bits in every step.
     keys = _mix(keys)
     return keys[:, 0] ^ keys[:, 1]
 
 
 def random_bits(key: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """32 random bits for each element of a leaf: uint32 of its whole (global) shape.
+    """Returns 32 random bits per element of a leaf: uint32, of its global shape.
 
-    The low 23 and the high 24 bits may be used as two numbers: the bits that they share
-    matter only to events of a probability of 2**-9.
+    The low 23 and the high 24 bits may be used as two numbers: the bits they share only
+    affect events with a probability of 2**-9.
     """
     row = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape[:-1]):
@@ -88,7 +88,7 @@ def random_bits(key: jax.Array, shape: Sequence[int]) -> jax.Array:
 def rounding_bits(
     rounding: Rounding, key: jax.Array, shape: Sequence[int]
 ) -> jax.Array | None:
-    """The :func:`random_bits` to round a leaf by; None to round to nearest."""
+    """Returns the :func:`random_bits` to round a leaf; None for rounding to nearest."""
     return random_bits(key, shape) if rounding == "stochastic" else None
 
 

@@ -1,7 +1,7 @@
-"""What devices agree on inside ``jax.shard_map``, where each has its own shards.
+"""Values that all devices share inside ``jax.shard_map``, despite their shards.
 
-With ``check_vma=True``, the default, the type of a value tells over which axes of the
-mesh it varies from device to device. Without it, and in ``jax.pmap``, nothing tells.
+With ``check_vma=True``, the default, the type of a value says over which axes of the
+mesh it varies between devices. Otherwise, and in ``jax.pmap``, this is unknown.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ def manual_axes() -> tuple[str, ...]:
 
 
 def types_tell() -> bool:
-    """Whether types tell what varies, inside a ``shard_map``."""
+    """Returns whether types say what varies, inside a ``shard_map``."""
     return bool(varying(jax.lax.axis_index(manual_axes()[0])))
 
 
@@ -28,8 +28,8 @@ def over_shards(
 ) -> jax.Array:
     """``x``, reduced over shards by a function such as ``jax.lax.pmax``.
 
-    The shards are on devices that have the same ``shared``, but another ``x``. If types
-    do not tell, they are on all devices.
+    Shards are devices with the same ``shared`` but different ``x``, by their types, or
+    all devices if types do not say.
     """
     axes = manual_axes()
     if axes and types_tell():

@@ -1,6 +1,6 @@
-"""What an output of a function depends on, read from its traced program.
+"""Reads from a traced program what its outputs depend on.
 
-Nothing is computed: the program is walked once, operation by operation.
+Nothing is computed: the jaxpr is read once, operation by operation.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from jax.extend import core
 
 from madax._core.names import Tree
 
-# Operations of which each output element depends on one element of every operand of
-# that shape. Any other operation counts as one that mixes elements.
+# Operations in which each element of the result depends on one element of each operand
+# of that shape. Any other operation counts as mixing elements.
 _ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
     convert_element_type copy copy_p cos cosh div eq erf erf_inv exp exp2 expm1 floor ge
@@ -27,32 +27,32 @@ _ELEMENTWISE = frozenset(
 )
 
 T = TypeVar("T")
-# What a value depends on: for inputs by their place, whether element by element.
+# The dependences of a value: input index to whether it is element by element.
 Dependence = dict[int, bool]
 
 
 class JaxprReader(abc.ABC, Generic[T]):
-    """Reads jaxprs, into nested ones. A subclass says what is known of each value."""
+    """Reads jaxprs and nested jaxprs. Subclasses define what is known of a value."""
 
     @abc.abstractmethod
     def constant(self, x: jax.typing.ArrayLike) -> T:
-        """What is known of a constant; of NaN, nothing."""
+        """Returns the knowledge about a constant; none about NaN."""
 
     @abc.abstractmethod
     def operation(self, eqn: core.JaxprEqn, args: list[T]) -> list[T]:
-        """What is known of the results of an operation, from its arguments."""
+        """Returns the knowledge about the results of an operation."""
 
     @abc.abstractmethod
     def one_of(self, values: Sequence[T], chosen_by: Sequence[T] = ()) -> T:
-        """What is known of one of several values."""
+        """Returns the knowledge about one of several values."""
 
     def looped(self, values: list[T], goes_on: Callable[[], list[T]]) -> list[T]:
-        """What is known of values after a round of a loop that ``goes_on`` or ends."""
+        """Returns the knowledge about values after a round of a loop."""
         del goes_on
         return values
 
     def read(self, jaxpr: core.Jaxpr | core.ClosedJaxpr, args: Sequence[T]) -> list[T]:
-        """What is known of the results of a jaxpr, from its arguments."""
+        """Returns the knowledge about the results of a jaxpr."""
         consts = getattr(jaxpr, "consts", ())
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
         known = dict(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
@@ -85,7 +85,7 @@ class JaxprReader(abc.ABC, Generic[T]):
             )
         if name == "scan":
             body = params["jaxpr"]
-            # What is stacked has an axis more outside. It comes last: xs after
+            # Stacked values have one more axis outside. They come last: xs after
             # constants and carries, ys after carries.
             carries, first = (
                 sum(len(shape_of(x)) == len(shape_of(y)) for x, y in pairs)
@@ -110,7 +110,7 @@ class JaxprReader(abc.ABC, Generic[T]):
         return self.operation(eqn, args)
 
     def _loop(self, body: Callable[[list[T]], list[T]], values: list[T]) -> list[T]:
-        """What is known of values however often a loop runs."""
+        """Returns the knowledge about values for any number of rounds of a loop."""
         while True:
             pairs = zip(values, body(values), strict=True)
             after = [self.one_of(pair) for pair in pairs]
@@ -125,7 +125,7 @@ def shape_of(x: core.Var | core.Literal) -> tuple[int, ...]:
 
 
 class _Dependences(JaxprReader[Dependence]):
-    """Which inputs a value depends on."""
+    """Reads which inputs a value depends on."""
 
     def constant(self, x: jax.typing.ArrayLike) -> Dependence:
         return {}
@@ -167,10 +167,10 @@ def _union(parts: Iterable[Dependence]) -> Dependence:
 
 
 def dependences(fn: Callable[..., Tree], *args: Tree) -> list[Dependence]:
-    """For each leaf of ``fn(*args)``, the leaves of ``args`` it depends on.
+    """Returns, for each leaf of ``fn(*args)``, the leaves of ``args`` it depends on.
 
-    A dict has the places of these leaves in flatten order, and whether each element
-    depends on no more than the element of the same place.
+    A dict has the flatten-order indices of these leaves, and whether each element
+    depends only on the same element of the leaf.
     """
     closed = jax.make_jaxpr(fn)(*args)
     inputs = [{i: True} for i in range(len(closed.jaxpr.invars))]
@@ -178,10 +178,10 @@ def dependences(fn: Callable[..., Tree], *args: Tree) -> list[Dependence]:
 
 
 class Shapes(NamedTuple):
-    """The structure and leaves of a tree of shapes: hashable, to look traces up by.
+    """The structure and leaves of a tree of shapes, hashable, as a key for traces.
 
-    There are no shardings, which need not be hashable, but there is the dtype of JAX's
-    floats, on which traces depend, too.
+    It has no shardings, which may not be hashable, but the dtype of JAX's floats, on
+    which traces depend.
     """
 
     treedef: jax.tree_util.PyTreeDef
@@ -202,6 +202,6 @@ def shapes_of(tree: Tree) -> Shapes:
 def depends_on(
     fn: Callable[[Tree, Tree], Tree], mapped: Tree, fixed: Tree
 ) -> list[bool]:
-    """For each leaf of ``fn(mapped, fixed)``, whether it depends on ``mapped``."""
+    """Returns which leaves of ``fn(mapped, fixed)`` depend on ``mapped``."""
     inputs = range(len(jax.tree.leaves(mapped)))
     return [any(i in inputs for i in x) for x in dependences(fn, mapped, fixed)]

@@ -8,9 +8,9 @@ from madax._core.names import Tree
 
 
 def entries(leaves: int) -> tuple[int, ...]:
-    """The shape of a vector with one entry per leaf, or of a scalar for no leaves.
+    """Returns the shape of a vector with one entry per leaf; () for no leaves.
 
-    The scalar stands in for an empty vector, which Orbax refuses to save.
+    A scalar replaces the empty vector, which Orbax refuses to save.
     """
     return (leaves,) if leaves else ()
 
@@ -19,9 +19,8 @@ def one_a_leaf(tree: Tree, leaves: int, *, apart: bool = False) -> list[Tree]:
     """Splits a tree of vectors, with one entry per leaf, into trees of scalars.
 
     With ``apart``, for vectors of 32 bits or bool, GPUs step each leaf in kernels of
-    its own. Otherwise their compilers make one kernel of all steps that take parts of a
-    vector. That is as good for cheap steps, but an expensive step then takes longer to
-    run and to compile, and more memory.
+    its own. Otherwise compilers make one kernel of all steps that read the same vector,
+    which is fine for cheap steps, but takes more time and memory for expensive ones.
     """
     if not leaves:
         return []
@@ -68,8 +67,7 @@ def _scalars_apart(vectors: list[jax.Array]) -> list[list[jax.Array]]:
 def awaited(tree: Tree) -> Tree:
     """Returns a tree after waiting for its arrays on several CPU devices.
 
-    CPU devices share threads, in which two programs at once would wait for each other's
-    collectives.
+    CPU devices share threads, so two programs at once could deadlock in collectives.
     """
     for x in jax.tree.leaves(tree):
         if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):

@@ -1,8 +1,8 @@
-"""Storage: a number format is a grid of signed integer codes.
+"""The base class of number formats: grids of signed integer codes.
 
-Formats work on values relative to the scale, the value of the max code, so in [-1, 1];
-and on codes in [-levels, levels], odd and monotone in the value, 0 exactly zero. They
-know nothing of rounding, trees or optimizers.
+Formats map values in [-1, 1], relative to the scale, to codes in [-levels, levels]. The
+map is odd and monotone, and code 0 is exactly zero. Formats know nothing about
+rounding, trees or optimizers.
 """
 
 import ast
@@ -89,15 +89,15 @@ class Format(ABC):
     def add_step(self, code: jax.Array, u: jax.Array) -> jax.Array:
         """The real-valued codes of adding ``u``, relative to the scale.
 
-        ``encode(decode(code) + u) - code``, with the digits of a small ``u`` that this
-        formula would lose.
+        It is ``encode(decode(code) + u) - code``, but also accurate for small ``u``.
         """
 
     @abstractmethod
     def curvature(self, code: jax.Array) -> jax.Array:
-        """The relative growth of the spacing of values with the code; float32.
+        """The relative change of the spacing of values per code; float32.
 
-        The second derivative of the value with respect to the code, over the first.
+        It is the second derivative of the value with respect to the code, over the
+        first.
         """
 
     def nearest(self, x: jax.Array) -> jax.Array:

@@ -10,8 +10,8 @@ from madax._core.checks import check_format_field
 from madax._core.numerics import exp, log, log_change, plus_product
 from madax.formats._base import Format, check_format_bits, levels_of
 
-# Codes are decoded to float32. It resolves values of log|w| that are _MIN_SPACING nats
-# apart, and spans _MAX_SPAN nats below 1.
+# Codes decode to float32, which resolves _MIN_SPACING nats of log|w|, and spans
+# _MAX_SPAN nats below 1.
 _MIN_SPACING = 1e-6
 _MAX_SPAN = 80.0
 
@@ -37,8 +37,7 @@ class LogFormat(Format):
     Attributes:
       bits: width of a code, sign included, 2 to 16.
       base_step: spacing of the codes, in nats, 1e-6 or more. The default has a dynamic
-        range of 100 in codes of 3 to 8 bits, which are few and are needed near the
-        scale, and of 10 000 in wider codes.
+        range of 100 for 3 to 8 bits, and of 10 000 for more bits.
 
     Raises:
       ValueError: if ``bits`` or ``base_step`` is out of range.

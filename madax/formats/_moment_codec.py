@@ -1,6 +1,6 @@
-"""How any state of an optimizer is stored as codes, a leaf at a time.
+"""Stores any leaf of an optimizer's state as codes.
 
-Where the codes lie follows from the values that are to be stored, in the same step.
+The octaves of the codes follow from the values to be stored, in the same step.
 """
 
 import dataclasses
@@ -43,11 +43,11 @@ _REACH, _RISE = 20, 4
 
 @dataclasses.dataclass(frozen=True)
 class MomentCodec:
-    """How values become codes, and codes become values.
+    """Encodes values, and decodes codes.
 
-    Magnitudes without a sign are the bits of a float32 from some octave up. Those with
-    a sign are the bits of the magnitude and ``2**octave`` together: zero is a code like
-    any other, and the first codes are evenly spaced.
+    Codes without a sign are bits of the float32 pattern, from some octave up. Codes
+    with a sign are bits of ``magnitude + 2**octave``, so zero is a code, and the first
+    codes are evenly spaced.
 
     Attributes:
       bits: width of a code.
@@ -84,11 +84,11 @@ class MomentCodec:
         *,
         at_start: bool = False,
     ) -> MomentWindow:
-        """Where the codes of the new values of a leaf lie.
+        """Returns the window for the new values of a leaf.
 
-        The values ``before``, float32, stay where new ones are not finite. With
-        ``at_start`` the values are constants, as zeros are: XLA reduces constants while
-        it compiles, which takes it minutes if three reductions are one.
+        The values ``before``, float32, stay where new ones are not finite. ``at_start``
+        means that the values are constants, which XLA reduces while it compiles: that
+        takes minutes if three reductions are one operation.
         """
         x = new.astype(jnp.float32)
         x = jnp.where(jnp.isfinite(x), x, before)
@@ -106,7 +106,7 @@ class MomentCodec:
             for x in (found.min_value, found.min_factor)
         )
         mean = (found.exponents // jnp.maximum(found.count, 1)) << _dropped(x.size)
-        # Of shards, the max mean counts: sums over all of them could overflow.
+        # The max of the shards' means is used, because a sum over all could overflow.
         max_size, mean = (
             over_shards(jax.lax.pmax, x, window.scale) for x in (found.max_size, mean)
         )
@@ -126,7 +126,7 @@ class MomentCodec:
 
     @partial(jax.jit, static_argnums=0)
     def fits(self, new: jax.Array, window: MomentWindow) -> jax.Array:
-        """Whether new values are finite, and not above the octaves of a window."""
+        """Returns whether new values are finite and not above a window."""
         above = to_pattern(window.scale) & ((1 << MANTISSA) - 1)
         above = from_pattern(above + ((self._top(window) + 1) << MANTISSA))
         # NaN and infinity are not below any number.
@@ -142,7 +142,7 @@ class MomentCodec:
         key: jax.Array,
         rounding: Rounding,
     ) -> jax.Array:
-        """The codes of the new values of a leaf where they fit, else of former ones."""
+        """Returns the codes of new values where they fit, and of old ones elsewhere."""
         x = jnp.where(fits, new.astype(jnp.float32), before)
         grid, max_code, offset = self._grid(window)
         bits = rounding_bits(rounding, key, new.shape)
@@ -160,7 +160,7 @@ class MomentCodec:
 
     @partial(jax.jit, static_argnums=0)
     def start(self, new: jax.Array) -> tuple[jax.Array, MomentWindow]:
-        """The codes of the values that a state starts with, and where they lie."""
+        """Returns the codes of initial values, and their window."""
         window = MomentWindow(jnp.int32(1), jnp.float32(1), jnp.bool(False))
         window = self.follow(new, 0.0, window, at_start=True)
         fits = self.fits(new, window)
@@ -181,14 +181,14 @@ class MomentCodec:
         return grid, max_code, jnp.where(signed, from_pattern(first), 0)
 
     def _sign(self, window: MomentWindow) -> jax.Array:
-        """The bit of codes that is a sign; 0 if there is none."""
+        """Returns the sign bit of codes; 0 if there is none."""
         return jnp.where(window.signed, 1 << (self.bits - 1), 0)
 
     def _octaves(self, signed: jax.Array) -> jax.Array:
         return jnp.where(signed, self.octaves, UNSIGNED_OCTAVES)
 
     def _top(self, window: MomentWindow) -> jax.Array:
-        """The biased exponent of the max values that fit.
+        """Returns the biased exponent of the max values that fit.
 
         The octave above is free, for values that are rounded up.
         """
@@ -196,7 +196,7 @@ class MomentCodec:
 
 
 class _Extremes(NamedTuple):
-    """Reductions of a leaf, none of which depends on another."""
+    """Independent reductions of a leaf."""
 
     min_value: jax.Array  # 0 at most
     max_size: jax.Array
@@ -206,7 +206,7 @@ class _Extremes(NamedTuple):
 
 
 def _extremes(x: jax.Array, factor: jax.Array) -> _Extremes:
-    """The reductions one by one; compilers find all in one pass."""
+    """Reduces one by one; compilers make one pass of it."""
     size = jnp.abs(x)
     # By default JAX adds up int32 as int64 in x64 mode.
     total, count = (jnp.sum(each, dtype=jnp.int32) for each in _exponents(size))
@@ -215,7 +215,7 @@ def _extremes(x: jax.Array, factor: jax.Array) -> _Extremes:
 
 
 def _extremes_at_once(x: jax.Array, factor: jax.Array) -> _Extremes:
-    """The same as one operation, without which CPUs compute the values for each."""
+    """Reduces in one operation, or CPUs would compute the values for each reduction."""
 
     def either(a, b):
         reduce = jnp.minimum, jnp.maximum, jnp.minimum, jnp.add, jnp.add
@@ -239,7 +239,7 @@ def _dropped(size: int) -> int:
 
 
 def stack_windows(windows: Sequence[MomentWindow]) -> MomentWindow:
-    """The windows of all leaves in one."""
+    """Joins the windows of all leaves."""
     if not windows:
         shape = entries(0)
         ones = jnp.ones(shape, jnp.int32), jnp.ones(shape, jnp.float32)

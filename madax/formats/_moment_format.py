@@ -1,4 +1,4 @@
-"""The format of an optimizer's moments, the grids of its codes, and where they lie.
+"""The format of an optimizer's moments, with the grids and windows of its codes.
 
 The top bits of a float32 pattern are a grid that is logarithmic from octave to octave
 and uniform within one; adding random bits below the cut before cutting is unbiased
@@ -15,39 +15,39 @@ from madax._core.checks import check_bits
 from madax._core.names import Tree
 from madax._core.numerics import BIAS, MANTISSA, from_pattern, to_pattern
 
-# Octaves of a moment without a sign. A moment with a sign goes as the gradient, not as
-# its square: half as many cover the same range.
+# Octaves of a moment without a sign, such as a squared gradient. A moment with a sign,
+# such as a gradient, covers the same range with half as many.
 UNSIGNED_OCTAVES, SIGNED_OCTAVES = 64, 32
 
 
 @dataclasses.dataclass(frozen=True)
 class MomentFormat:
-    r"""How moments are stored: as codes of ``bits`` bits, stochastically rounded.
+    r"""The format of stored moments: codes of ``bits`` bits, stochastically rounded.
 
     A code is a small float: some bits count octaves, which are powers of two, and the
     others are binary digits. The octaves follow the values of each leaf, so gradients
     of any scale are stored alike.
 
-    :func:`with_quantized_state` stores the moments of any optimizer; its page says how.
-    :func:`scale_by_second_moment`, and with it :func:`madam`, has a grid of its own:
+    :func:`with_quantized_state` describes how it stores the moments of any optimizer.
+    :func:`scale_by_second_moment`, and so :func:`madam`, has a grid of its own:
 
     - A second moment ``nu`` has 64 octaves and no sign; a first moment ``mu`` has a
       sign and 32 octaves, which is the same range of gradients. The other bits are
       digits: two of them in 8 bits.
     - The octaves follow the max of ``nu`` in each leaf, in each of the first 8 steps
-      and in every 8th after that. An element whose ``nu`` jumps above them, as by a
-      gradient of 700 times the max of its leaf, is skipped until they have followed,
-      like an element that is not finite. With a decay rate below 0.75 they follow in
-      every step, and only elements that are not finite are skipped.
+      and in every 8th after that. An element whose ``nu`` jumps above them, for example
+      by a gradient of 700 times the max of its leaf, is skipped until they have
+      followed, like an element that is not finite. With a decay rate below 0.75 they
+      follow in each step, and only elements that are not finite are skipped.
     - The decay of ``nu`` is exact. It goes into a scale that all leaves share, so
       ``nu`` is rounded only where a gradient adds to it.
-    - No element is trapped at zero: the min code of ``nu`` is a number below the
-      octaves, for what gradients of up to 1e-8 of the max leave. An element that has
-      had no gradient has this code, too, and does not move.
-    - After many steps, rounding has given ``nu`` a relative variance of about
-      :math:`0.36 / 2^{b}`, with :math:`b = \text{bits} - 6` digits, for any decay rate
-      near 1. That would make :math:`1/\sqrt\nu` too large on average, by 3.4 % for 8
-      bits, and is divided out.
+    - No element is trapped at zero: the min code of ``nu`` stands for values below the
+      octaves, from gradients below 1e-8 of the max. An element without a gradient so
+      far has this code, too, and does not move.
+    - After many steps, rounding gives ``nu`` a relative variance of about :math:`0.36 /
+      2^{b}`, with :math:`b = \text{bits} - 6` digits, for any decay rate near 1. That
+      would make :math:`1/\sqrt\nu` too large on average, by 3.4 % for 8 bits, and is
+      divided out.
 
     Attributes:
       bits: width of a code, 8 to 16; 8 takes one byte per moment, more takes two.
@@ -90,15 +90,15 @@ class MomentFormat:
 
 
 class MomentWindow(NamedTuple):
-    """Where the codes of moments lie: one entry per stored leaf, in flatten order.
+    """The octaves of stored moments: one entry per stored leaf, in flatten order.
 
     Attributes:
       octave: biased exponent of the min octave, int32, shape (number of stored
-        leaves,), or () if there are none. In :func:`scale_by_second_moment` it is that
-        of the second moment, and 0 before the first gradient.
+        leaves,), or () if there are none. In :func:`scale_by_second_moment` it belongs
+        to the second moment, and is 0 before the first gradient.
       scale: unit of the values, float32 in [1, 2), same shape; a scalar in
-        :func:`scale_by_second_moment`. What all elements decay by goes here, rather
-        than into codes, which would be rounded.
+        :func:`scale_by_second_moment`. The decay that all elements share goes here,
+        because codes would be rounded.
       signed: whether a bit of the codes is a sign, bool, same shape; None in
         :func:`scale_by_second_moment`.
     """
@@ -133,7 +133,7 @@ def check_made_for(wanted: str | None, made_for: str | None) -> None:
 
 
 class MomentGrid(NamedTuple):
-    """Non-negative floats that are some bits of a float32 pattern.
+    """A grid of non-negative floats, whose codes are some bits of a float32 pattern.
 
     Attributes:
       shift: number of bits of the pattern that are cut, int32.

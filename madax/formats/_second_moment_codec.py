@@ -1,7 +1,7 @@
-"""How ``scale_by_second_moment`` stores moments: as floats, or as codes.
+"""Stores the moments of ``scale_by_second_moment`` as floats or as codes.
 
-Both ways have the same two methods, which take a moment of a leaf as it is stored and
-return it as it is stored after a gradient.
+Both classes have the same two methods, which take a stored moment of a leaf and return
+the stored moment after a gradient.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ _UNPLACED_MU = BIAS - 62
 # is then stored as it is. So is one of 700 times the max, as a step adds only a
 # thousandth of its square.
 _BELOW = 54
-# Windows follow in each of the first steps, and in every eighth afterwards, since that
+# Windows follow in each of the first steps, and then in every eighth, because to follow
 # takes a pass over the codes of nu. In between, the decay of nu lowers them.
 _FIRST_STEPS, _INTERVAL = 8, 8
-# With a larger fraction of the newest square in nu, they would fall too far by then.
+# Where the newest square is a larger fraction of nu, eight steps would be too many.
 _FASTEST = 0.25
 
 
@@ -44,17 +44,17 @@ class SecondMoment(NamedTuple):
 
     stored: jax.Array
     exact: jax.Array  # before rounding
-    counted: jax.Array  # where the gradient counts
-    moved: jax.Array  # where weights move: 0/0 does not
+    counted: jax.Array  # whether the gradient of an element counts
+    moved: jax.Array  # whether a weight moves: 0/0 does not
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FloatMoments:
-    """The moments of a leaf, stored as they are."""
+    """The moments of a leaf, stored as floats."""
 
     def add_square(self, nu: jax.Array, g: jax.Array, rate: jax.Array) -> SecondMoment:
-        """The second moment after a gradient."""
+        """Returns the second moment after a gradient."""
         counted = g * g < jnp.inf
         nu = jnp.where(counted, moving_average(nu, g * g, rate), nu)
         return SecondMoment(nu, nu, counted, counted & (nu > 0))
@@ -62,7 +62,7 @@ class FloatMoments:
     def add(
         self, mu: jax.Array, g: jax.Array, counted: jax.Array, rate: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """The first moment after a gradient: as it is stored, and before rounding."""
+        """Returns the first moment after a gradient, as stored and before rounding."""
         mu = jnp.where(counted, moving_average(mu, g, rate), mu)
         return mu, mu
 
@@ -145,8 +145,8 @@ class SecondMomentCodec:
             start = window_start(top - _BELOW, UNSIGNED_OCTAVES)
             return jnp.where(top > 0, start, 0)
 
-        # The window follows the codes, not the gradients: all gradients would have to
-        # be there before the first could be used up.
+        # The window follows the codes, not the gradients, or all gradients would have
+        # to be computed before the first is used.
         due = (count < _FIRST_STEPS) | (count % _INTERVAL == 0) | fast
         start = jax.lax.cond(due, suitable, lambda: octave)
         # With a short memory, nu is about as large after the step as it was before, not
@@ -156,7 +156,7 @@ class SecondMomentCodec:
 
 
 def is_fast(rate: jax.Array) -> jax.Array:
-    """Whether memory is so short that windows are moved in every step."""
+    """Whether the decay is so fast that windows move in each step."""
     # A value above them is then stored as the max, and still moves its weight. The
     # newest square is a large fraction of nu: divided by its root, it is no outlier.
     return rate > _FASTEST
@@ -185,7 +185,7 @@ class CodedMoments:
     mu_key: jax.Array | None = None
 
     def add_square(self, nu: jax.Array, g: jax.Array, rate: jax.Array) -> SecondMoment:
-        """Like the method of floats, but values are over the unit of nu."""
+        """Like ``FloatMoments.add_square``, but relative to the unit of nu."""
         del rate
         old = self.codec.nu_grid(self.before).lowered(self.octaves)
         new = self.codec.nu_grid(self.after)
@@ -204,7 +204,7 @@ class CodedMoments:
     def add(
         self, mu: jax.Array, g: jax.Array, counted: jax.Array, rate: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Like the method of floats."""
+        """Like ``FloatMoments.add``."""
         assert self.mu_key is not None
         old, new = map(self.codec.mu_grid, (self.before, self.after))
         size = old.value_from_zero(jnp.abs(mu.astype(jnp.int32)))
@@ -223,7 +223,7 @@ def coded_moments(
     count: jax.Array,
     keys: Sequence[jax.Array],
 ) -> tuple[list[CodedMoments], MomentWindow]:
-    """How a step stores the moments of every leaf, and the window after it."""
+    """Returns how a step stores the moments of each leaf, and the window after it."""
     scale, octaves = decayed(window.scale, rate.astype(jnp.float32))
     fast = is_fast(rate)
     after = codec.follow(window.octave, count, nus, octaves, fast)

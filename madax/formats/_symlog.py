@@ -26,7 +26,7 @@ def _root(x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class SymlogFormat(Format):
-    r"""Uniform near zero, logarithmic far out: the codes of a hyperbolic sine.
+    r"""Codes that are uniform near zero and logarithmic far out: a hyperbolic sine.
 
     .. math::
 
@@ -34,10 +34,10 @@ class SymlogFormat(Format):
       \cdot \sinh(c \cdot \mathrm{base\_step}) \\
       \mathrm{base\_step} &= \mathrm{asinh}(1/\mathrm{linear\_range}) / \text{levels}
 
-    Steps are multiplicative far from zero, and can cross zero: this is the counterpart
-    of ``floor`` on codes. A log-step is an addition of codes, as in :class:`LogFormat`,
-    :math:`c' = c + d / \mathrm{base\_step}`. Far from zero it multiplies by
-    :math:`e^{\pm d}`, near zero it adds ``scale * linear_range * d``.
+    Steps are multiplicative far from zero, and can cross zero, as with ``floor`` on
+    floats. A log-step is an addition of codes, as in :class:`LogFormat`, :math:`c' = c
+    + d / \mathrm{base\_step}`. Far from zero it multiplies by :math:`e^{\pm d}`, near
+    zero it adds ``scale * linear_range * d``.
 
     Attributes:
       bits: width of a code, sign included, 2 to 16.

@@ -1,4 +1,4 @@
-"""The optimizers: a direction, and multiplicative steps along it."""
+"""Optimizers: multiplicative steps along a direction."""
 
 from madax.optimizers._chain import MadamState
 from madax.optimizers._madam import madam

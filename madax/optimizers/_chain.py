@@ -1,4 +1,4 @@
-"""What the optimizers share: all that comes after the direction, and one state."""
+"""The part that all optimizers share: the steps after the direction, and one state."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -90,11 +90,11 @@ def from_direction(
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of multiplicative steps along a direction.
 
-    It gives the bits that ``optax.chain`` of the public transforms gives, with one
-    count and one geometry in its state. Arguments are as for :func:`madam`, but for
-    ``alias``, the function that users call, whose defaults are no cause for a warning,
-    ``second_rate``, and ``to_grid``, which takes the place of :func:`rounded_update`
-    where codes are simulated, and is also given the value of the max code.
+    It gives the same bits as an ``optax.chain`` of the public transforms, with one
+    count and one geometry in its state. Arguments are as for :func:`madam`, except
+    ``alias``, the function that users call, whose defaults cause no warnings;
+    ``second_rate``; and ``to_grid``, which replaces :func:`rounded_update` where codes
+    are simulated, and also gets the value of the max code.
     """
     learning_rate = check_learning_rate(learning_rate, 0.01)
     g_bound = check_positive("g_bound", g_bound, 10.0)
@@ -150,7 +150,7 @@ def from_direction(
         us = log_updates(ws, ds, floors, skips=False)
         bounds = leaf_bounds(p_scale, geometry, paths, ws)
         us = clipped(ws, us, bounds)
-        # The direction may hash the same seed, count and paths: XLA does it once.
+        # The direction may hash the same seed, count and paths; XLA merges the two.
         keys = one_a_leaf(leaf_keys(seed, count, paths, madax_layer), len(ws))
         leaves = zip(ws, us, keys, strict=True)
         if to_grid is None:
@@ -166,7 +166,7 @@ def from_direction(
 
 
 def _not_default(alias: Callable, given: dict[str, Number]) -> list[str]:
-    """The names of arguments that are known to differ from the defaults of an alias."""
+    """Returns the names of arguments that differ from the defaults of an alias."""
     defaults = {k: p.default for k, p in inspect.signature(alias).parameters.items()}
 
     # inject_hyperparams makes arrays of numbers, of the dtype of the parameters.

@@ -89,10 +89,10 @@ def muon_madam(
         moments of matrices, in [0, 1).
       p_scale: bound on float weights, as for :func:`madam`; it does nothing on codes.
       g_bound: bound on the direction.
-      direction: of matrices: "orthogonal", or of those that cost little: "factored", as
-        :func:`scale_by_factored_second_moment`, "sinkhorn", as
-        :func:`scale_by_sinkhorn`, "columns", as :func:`scale_by_column_norm`; of the
-        gradient with ``b1=None``, or else of its momentum.
+      direction: direction of matrices: "orthogonal", or without matrix products:
+        "factored" (:func:`scale_by_factored_second_moment`), "sinkhorn"
+        (:func:`scale_by_sinkhorn`) or "columns" (:func:`scale_by_column_norm`). It is
+        applied to the gradient if ``b1`` is None, else to the momentum.
       matrices: ``matrices(path, leaf)`` is a :class:`MatrixDimensionNumbers`, or None
         for a leaf that takes the direction of Madam, given paths like
         ``"Dense_0/kernel"`` and leaves with a shape and a dtype.
@@ -159,7 +159,8 @@ def muon_madam(
 
         tx = matrix_direction(b1, axes_of, direction)
         if moment_format is not None and b1 is not None:
-            # A momentum that is used as a whole needs no more than 8 octaves.
+            # Small elements of a momentum hardly affect the direction of the whole
+            # matrix, so 8 octaves are enough.
             codec = MomentCodec(moment_format.bits, moment_format.octaves or 8)
             tx = quantized_state(tx, codec, everything, seed=seed, known_as="m")
         if direction == "factored" or (direction == "orthogonal" and b1 is None):

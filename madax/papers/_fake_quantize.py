@@ -14,7 +14,7 @@ from madax.formats._base import Format
 def fake_quantize(
     x: jax.Array, format: Format | None, *, backward_format: Format | None = None
 ) -> jax.Array:
-    r"""Puts an array on a format's grid, and its gradient on another's.
+    r"""Rounds an array to the grid of a format, and its gradient to another grid.
 
     A straight-through quantiser: the forward pass rounds ``x`` to the nearest code
     of ``format``, with the max magnitude of the array as the scale; the

@@ -14,7 +14,7 @@ def madam(
     p_scale: ArrayLike = 3.0,
     g_bound: ArrayLike = 10.0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Madam to the letter: the rule and the constants of its authors.
+    r"""Madam to the letter: the rule and the constants of the paper.
 
     .. math::
 

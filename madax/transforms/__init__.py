@@ -1,4 +1,4 @@
-"""The transforms that :func:`madax.madam` and its relatives are made of."""
+"""The transforms that :func:`madax.madam` and :func:`madax.muon_madam` consist of."""
 
 from madax.transforms._clip import clip_log_weights
 from madax.transforms._dequantized import with_dequantized_params

@@ -37,20 +37,20 @@ def clip_log_weights(
 
     where :math:`\mathrm{rms}_0` is the root mean square of the weight's leaf at init,
     and :math:`\max |w_0|` the max magnitude in the leaf. This bound keeps matrices from
-    running away at a high rate. All other leaves are free to grow up to the max of
+    growing without limit at a high rate. Other leaves have no bound but the max of
     their dtype, because their size at init says nothing about the size they need: a
-    gain of a residual branch starts at 1e-6, a bias at zero. Free are leaves of rank
+    gain of a residual branch starts at 1e-6, a bias at zero. These are leaves of rank
     below 2, leaves that are called a norm, a scale, a gain or a bias (of any rank, as
     in stacked layers), and leaves that are all zeros at init.
 
     With a number for ``p_scale`` every leaf has the bound of the paper,
     :math:`p_\text{scale}\, \mathrm{rms}_0`, which clips weights beyond it in the first
-    step; a warning says so. :func:`madax.diagnostics.fraction_at_bound` tells which
+    step; a warning says so. :func:`madax.diagnostics.fraction_at_bound` shows which
     leaves are at their bound during training.
 
-    An update that stays within the bound passes through bit for bit. Any other lands on
-    the bound, to within a rounding of the parameters' dtype. On codes this transform
-    does nothing: the range of the codes is the bound.
+    An update that stays within the bound passes through bit for bit. Any other ends at
+    the bound, to within a rounding of the parameters' dtype. This transform does
+    nothing to codes, whose range is their bound.
 
     .. warning::
       It comes after :func:`scale_by_sign_log`; only storage may follow.
@@ -59,9 +59,9 @@ def clip_log_weights(
       p_scale: the bound on every float leaf, relative to its root mean square at init;
         None for a bound on matrices alone, which clips no weight at init; ``inf`` for
         no bound except the max of the dtype.
-      zero_init_scale: stands in for the root mean square of a float leaf that is all
-        zeros at init, in units of the weights, where ``p_scale`` is a number; with 0,
-        the paper, such a leaf stays at zero.
+      zero_init_scale: the root mean square assumed for a float leaf that is all zeros
+        at init, in units of the weights, if ``p_scale`` is a number; with 0, as in the
+        paper, such a leaf stays at zero.
 
     Returns:
       A gradient transformation from updates to updates, float32 or wider, which
@@ -108,11 +108,11 @@ def check_p_scale(p_scale: ArrayLike | None, *, finite: bool = False) -> Number:
 def with_first_bound(
     p_scale: ArrayLike | None, geometry: Geometry, params: Tree, *, stacklevel: int
 ) -> Geometry:
-    """The geometry with the bounds of the first step; warns of weights beyond them."""
+    """Returns the geometry with its first bounds; warns of weights beyond them."""
     paths, leaves, _ = flatten(params)
     bounds = leaf_bounds(p_scale, geometry, paths, leaves)
     if p_scale is not None:
-        # Not by a rounding, nor by the end of the dtype.
+        # Beyond by more than a rounding error, and not only by the max of the dtype.
         limits = bound_on_weights(p_scale, geometry.rms0, geometry.peak0) * (1 + 1e-5)
         beyond = known_values(geometry.peak0 > limits)
         floats = [x for x in zip(paths, leaves, strict=True) if not is_quantized(x[1])]
@@ -139,6 +139,6 @@ def clip_update(w: jax.Array, u: jax.Array, bound: jax.Array) -> jax.Array:
     """Shortens ``u`` so that ``|w + u| <= bound``; otherwise leaves it alone."""
     x = widen(w)
     bound = bound.astype(x.dtype)
-    # A bound is NaN if a traced p_scale is out of range. The weights show it.
+    # If a traced p_scale is out of range, the bound is NaN, and so are the weights.
     u = jnp.where(bound >= 0, u.astype(x.dtype), jnp.nan)
     return within(u, -bound - x, bound - x)

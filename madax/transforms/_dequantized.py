@@ -1,4 +1,4 @@
-"""A direction of optax on parameters that are codes."""
+"""Lets a direction of optax compute with the values of codes."""
 
 import optax
 
@@ -9,7 +9,7 @@ from madax.codes._quantize import decoded
 def with_dequantized_params(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Shows a transform the values of parameters in the place of codes.
+    """Gives a transform the values of parameters instead of codes.
 
     The inner transform gets and returns floats. So any direction of optax, or a
     partition of several, may stand before :func:`scale_by_sign_log` and

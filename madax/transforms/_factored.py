@@ -23,14 +23,14 @@ from madax.transforms._second_moment import Direction, bias_correction
 class ScaleByFactoredSecondMomentState(NamedTuple):
     """State of :func:`scale_by_factored_second_moment`.
 
-    The moments are in tuples, in flatten order, because they have not the shapes of the
-    parameters: what copies the sharding of parameters to trees like them would fail.
+    The moments are in tuples, in flatten order, because their shapes differ from the
+    parameters', so the sharding of a parameter must not be copied to them.
 
     Attributes:
       count: number of steps taken, int32 scalar.
-      nu_in: of each leaf the second moment of what leaves each input, with the shape of
-        the leaf but 1 for the output axes; float32 or wider.
-      nu_out: the second moment of what enters each output, with 1 for the input axes.
+      nu_in: for each leaf, mean squares over the outputs: the shape of the leaf, but 1
+        for the output axes; float32 or wider.
+      nu_out: likewise mean squares over the inputs, with 1 for the input axes.
     """
 
     count: jax.Array
@@ -39,7 +39,7 @@ class ScaleByFactoredSecondMomentState(NamedTuple):
 
 
 class FactoredMoments(NamedTuple):
-    """The same without the count, for the optimizers, which count their steps once."""
+    """The state without the count, for optimizers, which have one count."""
 
     nu_in: tuple[jax.Array, ...]
     nu_out: tuple[jax.Array, ...]
@@ -57,9 +57,9 @@ def scale_by_factored_second_moment(
       \hat g_t &= g_t\,
         \sqrt{(1 - b_2^t)\, \mathrm{mean}(r_t)} / \sqrt{r_t c_t}, \qquad 0/0 := 0
 
-    This is the second moment of Adafactor: two vectors for a matrix, 0.05 % of its
-    elements at a width of 4096, in the place of one more matrix. A gradient element
-    that is not finite, or whose square overflows, counts as zero.
+    This is the second moment of Adafactor: two vectors instead of a matrix, which are
+    0.05 % of its elements at a width of 4096. A gradient element that is not finite, or
+    whose square overflows, counts as zero.
 
     Args:
       b2: decay rate of the second moments, in [0, 1).
@@ -110,7 +110,7 @@ def scale_by_factored_second_moment(
 def factored_second_moment(
     b2: ArrayLike, axes_of: Callable[..., Sequence[Tree]]
 ) -> Direction:
-    """As :func:`scale_by_factored_second_moment`, for a caller that counts steps."""
+    """Like :func:`scale_by_factored_second_moment`, for a caller that counts steps."""
 
     def init_fn(params):
         paths, leaves, _ = flatten(params)

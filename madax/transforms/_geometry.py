@@ -1,4 +1,4 @@
-"""The size of each float leaf at init, from which its bound and its floor follow."""
+"""The size of each float leaf at init, which determines its bound and its floor."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -27,8 +27,8 @@ class Geometry(NamedTuple):
       rms0: root mean square of each leaf at init, or ``zero_init_scale`` where the leaf
         was all zeros.
       peak0: max magnitude in each leaf at init; 0 if the leaf was all zeros.
-      bound: the bound on the magnitudes of each leaf in the last step, for a free leaf
-        the max of its dtype; None in the state of transforms that have no bound.
+      bound: the bound on the magnitudes of each leaf in the last step, which is the max
+        of the dtype for a leaf without a bound; None in transforms without bounds.
     """
 
     rms0: jax.Array

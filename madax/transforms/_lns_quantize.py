@@ -1,4 +1,4 @@
-"""Storage: the transform that rounds steps of codes, and weights of 16-bit floats."""
+"""Rounding of steps of codes, and of weights in 16-bit floats."""
 
 from functools import partial
 from typing import NamedTuple
@@ -42,25 +42,25 @@ _GRID = "use madax.papers.quantize_to_grid, which simulates codes of floats"
 def lns_quantize(
     *, rounding: Rounding = "stochastic", seed: ArrayLike = 0
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rounds updates so that weights stay on the grid of their codes, or their dtype.
+    r"""Rounds updates so that weights stay on the grid of their codes or their dtype.
 
     The update of a quantised leaf arrives as a real-valued number of codes (from
     :func:`scale_by_sign_log`); it is rounded to an integer, clamped to the range of the
-    codes, and leaves as a :class:`QuantizedArray` of code steps, which adds to the
-    parameters under ``optax.apply_updates``. Float leaves of bfloat16 and float16 are
-    moved to a number of their dtype, and wider leaves pass through.
+    codes, and returned as a :class:`QuantizedArray` of code steps, which
+    ``optax.apply_updates`` adds to the parameters. Float leaves in bfloat16 and float16
+    are moved to a number of their dtype, and wider leaves pass through.
 
-    Stochastic rounding is unbiased in code space: a step of 0.2 codes is one code,
+    Stochastic rounding is unbiased in code space: a step of 0.2 codes moves one code,
     one time in five. Steps below 1e-7 of a code, or of the spacing of a dtype, are
-    lost. Nearest rounding loses steps below a half.
+    lost. Nearest rounding loses steps below 0.5.
 
     The random numbers are a hash of the seed, the step, the path of a leaf and the
-    place of the weight in it. Under ``jax.vmap`` over models, all models share
-    them, unless the seed is mapped over, too. Whoever trains one layer of a stack at a
-    time, as :func:`layerwise` does, gives ``update`` its index as ``madax_layer``.
+    index of the weight in it. Under ``jax.vmap`` over models, all models share them,
+    unless the seed is mapped, too. To train one layer of a stack at a time, as
+    :func:`layerwise` does, pass its index to ``update`` as ``madax_layer``.
 
-    JAX's derivative of a step, as for a learned learning rate, is the derivative of the
-    step before it was rounded. Codes are integers and have no derivative.
+    The derivative of a step, for example by the learning rate, is the derivative of the
+    step before rounding. Codes are integers and have no derivative.
 
     .. warning::
       It comes last in a chain, after :func:`clip_log_weights`.
@@ -111,7 +111,7 @@ def lns_quantize(
 
 
 def rounded_update(w: Leaf, u: jax.Array, key: jax.Array, rounding: Rounding) -> Leaf:
-    """The update of a leaf, given its key, that ends on the grid of the leaf."""
+    """Returns the update of a leaf that ends on its grid, given its key."""
     return as_steps(w, _rounded(w, u, key, rounding))
 
 
@@ -124,7 +124,7 @@ def _rounded(w: Leaf, u: jax.Array, key: jax.Array, rounding: Rounding) -> jax.A
 
 
 def _step_in_dtype(w: jax.Array, u: jax.Array, bits: jax.Array | None) -> jax.Array:
-    """The update that takes ``w`` to a number of its dtype next to ``w + u``.
+    """Returns the update that takes ``w`` to a number of its dtype next to ``w + u``.
 
     It is exact if that is less than a factor of two away. Then ``w + u`` needs no
     rounding, and no step is lost, however small.

@@ -1,4 +1,4 @@
-"""Which leaves are matrices, in which of their axes."""
+"""Finds which leaves are matrices, and in which axes."""
 
 import math
 import re
@@ -21,9 +21,9 @@ _AMISS = (
 
 
 class MatrixDimensionNumbers(NamedTuple):
-    """Which axes of a leaf are the rows and columns of a matrix; others count matrices.
+    """The axes of a leaf that are rows and columns of a matrix; others count matrices.
 
-    ``optax.contrib.MuonDimensionNumbers`` has the same fields, and may stand for it.
+    ``optax.contrib.MuonDimensionNumbers`` has the same fields, and works in its place.
 
     Attributes:
       reduction_axis: the axis, or axes, that a product with the matrix sums over.
@@ -60,7 +60,7 @@ def read_axes(
     *,
     others: bool = False,
 ) -> list[Axes | None]:
-    """The axes of all leaves of a tree; None for leaves that are no matrix.
+    """Returns the axes of all leaves of a tree; None for leaves that are not matrices.
 
     By default, tables and last layers are matrices only if ``others``.
     """

@@ -1,4 +1,4 @@
-"""Directions of whole matrices: orthogonal, or with rows and columns of one size."""
+"""Directions of matrices: orthogonal, or with rows and columns of equal size."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +18,7 @@ from madax.codes._scales import root_mean_square
 from madax.transforms._matrices import Matrices, all_axes, as_matrices
 from madax.transforms._orthogonal import orthogonalized
 
-# How a matrix becomes a direction.
+# Functions from a matrix to its direction.
 MatrixDirection = Literal["orthogonal", "factored", "sinkhorn", "columns"]
 _ROUNDS = 5  # of SinkGD
 
@@ -36,7 +36,7 @@ class ScaleByOrthogonalMomentumState(NamedTuple):
 def scale_by_orthogonal_momentum(
     b1: ArrayLike | None = 0.95, *, matrices: Matrices | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The direction of Muon: a momentum, made orthogonal.
+    r"""The direction of Muon: an orthogonalised momentum.
 
     .. math::
 
@@ -52,8 +52,8 @@ def scale_by_orthogonal_momentum(
     the direction of :func:`scale_by_second_moment`, this one has a root mean square of
     1 and does not depend on the gradient's scale, so that rates carry over.
 
-    It may stand before :func:`scale_by_sign_log`, or before the learning rate of an
-    additive optimizer; on leaves that are floats or codes.
+    It may be followed by :func:`scale_by_sign_log`, or by the learning rate of an
+    additive optimizer. Leaves may be floats or codes.
 
     By default names and shapes tell which axes of a leaf are the rows and columns, as
     :func:`madax.diagnostics.matrices` shows. A gradient element that is not finite does
@@ -96,7 +96,7 @@ def scale_by_orthogonal_momentum(
 def scale_by_sinkhorn(
     *, matrices: Matrices | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The direction of SinkGD: rows and columns of a matrix brought to one size.
+    r"""The direction of SinkGD: normalises rows and columns of a matrix in turn.
 
     .. math::
 
@@ -106,10 +106,10 @@ def scale_by_sinkhorn(
       \hat g &= X_5, \qquad 0/0 := 0
 
     where :math:`\mathrm{rms}_\text{out}` is the root mean square over the output axes,
-    one for each input, and :math:`\mathrm{rms}_\text{in}` the other way round. It costs
-    a few passes over the gradient, where :func:`scale_by_orthogonal_momentum` has
-    products of matrices, and keeps nothing from step to step. Gradient elements that
-    are not finite count as zero.
+    one for each input, and :math:`\mathrm{rms}_\text{in}` is the root mean square over
+    the input axes. It takes a few passes over the gradient instead of the matrix
+    products of :func:`scale_by_orthogonal_momentum`, and has no state. Gradient
+    elements that are not finite count as zero.
 
     Args:
       matrices: as for :func:`scale_by_orthogonal_momentum`.
@@ -140,7 +140,7 @@ def scale_by_sinkhorn(
 def scale_by_column_norm(
     *, matrices: Matrices | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The direction of SCALE: what leaves each input of a matrix brought to one size.
+    r"""The direction of SCALE: normalises the outgoing weights of each input.
 
     .. math::
 
@@ -148,9 +148,9 @@ def scale_by_column_norm(
 
     where :math:`\mathrm{rms}_\text{out}` is the root mean square over the output axes,
     one for each input: the columns of a matrix that is multiplied from the left. This
-    is the first half of the first round of :func:`scale_by_sinkhorn`, to which this
-    transform is equal in all else. The momentum of SCALE's last layer is not part of
-    it; in :func:`muon_madam` last layers have the second moment of Madam.
+    is the first half of the first round of :func:`scale_by_sinkhorn`. The momentum of
+    SCALE's last layer is not included; in :func:`muon_madam` last layers have the
+    second moment of Madam.
 
     Args:
       matrices: as for :func:`scale_by_orthogonal_momentum`.
@@ -189,7 +189,7 @@ def matrix_direction(
     axes_of: Callable[..., Sequence[Tree]],
     direction: MatrixDirection,
 ) -> optax.GradientTransformationExtraArgs:
-    """Directions of matrices, of gradients or of a momentum, given the axes of all."""
+    """Returns the transform to directions of gradients, or of a momentum."""
     normalized = _DIRECTIONS[direction]
 
     def init_fn(params):

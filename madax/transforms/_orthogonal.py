@@ -19,10 +19,10 @@ _ITERATIONS = 5
 # Matrices of the same shape are traced once.
 @jax.jit
 def orthogonalized(x: jax.Array) -> jax.Array:
-    """The matrices of orthogonal rows or columns nearest to matrices of any scale.
+    """Returns the nearest matrices with orthogonal rows or columns.
 
     They have a root mean square of 1, but zeros stay zeros. Five Newton-Schulz steps
-    approach them, in bfloat16 where a chip multiplies matrices of it. The shape is
+    approximate them, in bfloat16 on chips that multiply bfloat16 matrices. The shape is
     (..., rows, columns), and the dtype of the result float32 or wider.
     """
     wide = partial(newton_schulz, dtype=compute_dtype(x))
@@ -35,7 +35,7 @@ def orthogonalized(x: jax.Array) -> jax.Array:
 
 
 def newton_schulz(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """As :func:`orthogonalized`, with products of matrices in ``dtype``."""
+    """Like :func:`orthogonalized`, with matrix products in ``dtype``."""
     rows, columns = x.shape[-2:]
     stack = tuple(range(x.ndim - 2))
     longer = x.ndim - (1 if rows <= columns else 2)

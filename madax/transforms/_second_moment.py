@@ -30,8 +30,8 @@ class ScaleBySecondMomentState(NamedTuple):
       mu: first moment, a tree like the parameters: float32 or wider, or the codes of
         ``moment_format``; None unless ``b1`` is given.
       nu: second moment, likewise.
-      window: ``{moment_format: where the codes lie}``; None without ``moment_format``.
-        The key is there so that a checkpoint of other codes does not fit.
+      window: a dict from the name of ``moment_format`` to a ``MomentWindow``; None
+        without one. The key makes a checkpoint of another format an error.
     """
 
     count: jax.Array
@@ -41,7 +41,7 @@ class ScaleBySecondMomentState(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """The same without the count, for the optimizers, which count their steps once."""
+    """The state without the count, for optimizers, which have one count."""
 
     mu: Tree
     nu: Tree
@@ -49,10 +49,10 @@ class Moments(NamedTuple):
 
 
 class Direction(NamedTuple):
-    """A transformation of gradients to directions, for a caller that counts the steps.
+    """A transformation of gradients to directions, for a caller that counts steps.
 
-    ``update`` is given the ``count`` before the step, by name. So the optimizers have
-    one count, and XLA sees that all roundings hash the same numbers.
+    ``update`` gets the ``count`` before the step, by name. So optimizers have one
+    count, and XLA sees that all roundings hash the same numbers.
     """
 
     init: Callable[..., Tree]
@@ -136,7 +136,7 @@ def second_moment(
     moment_format: MomentFormat | None = None,
     seed: ArrayLike = 0,
 ) -> Direction:
-    """As :func:`scale_by_second_moment`, for a caller that counts the steps."""
+    """Like :func:`scale_by_second_moment`, for a caller that counts steps."""
     b2, b1 = check_decay("b2", b2, 0.999), check_decay("b1", b1, None)
     check_seed(seed)
     check_format("moment_format", moment_format, MomentFormat)

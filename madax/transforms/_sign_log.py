@@ -43,8 +43,8 @@ def scale_by_sign_log(
     A positive log-step ``d`` (nats) moves the weight upwards: it grows a positive
     weight and shrinks a negative one. A weight keeps its sign and never leaves 0.
 
-    But networks have leaves that must leave 0: biases, gates and last layers that
-    start there. So up to a magnitude :math:`f` the step is additive,
+    But some leaves must leave 0: biases, gates and last layers that start there. So up
+    to a magnitude :math:`f` the step is additive,
 
     .. math:: u = f d \quad\text{where}\quad |w| \le f = \text{floor} \cdot
         \mathrm{rms}_0
@@ -54,9 +54,9 @@ def scale_by_sign_log(
     floor 1. With ``floor=0`` an exact zero in any other leaf stays zero, so pruning
     masks survive; ``floor=0, zero_init_scale=0`` is the paper's rule to the letter.
 
-    A quantised leaf needs no exponential: there the step becomes a number of codes,
-    still real-valued, ``d / base_step`` for a ``LogFormat``, to be rounded by
-    :func:`lns_quantize`. Its format decides how it behaves near zero.
+    A quantised leaf needs no exponential: the step becomes a real number of codes, ``d
+    / base_step`` for a ``LogFormat``, which :func:`lns_quantize` rounds. The format
+    decides what happens near zero.
 
     A log-step that is not finite leaves its weight unchanged; in :func:`madam`, where
     it can only come from a hyperparameter, it makes float weights NaN. Log-steps of
@@ -111,7 +111,7 @@ def scale_by_sign_log(
 def movable_geometry(
     params: Tree, zero_init_scale: ArrayLike, *, stacklevel: int
 ) -> Geometry:
-    """The geometry at init; warns of leaves that no multiplicative step can move."""
+    """Returns the geometry at init; warns of leaves that steps cannot move."""
     check_code_scales(params)
     paths, geometry = geometry_at_init(params, zero_init_scale)
     scales = zip(paths, known_values(geometry.rms0), strict=False)

@@ -28,7 +28,7 @@ def add_decayed_log_weights(
     floor: ArrayLike = 0.0,
     zero_init_scale: ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adds decoupled weight decay, as AdamW has it, to the direction of a log-step.
+    r"""Adds decoupled weight decay, as in AdamW, to a direction.
 
     .. math:: \hat g \leftarrow \hat g + \lambda\, \frac{w}{\max(|w|, f)}
 
@@ -94,7 +94,7 @@ def decayed(weight_decay: ArrayLike, d: jax.Array, step: jax.Array) -> jax.Array
 
 
 def relative_steps(ws: list[Leaf], floors: jax.Array) -> list[jax.Array]:
-    """For each leaf, the log-step that grows its weights by a fraction, over it."""
+    """Returns, for each leaf, the log-step of a small growth, over that growth."""
     return [_relative_step(*x) for x in zip(ws, per_leaf(floors, ws), strict=True)]
 
 

@@ -42,7 +42,7 @@ class CodedLeaves(NamedTuple):
     places: tuple[int, ...]  # of the leaves of codes
 
     def momentum(self, state: optax.OptState) -> list[jax.Array]:
-        """The one momentum, of floats, that a state has for each leaf of codes."""
+        """Returns the one float momentum that a state has for each leaf of codes."""
         fields, names, momenta = self._momenta(state), " or ".join(_NAMES), []
         for i in self.places:
             found = [leaves[i] for *_, leaves in fields]
