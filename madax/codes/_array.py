@@ -192,8 +192,8 @@ class QuantizedArray(metaclass=_InErrors):
         """Raises if the children are not arrays, as after a mask."""
         if not hasattr(self.codes, "dtype"):
             raise TypeError(
-                f"a QuantizedArray holds {self.codes!r} in the place of codes, and "
-                f"{self.scale!r} in the place of the scale; masks and labels are for "
+                f"a QuantizedArray holds {self.codes!r} instead of codes, and "
+                f"{self.scale!r} instead of the scale; masks and labels are for "
                 "whole QuantizedArrays: use a tree by path, or jax.tree.map(..., "
                 "is_leaf=lambda x: isinstance(x, madax.QuantizedArray))."
             )
@@ -239,7 +239,7 @@ class QuantizedArray(metaclass=_InErrors):
 
     def __array__(self, dtype=None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError("values of codes are always new: leave copy=False out.")
+            raise ValueError("decoded values are a new array; leave copy=False out.")
         return np.asarray(self.dequantize(), dtype)
 
     __jax_array__ = dequantize

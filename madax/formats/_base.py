@@ -123,6 +123,6 @@ def parse_format(text: str) -> Format:
         return kinds[name](**{key: ast.literal_eval(value) for key, value in pairs})
     except (KeyError, TypeError, ValueError, SyntaxError) as error:
         raise ValueError(
-            f"{text!r} is no number format of this version of madax, which has "
+            f"{text!r} is not a number format of this version of madax, which has "
             f"{', '.join(kinds)}; use the version that wrote it."
         ) from error

@@ -84,13 +84,13 @@ def check_layer_output(x: Tree, out: Tree, shared: Tree, seen: Tree) -> None:
     old, new = map(jax.tree.leaves, (shared, seen))
     if len(old) != len(new) or any(a is not b for a, b in zip(old, new, strict=True)):
         raise ValueError(
-            f"layer changes what all layers share, {sorted(shared)}; pass on in x what "
-            "a layer changes, as embed returns it."
+            f"layer changes the shared dict of {sorted(shared)}; return what a layer "
+            "changes in x, and let embed return its first value."
         )
     if before != after:
-        more = f" What it shares, {sorted(shared)}, is no part of x." if shared else ""
+        more = f" The shared {sorted(shared)} are not part of x." if shared else ""
         raise ValueError(
-            "layer must return what it is given, in shape and dtype, got "
+            "layer must return x with its shapes and dtypes, got "
             f"{after} from {before}; cast x, or pass another dtype to layerwise.{more}"
         )
 

@@ -74,7 +74,7 @@ def stacks_of(
     if embeds[0] is None:
         raise ValueError(
             f"embed has no function for {names[0]!r}, the first stack; pass one that "
-            "returns what its layers take."
+            "returns x for its layers."
         )
     each = zip(layers.items(), embeds, shares, strict=True)
     return [

@@ -70,8 +70,8 @@ def scale_by_factored_second_moment(
       about 1, float32 or wider. All leaves must be matrices.
 
     Raises:
-      ValueError: if ``b2`` is out of range, a leaf is no matrix, or the state was made
-        for other shapes.
+      ValueError: if ``b2`` is out of range, a leaf is not a matrix, or the state was
+        made for other shapes.
       TypeError: if an argument is of the wrong type, or a leaf is not real floating.
 
     Example:

@@ -82,9 +82,9 @@ def all_axes(matrices: Matrices | None) -> Callable[..., Sequence[Tree]]:
         if None in axes:
             i = axes.index(None)
             raise ValueError(
-                f"{leaf_name('params', paths[i])} of shape {np.shape(leaves[i])} is no "
-                "matrix; use muon_madam, leave it out with optax.partition, or pass "
-                "matrices(path, leaf) that tells its axes."
+                f"{leaf_name('params', paths[i])} of shape {np.shape(leaves[i])} is "
+                "not a matrix; use muon_madam, leave it out with optax.partition, or "
+                "pass matrices(path, leaf) that returns its axes."
             )
         return axes
 

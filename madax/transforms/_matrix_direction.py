@@ -71,7 +71,7 @@ def scale_by_orthogonal_momentum(
       leaves must be matrices; :func:`muon_madam` has others, too.
 
     Raises:
-      ValueError: if ``b1`` is out of range, a leaf is no matrix, or gradients do not
+      ValueError: if ``b1`` is out of range, a leaf is not a matrix, or gradients do not
         match.
       TypeError: if an argument is of the wrong type, or a leaf is not real floating.
 
@@ -119,7 +119,7 @@ def scale_by_sinkhorn(
       :func:`scale_by_orthogonal_momentum` otherwise.
 
     Raises:
-      ValueError: if a leaf is no matrix.
+      ValueError: if a leaf is not a matrix.
       TypeError: if ``matrices`` is of the wrong type, or a leaf is not real floating.
 
     Example:
@@ -160,7 +160,7 @@ def scale_by_column_norm(
       :func:`scale_by_orthogonal_momentum` otherwise.
 
     Raises:
-      ValueError: if a leaf is no matrix.
+      ValueError: if a leaf is not a matrix.
       TypeError: if ``matrices`` is of the wrong type, or a leaf is not real floating.
 
     Example:

@@ -134,7 +134,7 @@ def with_quantized_params(
     check_seed(seed)
     if moment_where is not None and moment_format is None:
         raise ValueError(
-            "moment_where chooses which moments have a moment_format, but that is "
+            "moment_where selects moments for moment_format, but moment_format is "
             "None; pass moment_format=madax.MomentFormat(bits=8)."
         )
     # Error feedback adds to a float momentum, so codes of moments go around it.

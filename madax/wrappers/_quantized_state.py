@@ -275,7 +275,7 @@ def _chosen(
     for i in chosen:
         if not is_float(leaves.shapes[i]):
             raise TypeError(
-                f"where chooses {leaves.paths[i]!r} of the state, of dtype "
+                f"where selects {leaves.paths[i]!r} of the state, of dtype "
                 f"{leaves.shapes[i].dtype}, but only floating leaves can be stored as "
                 "codes; leave it out."
             )
@@ -285,13 +285,13 @@ def _chosen(
         if where is not None:
             return chosen
         raise ValueError(
-            "with_quantized_state tells by tracing inner.update which leaves of its "
-            f"state it may store, but that failed: {error}; use where to name them."
+            "with_quantized_state traces inner.update to find the leaves of its state "
+            f"to store, but that failed: {error}; select them by where=."
         ) from error
     for i in chosen if where is not None else ():
         if i in reasons:
             raise ValueError(
-                f"where chooses {leaves.paths[i]!r} of the state, which codes would "
+                f"where selects {leaves.paths[i]!r} of the state, which codes would "
                 f"ruin, since {reasons[i]}; leave it out."
             )
     return [i for i in chosen if i not in reasons]

@@ -110,7 +110,7 @@ def test_a_factored_moment_of_the_shape_of_a_bias_is_not_stored():
 
 def refused(make, path, *reason):
     where = lambda name, leaf: name == path
-    with raises(ValueError, f"where chooses '{path}'", *reason, "leave it out"):
+    with raises(ValueError, f"where selects '{path}'", *reason, "leave it out"):
         with_quantized_state(make(), where=where).init(SQUARE)
 
 
@@ -134,7 +134,7 @@ def test_an_update_that_cannot_be_traced_asks_for_where():
         return adam.update(grads, state, params)
 
     tx = optax.GradientTransformationExtraArgs(adam.init, update)
-    with raises(ValueError, "inner.update", "'example'", "use where to name them"):
+    with raises(ValueError, "inner.update", "'example'", "select them by where="):
         with_quantized_state(tx).init(SQUARE)
     tx = with_quantized_state(tx, where=lambda path, leaf: path == "nu/w")
     assert tx.init(SQUARE).inner_state.nu["w"].dtype == jnp.uint8

@@ -278,7 +278,7 @@ def test_numbers_that_jax_would_round_stay_in_numpy():
 )
 def test_codes_of_no_format_are_an_error(text):
     arrays = {f"w/codes:{text}": jnp.ones(3, jnp.int8), "w/scale": jnp.ones(1)}
-    with pytest.raises(ValueError, match=r"is no number format.*has LogFormat"):
+    with pytest.raises(ValueError, match=r"is not a number format.*has LogFormat"):
         madax.from_flat_dict(arrays)
 
 

@@ -276,7 +276,7 @@ BAD = [
     (
         ValueError,
         {"layer": lambda w, x: jnp.bfloat16(x)},
-        "layer must return what it is given",
+        "layer must return x with its shapes and dtypes",
         "bfloat16",
     ),
     (ValueError, {"loss": lambda e, x, b: x}, "loss must return a floating scalar"),

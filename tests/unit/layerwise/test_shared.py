@@ -313,12 +313,12 @@ def writes(w, x, *, memory, **shared):
 PARAMS = attention()[0]
 TWICE = {"a": attended, "b": attended}
 BAD = [
-    (ValueError, {"layer": writes}, "layer changes what all layers share", "'mask'"),
+    (ValueError, {"layer": writes}, "layer changes the shared dict", "'mask'"),
     (
         ValueError,
         {"layer": lambda w, x, **shared: (x, shared)},
-        "layer must return what it is given",
-        "What it shares, ['mask', 'memory', 'rotary'], is no part of x",
+        "layer must return x with its shapes and dtypes",
+        "The shared ['mask', 'memory', 'rotary'] are not part of x",
     ),
     (
         TypeError,

@@ -432,7 +432,7 @@ def test_any_direction_before_sign_log_and_in_a_partition_of_codes():
 
 def test_bad_input_is_refused():
     params = network()
-    with raises(ValueError, "params['conv/bias'] of shape (3,) is no matrix"):
+    with raises(ValueError, "params['conv/bias'] of shape (3,) is not a matrix"):
         ORTHOGONAL.init({"conv": {"bias": jnp.ones(3)}})
     with raises(TypeError, "matrices must be a function of (path, leaf), got 2"):
         muon_madam(matrices=2)

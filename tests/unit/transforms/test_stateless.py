@@ -252,7 +252,7 @@ def test_bad_input_is_refused_and_nothing_lost():
         muon_madam(madam_learning_rate=-0.1)
     w = jnp.ones((4, 4))
     for tx in STATELESS.values():
-        with raises(ValueError, "params['norm'] of shape (3,) is no matrix"):
+        with raises(ValueError, "params['norm'] of shape (3,) is not a matrix"):
             tx.init({"norm": jnp.ones(3)})
         with raises(ValueError, "the optimizer state has a momentum", "b1=None"):
             tx.update(w, scale_by_orthogonal_momentum().init(w))

@@ -576,7 +576,7 @@ def test_bad_input_is_refused():
         with_quantized_state(adam, EIGHT)
     with pytest.raises(TypeError, match="has no octaves: write moment_format="):
         with_quantized_state(adam, octaves=8)
-    with raises(ValueError, "moment_where chooses", "pass moment_format="):
+    with raises(ValueError, "moment_where selects", "pass moment_format="):
         madax.with_quantized_params(adam, moment_where=everything)
     with raises(TypeError, "moment_where must be a function of (path, leaf), got 'mu'"):
         madax.with_quantized_params(adam, moment_where="mu")
@@ -591,7 +591,7 @@ def test_bad_input_is_refused():
         with_quantized_state(adam, rounding="up")
     with raises(TypeError, "seed must be an integer, got 0.5"):
         with_quantized_state(adam, seed=0.5)
-    with raises(TypeError, "where chooses '0/count' of the state, of dtype int32"):
+    with raises(TypeError, "where selects '0/count' of the state, of dtype int32"):
         with_quantized_state(adam, where=lambda path, x: True).init(params)
     made = with_quantized_state(adam).init(params)
     with raises(ValueError, "moment_format is MomentFormat(bits=9", "bits=8"):
