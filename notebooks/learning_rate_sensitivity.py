@@ -15,12 +15,12 @@
 # # Learning-rate sensitivity
 #
 # A step of Madam multiplies a weight by $e^{\pm\eta}$, whatever the scale of weights
-# and gradients. So one rate should suit very different networks: does it? The records
-# of `python -m benchmarks lr-sensitivity` and `no-tuning` answer for eight networks;
-# a small sweep below shows where the answer comes from.
+# and gradients. So one rate should suit very different networks. Does it? The records
+# of `python -m benchmarks lr-sensitivity` and `no-tuning` answer for eight networks,
+# and a small sweep below explains the answer.
 #
-# It reads the records of this repository, with its `benchmarks`: run it in a clone. To
-# copy from, take the notebook *quick_start*.
+# It reads the records of this repository, so run it in a clone. To copy from, take the
+# notebook *quick_start*.
 
 # %%
 import os
@@ -64,8 +64,8 @@ Markdown(lr_sensitivity.lr_sensitivity_table(cells))
 # %% [markdown]
 # ## One setting for everything
 #
-# What does it cost not to tune at all? Every optimizer at its one default, on every
-# network, against the least error of any optimizer at any rate.
+# What does it cost not to tune at all? The figure compares each optimizer at its one
+# default with the min error of any optimizer at any rate, on each network.
 
 # %%
 cells = no_tuning.default_cells(runs)
@@ -77,14 +77,11 @@ Markdown(no_tuning.no_tuning_table(cells))
 # %% [markdown]
 # ## Where it comes from
 #
-# The same network with the scale of its data changed. It is the size of a step
-# relative to the weights that decides whether training is too slow, stable or blows
-# up. Rescale the input of a network by 100 and every weight's gradient in the first
-# layer grows, as does the size of the weight that would be right: SGD needs another
-# rate, and Adam's step is of the wrong size; the step of Madam scales with the weights.
-#
-# Here the first kernel is initialised 100 times smaller for inputs 100 times larger,
-# which is the very same function.
+# The size of a step relative to the weights decides whether training is slow, stable or
+# diverges. Multiply the input of a network by 100, and divide its first kernel by 100:
+# the function is the same. But gradients of the kernel are 100 times larger, so SGD
+# needs another rate, and Adam's steps are too large. Madam's steps scale with the
+# weights.
 
 # %%
 STEPS = 20 if SMOKE else 400
@@ -127,6 +124,6 @@ fig.suptitle("Madam does not notice the scale of a layer; SGD and Adam do")
 plt.show()
 
 # %% [markdown]
-# The three lines of Madam are one: it is invariant to the scale of a layer. The lines
+# The three lines of Madam coincide: it is invariant to the scale of a layer. The lines
 # of SGD and Adam move with the scale. The best rate of Madam still depends on the
 # length of the run: in few steps, larger rates win.

@@ -14,10 +14,10 @@
 # %% [markdown]
 # # Quick start
 #
-# Train a Flax network as with any optimizer of optax; then train the same network on
-# weights of 8 bits, by changing two lines; then save it, load it, and put adapters on
-# it. The data are scikit-learn's digits, so nothing is downloaded. Beside madax this
-# takes `pip install flax scikit-learn matplotlib`, and a minute on a CPU.
+# Train a Flax network as with any optax optimizer; then train the same network on
+# weights of 8 bits, by changing two lines; then save it, load it, and add adapters. The
+# data are scikit-learn's digits, so nothing is downloaded. Besides madax this takes
+# `pip install flax scikit-learn matplotlib`, and a minute on a CPU.
 
 # %%
 import io
@@ -86,7 +86,7 @@ def accuracy(model):
 
 
 # %% [markdown]
-# ## In the place of Adam
+# ## Instead of Adam
 #
 # `madax.muon_madam` is a gradient transformation of optax: Muon for matrices, Madam for
 # everything else. Its learning rate is relative: at 0.03 a typical step changes a
@@ -185,8 +185,8 @@ print(f"loaded: {accuracy(loaded):.1f} % of the test digits")
 # %% [markdown]
 # ## Adapters on a base of 8 bits
 #
-# Frozen codes need nothing of madax: they are read like weights. Here the digits are
-# upside down, and a LoRA adapter in floats learns them.
+# Frozen codes need no change to a loop: layers decode them. Here the digits are upside
+# down, and a LoRA adapter in floats learns them.
 
 # %%
 adapted = nnx.clone(model8)
@@ -213,8 +213,8 @@ print(f"{trained} weights were trained, of {weights + trained}")
 # %% [markdown]
 # ## What is going on inside
 #
-# `madax.diagnostics` answers two first questions: how many codes are in use, and are
-# weights at their bound? The notebook *inside the weights* goes further.
+# `madax.diagnostics` answers two questions: how many codes are in use, and are weights
+# at their bound? The notebook *inside the weights* goes further.
 
 # %%
 occupancy = madax.diagnostics.code_occupancy(nnx.state(model8, nnx.Param))

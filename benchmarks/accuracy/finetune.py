@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
     Attributes:
       make: a schedule of the rate to the optimizer.
-      rate: the one that the search begins with.
+      rate: the first rate of the search.
       weights: key of ``smollm.FORMATS``, with a scale a channel, or float32.
     """
 
@@ -158,7 +158,7 @@ def batches(data: Corpus, steps: int, seed: int) -> np.ndarray:
 def _trained(
     size: decoder.Size, params: decoder.Params, row: Row, steps: int
 ) -> Callable[..., tuple[Tree, records.Record]]:
-    """Returns what trains parameters at a rate: to values, and facts for records."""
+    """Returns a function that trains parameters at a rate, to values and facts."""
 
     def functions(rate: jax.typing.ArrayLike) -> Functions:
         tx = row.make(lambda count: rate * (1 - count / steps))

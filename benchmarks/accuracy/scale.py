@@ -48,8 +48,9 @@ def scale(
 
     Each optimizer is tuned by the same number of trials on the next smaller size. What
     the records have is not run again; a run that was cut short goes on where its
-    checkpoint was. The order is that of `arms` in accuracy/scale_arms.py. A run of the
-    size 1M takes some 40 minutes on two CPU cores, one of 0.3M six, one of 0.1M two.
+    checkpoint was. Runs have the order of `arms` in accuracy/scale_arms.py. A run of
+    the size 1M takes some 40 minutes on two CPU cores, one of 0.3M six, one of 0.1M
+    two.
 
     Args:
         out: Folder for scale.jsonl, .md and .png, and for checkpoints.
@@ -202,7 +203,7 @@ def train(
 
 
 def _file(folder: Path, settings: records.Record) -> Path:
-    """Returns the checkpoint of a run; that of another configuration is another."""
+    """Returns the checkpoint of a run; each configuration has its own."""
     text = json.dumps(settings, sort_keys=True)
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
 

@@ -175,7 +175,7 @@ def _read(computations: _Computations, x: _Instruction, here: _Computation) -> i
 def _operations(
     computations: _Computations, x: _Instruction, here: _Computation
 ) -> int:
-    """Operations on elements, those of the computations that it calls included."""
+    """Operations on elements, including computations that it calls."""
     if x.opcode in ("fusion", "call"):
         bodies = [computations[name] for name in x.called("calls", "to_apply")]
         return sum(_operations(computations, y, b) for b in bodies for y in b.values())

@@ -19,7 +19,7 @@ from benchmarks.data.files import text_files
 from benchmarks.models.smollm import smollm_tokenizer
 
 BYTES = 256  # A vocabulary of this size is of bytes, and takes no package.
-SMOLLM = 49152  # One of this size is that of SmolLM2.
+SMOLLM = 49152  # The vocabulary of SmolLM2.
 END = 0  # The token between two files.
 HELD_OUT = 0.01  # The fraction of files.
 SAMPLE = 2**25  # Bytes that a vocabulary is made from.

@@ -14,7 +14,7 @@ from benchmarks.lib.steps import Tree
 
 
 def save(path: Path, tree: Tree, facts: Record) -> None:
-    """Writes arrays and facts, in the place of what the file held.
+    """Writes arrays and facts, and replaces the file.
 
     Args:
       path: the file; a process that is killed meanwhile leaves it as it was.

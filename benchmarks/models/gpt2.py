@@ -127,5 +127,5 @@ def layerwise_step(
 
 
 def shaped(size: Size) -> GPT2:
-    """Returns the network with shapes in the place of arrays."""
+    """Returns the network with shapes instead of arrays."""
     return nnx.eval_shape(lambda: GPT2(size, nnx.Rngs(0)))

@@ -76,7 +76,7 @@ def embeddings(params: Params, tokens: jax.Array) -> jax.Array:
     """Returns unit vectors of sentences, of shape (sentences, width).
 
     Args:
-      params: as of ``minilm``.
+      params: as for ``minilm``.
       tokens: integers, shape (sentences, length); 0 is none.
     """
 

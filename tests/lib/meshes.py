@@ -30,7 +30,7 @@ SHAPES = {
 }
 
 
-# How the last two axes of a matrix, and that of a vector, lie on a mesh of 2 by 4.
+# How the last two axes of a matrix, and the axis of a vector, lie on a 2 x 4 mesh.
 LAYOUTS = {
     "data_parallel": (None, None, None),
     "fsdp": (("data", "model"), None, ("data", "model")),

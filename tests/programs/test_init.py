@@ -1,4 +1,4 @@
-"""``init`` of many leaves, as of many layers: programs are shared by shape."""
+"""``init`` of many leaves, as in many layers: programs are shared by shape."""
 
 import time
 

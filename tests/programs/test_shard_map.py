@@ -101,7 +101,7 @@ def test_shards_share_the_window_of_their_moments(check_vma):
     params, state = run(MOMENTS, check_vma)
     whole, expected = moments_on_one_device()
     ((window,), (wanted,)) = (s.direction.window.values() for s in (state, expected))
-    # Nothing is lost: each device has the window, and it is that of the whole leaf.
+    # Nothing is lost: each device has the window of the whole leaf.
     for shard in window.octave.addressable_shards:
         np.testing.assert_array_equal(shard.data, wanted.octave)
     parts = [
@@ -110,7 +110,7 @@ def test_shards_share_the_window_of_their_moments(check_vma):
     ]
     found, wanted = ([tree["whole"] for tree in trees] for trees in parts)
     assert different(found, wanted) == []
-    # But for their rounding, without bias, moments of shards are those of one.
+    # Except for unbiased rounding, moments of shards equal the moments of one device.
     v, v1 = (np.int32(tree["shards"]) for _, tree, _ in parts)
     assert abs(np.mean(v - v1)) < 0.1 and np.min(v1) > 0
 

@@ -150,7 +150,7 @@ def moment_grids(bits, window):
     v_highest = min(2**bits - 1, 254 * 2 ** (mantissa - 2))
     if window:
         octave = window - 127
-        # Code 0 of v is the float before that of code 1, which no gradient makes less.
+        # Code 0 of v is the float below code 1, and no gradient makes a smaller one.
         before = 2.0**octave * (1 - 2.0 ** (-mantissa - 1))
         return {
             "v": MomentGrid(octave, mantissa, v_highest, before),
@@ -491,7 +491,7 @@ def test_every_compiled_step_is_the_oracles(name, tree, data, seed, steps):
     take_steps(tree, optimizer, seed, "jit", steps)
 
 
-# Every operation compiles anew: few examples.
+# Few examples, because every operation compiles again.
 @pytest.mark.nightly
 @pytest.mark.parametrize("mode", mostly_nightly(["eager", "jit"], "jit"))
 @settings(max_examples=EXAMPLES // 8)

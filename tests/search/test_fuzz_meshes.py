@@ -32,7 +32,7 @@ from madax import LogFormat, SymlogFormat, UniformFormat
 pytestmark = pytest.mark.filterwarnings("ignore:.*beyond p_scale")
 
 MESH = {"data": 2, "model": 4}
-# Each example compiles anew: to shrink one takes ten minutes.
+# Each example compiles again: to shrink one takes ten minutes.
 PHASES = [phase for phase in Phase if phase is not Phase.shrink]
 
 

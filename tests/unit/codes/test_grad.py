@@ -1,4 +1,4 @@
-"""Gradients with respect to codes: those of the decoded weights, at less memory."""
+"""Gradients of codes equal the gradients of decoded weights, and take less memory."""
 
 import inspect
 import itertools
@@ -203,7 +203,7 @@ def test_weights_are_decoded_again_and_not_kept():
         return x
 
     def in_layers(gradient):
-        # XLA keeps no values in the place of the results, which are small.
+        # XLA must not keep the values instead of the results, which are small.
         norms = lambda w, x: jax.tree.map(jnp.linalg.norm, gradient(w, x))
         return temporaries(norms, w, x, compiler_options=order) / (4 * width**2)
 
@@ -243,7 +243,7 @@ def test_a_look_up_and_its_gradient_decode_the_rows_it_takes():
 
 
 def test_gradients_are_right_on_a_mesh():
-    """Gradients are those of decoded weights, and lie on the same devices."""
+    """Gradients equal those of decoded weights, and are on the same devices."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
     weights = {"in": codes(0, (64, 128)), "out": codes(1, (128, 64))}
 

@@ -127,7 +127,7 @@ class Block(nn.Module):
 
 
 class Scanned(nn.Module):
-    """Transformer blocks with a leading layer axis, as of large linen models."""
+    """Transformer blocks with a leading layer axis, as in large linen models."""
 
     @nn.compact
     def __call__(self, tokens):
@@ -390,7 +390,7 @@ def test_codes_of_another_format_are_converted(to, channel_axis):
     fresh = madax.quantize_params(values, to, channel_axis=channel_axis)
     np.testing.assert_allclose(new["w"].dequantize(), fresh.dequantize(), rtol=0.03)
     assert not np.any(new["zero"].codes)
-    # Asked for, a scale is that of the values.
+    # If it is asked for, a scale is computed from the values.
     narrow = madax.quantize_params(
         params, to, where=lambda path, w: path == "w", channel_axis=0
     )

@@ -1,4 +1,4 @@
-"""The dtype that codes decode to: static, and that of the leaf that was quantised."""
+"""The dtype that codes decode to is static: the dtype of the quantised leaf."""
 
 import io
 import pickle

@@ -77,7 +77,7 @@ HYPER = {"learning_rate": 0.03, "b2": 0.9}
 ALIASES = {
     "madam": madax.madam,
     "floor_b1": lambda **kw: madax.madam(floor=1.0, b1=0.5, **kw),
-    # A grid has no derivative; that of the step before it is rounded is meant.
+    # A grid has no derivative, so this is the derivative of the step before rounding.
     "bbit_madam": madax.papers.bbit_madam,
     "lns_madam": madax.papers.lns_madam,
 }
@@ -115,7 +115,7 @@ def test_derivatives_of_updates_are_finite_differences(name, order):
 @pytest.mark.parametrize("codes", [None, "log8", "symlog8", "uniform8"])
 @pytest.mark.parametrize("bits", [None, 16])
 def test_float_parts_of_native_trees_have_derivatives(codes, bits):
-    """float32, stored moments and codes beside: those of floats alone, roundly."""
+    """Derivatives beside stored moments and codes are near those of floats alone."""
     if codes is not None:
         codes = madax.quantize_params(jnp.asarray(W["w"], jnp.float32), FORMATS[codes])
     moments = None if bits is None else MomentFormat(bits)

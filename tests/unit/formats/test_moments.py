@@ -329,7 +329,7 @@ def test_every_element_moves_whatever_the_decay_rates(bits):
 
     got = jax.jit(jax.vmap(directions))(b2, b1)
     assert all(np.all(np.asarray(x) != 0) for x in got)
-    # The largest leaf has enough elements for their mean to be that of floats.
+    # The largest leaf has enough elements for their mean to equal the floats' mean.
     b2, b1, v, m, sizes = np.float64(b2)[:, None], np.float64(b1)[:, None], 0.0, 0.0, []
     for t, g in enumerate(np.float64(grads[-1]), 1):
         v, m = b2 * v + (1 - b2) * g**2, b1 * m + (1 - b1) * g

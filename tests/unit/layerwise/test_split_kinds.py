@@ -70,7 +70,7 @@ def error(model, batch):
 
 def by_layers(split, tx, **options):
     def loss(w, x, batch):
-        # The model as it is, with a function in the place of its layers.
+        # The model as it is, with a function instead of its layers.
         rest = split.ends(w)
         rest.blocks = (lambda *_: (None, x),)
         return error(rest, batch)

@@ -53,7 +53,7 @@ def test_floats_follow_the_oracle(options, weight_decay):
 
 @pytest.mark.parametrize("floor", [0.0, 1e9])
 def test_the_decay_matches_adamw(floor):
-    """Decay is exact where steps add; elsewhere it is that of many small steps."""
+    """Decay is exact where steps add, and equals many small steps elsewhere."""
     w, rate, weight_decay = normal(100), 0.01, 0.2
     tx = madax.madam(rate, floor=floor, weight_decay=weight_decay)
     got = trajectory(tx, w, zeros(w))[-1] / w

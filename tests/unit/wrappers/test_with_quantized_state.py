@@ -230,7 +230,7 @@ def test_adam_with_stored_moments_keeps_its_direction(bits, bound):
     assert np.all(np.asarray(nu) > 0) and mu.dtype == nu.dtype
     (window,) = state.window.values()
     np.testing.assert_array_equal(window.signed, [True, False])
-    # The octaves are placed anew in the step in which gradients grow or fall.
+    # The octaves follow in the same step in which gradients grow or fall.
     for factor in (1e6, 1e-6):
         scaled = gradients(50, lambda t, factor=factor: factor ** (t >= 25))
         error, _, state = errors(ADAM, MomentFormat(bits), scaled)
