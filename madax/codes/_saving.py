@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from madax._core.names import Tree, flatten_named
-from madax.codes._array import AFTER_IMPORT, Kind, Leaf, QuantizedArray, is_quantized
+from madax.codes._array import AFTER_IMPORT, Leaf, QuantizedArray, is_quantized
+from madax.codes._kind import Kind
 
 _CODES = re.compile(r"(?P<path>(?:.*/)?)codes:(?P<kind>(\w+:)?\w+\(.*\))")
 # Dtypes that NumPy's files do not keep: they return bfloat16 as two bytes of no type.
