@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,14 +16,13 @@ from madax._core.checks import (
     check_where,
 )
 from madax._core.names import Tree
-from madax._core.numerics import minus_product
-from madax._core.rounding import Rounding, check_rounding, leaf_keys, rounding_bits
+from madax._core.rounding import Rounding, check_rounding, leaf_keys
 from madax._core.vectors import one_a_leaf
-from madax.codes._array import QuantizedArray, is_quantized
+from madax.codes._array import is_quantized
 from madax.codes._leaves import flatten_both
 from madax.codes._quantize import decoded
 from madax.codes._scales import check_code_scales
-from madax.codes._steps import as_steps, real_steps, step_codes
+from madax.codes._steps import as_steps, rounded_sum
 from madax.formats._moment_format import MomentFormat
 from madax.wrappers._error_feedback import ErrorFeedback
 from madax.wrappers._quantized_state import Where, with_quantized_state
@@ -171,7 +169,7 @@ def with_quantized_params(
         us = treedef.flatten_up_to(proposed)
         keys = leaf_keys(seed, state.count, paths, extra_args.get("madax_layer"))
         moves = {
-            i: _rounded_sum(ws[i], us[i], key, rounding)
+            i: rounded_sum(ws[i], us[i], key, rounding)
             for i, key in enumerate(one_a_leaf(keys, len(ws), apart=True))
             if is_quantized(ws[i])
         }
@@ -192,19 +190,3 @@ def _inside(where: Where) -> Where:
     """``where`` for the state of :func:`with_quantized_params` around the optimizer."""
     prefix = "inner_state/"
     return lambda path, x: path.startswith(prefix) and where(path[len(prefix) :], x)
-
-
-@partial(jax.jit, static_argnums=3)
-def _rounded_sum(
-    w: QuantizedArray, u: jax.Array, key: jax.Array, rounding: Rounding
-) -> jax.Array:
-    """The step of codes that adds about ``u`` to their values; none if not finite."""
-    steps, value = real_steps(w, u)
-    bits = rounding_bits(rounding, key, w.shape)
-    if bits is not None:
-        # Where the next code is further away than the last, it is taken less often, so
-        # that rounding keeps the mean of the value, not of the code.
-        part = steps - jnp.floor(steps)
-        bend = 0.5 * w.format.curvature(w.codes)
-        steps = minus_product(steps, bend, part * (1 - part))
-    return step_codes(w, steps, jnp.sign(value), bits)
