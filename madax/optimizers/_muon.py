@@ -14,6 +14,7 @@ from madax._core.checks import (
     check_state,
 )
 from madax._core.names import Tree
+from madax._core.numerics import rounded
 from madax._core.rounding import Rounding, check_rounding, leaf_keys
 from madax._core.vectors import one_a_leaf
 from madax.codes._array import Leaf, is_quantized
@@ -151,7 +152,9 @@ def muon(
         paths, ws, ds, treedef = flatten_both(params, ds)
         others = parts.are_others(params)
         leaves = zip(ds, others, strict=True)
-        ds = treedef.unflatten([d if other else _RMS * d for d, other in leaves])
+        ds = treedef.unflatten(
+            [d if other else rounded(_RMS * d) for d, other in leaves]
+        )
         if not is_zero(weight_decay):
             ds, _ = decay.update(ds, decay.init(ds), decoded(params))
         ds = treedef.flatten_up_to(ds)
@@ -159,14 +162,14 @@ def muon(
         us = scaled_by_rates(ds, has_second, scales, count)
         keys = one_a_leaf(leaf_keys(seed, count, paths, madax_layer), len(ws))
         leaves = zip(ws, us, keys, strict=True)
-        us = treedef.unflatten([_rounded(*leaf, rounding) for leaf in leaves])
+        us = treedef.unflatten([_sum_rounded(*leaf, rounding) for leaf in leaves])
         count = jnp.asarray(optax.safe_increment(count))
         return us, MuonState(count, new_direction)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _rounded(w: Leaf, u: jax.Array, key: jax.Array, rounding: Rounding) -> Leaf:
+def _sum_rounded(w: Leaf, u: jax.Array, key: jax.Array, rounding: Rounding) -> Leaf:
     """The update that takes a leaf to about ``w + u``."""
     if is_quantized(w):
         return as_steps(w, rounded_sum(w, u, key, rounding))
