@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
+import jax
 import optax
 from jax.typing import ArrayLike
 
 from madax._core.checks import check_decay, check_learning_rate
+from madax._core.leaf_kinds import Axes
 from madax._core.moved import by_name
-from madax._core.names import flatten_named
+from madax._core.names import Tree, flatten_named
 from madax._core.rounding import Rounding
 from madax.codes._array import is_quantized
 from madax.formats._moment_codec import MomentCodec
@@ -149,54 +152,20 @@ def muon_madam(
     second = moment_format and dataclasses.replace(moment_format, octaves=None)
     other = second_moment(b2, moment_format=second, seed=seed)
 
-    @functools.cache
-    def of_matrices(axes):
-        def axes_of(paths, leaves):
-            return axes
-
-        def everything(_, leaves):
-            return range(len(leaves.paths))
-
-        tx = matrix_direction(b1, axes_of, direction)
-        if moment_format is not None and b1 is not None:
-            # A momentum that is used as a whole needs no more than 8 octaves.
-            codec = MomentCodec(moment_format.bits, moment_format.octaves or 8)
-            tx = quantized_state(tx, codec, everything, seed=seed, known_as="m")
-        if direction == "factored" or (direction == "orthogonal" and b1 is None):
-            factored = factored_second_moment(b2, axes_of)
-            tx = optax.chain(optax.GradientTransformationExtraArgs(*factored), tx)
-        return tx
-
-    def read(tree):
-        paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
-        return read_axes(paths, leaves, matrices), treedef
-
-    # Axes are read from the whole tree, because each part sees only its own leaves.
-    def parted(tree):
-        axes, treedef = read(tree)
-        labels = ["other" if found is None else "matrix" for found in axes]
-        matrix = of_matrices(tuple(found for found in axes if found is not None))
-        others = optax.GradientTransformationExtraArgs(*other)
-        # A tree of labels may be a module of Equinox, which optax would call.
-        return optax.partition(
-            {"matrix": matrix, "other": others}, lambda _: treedef.unflatten(labels)
-        )
-
-    def init_fn(params):
-        if matrices is None:
-            warn_of_unknown(params, stacklevel=3)
-        return parted(params).init(params)
-
-    def update_fn(updates, state, params=None, *, count, madax_layer=None):
-        tx = parted(updates if params is None else params)
-        return tx.update(updates, state, params, count=count, madax_layer=madax_layer)
-
-    def takes_madams(params):
-        return [found is None for found in read(params)[0]]
-
-    other_rate = madam_learning_rate
+    of_matrices = functools.partial(
+        _of_matrices,
+        b1=b1,
+        b2=b2,
+        direction=direction,
+        moment_format=moment_format,
+        seed=seed,
+    )
+    parts = _Parts(matrices, functools.cache(of_matrices), other)
+    second_rate = None
+    if madam_learning_rate is not None:
+        second_rate = madam_learning_rate, parts.are_others
     return from_direction(
-        Direction(init_fn, update_fn),
+        Direction(parts.init, parts.update),
         learning_rate,
         p_scale=p_scale,
         g_bound=g_bound,
@@ -207,5 +176,74 @@ def muon_madam(
         rounding=rounding,
         seed=seed,
         alias=muon_madam,
-        second_rate=None if other_rate is None else (other_rate, takes_madams),
+        second_rate=second_rate,
     )
+
+
+def _of_matrices(
+    axes: tuple[Axes, ...],
+    *,
+    b1: ArrayLike | None,
+    b2: ArrayLike,
+    direction: MatrixDirection,
+    moment_format: MomentFormat | None,
+    seed: ArrayLike,
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of matrices, given the axes of all."""
+
+    def axes_of(paths, leaves):
+        return axes
+
+    def everything(_, leaves):
+        return range(len(leaves.paths))
+
+    tx = matrix_direction(b1, axes_of, direction)
+    if moment_format is not None and b1 is not None:
+        # A momentum that is used as a whole needs no more than 8 octaves.
+        codec = MomentCodec(moment_format.bits, moment_format.octaves or 8)
+        tx = quantized_state(tx, codec, everything, seed=seed, known_as="m")
+    if direction == "factored" or (direction == "orthogonal" and b1 is None):
+        factored = factored_second_moment(b2, axes_of)
+        tx = optax.chain(optax.GradientTransformationExtraArgs(*factored), tx)
+    return tx
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """The directions of matrices and of all other leaves, in one.
+
+    Axes are read from the whole tree, because each part sees only its own leaves.
+    """
+
+    matrices: Matrices | None
+    of_matrices: Callable[[tuple[Axes, ...]], optax.GradientTransformationExtraArgs]
+    other: Direction
+
+    def init(self, params: Tree) -> Tree:
+        if self.matrices is None:
+            warn_of_unknown(params, stacklevel=3)
+        return self._partition(params).init(params)
+
+    def update(
+        self, updates: Tree, state: Tree, params: Tree = None, **extra_args: Tree
+    ) -> tuple[Tree, Tree]:
+        tx = self._partition(updates if params is None else params)
+        return tx.update(updates, state, params, **extra_args)
+
+    def are_others(self, params: Tree) -> list[bool]:
+        """Which leaves are no matrices, and take the direction of Madam."""
+        return [axes is None for axes in self._read(params)[0]]
+
+    def _read(self, tree: Tree) -> tuple[list[Axes | None], jax.tree_util.PyTreeDef]:
+        paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
+        return read_axes(paths, leaves, self.matrices), treedef
+
+    def _partition(self, tree: Tree) -> optax.GradientTransformationExtraArgs:
+        axes, treedef = self._read(tree)
+        labels = ["other" if found is None else "matrix" for found in axes]
+        matrix = self.of_matrices(tuple(found for found in axes if found is not None))
+        other = optax.GradientTransformationExtraArgs(*self.other)
+        # A tree of labels may be a module of Equinox, which optax would call.
+        return optax.partition(
+            {"matrix": matrix, "other": other}, lambda _: treedef.unflatten(labels)
+        )
