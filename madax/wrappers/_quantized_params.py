@@ -135,17 +135,29 @@ def with_quantized_params(
             "moment_where chooses which moments have a moment_format, but that is "
             "None; pass moment_format=madax.MomentFormat(bits=8)."
         )
+    on_params = partial(
+        _quantized_params, error_feedback=error_feedback, rounding=rounding, seed=seed
+    )
+    if moment_format is None:
+        return on_params(inner)
+    on_state = partial(
+        with_quantized_state, moment_format=moment_format, rounding=rounding, seed=seed
+    )
     # Error feedback adds to a momentum of floats, so codes go around it.
-    if moment_format is not None:
-        again = {"rounding": rounding, "seed": seed}
-        if error_feedback:
-            inner = with_quantized_params(inner, error_feedback=True, **again)
-            moment_where = moment_where and _inside(moment_where)
-        inner = with_quantized_state(
-            inner, moment_format=moment_format, where=moment_where, **again
-        )
-        if error_feedback:
-            return inner
+    if error_feedback:
+        where = moment_where and _inside(moment_where)
+        return on_state(on_params(inner), where=where)
+    return on_params(on_state(inner, where=moment_where))
+
+
+def _quantized_params(
+    inner: optax.GradientTransformation,
+    *,
+    error_feedback: bool,
+    rounding: Rounding,
+    seed: jax.typing.ArrayLike,
+) -> optax.GradientTransformationExtraArgs:
+    """Like :func:`with_quantized_params`, with the moments that ``inner`` has."""
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
