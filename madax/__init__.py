@@ -13,6 +13,7 @@ from madax.formats import LogFormat, MomentFormat, SymlogFormat, UniformFormat
 from madax.layerwise._split import split_layers
 from madax.layerwise._step import layerwise
 from madax.optimizers._madam import madam
+from madax.optimizers._muon import muon
 from madax.optimizers._muon_madam import muon_madam
 from madax.transforms import (
     clip_log_weights,
@@ -41,6 +42,7 @@ __all__ = [
     "layerwise",
     "lns_quantize",
     "madam",
+    "muon",
     "muon_madam",
     "papers",
     "quantize_params",

@@ -4,7 +4,7 @@ import dataclasses
 import operator
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.export
@@ -13,7 +13,8 @@ import numpy as np
 
 from madax._core.derivatives import with_derivative
 from madax._core.numerics import rounded
-from madax.formats._base import Format, parse_format
+from madax.codes._kind import Kind
+from madax.formats._base import Format
 
 _REMEDY = (
     "codes and scales must not be scaled, averaged or cast: use "
@@ -74,27 +75,6 @@ def _by_value(operation: Callable[..., Any]) -> Callable[..., Any]:
 def _both_ways(operation: Callable[..., Any]) -> tuple[Callable, Callable]:
     """Returns the methods of an operator with the codes on either side."""
     return _by_value(operation), lambda self, x: operation(x, self.dequantize())
-
-
-class Kind(NamedTuple):
-    """The static part of codes: their format and the dtype that they decode to.
-
-    It prints as the format, after the dtype unless that is float32.
-    """
-
-    format: Format
-    value_dtype: jnp.dtype
-
-    def __str__(self) -> str:
-        if self.value_dtype == jnp.float32:
-            return repr(self.format)
-        return f"{self.value_dtype.name}:{self.format!r}"
-
-    @classmethod
-    def parse(cls, text: str) -> "Kind":
-        """The kind that prints as ``text``; raises as :func:`parse_format`."""
-        dtype, _, format = text.rpartition(":")
-        return cls(parse_format(format), jnp.dtype(dtype or jnp.float32))
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -304,7 +284,7 @@ class QuantizedArray(metaclass=_InErrors):
                 "gradients, and filter all arrays, as by equinox.is_array, or whole "
                 "QuantizedArrays."
             )
-        if not _fit(dtypes[0], dtypes[1], aux.format):
+        if not aux.has_dtypes(*dtypes):
             raise TypeError(
                 f"the codes of a QuantizedArray became {_name(dtypes[0])}, and its "
                 f"scale {_name(dtypes[1])}; {_REMEDY}"
@@ -369,21 +349,6 @@ def _index_axis(index: Any, scales: int, size: int) -> Any:
     if scales == size:
         return index
     return slice(None) if isinstance(index, slice) else jnp.zeros_like(index)
-
-
-def _fit(codes: object, scale: object, format: Format) -> bool:
-    """Returns whether these dtypes fit codes, or steps of codes, of the format.
-
-    Returns True also for masks, shapes and shardings in place of arrays.
-    """
-    if not isinstance(codes, np.dtype) or not jnp.issubdtype(codes, np.number):
-        return True
-    if scale in (bool, np.bool_):
-        return codes == format.step_dtype
-    number = isinstance(scale, np.dtype) or scale in (int, float)
-    return not number or (
-        codes == format.storage_dtype and scale in (np.float32, float)
-    )
 
 
 def _name(dtype: object) -> str:

@@ -17,7 +17,8 @@ from jax.typing import DTypeLike
 
 from madax._core.names import Tree
 from madax._core.numerics import straight_through
-from madax.codes._array import Kind, Leaf, QuantizedArray, is_quantized
+from madax.codes._array import Leaf, QuantizedArray, is_quantized
+from madax.codes._kind import Kind
 from madax.codes._leaf_guards import LeafOfCodes, leaves_are_taken, without_guard
 from madax.codes._leaves import zeros_like
 

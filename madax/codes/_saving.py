@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from madax._core.names import Tree, flatten_named
-from madax.codes._array import AFTER_IMPORT, Kind, Leaf, QuantizedArray, is_quantized
+from madax.codes._array import AFTER_IMPORT, Leaf, QuantizedArray, is_quantized
+from madax.codes._kind import Kind
 
 _CODES = re.compile(r"(?P<path>(?:.*/)?)codes:(?P<kind>(\w+:)?\w+\(.*\))")
 # NumPy's files lose these dtypes: bfloat16 is read as two bytes without a type.

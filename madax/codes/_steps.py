@@ -1,10 +1,12 @@
 """Steps of codes: real-valued steps, integer steps, and updates of leaves."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from madax._core.numerics import relative_to, within
-from madax._core.rounding import round_steps
+from madax._core.numerics import minus_product, relative_to, within
+from madax._core.rounding import Rounding, round_steps, rounding_bits
 from madax.codes._array import Leaf, QuantizedArray, is_quantized
 from madax.codes._leaves import widen
 from madax.formats._base import Format
@@ -53,3 +55,19 @@ def as_steps(w: Leaf, step: jax.Array) -> Leaf:
     marks an update, is a Python value.
     """
     return QuantizedArray.steps(step, *w.kind) if is_quantized(w) else step
+
+
+@partial(jax.jit, static_argnums=3)
+def rounded_sum(
+    w: QuantizedArray, u: jax.Array, key: jax.Array, rounding: Rounding
+) -> jax.Array:
+    """Returns code steps that add ``u`` to values, rounded; zero where not finite."""
+    steps, value = real_steps(w, u)
+    bits = rounding_bits(rounding, key, w.shape)
+    if bits is not None:
+        # A code that is further away is taken less often, so that rounding keeps the
+        # mean of the value, not of the code.
+        part = steps - jnp.floor(steps)
+        bend = 0.5 * w.format.curvature(w.codes)
+        steps = minus_product(steps, bend, part * (1 - part))
+    return step_codes(w, steps, jnp.sign(value), bits)

@@ -98,19 +98,7 @@ def stacks_of(layers: Layers) -> list[NnxStack]:
             *_kinds([parts[i : i + period] for i in firsts]),
         )
         stacks.append(stack)
-    compiled = sum(len(stack.kinds) * len(stack.names) for stack in stacks)
-    if compiled > _MOST_KINDS:
-        first, other = next(
-            pair
-            for pair in itertools.pairwise(layers.modules.items())
-            if _difference(pair[0][1], pair[1][1])
-        )
-        raise ValueError(
-            f"model.{name} has {compiled} kinds of layers, and each would be compiled; "
-            f"model.{other[0]} differs from model.{first[0]}, as "
-            f"{_difference(first[1], other[1])}; give the layers what is the same, or "
-            f"train at most {_MOST_KINDS} kinds."
-        )
+    _check_kinds(layers, stacks)
     return stacks
 
 
@@ -175,6 +163,21 @@ def _check_variables(part: Part) -> None:
             f"model.{part.path} has variables that layerwise would not change, "
             f"{paths}; use layers of nnx.Param alone."
         )
+
+
+def _check_kinds(layers: Layers, stacks: Sequence[NnxStack]) -> None:
+    """Raises if layers are of too many kinds."""
+    compiled = sum(len(stack.kinds) * len(stack.names) for stack in stacks)
+    if compiled <= _MOST_KINDS:
+        return
+    pairs = itertools.pairwise(layers.modules.items())
+    first, other = next(x for x in pairs if _difference(x[0][1], x[1][1]))
+    raise ValueError(
+        f"model.{layers.name} has {compiled} kinds of layers, and each would be "
+        f"compiled; model.{other[0]} differs from model.{first[0]}, as "
+        f"{_difference(first[1], other[1])}; give the layers what is the same, or "
+        f"train at most {_MOST_KINDS} kinds."
+    )
 
 
 def _difference(first: nnx.Module, other: nnx.Module) -> str:

@@ -56,14 +56,7 @@ class Run:
         batches = cut(batch, setup.microbatches)
         weights = setup.decode(ends)
         _, merge = floats_of(weights)
-        passes, first, x, shared, learnt = [], 0, (), {}, []
-        for stack in self.stacks:
-            layers, given = stack.layers(params), (batches, x, shared)
-            one = Pass(setup, stack, layers, first, key, given, learnt)
-            x, done = one.forward(weights)
-            passes.append((one, done))
-            learnt = [True] * len(jax.tree.leaves(x)) + done.trained
-            first, shared = first + depth_of(layers), done.shared
+        passes, x = self.forward(params, weights, batches, key)
         (value, g_ends, aux), grads = self.loss_grads(weights, x, batches)
         seen = state.get(NORM, jnp.float32(0))
         if setup.clip.is_exact:
@@ -94,6 +87,20 @@ class Run:
             # A norm that is not finite would stop the next step, or all of them.
             state[NORM] = jnp.where(jnp.isfinite(whole), whole, seen)
         return params, state, value
+
+    def forward(
+        self, params: Tree, weights: Tree, batches: Tree, key: Key
+    ) -> tuple[list[tuple[Pass, Done]], Tree]:
+        """The passes through all stacks, and the output of the last."""
+        passes, first, x, shared, learnt = [], 0, (), {}, []
+        for stack in self.stacks:
+            layers, given = stack.layers(params), (batches, x, shared)
+            one = Pass(self.setup, stack, layers, first, key, given, learnt)
+            x, done = one.forward(weights)
+            passes.append((one, done))
+            learnt = [True] * len(jax.tree.leaves(x)) + done.trained
+            first, shared = first + depth_of(layers), done.shared
+        return passes, x
 
     def exact_norm(
         self,

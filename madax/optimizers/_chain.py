@@ -104,13 +104,11 @@ def from_direction(
     p_scale = check_p_scale(p_scale)
     check_rounding(rounding)
     check_seed(seed)
-    decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
-    clip, rates = optax.clip(g_bound), [optax.scale_by_learning_rate(learning_rate)]
-    if second_rate is not None:
-        rates.append(optax.scale_by_learning_rate(second_rate[0]))
+    clip, decay = optax.clip(g_bound), decay_of(weight_decay, mask)
+    decays = not is_zero(weight_decay)
+    rates = [learning_rate] if second_rate is None else [learning_rate, second_rate[0]]
+    rates = list(map(optax.scale_by_learning_rate, rates))
     on_floats = {"floor": floor, "p_scale": p_scale, "zero_init_scale": zero_init_scale}
-    decay = optax.stateless(partial(jax.tree.map, partial(decayed, weight_decay)))
-    decay = decay if mask is None else optax.masked(decay, mask)
 
     def init_fn(params):
         geometry = movable_geometry(params, zero_init_scale, stacklevel=2)
@@ -138,15 +136,8 @@ def from_direction(
             steps = treedef.unflatten(relative_steps(ws, floors))
             ds, _ = decay.update(ds, decay.init(ds), steps)
         ds = treedef.flatten_up_to(ds)
-        has_second = (
-            [False] * len(ds) if second_rate is None else second_rate[1](params)
-        )
-        for i, rate in enumerate(rates):
-            chosen = [k for k, second in enumerate(has_second) if second == i]
-            steps = [ds[k] for k in chosen]
-            steps, _ = rate.update(steps, optax.ScaleByScheduleState(count))
-            for k, d in zip(chosen, jax.tree.leaves(steps), strict=True):
-                ds[k] = d
+        second = [False] * len(ds) if second_rate is None else second_rate[1](params)
+        ds = scaled_by_rates(ds, second, rates, count)
         us = log_updates(ws, ds, floors, skips=False)
         bounds = leaf_bounds(p_scale, geometry, paths, ws)
         us = clipped(ws, us, bounds)
@@ -163,6 +154,36 @@ def from_direction(
         return treedef.unflatten(us), MadamState(count, direction_state, geometry)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def is_zero(weight_decay: ArrayLike) -> bool:
+    """Whether there is no decay, and not only in this step."""
+    return isinstance(weight_decay, (int, float)) and weight_decay == 0
+
+
+def decay_of(
+    weight_decay: ArrayLike, mask: Mask | None
+) -> optax.GradientTransformation:
+    """Adds the decay to directions, given relative steps in the place of parameters."""
+    decay = optax.stateless(partial(jax.tree.map, partial(decayed, weight_decay)))
+    return decay if mask is None else optax.masked(decay, mask)
+
+
+def scaled_by_rates(
+    ds: Sequence[jax.Array],
+    has_second: Sequence[bool],
+    rates: Sequence[optax.GradientTransformation],
+    count: jax.Array,
+) -> list[jax.Array]:
+    """The directions of all leaves, scaled by the first of ``rates`` or the second."""
+    scaled = list(ds)
+    for i, rate in enumerate(rates):
+        chosen = [k for k, second in enumerate(has_second) if second == i]
+        steps = [ds[k] for k in chosen]
+        steps, _ = rate.update(steps, optax.ScaleByScheduleState(count))
+        for k, step in zip(chosen, jax.tree.leaves(steps), strict=True):
+            scaled[k] = step
+    return scaled
 
 
 def _not_default(alias: Callable, given: dict[str, Number]) -> list[str]:

@@ -1,34 +1,18 @@
 """Muon's direction for matrices, Madam's for the rest; multiplicative steps for all."""
 
-import dataclasses
-import functools
-
 import optax
 from jax.typing import ArrayLike
 
-from madax._core.checks import check_decay, check_learning_rate
+from madax._core.checks import check_learning_rate
 from madax._core.moved import by_name
-from madax._core.names import flatten_named
 from madax._core.rounding import Rounding
-from madax.codes._array import is_quantized
-from madax.formats._moment_codec import MomentCodec
 from madax.formats._moment_format import MomentFormat
 from madax.optimizers._chain import from_direction
-from madax.transforms._factored import factored_second_moment
-from madax.transforms._matrices import (
-    Matrices,
-    check_matrices,
-    read_axes,
-    warn_of_unknown,
-)
-from madax.transforms._matrix_direction import (
-    MatrixDirection,
-    check_direction,
-    matrix_direction,
-)
-from madax.transforms._second_moment import Direction, second_moment
+from madax.optimizers._parts import matrices_and_others
+from madax.transforms._matrices import Matrices
+from madax.transforms._matrix_direction import MatrixDirection
+from madax.transforms._second_moment import Direction
 from madax.transforms._weight_decay import Mask
-from madax.wrappers._quantized_state import quantized_state
 
 
 @by_name("b1", "b2", "p_scale", "g_bound")
@@ -138,66 +122,18 @@ def muon_madam(
       Bernstein et al., `Learning compositional functions via multiplicative
       weight updates <https://arxiv.org/abs/2006.14560>`_, 2020.
     """
-    check_matrices(matrices)
-    check_direction(direction)
-    b1 = check_decay("b1", b1, 0.95, or_none=True)
     if madam_learning_rate is not None:
         madam_learning_rate = check_learning_rate(
             madam_learning_rate, None, "madam_learning_rate"
         )
-    # Only a momentum has octaves to choose.
-    second = moment_format and dataclasses.replace(moment_format, octaves=None)
-    other = second_moment(b2, moment_format=second, seed=seed)
-
-    @functools.cache
-    def of_matrices(axes):
-        def axes_of(paths, leaves):
-            return axes
-
-        def everything(_, leaves):
-            return range(len(leaves.paths))
-
-        tx = matrix_direction(b1, axes_of, direction)
-        if moment_format is not None and b1 is not None:
-            # Small elements of a momentum hardly affect the direction of the whole
-            # matrix, so 8 octaves are enough.
-            codec = MomentCodec(moment_format.bits, moment_format.octaves or 8)
-            tx = quantized_state(tx, codec, everything, seed=seed, known_as="m")
-        if direction == "factored" or (direction == "orthogonal" and b1 is None):
-            factored = factored_second_moment(b2, axes_of)
-            tx = optax.chain(optax.GradientTransformationExtraArgs(*factored), tx)
-        return tx
-
-    def read(tree):
-        paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
-        return read_axes(paths, leaves, matrices), treedef
-
-    # Axes are read from the whole tree, because each part sees only its own leaves.
-    def parted(tree):
-        axes, treedef = read(tree)
-        labels = ["other" if found is None else "matrix" for found in axes]
-        matrix = of_matrices(tuple(found for found in axes if found is not None))
-        others = optax.GradientTransformationExtraArgs(*other)
-        # A tree of labels may be a module of Equinox, which optax would call.
-        return optax.partition(
-            {"matrix": matrix, "other": others}, lambda _: treedef.unflatten(labels)
-        )
-
-    def init_fn(params):
-        if matrices is None:
-            warn_of_unknown(params, stacklevel=3)
-        return parted(params).init(params)
-
-    def update_fn(updates, state, params=None, *, count, madax_layer=None):
-        tx = parted(updates if params is None else params)
-        return tx.update(updates, state, params, count=count, madax_layer=madax_layer)
-
-    def takes_madams(params):
-        return [found is None for found in read(params)[0]]
-
-    other_rate = madam_learning_rate
+    parts = matrices_and_others(
+        b1, b2, direction, matrices=matrices, moment_format=moment_format, seed=seed
+    )
+    second_rate = None
+    if madam_learning_rate is not None:
+        second_rate = madam_learning_rate, parts.are_others
     return from_direction(
-        Direction(init_fn, update_fn),
+        Direction(parts.init, parts.update),
         learning_rate,
         p_scale=p_scale,
         g_bound=g_bound,
@@ -208,5 +144,5 @@ def muon_madam(
         rounding=rounding,
         seed=seed,
         alias=muon_madam,
-        second_rate=None if other_rate is None else (other_rate, takes_madams),
+        second_rate=second_rate,
     )

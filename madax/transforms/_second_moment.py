@@ -13,7 +13,7 @@ from madax._core.names import Tree, flatten_named
 from madax._core.numerics import decay_rate, exp, expm1, log1p, over_root
 from madax._core.rounding import leaf_keys
 from madax.codes._leaves import compute_dtype, flatten, flatten_like, zeros_like
-from madax.formats._moment_format import MomentFormat, check_made_for
+from madax.formats._moment_format import MomentFormat, MomentWindow, check_made_for
 from madax.formats._second_moment_codec import (
     CodedMoments,
     FloatMoments,
@@ -140,14 +140,16 @@ def second_moment(
     b2, b1 = check_decay("b2", b2, 0.999), check_decay("b1", b1, None)
     check_seed(seed)
     check_format("moment_format", moment_format, MomentFormat)
-    codec = None if moment_format is None else SecondMomentCodec(moment_format)
+    codec, name = None, None
+    if moment_format is not None:
+        codec, name = SecondMomentCodec(moment_format), repr(moment_format)
 
     def init_fn(params):
         _, leaves, treedef = flatten(params)
         v_dtype, m_dtype, window = None, None, None
         if codec is not None:
             v_dtype, m_dtype = codec.format.dtype, codec.mu_dtype
-            window = {repr(moment_format): codec.start(len(leaves))}
+            window = {name: codec.start(len(leaves))}
 
         def zeros(dtype):
             return treedef.unflatten([zeros_like(w, dtype) for w in leaves])
@@ -162,7 +164,7 @@ def second_moment(
         gs = flatten_like(updates, treedef, "state.nu", paths, vs)
         ms = [None] * len(vs) if b1 is None else treedef.flatten_up_to(state.mu)
         ((made_for, window),) = (state.window or {None: None}).items()
-        check_made_for(None if codec is None else repr(moment_format), made_for)
+        check_made_for(name, made_for)
         steps = jnp.asarray(optax.safe_increment(count))
         rate, bias = decay_rate(b2), bias_correction(b2, steps)
         # The root of v is still to be divided by its own correction and by the
@@ -170,26 +172,18 @@ def second_moment(
         correction = jnp.sqrt(bias)
         if b1 is not None:
             correction /= bias_correction(b1, steps)
-        if codec is None or window is None or not vs:
-            storages = [FloatMoments()] * len(vs)
-        else:
-            names = ("",) if b1 is None else ("", "/m")
-            keys = [
-                leaf_keys(seed, count, [path + name for path in paths], madax_layer)
-                for name in names
-            ]
+        storages = [FloatMoments()] * len(vs)
+        if codec is not None and vs:
+            names = [paths] if b1 is None else [paths, [f"{path}/m" for path in paths]]
+            keys = [leaf_keys(seed, count, each, madax_layer) for each in names]
             storages, window = coded_moments(codec, window, vs, rate, count, keys)
-            # E[1 / sqrt(v)] is (1 + 3/8 of the relative variance of v) / sqrt(E[v]).
-            # The newest part of v has not been rounded yet.
-            noise = codec.rounding_variance * (1 - rate / bias) ** 2
-            correction *= exp(-0.375 * noise) / jnp.sqrt(window.scale)
-
+            correction *= _code_correction(codec, window, rate / bias)
         b1_rate = None if b1 is None else decay_rate(b1)
         leaves = zip(storages, vs, ms, gs, strict=True)
         stepped = [_step(*leaf, rate, b1_rate, correction) for leaf in leaves]
         directions, vs, ms = ([leaf[i] for leaf in stepped] for i in range(3))
         if codec is not None:
-            window = {repr(moment_format): window}
+            window = {name: window}
         nu = treedef.unflatten(vs)
         mu = None if b1 is None else treedef.unflatten(ms)
         return treedef.unflatten(directions), Moments(mu, nu, window)
@@ -218,6 +212,18 @@ def _step(
     correction = correction.astype(g.dtype)
     g = jnp.where(moved, g * correction, 0 * correction)
     return over_root(g, value), v, m
+
+
+def _code_correction(
+    codec: SecondMomentCodec, window: MomentWindow, newest: jax.Array
+) -> jax.Array:
+    """The factor of directions that makes up for the rounding of v, and for its unit.
+
+    A fraction of v is the newest part, which has not been rounded yet.
+    """
+    # E[1 / sqrt(v)] is (1 + 3/8 of the relative variance of v) / sqrt(E[v]).
+    noise = codec.rounding_variance * (1 - newest) ** 2
+    return exp(-0.375 * noise) / jnp.sqrt(window.scale)
 
 
 def bias_correction(decay: ArrayLike, count: jax.Array) -> jax.Array:

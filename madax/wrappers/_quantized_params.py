@@ -17,14 +17,13 @@ from madax._core.checks import (
     check_where,
 )
 from madax._core.names import Tree
-from madax._core.numerics import minus_product
-from madax._core.rounding import Rounding, check_rounding, leaf_keys, rounding_bits
+from madax._core.rounding import Rounding, check_rounding, leaf_keys
 from madax._core.vectors import one_a_leaf
-from madax.codes._array import QuantizedArray, is_quantized
+from madax.codes._array import is_quantized
 from madax.codes._leaves import flatten_both
 from madax.codes._quantize import decoded
 from madax.codes._scales import check_code_scales
-from madax.codes._steps import as_steps, real_steps, step_codes
+from madax.codes._steps import as_steps, rounded_sum
 from madax.formats._moment_format import MomentFormat
 from madax.wrappers._error_feedback import ErrorFeedback
 from madax.wrappers._quantized_state import Where, with_quantized_state
@@ -137,17 +136,29 @@ def with_quantized_params(
             "moment_where selects moments for moment_format, but moment_format is "
             "None; pass moment_format=madax.MomentFormat(bits=8)."
         )
+    on_params = partial(
+        _quantized_params, error_feedback=error_feedback, rounding=rounding, seed=seed
+    )
+    if moment_format is None:
+        return on_params(inner)
+    on_state = partial(
+        with_quantized_state, moment_format=moment_format, rounding=rounding, seed=seed
+    )
     # Error feedback adds to a float momentum, so codes of moments go around it.
-    if moment_format is not None:
-        again = {"rounding": rounding, "seed": seed}
-        if error_feedback:
-            inner = with_quantized_params(inner, error_feedback=True, **again)
-            moment_where = moment_where and _inside(moment_where)
-        inner = with_quantized_state(
-            inner, moment_format=moment_format, where=moment_where, **again
-        )
-        if error_feedback:
-            return inner
+    if error_feedback:
+        where = moment_where and _inside(moment_where)
+        return on_state(on_params(inner), where=where)
+    return on_params(on_state(inner, where=moment_where))
+
+
+def _quantized_params(
+    inner: optax.GradientTransformation,
+    *,
+    error_feedback: bool,
+    rounding: Rounding,
+    seed: jax.typing.ArrayLike,
+) -> optax.GradientTransformationExtraArgs:
+    """Like :func:`with_quantized_params`, with the moments that ``inner`` has."""
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
@@ -171,7 +182,7 @@ def with_quantized_params(
         us = treedef.flatten_up_to(proposed)
         keys = leaf_keys(seed, state.count, paths, extra_args.get("madax_layer"))
         moves = {
-            i: _rounded_sum(ws[i], us[i], key, rounding)
+            i: rounded_sum(ws[i], us[i], key, rounding)
             for i, key in enumerate(one_a_leaf(keys, len(ws), apart=True))
             if is_quantized(ws[i])
         }
@@ -192,19 +203,3 @@ def _inside(where: Where) -> Where:
     """Returns ``where`` for the state of :func:`with_quantized_params`."""
     prefix = "inner_state/"
     return lambda path, x: path.startswith(prefix) and where(path[len(prefix) :], x)
-
-
-@partial(jax.jit, static_argnums=3)
-def _rounded_sum(
-    w: QuantizedArray, u: jax.Array, key: jax.Array, rounding: Rounding
-) -> jax.Array:
-    """Returns code steps that add ``u`` to values, rounded; zero where not finite."""
-    steps, value = real_steps(w, u)
-    bits = rounding_bits(rounding, key, w.shape)
-    if bits is not None:
-        # A code that is further away is taken less often, so that rounding keeps the
-        # mean of the value, not of the code.
-        part = steps - jnp.floor(steps)
-        bend = 0.5 * w.format.curvature(w.codes)
-        steps = minus_product(steps, bend, part * (1 - part))
-    return step_codes(w, steps, jnp.sign(value), bits)

@@ -190,24 +190,22 @@ def quantized_state(
         keys = leaf_keys(seed, state.count, names, layer)
         parts = one_a_leaf((window, keys), len(dtypes), apart=True)
         windows, keys = ([part[k] for part in parts] for k in (0, 1))
-        codes = [leaves[i] for i in dtypes]
 
-        def decoded(codes: Sequence[jax.Array]) -> list[jax.Array]:
-            return [codec.decode(*one) for one in zip(codes, windows, strict=True)]
-
-        def inner_step(before: list[jax.Array], params: Tree) -> tuple[Tree, Tree]:
+        def inner_step(codes: list[jax.Array], params: Tree) -> tuple[Tree, ...]:
+            """Values of the codes, and updates and state of a step from them."""
+            before = [codec.decode(*one) for one in zip(codes, windows, strict=True)]
             now = dict(enumerate(leaves))
             for (i, dtype), value in zip(dtypes.items(), before, strict=True):
                 now[i] = value.astype(dtype)
             inner_state = like.treedef.unflatten(now.values())
-            return inner.update(updates, inner_state, params, **extra_args)
+            return before, *inner.update(updates, inner_state, params, **extra_args)
 
         # New codes need the new windows, which need all new values. To keep the values
         # until then would take more memory than codes save.
-        before = decoded(codes)
-        new = jax.tree.leaves(inner_step(before, params)[1])
-        new = [new[i] for i in dtypes]
-        following = map(codec.follow, new, before, windows)
+        codes = [leaves[i] for i in dtypes]
+        before, _, inner_state = inner_step(codes, params)
+        new = jax.tree.leaves(inner_state)
+        following = map(codec.follow, [new[i] for i in dtypes], before, windows)
         # One barrier per leaf: a single barrier would make XLA finish the first step of
         # all leaves before the second.
         again = [_computed_again(one) for one in zip(codes, following, strict=True)]
@@ -219,27 +217,10 @@ def quantized_state(
             params,
             is_leaf=is_quantized,
         )
-        before = decoded(codes)
-        inner_updates, inner_state = inner_step(before, params)
+        before, inner_updates, inner_state = inner_step(codes, params)
         after, treedef = jax.tree.flatten(inner_state)
-        # An element of a parameter takes all of its new moments, or none, floats
-        # included: a momentum without its second moment would be a large step.
-        owners: dict[int, int | str] = {i: i for i in dtypes}
-        for i, owner in enumerate(like.owners):
-            owners |= {} if owner is None or like.copies[i] else {i: owner}
-        fits: dict[int | str, jax.Array] = {}
-        for i, window in zip(dtypes, following, strict=True):
-            fit = codec.fits(after[i], window)
-            fits[owners[i]] = fits.get(owners[i], True) & fit
-        coded = zip(dtypes, before, following, keys, strict=True)
-        stored = {i: arguments for i, *arguments in coded}
-        for i, owner in owners.items():
-            if i in stored:
-                value, window, key = stored[i]
-                fit = fits[owner]
-                after[i] = codec.encode(after[i], value, fit, window, key, rounding)
-            elif owner in fits:
-                after[i] = jnp.where(fits[owner], after[i], leaves[i])
+        stored = zip(dtypes, map(_Stored, before, following, keys), strict=True)
+        after = _encoded(codec, like, leaves, after, dict(stored), rounding)
         return inner_updates, WithQuantizedStateState(
             jnp.asarray(optax.safe_increment(state.count)),
             treedef.unflatten(after),
@@ -247,6 +228,45 @@ def quantized_state(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Stored(NamedTuple):
+    """What a new value of a leaf is stored by."""
+
+    before: jax.Array  # the value before
+    window: MomentWindow  # of the new codes
+    key: jax.Array
+
+
+def _encoded(
+    codec: MomentCodec,
+    like: StateLeaves,
+    before: Sequence[jax.Array],
+    after: Sequence[jax.Array],
+    stored: dict[int, _Stored],
+    rounding: Rounding,
+) -> list[jax.Array]:
+    """The leaves of the state after a step, of which the ``stored`` become codes.
+
+    An element of a parameter keeps all of its new moments, or none, floats included: a
+    momentum without its second moment would be a large step.
+    """
+    owners: dict[int, int | str] = {i: i for i in stored}
+    for i, owner in enumerate(like.owners):
+        owners |= {} if owner is None or like.copies[i] else {i: owner}
+    fits: dict[int | str, jax.Array] = {}
+    for i, leaf in stored.items():
+        fit = codec.fits(after[i], leaf.window)
+        fits[owners[i]] = fits.get(owners[i], True) & fit
+    encoded = list(after)
+    for i, owner in owners.items():
+        if i in stored:
+            value, window, key = stored[i]
+            fit = fits[owner]
+            encoded[i] = codec.encode(after[i], value, fit, window, key, rounding)
+        elif owner in fits:
+            encoded[i] = jnp.where(fits[owner], after[i], before[i])
+    return encoded
 
 
 def _computed_again(x: Tree) -> Tree:

@@ -59,6 +59,13 @@ OPTIMIZERS = {
     "moments12": madax.madam(0.02, b1=0.9, moment_format=MomentFormat(12)),
     "decayed": madax.madam(0.05, floor=1.0, weight_decay=0.3),
     "nearest": madax.madam(0.05, rounding="nearest"),
+    "muon": madax.muon(
+        0.02,
+        b1=None,
+        direction="factored",
+        weight_decay=0.3,
+        moment_format=MomentFormat(8),
+    ),
     "factored": madax.muon_madam(
         0.02, b1=None, direction="factored", moment_format=MomentFormat(8)
     ),

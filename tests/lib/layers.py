@@ -29,6 +29,9 @@ def loss(ends, x, batch):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+FUNCTIONS = embed, layer, loss
+
+
 @functools.cache
 def weights(format=None):
     """Parameters whose layers are stacked."""

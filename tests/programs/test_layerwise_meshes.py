@@ -136,11 +136,12 @@ def test_fsdp_gathers_codes_and_nothing_else_of_weights():
             wide[-2] = ("data", "model")
         return on(*wide)
 
-    functions = layers.embed, layers.layer, layers.loss
-    run = madax.layerwise(tx, *functions, dtype=jnp.float32)
+    run = madax.layerwise(tx, *layers.FUNCTIONS, dtype=jnp.float32)
     _, _, expected = layers.trained(*run, params)
 
-    init, step = madax.layerwise(tx, *functions, dtype=jnp.float32, gather=gather)
+    init, step = madax.layerwise(
+        tx, *layers.FUNCTIONS, dtype=jnp.float32, gather=gather
+    )
     placed = jax.device_put(params, jax.tree.map(shardings, params))
     state = jax.eval_shape(init, placed)
     where = jax.tree.map(shardings, (params, state))

@@ -49,8 +49,8 @@ MOVED = {
 }
 
 
-def test_the_top_has_24_names():
-    named = """madam muon_madam scale_by_second_moment scale_by_sign_log
+def test_the_top_has_25_names():
+    named = """madam muon muon_madam scale_by_second_moment scale_by_sign_log
     clip_log_weights lns_quantize LogFormat SymlogFormat UniformFormat MomentFormat
     quantize_params dequantize_params QuantizedArray with_quantized_params
     with_quantized_state value_and_grad grad layerwise split_layers to_flat_dict

@@ -4,31 +4,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
 import optax
 import pytest
 from cases import FORMATS, OPTIMIZERS
 from helpers import different, mostly_nightly, raises
-from layers import (
-    DEPTH,
-    STEPS,
-    batches,
-    embed,
-    layer,
-    listed,
-    loss,
-    one,
-    ordinary,
-    trained,
-    weights,
-)
 
 import madax
 from madax import MomentFormat
 
 FLOATS = madax.madam(0.02, floor=1.0)
 INJECTED = optax.inject_hyperparams(madax.madam)(
-    optax.linear_schedule(0.05, 0.01, STEPS), b2=0.9
+    optax.linear_schedule(0.05, 0.01, layers.STEPS), b2=0.9
 )
 TRAINED = {
     "floats": (FLOATS, None),
@@ -47,13 +35,15 @@ def test_layerwise_equals_the_ordinary_step(name):
     if name == "injected" and jax.__version_info__ < (0, 7):
         pytest.skip("the oldest optax makes hyperparameters integers, like codes")
     tx, format = TRAINED[name]
-    start = weights(format)
-    keys = [jax.random.key(i) for i in range(STEPS)] if name == "codes" else ()
-    params, state, losses = trained(tx.init, ordinary(tx), listed(start), keys=keys)
-    run = madax.layerwise(tx, embed, layer, loss, dtype=jnp.float32)
-    found, found_state, found_losses = trained(*run, start, keys=keys)
+    start = layers.weights(format)
+    keys = [jax.random.key(i) for i in range(layers.STEPS)] if name == "codes" else ()
+    params, state, losses = layers.trained(
+        tx.init, layers.ordinary(tx), layers.listed(start), keys=keys
+    )
+    run = madax.layerwise(tx, *layers.FUNCTIONS, dtype=jnp.float32)
+    found, found_state, found_losses = layers.trained(*run, start, keys=keys)
     assert found_losses == losses
-    assert different(listed(found), params) == []
+    assert different(layers.listed(found), params) == []
     w, w0 = (jax.tree.leaves(p["layers"]["mlp"])[0] for p in (found, start))
     assert np.all(np.mean(w != w0, axis=(1, 2)) > 0.4)
     if name == "codes":
@@ -71,11 +61,12 @@ def assert_same_moments(stacks, whole):
         expected = {"nu": expected.nu[part], "mu": expected.mu[part]}
         found = {"nu": found.nu[part], "mu": found.mu[part]}
         if part == "layers":
-            found = {k: [one(v, i) for i in range(DEPTH)] for k, v in found.items()}
+            each = range(layers.DEPTH)
+            found = {k: [layers.one(v, i) for i in each] for k, v in found.items()}
         assert different(found, expected) == []
     assert stacks["layers"].count == whole.count
     (window,) = stacks["layers"].direction.window.values()
-    assert window.octave.shape == (DEPTH, 2) and window.scale.shape == ()
+    assert window.octave.shape == (layers.DEPTH, 2) and window.scale.shape == ()
 
 
 def norm_of(tree):
@@ -84,31 +75,32 @@ def norm_of(tree):
 
 @pytest.mark.usefixtures("quick_compiles")
 def test_microbatches_are_means():
-    start, batch = weights(), batches()[0]
+    start, batch = layers.weights(), layers.batches()[0]
     # A step takes the gradient off the parameters.
     tx, key = optax.sgd(1.0), jax.random.key(0)
 
     def with_norms(ends, x, batch):
-        return loss(ends, x, batch), {"tokens": batch.size, "x": jnp.mean(x)}
+        return layers.loss(ends, x, batch), {"tokens": batch.size, "x": jnp.mean(x)}
 
+    functions = layers.embed, layers.layer, with_norms
     init, step = madax.layerwise(
-        tx, embed, layer, with_norms, dtype=jnp.float32, microbatches=4, has_aux=True
+        tx, *functions, dtype=jnp.float32, microbatches=4, has_aux=True
     )
     params, _, (value, metrics) = jax.jit(step)(start, init(start), batch, key)
     parts = [batch[i::4] for i in range(4)]
 
     def part_loss(params, i):
-        x = embed(params["ends"], parts[i])
+        x = layers.embed(params["ends"], parts[i])
         for j, w in enumerate(params["layers"]):
             fold = jax.random.fold_in
-            x = layer(w, x, fold(fold(key, j), i))
-        return loss(params["ends"], x, parts[i])
+            x = layers.layer(w, x, fold(fold(key, j), i))
+        return layers.loss(params["ends"], x, parts[i])
 
     def mean_loss(params):
         return jnp.mean(jnp.stack([part_loss(params, i) for i in range(4)]))
 
-    expected, grads = jax.jit(jax.value_and_grad(mean_loss))(listed(start))
-    found = jax.tree.map(jnp.subtract, listed(start), listed(params))
+    expected, grads = jax.jit(jax.value_and_grad(mean_loss))(layers.listed(start))
+    found = jax.tree.map(jnp.subtract, layers.listed(start), layers.listed(params))
     assert value == pytest.approx(float(expected), rel=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
@@ -131,11 +123,11 @@ def test_layers_pass_integers_on_and_any_tree_of_floats():
         return {"x": ends["table"][tokens], "seen": tokens > 3, "sum": jnp.zeros(())}
 
     def both(w, x):
-        new = layer(w, x["x"] * x["seen"][..., None])
+        new = layers.layer(w, x["x"] * x["seen"][..., None])
         return x | {"x": new, "sum": x["sum"] + jnp.mean(new**2)}
 
     def end(ends, x, batch):
-        return loss(ends, x["x"], batch) + x["sum"]
+        return layers.loss(ends, x["x"], batch) + x["sum"]
 
     def whole(params, batch):
         x = start(params["ends"], batch)
@@ -143,12 +135,12 @@ def test_layers_pass_integers_on_and_any_tree_of_floats():
             x = both(w, x)
         return end(params["ends"], x, batch)
 
-    params, batch = weights(), batches()[0]
+    params, batch = layers.weights(), layers.batches()[0]
     init, step = madax.layerwise(optax.sgd(1.0), start, both, end, dtype=jnp.float32)
     new, _, value = jax.jit(step)(params, init(params), batch)
-    expected, grads = jax.jit(jax.value_and_grad(whole))(listed(params), batch)
+    expected, grads = jax.jit(jax.value_and_grad(whole))(layers.listed(params), batch)
     assert value == pytest.approx(float(expected), rel=1e-6)
-    found = jax.tree.map(jnp.subtract, listed(params), listed(new))
+    found = jax.tree.map(jnp.subtract, layers.listed(params), layers.listed(new))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
         found,
@@ -193,7 +185,7 @@ def test_no_second_stack_is_made():
 
 
 def test_by_default_codes_decode_to_float32_and_floats_stay():
-    params = weights(FORMATS["symlog8"])
+    params = layers.weights(FORMATS["symlog8"])
     params["layers"]["gain"] = params["layers"]["gain"].astype(jnp.float16)
     seen = {}
 
@@ -201,9 +193,9 @@ def test_by_default_codes_decode_to_float32_and_floats_stay():
         seen.update(gain=w["gain"].dtype, codes=w["mlp"]["w"].dtype)
         return x
 
-    init, step = madax.layerwise(madax.madam(), embed, of_layer, loss)
+    init, step = madax.layerwise(madax.madam(), layers.embed, of_layer, layers.loss)
     state = jax.eval_shape(init, params)
-    params, *_ = jax.eval_shape(step, params, state, batches()[0])
+    params, *_ = jax.eval_shape(step, params, state, layers.batches()[0])
     assert seen == {"gain": jnp.float16, "codes": jnp.float32}
     assert params["layers"]["gain"].dtype == jnp.float16
 
@@ -222,9 +214,9 @@ GLOBAL = {
 
 @pytest.mark.parametrize("name", GLOBAL)
 def test_no_layer_needs_the_gradients_of_another(name):
-    init, _ = madax.layerwise(GLOBAL[name], embed, layer, loss)
+    init, _ = madax.layerwise(GLOBAL[name], *layers.FUNCTIONS)
     with raises(ValueError, "tx must update each layer from its own gradients"):
-        jax.eval_shape(init, weights())
+        jax.eval_shape(init, layers.weights())
 
 
 def test_scalars_that_depend_on_gradients_are_each_layers_own():
@@ -241,15 +233,16 @@ def test_scalars_that_depend_on_gradients_are_each_layers_own():
         {"watched": optax.GradientTransformation(init, update), "not": FLOATS},
         lambda tree: {k: "watched" if k == "layers" else "not" for k in tree},
     )
-    params = {"ends": jnp.ones(2), "layers": {"w": jnp.ones((DEPTH, 4))}}
-    start, _ = madax.layerwise(tx, embed, layer, loss)
+    params = {"ends": jnp.ones(2), "layers": {"w": jnp.ones((layers.DEPTH, 4))}}
+    start, _ = madax.layerwise(tx, *layers.FUNCTIONS)
     count, largest, total = start(params)["layers"].inner_states["watched"].inner_state
-    assert count.shape == () and largest.shape == total.shape == (DEPTH,)
+    assert count.shape == () and largest.shape == total.shape == (layers.DEPTH,)
 
 
 def call(**new):
-    args = {"embed": embed, "layer": layer, "loss": loss, "tx": FLOATS}
-    args |= {"dtype": jnp.float32, "params": weights(), "batch": batches()[0]} | new
+    args = dict(zip(("embed", "layer", "loss"), layers.FUNCTIONS, strict=True))
+    args |= {"tx": FLOATS, "dtype": jnp.float32}
+    args |= {"params": layers.weights(), "batch": layers.batches()[0]} | new
     params, batch = args.pop("params"), args.pop("batch")
     init, step = madax.layerwise(**args)
     jax.eval_shape(lambda p, b: step(p, init(p), b), params, batch)
@@ -291,7 +284,8 @@ def test_bad_input_is_refused(case):
 
 
 def test_a_state_of_another_optimizer_is_refused():
-    init, _ = madax.layerwise(FLOATS, embed, layer, loss)
-    _, step = madax.layerwise(OPTIMIZERS["moments8"], embed, layer, loss)
+    params = layers.weights()
+    init, _ = madax.layerwise(FLOATS, *layers.FUNCTIONS)
+    _, step = madax.layerwise(OPTIMIZERS["moments8"], *layers.FUNCTIONS)
     with raises(ValueError, "the state of the layers does not match tx"):
-        jax.eval_shape(step, weights(), init(weights()), batches()[0])
+        jax.eval_shape(step, params, init(params), layers.batches()[0])

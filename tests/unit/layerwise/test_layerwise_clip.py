@@ -2,23 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
 import optax
 import pytest
 from helpers import raises
-from layers import (
-    DEPTH,
-    batches,
-    embed,
-    layer,
-    listed,
-    loss,
-    one,
-    ordinary,
-    trained,
-    weights,
-    whole_loss,
-)
 
 import madax
 
@@ -28,12 +16,12 @@ SGD = optax.sgd(1.0)
 
 def clipped(clip_by, **options):
     options = {"max_norm": MAX, "clip_by": clip_by} | options
-    return madax.layerwise(SGD, embed, layer, loss, **options)
+    return madax.layerwise(SGD, *layers.FUNCTIONS, **options)
 
 
 def gradients(params, batch):
     """The gradients of the ends and of each layer, and their norms, by NumPy."""
-    grads = jax.jit(jax.grad(whole_loss))(listed(params), batch)
+    grads = jax.jit(jax.grad(layers.whole_loss))(layers.listed(params), batch)
     parts = [grads["ends"], *grads["layers"]]
     squares = [
         sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(part))
@@ -47,8 +35,8 @@ def moves(clip_by, params, batch, state=None):
     init, step = clipped(clip_by)
     state = init(params) if state is None else state
     new, state, _ = jax.jit(step)(params, state, batch)
-    taken = jax.tree.map(jnp.subtract, params, new)
-    return [taken["ends"], *(one(taken["layers"], i) for i in range(DEPTH))], state
+    taken = layers.listed(jax.tree.map(jnp.subtract, params, new))
+    return [taken["ends"], *taken["layers"]], state
 
 
 def close(found, grads, factors):
@@ -60,17 +48,18 @@ def close(found, grads, factors):
 @pytest.mark.parametrize("options", [{}, {"microbatches": 2}])
 def test_the_exact_clip_is_that_of_optax(options):
     tx = optax.chain(optax.clip_by_global_norm(MAX), SGD)
-    params, _, losses = trained(tx.init, ordinary(tx), listed(weights()))
-    found, _, values = trained(*clipped("exact", **options), weights())
+    start = layers.listed(layers.weights())
+    params, _, losses = layers.trained(tx.init, layers.ordinary(tx), start)
+    found, _, values = layers.trained(*clipped("exact", **options), layers.weights())
     np.testing.assert_allclose(values, losses, rtol=1e-5)
-    for x, y in zip(*map(jax.tree.leaves, (listed(found), params)), strict=True):
+    for x, y in zip(*map(jax.tree.leaves, (layers.listed(found), params)), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
-    _, _, free = trained(SGD.init, ordinary(SGD), listed(weights()))
+    _, _, free = layers.trained(SGD.init, layers.ordinary(SGD), start)
     assert abs(free[-1] - losses[-1]) > 0.01
 
 
 def test_each_layer_may_be_clipped_for_itself():
-    params, batch = weights(), batches()[0]
+    params, batch = layers.weights(), layers.batches()[0]
     grads, norms = gradients(params, batch)
     found, state = moves("layer", params, batch)
     close(found, grads, np.minimum(1, MAX / norms))
@@ -78,17 +67,17 @@ def test_each_layer_may_be_clipped_for_itself():
 
 
 def test_the_last_norm_counts_or_what_is_known_if_that_is_larger():
-    params, batch = weights(), batches()[0]
+    params, batch = layers.weights(), layers.batches()[0]
     grads, norms = gradients(params, batch)
     total = np.sqrt(np.sum(norms**2))
     found, state = moves("last", params, batch)
     np.testing.assert_allclose(state["norm"], total, rtol=1e-5)
     # Without a last norm the ends, which come last, are clipped by the norm of all.
     close(found[:1], grads[:1], [MAX / total])
-    known = [np.sqrt(np.sum(norms[i:] ** 2)) for i in range(1, 1 + DEPTH)]
+    known = [np.sqrt(np.sum(norms[i:] ** 2)) for i in range(1, 1 + layers.DEPTH)]
     close(found[1:], grads[1:], [min(1, MAX / norm) for norm in known])
     again, _ = moves("last", params, batch, state | {"norm": jnp.float32(3 * total)})
-    close(again, grads, [MAX / (3 * total)] * (1 + DEPTH))
+    close(again, grads, [MAX / (3 * total)] * (1 + layers.DEPTH))
     # With the norm of the same gradients it is the exact clip.
     exact, _ = moves("exact", params, batch)
     for x, y in zip(
@@ -99,11 +88,11 @@ def test_the_last_norm_counts_or_what_is_known_if_that_is_larger():
 
 
 def test_a_norm_that_is_not_finite_is_not_kept():
-    params = weights()
+    params = layers.weights()
     bad = params | {"ends": {"table": params["ends"]["table"].at[0, 0].set(jnp.nan)}}
     init, _ = clipped("last")
     before = init(params) | {"norm": jnp.float32(0.5)}
-    _, state = moves("last", bad, batches()[0], before)
+    _, state = moves("last", bad, layers.batches()[0], before)
     assert state["norm"] == 0.5
 
 

@@ -384,8 +384,7 @@ def test_layers_one_at_a_time_are_the_ordinary_step():
         layers.ordinary(TWO_BYTES),
         layers.listed(start),
     )
-    functions = layers.embed, layers.layer, layers.loss
-    run = madax.layerwise(TWO_BYTES, *functions, dtype=jnp.float32)
+    run = madax.layerwise(TWO_BYTES, *layers.FUNCTIONS, dtype=jnp.float32)
     found, state, found_losses = layers.trained(*run, start)
     np.testing.assert_allclose(found_losses, losses, rtol=1e-3)
     assert found_losses[-1] < found_losses[0]

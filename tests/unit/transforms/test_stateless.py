@@ -206,8 +206,7 @@ def test_layers_one_at_a_time_are_the_ordinary_step_to_the_bit(direction):
     expected, _, losses = layers.trained(
         tx.init, layers.ordinary(tx), layers.listed(start)
     )
-    functions = layers.embed, layers.layer, layers.loss
-    run = madax.layerwise(tx, *functions, dtype=jnp.float32)
+    run = madax.layerwise(tx, *layers.FUNCTIONS, dtype=jnp.float32)
     found, state, found_losses = layers.trained(*run, start)
     assert found_losses == losses and losses[-1] < losses[0]
     assert different(layers.listed(found), expected) == []
@@ -233,9 +232,8 @@ def test_leaves_with_the_direction_of_madam_have_a_rate_of_their_own():
     assert different(one["bias"], other["bias"]) != []
     # Over a stack, by layers: the leaf is the same wherever it is read.
     start = layers.weights(FORMATS["symlog8"])
-    functions = layers.embed, layers.layer, layers.loss
     still = muon_madam(0.0, madam_learning_rate=0.05, b1=None, direction="columns")
-    init, advance = madax.layerwise(still, *functions, dtype=jnp.float32)
+    init, advance = madax.layerwise(still, *layers.FUNCTIONS, dtype=jnp.float32)
     found, _, _ = layers.trained(init, advance, start)
     assert different(found["layers"]["mlp"], start["layers"]["mlp"]) == []
     assert different(found["layers"]["gain"], start["layers"]["gain"]) != []

@@ -471,8 +471,7 @@ def test_layers_one_at_a_time_are_the_ordinary_step():
     start = layers.weights(FORMATS["log8"])
     listed = layers.listed
     params, state, losses = layers.trained(tx.init, layers.ordinary(tx), listed(start))
-    functions = layers.embed, layers.layer, layers.loss
-    run = madax.layerwise(tx, *functions, dtype=jnp.float32)
+    run = madax.layerwise(tx, *layers.FUNCTIONS, dtype=jnp.float32)
     found, found_state, found_losses = layers.trained(*run, start)
     assert found_losses == losses
     assert different(listed(found), params) == []

@@ -1,0 +1,176 @@
+"""Muon for matrices, second moments for the rest; additive steps for all."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from madax._core.checks import (
+    check_learning_rate,
+    check_non_negative,
+    check_seed,
+    check_state,
+)
+from madax._core.names import Tree
+from madax._core.numerics import rounded
+from madax._core.rounding import Rounding, check_rounding, leaf_keys
+from madax._core.vectors import one_a_leaf
+from madax.codes._array import Leaf, is_quantized
+from madax.codes._leaves import flatten_both
+from madax.codes._quantize import decoded
+from madax.codes._scales import check_code_scales
+from madax.codes._steps import as_steps, rounded_sum
+from madax.formats._moment_format import MomentFormat
+from madax.optimizers._chain import decay_of, is_zero, scaled_by_rates
+from madax.optimizers._parts import matrices_and_others
+from madax.transforms._lns_quantize import rounded_update
+from madax.transforms._matrices import Matrices
+from madax.transforms._matrix_direction import MatrixDirection
+from madax.transforms._weight_decay import Mask
+
+# The root mean square of AdamW's steps, in learning rates, as arXiv 2502.16982 has it.
+_RMS = 0.2
+
+
+class MuonState(NamedTuple):
+    """State of :func:`muon`.
+
+    Attributes:
+      count: number of steps taken, int32 scalar.
+      direction: moments of the matrices, and of the other leaves.
+    """
+
+    count: jax.Array
+    direction: Tree
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule = 0.03,
+    *,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
+    b1: ArrayLike | None = 0.95,
+    b2: ArrayLike = 0.99,
+    direction: MatrixDirection = "orthogonal",
+    matrices: Matrices | None = None,
+    weight_decay: ArrayLike = 0.0,
+    mask: Mask | None = None,
+    moment_format: MomentFormat | None = None,
+    rounding: Rounding = "stochastic",
+    seed: ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Muon with one moment for each leaf, on floats or codes.
+
+    .. math::
+
+      w \leftarrow w - \eta\, (s\, \hat g + \lambda\, w), \qquad
+        s = 0.2 \text{ for matrices, } 1 \text{ for other leaves}
+
+    where :math:`\hat g` is the direction of :func:`scale_by_orthogonal_momentum` for
+    matrices, and the direction of :func:`scale_by_second_moment` for all other leaves:
+    the directions of :func:`muon_madam`. The steps are additive. Those of matrices have
+    the root mean square of AdamW's, so that its rates carry over.
+
+    It differs from ``optax.contrib.muon`` with ``consistent_rms=0.2`` in what is no
+    matrix, which has no first moment here; in which leaves are matrices, which is read
+    from the names and shapes of the whole tree as for :func:`muon_madam`; and in the
+    leaves that it trains. Sums with codes, and with floats of 16 bits, are rounded
+    stochastically, which keeps their mean, so that no step is lost.
+
+    With ``moment_format=MomentFormat(8)``, on leaves that are 8-bit codes, training
+    keeps **two bytes** per parameter, and with ``b1=None`` as well **one byte**. Codes
+    have no larger magnitudes than their max, which :func:`quantize_params` sets.
+
+    Args:
+      learning_rate: :math:`\eta`, or a schedule.
+      other_learning_rate: :math:`\eta` of all leaves that are no matrices; None for
+        ``learning_rate``.
+      b1: as for :func:`muon_madam`.
+      b2: as for :func:`muon_madam`.
+      direction: as for :func:`muon_madam`.
+      matrices: as for :func:`muon_madam`.
+      weight_decay: :math:`\lambda`, the fraction that a step of rate 1 takes.
+      mask: which leaves decay, as for :func:`madam`.
+      moment_format: how moments are stored, as for :func:`madam`.
+      rounding: "stochastic", or "nearest" (halves to even).
+      seed: seed of the stochastic rounding.
+
+    Returns:
+      The optimizer, a gradient transformation whose state is a :class:`MuonState`; its
+      updates add to the parameters under ``optax.apply_updates``.
+
+    Raises:
+      ValueError: if an argument is out of range, ``matrices`` gives axes that a leaf
+        does not have, codes have no scale, ``params`` are missing or do not match.
+      TypeError: if an argument, or what ``matrices`` returns, is of the wrong type, or
+        a leaf is not real floating.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, madax
+      >>> w = jax.random.normal(jax.random.key(0), (512, 256))
+      >>> params = madax.quantize_params({"w": w}, madax.SymlogFormat(8, 1 / 3))
+      >>> tx = madax.muon(weight_decay=0.1, moment_format=madax.MomentFormat(8))
+      >>> state = tx.init(params)
+      >>> total = sum(x.nbytes for x in jax.tree.leaves((params, state)))
+      >>> print(f"{total / w.size:.1f} bytes a parameter")
+      2.0 bytes a parameter
+
+    References:
+      Jordan et al., `Muon: an optimizer for hidden layers in neural networks
+      <https://kellerjordan.github.io/posts/muon/>`_, 2024.
+
+      Liu et al., `Muon is scalable for LLM training
+      <https://arxiv.org/abs/2502.16982>`_, 2025, for the size of a step.
+    """
+    rates = [check_learning_rate(learning_rate, 0.03)]
+    if other_learning_rate is not None:
+        rates.append(
+            check_learning_rate(other_learning_rate, None, "other_learning_rate")
+        )
+    scales = list(map(optax.scale_by_learning_rate, rates))
+    weight_decay = check_non_negative("weight_decay", weight_decay, 0.0)
+    check_rounding(rounding)
+    check_seed(seed)
+    parts = matrices_and_others(
+        b1, b2, direction, matrices=matrices, moment_format=moment_format, seed=seed
+    )
+    decay = decay_of(weight_decay, mask)
+
+    def init_fn(params):
+        check_code_scales(params)
+        decay.init(params)  # refuses a mask that does not fit
+        return MuonState(jnp.zeros([], jnp.int32), parts.init(params))
+
+    def update_fn(updates, state, params=None, *, madax_layer=None, **extra_args):
+        del extra_args
+        check_state(state, MuonState)
+        count = state.count
+        ds, new_direction = parts.update(
+            updates, state.direction, params, count=count, madax_layer=madax_layer
+        )
+        paths, ws, ds, treedef = flatten_both(params, ds)
+        others = parts.are_others(params)
+        leaves = zip(ds, others, strict=True)
+        ds = treedef.unflatten(
+            [d if other else rounded(_RMS * d) for d, other in leaves]
+        )
+        if not is_zero(weight_decay):
+            ds, _ = decay.update(ds, decay.init(ds), decoded(params))
+        ds = treedef.flatten_up_to(ds)
+        has_second = others if len(scales) > 1 else [False] * len(ds)
+        us = scaled_by_rates(ds, has_second, scales, count)
+        keys = one_a_leaf(leaf_keys(seed, count, paths, madax_layer), len(ws))
+        leaves = zip(ws, us, keys, strict=True)
+        us = treedef.unflatten([_sum_rounded(*leaf, rounding) for leaf in leaves])
+        count = jnp.asarray(optax.safe_increment(count))
+        return us, MuonState(count, new_direction)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _sum_rounded(w: Leaf, u: jax.Array, key: jax.Array, rounding: Rounding) -> Leaf:
+    """The update that takes a leaf to about ``w + u``."""
+    if is_quantized(w):
+        return as_steps(w, rounded_sum(w, u, key, rounding))
+    return rounded_update(w, u, key, rounding)

@@ -1,0 +1,177 @@
+"""Muon in float64, on floats and on codes: additive steps with one moment a leaf."""
+
+import operator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import is_quantized, normal, raises, trajectory
+from oracle import newton_schulz
+
+import madax
+from madax import MomentFormat, SymlogFormat, muon
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+def params():
+    return {
+        "Dense_0": {"kernel": normal(8, 12), "bias": jnp.zeros(12)},
+        "Dense_1": {"kernel": normal(12, 4, seed=1)},
+    }
+
+
+close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+
+
+def repeated(g, count):
+    return jax.tree.map(lambda x: np.broadcast_to(x, (count, *x.shape)), g)
+
+
+def kernel_after(tx, tree, g, count):
+    """The kernel after steps along one gradient, as floats."""
+    moved = trajectory(tx, tree, repeated(g, count))
+    w = jax.tree.map(lambda x: x[-1], moved)["up"]["kernel"]
+    return np.float64(w.dequantize() if is_quantized(w) else w)
+
+
+class Oracle:
+    """Steps in float64, which know by name what is a matrix, and what decays."""
+
+    def __init__(self, tree, b1, b2, weight_decay):
+        self.ws = jax.tree.map(np.float64, tree)
+        self.moments = jax.tree.map(np.zeros_like, self.ws)
+        self.b1, self.b2, self.count = b1, b2, 0
+        self.weight_decay = weight_decay
+
+    def step(self, grads, rate, other_rate):
+        self.count += 1
+
+        def next_weight(path, w, moment, g):
+            names, g = tuple(key.key for key in path), np.float64(g)
+            is_matrix = names == ("Dense_0", "kernel")
+            if is_matrix:
+                moment += (1 - self.b1) * (g - moment)
+                d = newton_schulz(moment + (1 - self.b1) * (g - moment))
+                d *= 0.2 / np.sqrt(np.mean(d**2))
+            else:
+                moment += (1 - self.b2) * (g**2 - moment)
+                d = g / np.sqrt(moment / (1 - self.b2**self.count))
+            if names[-1] == "kernel":
+                d = d + self.weight_decay * w
+            return w - (rate if is_matrix else other_rate) * d
+
+        self.ws = jax.tree_util.tree_map_with_path(
+            next_weight, self.ws, self.moments, grads
+        )
+        return self.ws
+
+
+@pytest.mark.parametrize("has_second", [False, True])
+def test_floats_take_the_steps_of_float64(has_second):
+    start, rate = params(), optax.linear_schedule(0.1, 0.02, 4)
+    second = optax.linear_schedule(0.3, 0.0, 6) if has_second else None
+    mask = lambda tree: jax.tree.map(lambda w: w.ndim > 1, tree)
+    tx = muon(rate, other_learning_rate=second, weight_decay=0.5, mask=mask)
+    oracle = Oracle(start, 0.95, 0.99, 0.5)
+    grads = jax.tree.map(lambda w: normal(5, *w.shape, seed=2), start)
+    found = trajectory(tx, start, grads)
+    for i in range(5):
+        g, now = (jax.tree.map(operator.itemgetter(i), x) for x in (grads, found))
+        expected = oracle.step(g, rate(i), (second or rate)(i))
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), now, expected
+        )
+    state = tx.init(start)
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-1]
+        for path, _ in jax.tree_util.tree_leaves_with_path(state)
+    ]
+    assert sorted(names) == ["bias", "count", "kernel", "kernel"]
+
+
+def quantized(tree, bits=8):
+    return madax.quantize_params(tree, SymlogFormat(bits, 1 / 3))
+
+
+def slope(found, expected):
+    """How far steps went along the expected ones, and four deviations of it."""
+    fraction = np.sum(found * expected) / np.sum(expected**2)
+    noise = np.std(found - fraction * expected) / np.sqrt(np.sum(expected**2))
+    return fraction, 4 * noise
+
+
+@pytest.mark.parametrize(("bits", "rate"), [(8, 1e-3), (16, 4e-6)])
+def test_codes_take_the_same_steps_in_the_mean(bits, rate):
+    codes = quantized({"up": {"kernel": normal(64, 64, scale=0.1)}}, bits)
+    g = {"up": {"kernel": normal(64, 64, seed=1)}}
+    floats = madax.dequantize_params(codes)
+    before = np.float64(floats["up"]["kernel"])
+    expected = kernel_after(muon(rate), floats, g, 40) - before
+    fraction, noise = slope(kernel_after(muon(rate), codes, g, 40) - before, expected)
+    assert abs(fraction - 1) < noise < 0.2
+    # Steps of a fraction of the spacing are lost where sums are rounded to nearest.
+    nearest = muon(rate, rounding="nearest")
+    lost, _ = slope(kernel_after(nearest, codes, g, 40) - before, expected)
+    assert lost < 0.7
+
+
+def test_small_steps_of_bfloat16_are_kept_in_the_mean():
+    start = {"up": {"kernel": jnp.ones((64, 64), jnp.bfloat16)}}
+    g = {"up": {"kernel": normal(64, 64)}}
+    tx = muon(0.002)  # A tenth of the spacing below 1.
+    expected = kernel_after(tx, jax.tree.map(jnp.float32, start), g, 20) - 1
+    fraction, noise = slope(kernel_after(tx, start, g, 20) - 1, expected)
+    assert abs(fraction - 1) < noise < 0.1
+
+
+@pytest.mark.parametrize(("b1", "most"), [(0.95, 2.05), (None, 1.15)])
+def test_bytes_of_a_parameter(b1, most):
+    codes = quantized({"up": {"kernel": normal(256, 128)}})
+    state = jax.eval_shape(muon(b1=b1, moment_format=MomentFormat(8)).init, codes)
+    kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((codes, state)))
+    assert most - 0.15 < kept / 256 / 128 < most
+
+
+def test_two_bytes_follow_float32_for_a_hundred_steps():
+    start = {"up": {"kernel": normal(16, 16)}, "out": {"kernel": normal(16, 4)}}
+    x, y = normal(64, 16, seed=2), normal(64, 4, seed=3)
+
+    def loss(tree):
+        hidden = jnp.tanh(x @ tree["up"]["kernel"] / 4)
+        return jnp.mean((hidden @ tree["out"]["kernel"] / 4 - y) ** 2)
+
+    tx = muon(optax.linear_schedule(0.05, 0.0, 100), moment_format=MomentFormat(8))
+
+    @jax.jit
+    def run(tree):
+        def body(carry, _):
+            tree, state = carry
+            value, grads = madax.value_and_grad(loss)(tree)
+            updates, state = tx.update(grads, state, tree)
+            return (optax.apply_updates(tree, updates), state), value
+
+        return jax.lax.scan(body, (tree, tx.init(tree)), length=100)[1]
+
+    floats, codes = run(start), run(quantized(start))
+    assert floats[-1] < 0.6 * floats[0]
+    assert codes[-1] < 1.1 * floats[-1]
+
+
+def test_what_it_refuses():
+    with raises(ValueError, "other_learning_rate", "-0.1"):
+        muon(other_learning_rate=-0.1)
+    with raises(ValueError, "weight_decay", "-1"):
+        muon(weight_decay=-1)
+    with raises(ValueError, "rounding", "'up'"):
+        muon(rounding="up")
+    with raises(ValueError, "direction", "'rows'"):
+        muon(direction="rows")
+    start = params()
+    with raises(TypeError, "state must be a MuonState"):
+        muon().update(start, madax.madam().init(start), start)
+    with raises(ValueError, "params"):
+        muon().update(start, muon().init(start))
