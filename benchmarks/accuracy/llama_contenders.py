@@ -105,6 +105,8 @@ def _flash_adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     return clipped(flash_adamw(rate, weight_decay=0.1))
 
 
+# Of madax.layerwise, and how rows are named after them.
+CLIPS = {"exact": "the exact norm", "last": "the last norm", "layer": "norms of layers"}
 # Rates of what is no matrix, beside Muon.
 _adam_others = {"others": (2e-3, 5e-3), "other": "adam_learning_rate"}
 _madam_others = {"others": (0.02, 0.04)}
@@ -147,7 +149,7 @@ CONTENDERS = {
         f"AdamW in 3 bytes, clipped by {what}": Row(
             _adamw_by_layers, ADAM_RATES[1:2], SYMLOG_8, clip_by=by
         )
-        for by, what in {"last": "the last norm", "layer": "norms of layers"}.items()
+        for by, what in CLIPS.items()
     },
     "Adam float32, no clipping": Row(optax.adam, ADAM_RATES[1:4]),
     "AdamW bfloat16": Row(adamw, ADAM_RATES[1:4], params=jnp.bfloat16),

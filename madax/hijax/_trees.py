@@ -41,7 +41,26 @@ def _let_variables_decode(nnx: Tree) -> None:
     nnx.Variable.__jax_array__ = decoded
 
 
+class _Filtered(type):
+    def __instancecheck__(cls, x: object) -> bool:
+        return is_lifted(x)
+
+
+class _Lifted(metaclass=_Filtered):
+    """The class of lifted codes, traced or not, for ``isinstance``."""
+
+
+def _let_filters_take_tracers(filters: Tree) -> None:
+    """Lets filters of Equinox see traced codes, of which JAX says they are no arrays.
+
+    They take the first of these for arrays whose ``dtype`` tells if they are floats.
+    """
+    for name in ("_NDARRAY_TYPES", "_ARRAY_TYPES"):
+        setattr(filters, name, (*getattr(filters, name, ()), _Lifted))
+
+
 install()
+AFTER_IMPORT["equinox", "_filters"] = _let_filters_take_tracers
 AFTER_IMPORT["orbax.checkpoint", "type_handlers"] = _let_orbax_save
 AFTER_IMPORT["flax", "nnx"] = _let_variables_decode
 

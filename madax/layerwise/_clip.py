@@ -1,6 +1,5 @@
 """Clipping of gradients by a norm, where layers are updated one after another."""
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -61,8 +60,3 @@ def checked_clip(max_norm: Number | None, clip_by: ClipBy) -> Clip:
     why = '"exact" takes a second backward pass, and the others none.'
     check_choice("clip_by", clip_by, get_args(ClipBy), why)
     return Clip(max_norm, clip_by)
-
-
-def total(norms: Sequence[jax.Array]) -> jax.Array:
-    """Returns the norm of a whole, given the norms of its parts in any arrays."""
-    return jnp.sqrt(sum((jnp.sum(norm**2) for norm in norms), jnp.float32(0)))

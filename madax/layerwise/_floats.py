@@ -1,5 +1,6 @@
 """Leaves that have derivatives: floating or complex arrays."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 
 from madax._core.names import Tree
 from madax._core.shards import over_shards
+from madax.codes._scales import root_mean_square
 
 
 def is_inexact(x: jax.typing.ArrayLike) -> bool:
@@ -15,10 +17,25 @@ def is_inexact(x: jax.typing.ArrayLike) -> bool:
 
 
 def norm(tree: Tree) -> jax.Array:
-    """Returns the square root of the sum of squares of a tree, float32."""
-    squares = [jnp.sum(jnp.float32(jnp.abs(x)) ** 2) for x in jax.tree.leaves(tree)]
-    squares = [over_shards(jax.lax.psum, x) for x in squares]
-    return jnp.sqrt(sum(squares, jnp.float32(0)))
+    """Returns the root of the sum of squares of a tree, with equal bits on any mesh."""
+    return total([over_shards(_root_of_sum, _norm(x)) for x in jax.tree.leaves(tree)])
+
+
+def total(norms: Sequence[jax.Array]) -> jax.Array:
+    """Returns the norm of a whole, given the norms of its parts in any arrays."""
+    return _norm(jnp.concatenate([jnp.ravel(x) for x in norms] or [jnp.zeros(1)]))
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    """Returns the norm of an array; it is infinite for infinities, as in optax."""
+    x = jnp.float32(jnp.abs(x))
+    most = jnp.max(x, initial=0)
+    return jnp.where(jnp.isfinite(most), root_mean_square(x) * math.sqrt(x.size), most)
+
+
+def _root_of_sum(norm: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Returns the norm of a whole, given the norms of its shards."""
+    return jnp.sqrt(jax.lax.psum(norm**2, axes))
 
 
 def floats_of(

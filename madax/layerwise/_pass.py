@@ -17,8 +17,7 @@ from madax._core.names import LAYERS, Tree
 from madax._core.shards import axes_returned, manual_axes, spread, varying
 from madax._core.tracing import depends_on
 from madax.layerwise._checks import check_layer_output
-from madax.layerwise._clip import total
-from madax.layerwise._floats import floats_of, is_inexact, norm
+from madax.layerwise._floats import floats_of, is_inexact, norm, total
 from madax.layerwise._plan import Function, Index, Stack
 from madax.layerwise._setup import Setup, summed_in
 from madax.layerwise._stacks import depth_of, read, splitter, write

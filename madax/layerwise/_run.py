@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from madax._core.names import ENDS, LAYERS, Tree
 from madax._core.shards import barrier
 from madax.layerwise._checks import check_devices, check_loss, check_params
-from madax.layerwise._clip import total
-from madax.layerwise._floats import floats_of, norm
+from madax.layerwise._floats import floats_of, norm, total
 from madax.layerwise._pass import Done, Key, Pass
 from madax.layerwise._plan import Stack
 from madax.layerwise._setup import Setup

@@ -93,3 +93,22 @@ def trained(init, step, params, *, keys=()):
         params, state, value = step(params, state, batch, *[keys[i]] if keys else [])
         values.append(value)
     return params, state, values
+
+
+def norms_of(parts):
+    """The norm of each tree, by NumPy."""
+    square = lambda x: np.sum(np.square(x, dtype=np.float64))
+    return np.sqrt([sum(map(square, jax.tree.leaves(part))) for part in parts])
+
+
+def clip_factors(norms, clip_by, max_norm, last=0.0):
+    """The factors of the gradients of the ends and of all layers, as documented.
+
+    ``norms`` are of these gradients, and ``last`` is the norm of all before this step.
+    """
+    # Layers are updated from the last one down, and the ends after them.
+    below = np.sqrt(np.cumsum(np.square(norms[:0:-1]))[::-1])
+    whole = np.sqrt(np.sum(np.square(norms)))
+    so_far = np.array([whole, *below])
+    known = {"exact": whole, "last": np.maximum(last, so_far), "layer": norms}
+    return np.broadcast_to(np.minimum(1, max_norm / known[clip_by]), len(norms))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import layers
 import numpy as np
+import optax
 import processes
 import pytest
 from cases import FORMATS
@@ -87,13 +88,24 @@ def started(axis_type=None, layout=None):
     return place(params, axis_type, layout), place(batches, axis_type, layout)
 
 
-INIT, STEP = madax.layerwise(MADAM, embed, layer, loss, dtype=jnp.float32)
-COMPILED = jax.jit(STEP)
+MAX = 3.0  # between the norms of the ends and of all in a step of size 1
+CLIPS = "exact", "last", "layer"
 
 
-def trained(params, state, batches):
+@functools.cache
+def compiled(clip_by=None):
+    clip = {} if clip_by is None else {"max_norm": MAX, "clip_by": clip_by}
+    functions = embed, layer, loss
+    init, step = madax.layerwise(MADAM, *functions, dtype=jnp.float32, **clip)
+    return init, jax.jit(step)
+
+
+INIT, _ = compiled()
+
+
+def trained(params, state, batches, clip_by=None):
     for batch in batches:
-        params, state, _ = COMPILED(params, state, batch)
+        params, state, _ = compiled(clip_by)[1](params, state, batch)
     return params, state
 
 
@@ -115,6 +127,77 @@ def test_a_mesh_trains_as_one_device(axis_type, layout):
         params, state = trained(params, state, batches)
     assert len(params["layers"]["w"].codes.sharding.device_set) == 8
     assert different((params, state), on_one_device()) == []
+
+
+# --- clips ----------------------------------------------------------------------------
+
+# Of the gradients of each step; the directions of madam do not depend on a constant.
+SIZES = np.float32([1, 30, 0.01, 5, 0.1, 100])
+
+
+def scaled(tree, factor):
+    return jax.tree.map(lambda x: x * np.float32(factor), tree)
+
+
+def sized(batches):
+    return list(map(scaled, batches, SIZES))
+
+
+@functools.cache
+def clipped_on_one_device(clip_by):
+    params, batches = started()
+    return trained(params, compiled(clip_by)[0](params), sized(batches), clip_by)
+
+
+@functools.cache
+def optimizer(is_exact):
+    """Updates by madam from gradients, clipped by optax if that is so."""
+    clip = optax.clip_by_global_norm(MAX) if is_exact else optax.identity()
+    tx = optax.chain(clip, MADAM)
+
+    @jax.jit
+    def update(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return tx.init, update
+
+
+def told_and_clipped(clip_by):
+    """The codes of all layers after training as a list, by gradients clipped before."""
+    params, batches = started()
+    params, last = layers.listed(params), 0.0
+    init, update = optimizer(clip_by == "exact")
+    state = init(params)
+    for told in sized(batches):
+        grads = [{"bias": told["bias"]}]
+        for i in range(DEPTH):
+            grads.append({"w": 2.0**i * told["w"], "bias": (-1.0) ** i * told["bias"]})
+        if clip_by != "exact":
+            norms = layers.norms_of(grads)
+            factors = layers.clip_factors(norms, clip_by, MAX, last)
+            last = np.sqrt(np.sum(norms**2))
+            grads = list(map(scaled, grads, factors))
+        params, state = update(params, state, {"ends": grads[0], "layers": grads[1:]})
+    return np.stack([layer["w"].codes for layer in params["layers"]])
+
+
+@pytest.mark.parametrize(("axis_type", "layout"), MESHES)
+@pytest.mark.parametrize("clip_by", CLIPS)
+def test_a_mesh_clips_as_one_device(clip_by, axis_type, layout):
+    expected = told_and_clipped(clip_by)
+    with enter(make_mesh(axis_type)):
+        params, batches = started(axis_type, layout)
+        state = compiled(clip_by)[0](params)
+        found = trained(params, state, sized(batches), clip_by)
+    assert different(found, clipped_on_one_device(clip_by)) == []
+    codes = np.int32(found[0]["layers"]["w"].codes)
+    # Factors that differ in the last bit round few codes in another way.
+    gaps = np.abs(codes - expected)
+    assert gaps.max() <= 1 and gaps.mean() < 0.01
+    for other in {None, *CLIPS} - {clip_by}:
+        others = clipped_on_one_device(other)[0]["layers"]["w"].codes
+        assert np.mean(codes != others) > 0.1
 
 
 # --- a network, its batch spread over the devices -------------------------------------

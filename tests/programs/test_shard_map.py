@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
 import optax
 import pytest
@@ -174,7 +175,7 @@ def loss(ends, x, batch, *, mean=lambda x: x):
     return value, value
 
 
-def layered(mean):
+def layered(mean, **options):
     return madax.layerwise(
         MOMENTS,
         embed,
@@ -183,10 +184,15 @@ def layered(mean):
         dtype=jnp.float32,
         microbatches=2,
         has_aux=True,
+        **options,
     )
 
 
-def test_layerwise_trains_as_on_one_device():
+CLIPS = [{"max_norm": 2.0, "clip_by": by} for by in ("exact", "last", "layer")]
+
+
+@pytest.mark.parametrize("clip", mostly_nightly([{}, *CLIPS], CLIPS[0]))
+def test_layerwise_trains_as_on_one_device(clip):
     rng = np.random.default_rng(0)
     w = np.float32(rng.normal(size=(DEPTH, ROWS, COLUMNS)))
     codes = madax.quantize_params(w, FORMATS["symlog8"], channel_axis=0)
@@ -194,7 +200,7 @@ def test_layerwise_trains_as_on_one_device():
     batches = np.float32(rng.integers(-9, 10, (STEPS, 32, ROWS, COLUMNS)))
 
     def steps(mean):
-        _, step = layered(mean)
+        _, step = layered(mean, **clip)
 
         def one(carry, batch):
             *carry, value = step(*carry, batch)
@@ -204,7 +210,7 @@ def test_layerwise_trains_as_on_one_device():
             one, (params, state), batches
         )
 
-    state = jax.jit(layered(None).init)(params)
+    state = jax.jit(layered(None, **clip).init)(params)
     expected, values = jax.jit(steps(lambda x: x))(params, state, batches)
     everywhere = lambda x: jax.lax.pmean(x, AXES)
     specs = (P(), P(), P(None, AXES))
@@ -225,33 +231,57 @@ def test_layers_may_be_cut_over_devices():
     """A layer that sums over them has gradients, and norms, of the whole."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.float32(rng.normal(size=shape) / 4)
-    layers = {"a": normal(DEPTH, 8, 16), "b": normal(DEPTH, 16, 8)}
-    params, batch = {"ends": normal(4, 8), "layers": layers}, normal(8, 4)
-
-    def step_with(add, mean):
-        return madax.layerwise(
-            optax.sgd(1.0),
-            lambda ends, batch: batch @ ends,
-            lambda w, x: x + add(jnp.tanh(x @ w["a"]) @ w["b"]),
-            lambda ends, x, batch: (mean(jnp.mean(x**2)), ()),
-            dtype=jnp.float32,
-            has_aux=True,
-        ).step
-
-    state = optax.sgd(1.0).init({})
-    state = {"ends": state, "layers": state}
+    stack = {"a": normal(DEPTH, 8, 16), "b": normal(DEPTH, 16, 8)}
+    params, batch = {"ends": normal(4, 8), "layers": stack}, normal(8, 4)
+    max_norm, last, sgd = 0.1, 0.2, optax.sgd(1.0)
     same = lambda x: x
-    expected = jax.jit(step_with(same, same))(params, state, batch)
+
+    def layer(w, x, add=same):
+        return x + add(jnp.tanh(x @ w["a"]) @ w["b"])
+
+    def run(add, mean, clip_by):
+        return madax.layerwise(
+            sgd,
+            lambda ends, batch: batch @ ends,
+            functools.partial(layer, add=add),
+            lambda ends, x, batch: (mean(jnp.mean(x**2)), ()),
+            has_aux=True,
+            max_norm=max_norm,
+            clip_by=clip_by,
+        )
+
+    def whole_loss(params, batch):
+        x = batch @ params["ends"]
+        for w in params["layers"]:
+            x = layer(w, x)
+        return jnp.mean(x**2)
+
+    value, grads = jax.value_and_grad(whole_loss)(layers.listed(params), batch)
+    parts = [grads["ends"], *grads["layers"]]
+    norms = layers.norms_of(parts)
     cut = {"a": P(None, None, "model"), "b": P(None, "model")}
     specs = {"ends": P(), "layers": cut}
     add = lambda x: jax.lax.psum(x, "model")
-    step = step_with(add, lambda x: jax.lax.pmean(x, "data"))
-    step = shard_map(step, (specs, P(), P("data")), (specs, P(), P()))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        step(params, state, batch),
-        expected,
-    )
+    for clip_by in ("exact", "last", "layer"):
+        init, step = run(add, lambda x: jax.lax.pmean(x, "data"), clip_by)
+        state = init(params)
+        if clip_by == "last":
+            state |= {"norm": jnp.float32(last)}
+        step = shard_map(step, (specs, P(), P("data")), (specs, P(), P()))
+        new, _, (found, metrics) = step(params, state, batch)
+        factors = layers.clip_factors(norms, clip_by, max_norm, last)
+        taken = [params["ends"] - new["ends"]]
+        moved = jax.tree.map(jnp.subtract, stack, new["layers"])
+        taken += [layers.one(moved, i) for i in range(DEPTH)]
+        scale = lambda g, f: jax.tree.map(lambda x: x * np.float32(f), g)
+        expected = list(map(scale, parts, factors))
+        if clip_by == "exact":
+            clip = optax.clip_by_global_norm(max_norm)
+            expected, _ = clip.update(parts, clip.init(parts))
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+        jax.tree.map(close, taken, expected)
+        close(found, value)
+        close([metrics["grad_norm"]["ends"], *metrics["grad_norm"]["layers"]], norms)
 
 
 def test_layerwise_refuses_what_would_sum_no_gradients():

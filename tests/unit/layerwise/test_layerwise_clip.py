@@ -23,11 +23,7 @@ def gradients(params, batch):
     """The gradients of the ends and of each layer, and their norms, by NumPy."""
     grads = jax.jit(jax.grad(layers.whole_loss))(layers.listed(params), batch)
     parts = [grads["ends"], *grads["layers"]]
-    squares = [
-        sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(part))
-        for part in parts
-    ]
-    return parts, np.sqrt(squares)
+    return parts, layers.norms_of(parts)
 
 
 def moves(clip_by, params, batch, state=None):
@@ -62,7 +58,7 @@ def test_each_layer_may_be_clipped_for_itself():
     params, batch = layers.weights(), layers.batches()[0]
     grads, norms = gradients(params, batch)
     found, state = moves("layer", params, batch)
-    close(found, grads, np.minimum(1, MAX / norms))
+    close(found, grads, layers.clip_factors(norms, "layer", MAX))
     assert set(state) == {"ends", "layers"}
 
 
@@ -72,12 +68,9 @@ def test_the_last_norm_counts_or_what_is_known_if_that_is_larger():
     total = np.sqrt(np.sum(norms**2))
     found, state = moves("last", params, batch)
     np.testing.assert_allclose(state["norm"], total, rtol=1e-5)
-    # Without a last norm the ends, which come last, are clipped by the norm of all.
-    close(found[:1], grads[:1], [MAX / total])
-    known = [np.sqrt(np.sum(norms[i:] ** 2)) for i in range(1, 1 + layers.DEPTH)]
-    close(found[1:], grads[1:], [min(1, MAX / norm) for norm in known])
+    close(found, grads, layers.clip_factors(norms, "last", MAX))
     again, _ = moves("last", params, batch, state | {"norm": jnp.float32(3 * total)})
-    close(again, grads, [MAX / (3 * total)] * (1 + layers.DEPTH))
+    close(again, grads, layers.clip_factors(norms, "last", MAX, 3 * total))
     # With the norm of the same gradients it is the exact clip.
     exact, _ = moves("exact", params, batch)
     for x, y in zip(
