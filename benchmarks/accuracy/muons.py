@@ -38,7 +38,7 @@ from benchmarks.lib.sweep import Sweep, run_missing, settings
 from benchmarks.workloads import Workload
 
 SIX = ("diffusion", "words", "vae", "pinn", "gru", "llama")
-RATIOS = (0.3, 3.0)  # Of the rate of what is no matrix, after 1.
+RATIOS = (0.1, 0.3, 3.0)  # Of the rate of what is no matrix, after 1.
 BEYOND = 4  # Rates to try at most after the ladder, if the best is at its end.
 Make = Callable[[optax.Schedule], optax.GradientTransformation]
 
