@@ -38,8 +38,8 @@ from benchmarks.lib.sweep import Sweep, run_missing, settings
 from benchmarks.workloads import Workload
 
 SIX = ("diffusion", "words", "vae", "pinn", "gru", "llama")
-RATIOS = (0.1, 0.3, 3.0)  # Of the rate of what is no matrix, after 1.
-BEYOND = 4  # Rates to try at most after the ladder, if the best is at its end.
+RATIOS = (0.3, 3.0)  # Of the rate of what is no matrix, after 1.
+MOST = 9  # Rates to try, while the best is at their end.
 Make = Callable[[optax.Schedule], optax.GradientTransformation]
 
 
@@ -78,8 +78,8 @@ def mixed(
     rate: optax.Schedule, *, other: float, matrix: Make, rest: Make
 ) -> optax.GradientTransformation:
     """One optimizer for matrices, another for the rest at a rate in that ratio."""
-    parts = {"matrix": matrix(rate), "rest": rest(times(other, rate))}
-    return optax.partition(parts, labels)
+    rest_rate = times(other, rate)
+    return optax.partition({"matrix": matrix(rate), "rest": rest(rest_rate)}, labels)
 
 
 def _orthogonal() -> optax.GradientTransformation:
@@ -168,9 +168,9 @@ def muons(options: Flags, *, factors: tuple[str, ...] = SIX) -> None:
     """Compare Muon and ``muon_madam``, in float32 and in two bytes, on six tasks.
 
     Each has the same trials from seed 0: five rates, and more while the best is at an
-    end, then another rate for what is no matrix. The best is judged from three other
-    seeds. Then one thing is changed at a time, at the best rate and those beside it.
-    What the records have is not run again.
+    end; then the best and those beside it, with other rates for what is no matrix. The
+    best of all is judged from three other seeds. Then one thing is changed at a time,
+    at the best rate, half and twice. What the records have is not run again.
 
     Args:
         options: of all benchmarks; the default of workloads is the six tasks.
@@ -225,14 +225,17 @@ class Bench:
     def tuned(self, name: str, row: Row) -> Point:
         """Returns the best of the trials of a row; runs those that are missing."""
         rates = list(row.rates)
-        for _ in range(BEYOND + 1):
+        while True:
             errors = self.run(name, row, [_point(rate) for rate in rates], (0,))
             losses = dict(zip(rates, errors, strict=True))
             best = min(losses, key=lambda rate: losses[rate])
-            if best not in (min(rates), max(rates)):
+            if min(rates) < best < max(rates) or len(rates) == MOST:
                 break
             rates.append(next_rate(losses))
-        points = [_point(best, ratio) for ratio in RATIOS]
+        rates = sorted(rates)
+        at = rates.index(best)
+        near = rates[max(at - 1, 0) : at + 2]
+        points = [_point(rate, ratio) for rate in near for ratio in RATIOS]
         errors = [losses[best], *self.run(name, row, points, (0,))]
         return [_point(best), *points][int(np.argmin(errors))]
 

@@ -56,13 +56,12 @@ def muons_table(runs: pd.DataFrame) -> str:
         "Chosen from seed 0: the rate, and its ratio to the rate of what is no matrix.",
         markdown(_settings(runs, found)),
     ]
-    changes = factors(runs[runs["optimizer"].str.contains(": ")])
-    if len(changes):
+    if runs["optimizer"].str.contains(": ").any():
         parts += [
             "One thing changed at a time: the score against the row as it is, each at "
             f"the best of three rates, mean of seeds {_text(FACTOR_SEEDS)}, with the "
             "standard error.",
-            markdown(_changes(changes)),
+            markdown(_changes(factors(runs))),
         ]
     return "\n\n".join(parts) + "\n"
 
