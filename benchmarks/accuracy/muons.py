@@ -1,7 +1,7 @@
 """Why does Muon on codes win on some tasks, and ``muon_madam`` on others?"""
 
-import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ Make = Callable[[optax.Schedule], optax.GradientTransformation]
 
 def _row(name: str, rates: tuple[float, ...], **fixed: float) -> Row:
     row = MAIN[name]
-    return dataclasses.replace(row, make=partial(row.make, **fixed), rates=rates)
+    return replace(row, make=partial(row.make, **fixed), rates=rates)
 
 
 _LADDER = (0.005, 0.01, 0.02, 0.04, 0.08)
@@ -66,12 +66,13 @@ def labels(params: Tree) -> Tree:
     """Returns "matrix" for the leaves to which ``muon_madam`` gives Muon's direction.
 
     Args:
-      params: tree of floats.
+      params: tree of floats or codes.
     """
     found = madax.diagnostics.matrices(params).values()
-    return jax.tree.structure(params).unflatten(
-        ["matrix" if axes else "rest" for axes in found]
+    treedef = jax.tree.structure(
+        params, is_leaf=lambda x: isinstance(x, madax.QuantizedArray)
     )
+    return treedef.unflatten(["matrix" if axes else "rest" for axes in found])
 
 
 def mixed(
@@ -123,22 +124,34 @@ def _muon_matrices(rate: optax.Schedule) -> optax.GradientTransformation:
     return muon(rate, consistent_rms=0.2)
 
 
-def _on_codes(rate: optax.Schedule, **options: Any) -> optax.GradientTransformation:
+def _muon_and_madam(
+    rate: optax.Schedule, **options: Any
+) -> optax.GradientTransformation:
     tx = mixed(rate, matrix=_muon_matrices, rest=_madam, **options)
     return madax.with_quantized_params(tx, moment_format=MOMENTS_8)
+
+
+def _last_axes(_: str, x: jax.Array) -> madax.transforms.MatrixDimensionNumbers:
+    return madax.transforms.MatrixDimensionNumbers(x.ndim - 2, x.ndim - 1)
+
+
+def _adam_on_codes(rate: optax.Schedule) -> optax.GradientTransformation:
+    return madax.with_quantized_params(_adam(rate), moment_format=MOMENTS_8)
+
+
+_native = partial(madax.muon_madam, matrices=_last_axes, moment_format=MOMENTS_8)
 
 
 # What is changed, by row.
 FACTORS: Mapping[str, Mapping[str, Contender]] = {
     TWIN: {
         AS_IT_IS: ROWS[TWIN],
-        "steps add below 10 rms": _of(_steps(floor=10)),
         "steps add": _of(_steps(floor=100)),
         "no bound": _of(_steps(p_scale=np.inf)),
-        "steps add, no bound": _of(_steps(floor=100, p_scale=np.inf)),
         "decay 0.1": _row(TWIN, _MADAMS, weight_decay=0.1),
         "rms as Muon's": _of(_steps(_muons)),
         "Adam for the rest": _of(_steps(), _adam),
+        "Adam without momentum for the rest": _of(_steps(), partial(_adam, b1=0.0)),
         "steps add, Adam for the rest": _of(_steps(floor=100), _adam),
     },
     MUON: {
@@ -149,16 +162,17 @@ FACTORS: Mapping[str, Mapping[str, Contender]] = {
     },
     TWO_BYTES: {
         AS_IT_IS: ROWS[TWO_BYTES],
-        "bound of 10": dataclasses.replace(ROWS[TWO_BYTES], p_scale=10.0),
+        "Adam for the rest": replace(_of(_native, _adam_on_codes), format=SYMLOG_8),
+        "bound of 10": replace(ROWS[TWO_BYTES], p_scale=10.0),
     },
     ON_CODES: {
         AS_IT_IS: ROWS[ON_CODES],
-        "bound of 10": dataclasses.replace(ROWS[ON_CODES], p_scale=10.0),
-        "Madam for the rest": Contender(_on_codes, format=SYMLOG_8),
+        "Madam for the rest": Contender(_muon_and_madam, format=SYMLOG_8),
+        "bound of 10": replace(ROWS[ON_CODES], p_scale=10.0),
     },
 }
 # The row that has the other part for what is no matrix.
-OTHER_REST = {TWIN: MUON, MUON: TWIN, ON_CODES: TWO_BYTES}
+OTHER_REST = {TWIN: MUON, MUON: TWIN, TWO_BYTES: ON_CODES, ON_CODES: TWO_BYTES}
 
 
 # --- runs -----------------------------------------------------------------------------
@@ -178,7 +192,7 @@ def muons(options: Flags, *, factors: tuple[str, ...] = SIX) -> None:
     """
     raw = options.folder / "muons.jsonl"
     names = options.workloads or (SIX[:1] if options.profile == "smoke" else SIX)
-    tasks = dataclasses.replace(options, workloads=names).tasks()
+    tasks = replace(options, workloads=names).tasks()
     for task in tasks:
         bench = Bench(raw, task, task.make(options.data))
         for name, row in ROWS.items():
@@ -193,7 +207,7 @@ def muons(options: Flags, *, factors: tuple[str, ...] = SIX) -> None:
     print(muons_report(options.folder))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Bench:
     """A task, and the records of its runs."""
 

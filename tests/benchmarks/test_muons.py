@@ -10,11 +10,13 @@ import pandas as pd
 import pytest
 from helpers import normal
 
+import madax
 from benchmarks.__main__ import main
 from benchmarks.accuracy import muons
 from benchmarks.accuracy.muons_report import AS_IT_IS, NAMES, muons_table
 from benchmarks.accuracy.scale_contenders import MUON, ON_CODES, TWIN, TWO_BYTES
 from benchmarks.lib import candidates
+from benchmarks.lib.formats import SYMLOG_8
 from benchmarks.lib.optimizers import muon
 from benchmarks.lib.profiles import TASKS
 
@@ -54,6 +56,19 @@ def test_the_parts_together_are_muon_madam():
         *(jax.tree.leaves(trained(t)) for t in (parts, whole)), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_adam_for_the_rest_leaves_codes_of_matrices_to_muon_madam():
+    params = madax.quantize_params(PARAMS, SYMLOG_8)
+    grads = jax.tree.map(jnp.sin, PARAMS)
+    after = []
+    for name in ("Adam for the rest", AS_IT_IS):
+        tx = muons.FACTORS[TWO_BYTES][name].make(lambda _: 0.1, other=1.0)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        after.append(optax.apply_updates(params, updates))
+    adams, ours = (jax.tree.map(np.asarray, x) for x in after)
+    np.testing.assert_array_equal(*(x["hidden"]["kernel"].codes for x in (adams, ours)))
+    assert (adams["head"]["kernel"] != ours["head"]["kernel"]).any()
 
 
 def test_steps_add_below_a_floor_and_keep_their_size():
