@@ -120,6 +120,10 @@ def _of(matrix: Make, rest: Make = _madam) -> Contender:
     return Contender(partial(mixed, matrix=matrix, rest=rest))
 
 
+def _bounded_muon(rate: optax.Schedule, **options: Any) -> optax.GradientTransformation:
+    return optax.chain(ROWS[MUON].make(rate, **options), madax.clip_log_weights())
+
+
 def _muon_matrices(rate: optax.Schedule) -> optax.GradientTransformation:
     return muon(rate, consistent_rms=0.2)
 
@@ -147,7 +151,7 @@ FACTORS: Mapping[str, Mapping[str, Contender]] = {
     TWIN: {
         AS_IT_IS: ROWS[TWIN],
         "steps add": _of(_steps(floor=100)),
-        "no bound": _of(_steps(p_scale=np.inf)),
+        "no bound": _row(TWIN, _MADAMS, p_scale=np.inf),
         "decay 0.1": _row(TWIN, _MADAMS, weight_decay=0.1),
         "rms as Muon's": _of(_steps(_muons)),
         "Adam for the rest": _of(_steps(), _adam),
@@ -157,6 +161,7 @@ FACTORS: Mapping[str, Mapping[str, Contender]] = {
     MUON: {
         AS_IT_IS: ROWS[MUON],
         "decay 0.1": _row(MUON, _LADDER, beta=0.95, weight_decay=0.1),
+        "bound as muon_madam's": Contender(_bounded_muon),
         "rms of 1": _of(_same_rms, _adam),
         "Madam for the rest": _of(_muon_matrices),
     },
