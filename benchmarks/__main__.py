@@ -15,6 +15,7 @@ from benchmarks.accuracy.lns import lns
 from benchmarks.accuracy.lr_sensitivity import lr_sensitivity
 from benchmarks.accuracy.minilm import minilm
 from benchmarks.accuracy.moments import moments
+from benchmarks.accuracy.muons import muons
 from benchmarks.accuracy.no_tuning import no_tuning
 from benchmarks.accuracy.pretrained import pretrained
 from benchmarks.accuracy.scale import scale
@@ -49,6 +50,7 @@ for command in (
     choose,
     why,
     bounds,
+    muons,
     moments,
     pretrained,
     speed,

@@ -12,6 +12,7 @@ from benchmarks.accuracy.llama_report import llama_report
 from benchmarks.accuracy.lr_sensitivity import lr_sensitivity_report
 from benchmarks.accuracy.minilm import minilm_report
 from benchmarks.accuracy.moments import hard_report, moments_report
+from benchmarks.accuracy.muons_report import muons_report
 from benchmarks.accuracy.no_tuning import no_tuning_report
 from benchmarks.accuracy.pretrained import pretrained_report
 from benchmarks.accuracy.scale_report import scale_report
@@ -55,6 +56,7 @@ REPORTS = (
     hard_report,
     moments_report,
     why_report,
+    muons_report,
     bounds_report,
     pretrained_report,
 )

@@ -19,6 +19,7 @@ from benchmarks.lib.steps import Tree
 
 TRIALS = 8  # Of every contender.
 ADAMW, MUON = "AdamW float32", "Muon float32"
+ON_CODES = "Muon on codes, 2 bytes"
 TWO_BYTES, TWIN = "muon_madam 2 bytes", "muon_madam float32"
 MATRICES = ("q", "k", "v", "o", "up", "down", "gate")  # Of decoder's layers.
 Values = Mapping[str, float]
@@ -106,7 +107,8 @@ def _flash_adamw(rate: optax.Schedule, **options: Any) -> optax.GradientTransfor
     return clipped(flash_adamw(rate, **options))
 
 
-def _times(ratio: float, rate: optax.Schedule) -> optax.Schedule:
+def times(ratio: float, rate: optax.Schedule) -> optax.Schedule:
+    """Returns a rate that is in a fixed ratio to another."""
     return lambda count: ratio * rate(count)
 
 
@@ -121,7 +123,7 @@ def _muon(
         consistent_rms=0.2,
         adam_b2=0.99,
         adam_weight_decay=weight_decay,
-        adam_learning_rate=_times(other, rate),
+        adam_learning_rate=times(other, rate),
     )
 
 
@@ -152,14 +154,14 @@ def _sinkgd(
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(rate),
     )
-    rest = optax.adamw(_times(other, rate), b2=0.99, weight_decay=weight_decay)
+    rest = optax.adamw(times(other, rate), b2=0.99, weight_decay=weight_decay)
     return optax.partition({"matrix": matrix, "other": rest}, labels)
 
 
 def _muon_madam(
     rate: optax.Schedule, *, other: float, **options: Any
 ) -> optax.GradientTransformation:
-    return madax.muon_madam(rate, madam_learning_rate=_times(other, rate), **options)
+    return madax.muon_madam(rate, madam_learning_rate=times(other, rate), **options)
 
 
 _ADAMW = {"b2": (0.99, 0.95, 0.999), "weight_decay": (0.1, 0.3)}
@@ -184,9 +186,7 @@ MAIN = {
         format=SYMLOG_8,
     ),
     MUON: Row(make=_muon, rates=(0.004,), knobs=_MUON),
-    "Muon on codes, 2 bytes": Row(
-        make=_muon_on_codes, rates=(0.004,), knobs=_MUON, format=SYMLOG_8
-    ),
+    ON_CODES: Row(make=_muon_on_codes, rates=(0.004,), knobs=_MUON, format=SYMLOG_8),
     TWIN: Row(make=partial(_muon_madam, b2=0.99), rates=(0.02,), knobs=_MUON_MADAM),
     "muon_madam 1 byte": Row(
         make=partial(_muon_madam, b1=None, moment_format=MOMENTS_8),

@@ -140,13 +140,21 @@ def additive_then_multiplicative(rate: optax.Schedule) -> optax.GradientTransfor
 
 
 def floored_steps(
-    direction: optax.GradientTransformation, rate: optax.Schedule
+    direction: optax.GradientTransformation,
+    rate: optax.Schedule,
+    *,
+    floor: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Madam's steps with a floor of 1, in any direction."""
+    """Madam's steps with a floor, in any direction, clipped as Madam clips it.
+
+    With a floor above 1 the rate is that of steps relative to the size of a leaf at
+    init, which the steps of nearly all weights then are.
+    """
+    relative = max(floor, 1.0)
     return optax.chain(
         direction,
-        optax.scale_by_learning_rate(rate),
-        madax.scale_by_sign_log(floor=1.0),
+        optax.scale_by_learning_rate(lambda count: rate(count) / relative),
+        madax.scale_by_sign_log(floor=floor),
         madax.clip_log_weights(),
     )
 

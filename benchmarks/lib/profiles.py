@@ -17,6 +17,7 @@ from benchmarks.workloads.diffusion import diffusion
 from benchmarks.workloads.gan import gan
 from benchmarks.workloads.gru import gru
 from benchmarks.workloads.images import mlp
+from benchmarks.workloads.llama import llama
 from benchmarks.workloads.pinn import pinn
 from benchmarks.workloads.policy import policy
 from benchmarks.workloads.resnet import resnet
@@ -124,6 +125,11 @@ TASKS: dict[Profile, dict[str, Task]] = {
         "pinn, heat": Task(
             pinn, ROD | {"points": 32, "widths": (16, 16), "grid": 16}, _smoke(1)
         ),
+        "llama": Task(
+            llama,
+            {"context": 8, "width": 16, "layers": 1, "heads": 2, "held_out": 32},
+            _smoke(8),
+        ),
     },
     "quick": {
         "mlp": Task(mlp, FASHION | {"width": 64}, _quick(64, 1000)),
@@ -186,6 +192,11 @@ TASKS: dict[Profile, dict[str, Task]] = {
             pinn,
             ROD | {"points": 128, "widths": (24, 24, 24), "grid": 50},
             _quick(1, 1200),
+        ),
+        "llama": Task(
+            llama,
+            {"context": 32, "width": 64, "layers": 2, "heads": 2, "held_out": 256},
+            _quick(8),
         ),
     },
     "full": {
@@ -271,6 +282,12 @@ TASKS: dict[Profile, dict[str, Task]] = {
             pinn,
             ROD | {"points": 512, "widths": (64, 64, 64, 64), "grid": 100},
             _full(1, 10_000),
+        ),
+        "llama": Task(
+            llama,
+            {"context": 128, "width": 256, "layers": 4, "heads": 8, "held_out": 500},
+            _full(32, 5000),
+            at_once=9,
         ),
     },
 }

@@ -28,6 +28,7 @@ def run_missing(
     budget: Budget,
     *,
     at_once: int = 32,
+    seeds: Sequence[int] = (),
 ) -> None:
     """Runs a sweep, but for the runs that are in the records; appends to those.
 
@@ -38,24 +39,32 @@ def run_missing(
       sweep: the runs.
       budget: length and number of runs.
       at_once: points to train side by side.
+      seeds: of the runs; by default the first ones of the budget.
     """
+    seeds = seeds or range(budget.seeds)
     fixed = {"workload": workload.name, "optimizer": sweep.optimizer, **fixed}
     found = records.find(raw, fixed)
     done = {
         i: {run["seed"] for run in found if records.has(run, point)}
         for i, point in enumerate(sweep.points)
     }
-    missing = [i for i in done if len(done[i]) < budget.seeds]
+    missing = [i for i in done if not done[i].issuperset(seeds)]
     if not missing:
         return
     points = [sweep.points[i] for i in missing]
     label = f"{workload.name}, {sweep.optimizer}"
     runs = train(
-        workload, sweep.contender, points, budget, label=label, at_once=at_once
+        workload,
+        sweep.contender,
+        points,
+        budget,
+        label=label,
+        at_once=at_once,
+        seeds=seeds,
     )
     new = [
         fixed | run
-        for i, run in zip(missing * budget.seeds, runs, strict=True)
+        for i, run in zip(missing * len(seeds), runs, strict=True)
         if run["seed"] not in done[i]
     ]
     records.append(raw, *new)
@@ -75,11 +84,16 @@ def run_all(
     sweeps = list(sweeps)
     for task in tasks:
         workload = task.make(options.data)
-        settings: dict[str, Any] = dataclasses.asdict(task.budget)
-        del settings["seeds"]  # A run does not depend on how many others there are.
-        fixed = {
-            "metric": workload.measure.name,
-            "settings": settings | {"model": task.model, **workload.settings},
-        }
+        fixed = settings(task, workload)
         for sweep in sweeps:
             run_missing(raw, fixed, workload, sweep, task.budget, at_once=task.at_once)
+
+
+def settings(task: Task, workload: Workload) -> dict[str, Any]:
+    """Returns what is the same in all runs of a task, for the records."""
+    budget: dict[str, Any] = dataclasses.asdict(task.budget)
+    del budget["seeds"]  # A run does not depend on how many others there are.
+    return {
+        "metric": workload.measure.name,
+        "settings": budget | {"model": task.model, **workload.settings},
+    }

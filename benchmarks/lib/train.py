@@ -50,6 +50,7 @@ def train(
     *,
     label: str,
     at_once: int = 32,
+    seeds: Sequence[int] = (),
 ) -> list[records.Record]:
     """Trains once for every seed and point.
 
@@ -60,6 +61,7 @@ def train(
       budget: length and number of runs.
       label: name on the progress bar.
       at_once: points to train side by side; the others wait. Bounds the memory.
+      seeds: those to train from; by default the first ones of the budget.
 
     Returns:
       One dict per run: ``seed``; the point; the scores at the end; ``diverged``,
@@ -76,21 +78,21 @@ def train(
         for name in hyperparameters(points[0])
     }
     start_all, advance_all = _programs(workload, contender, budget.steps, chunk)
-    seeds = range(budget.seeds)
+    seeds = seeds or range(budget.seeds)
     weights = [workload.init(jax.random.key(seed)) for seed in seeds]
     carry = start_all(jax.tree.map(lambda *x: jnp.stack(x), *weights), values)
     data = (workload.train, workload.test)
     measured = []
     with tqdm(total=budget.steps, desc=label, unit="step") as bar:
-        for now in _parts(len(workload), budget):
+        for now in _parts(len(workload), budget, seeds):
             carry, scores = advance_all(carry, values, now, data)
             measured.append(jax.device_get(scores))
             losses = np.sort(measured[-1]["loss"], axis=None)  # NaN comes last.
             median = losses[losses.size // 2]
             bar.set_postfix(loss=f"{median:.3g}", refresh=False)
             bar.update(now[0].shape[1])
-    wall = (time.perf_counter() - begin) / (len(points) * budget.seeds)
-    runs = _runs(measured, points, budget, workload)
+    wall = (time.perf_counter() - begin) / (len(points) * len(seeds))
+    runs = _runs(measured, points, budget, seeds, workload)
     return [run | {"wall_s": round(wall, 3)} for run in runs]
 
 
@@ -149,9 +151,11 @@ def _advance(
     }
 
 
-def _parts(examples: int, budget: Budget) -> Iterator[tuple[np.ndarray, ...]]:
+def _parts(
+    examples: int, budget: Budget, seeds: Sequence[int]
+) -> Iterator[tuple[np.ndarray, ...]]:
     """Yields what all seeds draw between two evaluations."""
-    orders = [data_order(seed, examples, budget) for seed in range(budget.seeds)]
+    orders = [data_order(seed, examples, budget) for seed in seeds]
     stacked = [np.stack(drawn) for drawn in zip(*orders, strict=True)]
     parts = [np.split(array, budget.evaluations, axis=1) for array in stacked]
     yield from zip(*parts, strict=True)
@@ -173,7 +177,11 @@ def data_order(
 
 
 def _runs(
-    measured, points: Sequence[Point], budget: Budget, workload: Workload
+    measured,
+    points: Sequence[Point],
+    budget: Budget,
+    seeds: Sequence[int],
+    workload: Workload,
 ) -> Iterator[records.Record]:
     """Takes the measurements, one item per evaluation, apart into runs."""
     # Arrays of shape (evaluations, seeds, points).
@@ -181,11 +189,11 @@ def _runs(
     diverged = arrays.pop("diverged")
     scores = [name for name in arrays if name != "loss"]
     steps = np.linspace(0, budget.steps, budget.evaluations + 1, dtype=int)[1:]
-    for seed, i in np.ndindex(diverged.shape[1:]):
-        last = {name: float(arrays[name][-1, seed, i]) for name in scores}
-        bad = bool(diverged[-1, seed, i])
+    for k, i in np.ndindex(diverged.shape[1:]):
+        last = {name: float(arrays[name][-1, k, i]) for name in scores}
+        bad = bool(diverged[-1, k, i])
         yield {
-            "seed": seed,
+            "seed": seeds[k],
             **points[i],
             **last,
             "error": None
@@ -194,6 +202,6 @@ def _runs(
             "diverged": bad,
             "curve": {
                 "step": steps.tolist(),
-                **{name: array[:, seed, i].tolist() for name, array in arrays.items()},
+                **{name: array[:, k, i].tolist() for name, array in arrays.items()},
             },
         }

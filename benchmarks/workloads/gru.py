@@ -1,5 +1,6 @@
 """Text and a recurrent network that predicts the next token."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.data.text import text
-from benchmarks.workloads import Workload
-from benchmarks.workloads.language import language
+from benchmarks.workloads import Workload, functional
+from benchmarks.workloads.language import language, next_token_loss
 
 
 class GRU(nnx.Module):
@@ -65,9 +66,11 @@ def gru(
       held_out: windows of the held-out text to score on.
     """
     data = text(source, folder)
+    init, apply = functional(lambda rngs: GRU(data.vocabulary, rngs, width=width))
     return language(
         "gru",
-        lambda rngs: GRU(data.vocabulary, rngs, width=width),
+        init,
+        partial(next_token_loss, apply),
         data,
         context=context,
         held_out=held_out,

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from benchmarks.data.text import Text
-from benchmarks.workloads import Workload, functional, nats_per
+from benchmarks.workloads import Workload, nats_per
 
 
 def windows(tokens: Any, starts: Any, size: int) -> Any:
@@ -18,9 +17,18 @@ def windows(tokens: Any, starts: Any, size: int) -> Any:
     return tokens[starts[:, None] + np.arange(size)]
 
 
+def next_token_loss(
+    apply: Callable[..., jax.Array], params: optax.Params, batch: jax.Array
+) -> jax.Array:
+    """Returns the mean loss of a network of tokens (batch, context) to logits."""
+    logits = apply(params, batch[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+
+
 def language(
     name: str,
-    make: Callable[[nnx.Rngs], nnx.Module],
+    init: Callable[[jax.Array], optax.Params],
+    loss: Callable[[optax.Params, jax.Array], jax.Array],
     data: Text,
     *,
     context: int,
@@ -30,29 +38,25 @@ def language(
 
     Args:
       name: as written in the records.
-      make: builds the network, tokens of shape (batch, context) to logits.
+      init: random key to parameters, compiled.
+      loss: parameters and windows of shape (batch, context + 1), int32, to the mean
+        loss of their next tokens.
       data: the text.
       context: tokens that the network sees.
       held_out: windows of the held-out text to score on, spread evenly over it.
     """
-    init, apply = functional(make)
     starts = np.linspace(0, len(data.test) - context - 1, held_out).astype(int)
     test = jnp.asarray(windows(data.test, starts, context + 1))
     measure = nats_per(data.token)
 
     def batch(train: jax.Array, indices: jax.Array, key: jax.Array) -> jax.Array:
         del key
-        return windows(train, indices, context + 1)
-
-    def loss(params: optax.Params, batch: jax.Array) -> jax.Array:
-        batch = batch.astype(jnp.int32)
-        logits = apply(params, batch[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch[:, 1:]
-        ).mean()
+        return windows(train, indices, context + 1).astype(jnp.int32)
 
     def metric(params: optax.Params, test: jax.Array) -> dict[str, jax.Array]:
-        losses = jax.lax.map(lambda x: loss(params, x[None]), test, batch_size=64)
+        losses = jax.lax.map(
+            lambda x: loss(params, x[None].astype(jnp.int32)), test, batch_size=64
+        )
         return {measure.name: losses.mean()}
 
     return Workload(

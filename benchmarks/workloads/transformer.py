@@ -1,14 +1,15 @@
 """Text and a Transformer that predicts the next token."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
 from flax import nnx
 
 from benchmarks.data.text import text
-from benchmarks.workloads import Workload
+from benchmarks.workloads import Workload, functional
 from benchmarks.workloads.attention import Block
-from benchmarks.workloads.language import language
+from benchmarks.workloads.language import language, next_token_loss
 
 
 class Transformer(nnx.Module):
@@ -81,4 +82,6 @@ def transformer(
             layer_scale=layer_scale,
         )
 
-    return language(name, make, data, context=context, held_out=held_out)
+    init, apply = functional(make)
+    loss = partial(next_token_loss, apply)
+    return language(name, init, loss, data, context=context, held_out=held_out)

@@ -1,0 +1,174 @@
+"""What ``muons`` comes to: tables and a figure, from the records alone."""
+
+from itertools import cycle
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from benchmarks.accuracy.scale_contenders import MUON, ON_CODES, TWIN, TWO_BYTES
+from benchmarks.accuracy.scale_report import RULE, difference
+from benchmarks.lib.records import Record
+from benchmarks.lib.style import STYLES, WIDTH, Report, legend, markdown
+
+SEEDS, FACTOR_SEEDS = (1, 2, 3), (1, 2)
+NAMES = (MUON, ON_CODES, TWIN, TWO_BYTES)
+BAR = 1.0  # The most that a rule may be behind the better one of two bytes, in percent.
+AS_IT_IS = "as it is"
+SETTING = ["workload", "optimizer", "rate", "other"]
+
+
+def cells(runs: pd.DataFrame, seeds: tuple[int, ...]) -> pd.DataFrame:
+    """Returns scores from some seeds, of each setting: arrays, and their mean."""
+    runs = runs[runs["seed"].isin(seeds)]
+    score = [run[run["metric"]] for run in runs.to_dict("records")]
+    score = np.where(runs["diverged"].astype(bool), np.inf, np.array(score, float))
+    groups = runs.assign(score=score).groupby(SETTING, sort=False)["score"]
+    table = groups.agg(scores=np.array, mean="mean").reset_index()
+    return table[table["scores"].map(len) == len(seeds)]
+
+
+def judged(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns the cells of the four rows at their best trials."""
+    return cells(runs[runs["optimizer"].isin(NAMES)], SEEDS)
+
+
+def factors(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns the best of three rates of each change, with ``base`` and ``change``."""
+    runs = runs[runs["optimizer"].str.contains(": ")]
+    found = cells(runs, FACTOR_SEEDS)
+    found = found.loc[
+        found.groupby(["workload", "optimizer"], sort=False)["mean"].idxmin()
+    ]
+    names = found["optimizer"].str.split(": ", n=1, expand=True)
+    return found.assign(base=names[0], change=names[1])
+
+
+def muons_table(runs: pd.DataFrame) -> str:
+    """Returns bars, scores, settings and factors in Markdown, what loses first."""
+    found = judged(runs)
+    metrics = dict(zip(runs["workload"], runs["metric"], strict=True))
+    parts = [
+        f"{RULE}\n\nAgainst the better of the two of two bytes, bar {BAR:+g} %:",
+        markdown(_bars(found)),
+        f"Scores, less is better: mean and deviation of seeds {_text(SEEDS)}.",
+        markdown(_scores(found, metrics)),
+        "Chosen from seed 0: the rate, and its ratio to the rate of what is no matrix.",
+        markdown(_settings(runs, found)),
+    ]
+    if runs["optimizer"].str.contains(": ").any():
+        parts += [
+            "One thing changed at a time: the score against the row as it is, each at "
+            f"the best of three rates, mean of seeds {_text(FACTOR_SEEDS)}, with the "
+            "standard error.",
+            markdown(_changes(factors(runs))),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _scores_of(found: pd.DataFrame, **where: str) -> np.ndarray:
+    for name, value in where.items():
+        found = found[found[name] == value]
+    return found["scores"].iloc[0] if len(found) else np.array([])
+
+
+def _bars(found: pd.DataFrame) -> list[Record]:
+    rows = []
+    for task in found["workload"].unique():
+        both = {n: _scores_of(found, workload=task, optimizer=n) for n in NAMES}
+        if not (len(both[ON_CODES]) and len(both[TWO_BYTES])):
+            continue
+        best = min((ON_CODES, TWO_BYTES), key=lambda name: both[name].mean())
+        row: Record = {"task": task, "better": best}
+        behind = 0.0
+        for name in (ON_CODES, TWO_BYTES):
+            gap = difference(both[name], both[best])
+            row[name] = "" if name == best else str(gap)
+            behind = max(behind, gap.percent)
+        row["bar of " + TWO_BYTES] = (
+            "met" if best == TWO_BYTES or behind <= BAR else "missed"
+        )
+        row["bar of " + ON_CODES] = (
+            "met" if best == ON_CODES or behind <= BAR else "missed"
+        )
+        rows.append((behind, row))
+    return [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
+
+
+def _scores(found: pd.DataFrame, metrics: dict[str, str]) -> list[Record]:
+    rows = []
+    for task in found["workload"].unique():
+        row: Record = {"task": f"{task}, {metrics[task]}"}
+        for name in NAMES:
+            scores = _scores_of(found, workload=task, optimizer=name)
+            if len(scores):
+                row[name] = f"{scores.mean():.4g} ± {scores.std(ddof=1):.2g}"
+        rows.append(row)
+    return rows
+
+
+def _settings(runs: pd.DataFrame, found: pd.DataFrame) -> list[Record]:
+    rows = []
+    trials = runs[runs["optimizer"].isin(NAMES) & (runs["seed"] == 0)]
+    for task in found["workload"].unique():
+        row: Record = {"task": task}
+        for cell in found[found["workload"] == task].to_dict("records"):
+            name = cell["optimizer"]
+            mine = trials[(trials["workload"] == task) & (trials["optimizer"] == name)]
+            row[name] = f"{cell['rate']:g}, {cell['other']:g} ({len(mine)} trials)"
+            rates = mine["rate"]
+            if not rates.min() < cell["rate"] < rates.max():
+                row[name] += ", at the end of the rates"
+        rows.append(row)
+    return rows
+
+
+def _changes(found: pd.DataFrame) -> list[Record]:
+    rows: dict[tuple, Record] = {}
+    for cell in found.to_dict("records"):
+        task, base, change = (cell[name] for name in ("workload", "base", "change"))
+        row = rows.setdefault((base, change), {"row": base, "changed": change})
+        own = _scores_of(found, workload=task, base=base, change=AS_IT_IS)
+        if change == AS_IT_IS:
+            row[task] = f"{cell['mean']:.4g}"
+        elif len(own):
+            ratio = cell["scores"] / own - 1  # The seeds of both are the same.
+            error = ratio.std(ddof=1) / len(ratio) ** 0.5
+            row[task] = f"{100 * ratio.mean():+.1f} ± {100 * error:.1f} %"
+    return list(rows.values())
+
+
+def _text(seeds: tuple[int, ...]) -> str:
+    *most, last = map(str, seeds)
+    return f"{', '.join(most)} and {last}"
+
+
+def muons_figure(runs: pd.DataFrame) -> Figure:
+    """Draws the score of each row over the least of the four, by task."""
+    found = judged(runs)
+    tasks = list(found["workload"].unique())
+    fig = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    axes = fig.subplots()
+    for k, (name, style) in enumerate(zip(NAMES, cycle(STYLES))):
+        for i, task in enumerate(tasks):
+            all_of = found[found["workload"] == task]
+            scores = _scores_of(all_of, optimizer=name) / all_of["mean"].min()
+            if len(scores):
+                axes.plot(
+                    [i + 0.16 * (k - 1.5)] * len(scores),
+                    scores,
+                    **(style | {"linestyle": "-"}),
+                    label=name,
+                    markersize=5,
+                )
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set(yscale="log", ylabel="score / least mean of the four")
+    ticks = [t for t in (1, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10) if t < axes.get_ylim()[1]]
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.grid(axis="y", alpha=0.3)
+    legend(fig, columns=2)
+    return fig
+
+
+muons_report = Report("muons", muons_table, muons_figure, cells=lambda runs: runs)
