@@ -90,7 +90,8 @@ test-trainers: $(TRAINERS)
 .PHONY: $(TRAINERS)
 $(TRAINERS): test-%:
 	$(MAKE) .venv-$*/.$* VENV=.venv-$*
-	.venv-$*/bin/python -m pytest -m nightly tests/integration/test_*_$*.py
+	.venv-$*/bin/python -m pytest -W default -m nightly \
+		tests/integration/test_*_$*.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import needs_hijax, same
+from helpers import needs_hijax, normal, same
 
 import madax
 
@@ -18,12 +18,11 @@ keras = pytest.importorskip("keras")
 pytestmark = [
     needs_hijax,
     pytest.mark.nightly,
-    pytest.mark.filterwarnings("default"),
     pytest.mark.usefixtures("quick_compiles"),
 ]
 
 STEPS = 10
-X = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
+X = np.asarray(normal(16, 16))
 Y = X[:, :8].argmax(1)
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
