@@ -17,7 +17,7 @@ SMOLLM = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 TESTS ?= tests
 
 .PHONY: demo notebooks docs test test-wheel test-sdist test-floor test-matrix
-.PHONY: test-nightly test-tunix lint hooks
+.PHONY: test-nightly test-trainers lint hooks
 .PRECIOUS: $(VENV)/.%
 .DELETE_ON_ERROR:
 
@@ -88,13 +88,17 @@ test-nightly: $(VENV)/.test
 		tests/search
 	$(SMOLLM)
 	MADAX_SMOKE=1 $(BIN)/python -m pytest -n auto --nbmake notebooks/*.ipynb
-	$(MAKE) test-tunix
+	$(MAKE) -k test-trainers
 	$(MAKE) test-floor
 
-# Models and the trainer of Tunix, whose pins are its own.
-test-tunix:
-	$(MAKE) .venv-tunix/.tunix VENV=.venv-tunix
-	.venv-tunix/bin/python -m pytest -m nightly tests/integration/test_*_tunix.py
+# Trainers and models of others, each in an environment of its own, as its pins want it.
+TRAINERS := $(addprefix test-,tunix kauldron keras maxtext easydel levanter)
+test-trainers: $(TRAINERS)
+.PHONY: $(TRAINERS)
+$(TRAINERS): test-%:
+	$(MAKE) .venv-$*/.$* VENV=.venv-$*
+	.venv-$*/bin/python -m pytest -W default -m nightly \
+		tests/integration/test_*_$*.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .

@@ -6,7 +6,8 @@ This module is imported only after Orbax.
 import copy
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 
 import jax
 import numpy as np
@@ -86,7 +87,8 @@ def _of_part(info: Tree, name: str) -> Tree:
 
 def _placed(arg: Tree) -> Tree:
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return getattr(arg, "sharding", None) or first
+    wanted = getattr(arg, "abstract_leaf", arg)  # Orbax v1 has it inside.
+    return getattr(wanted, "sharding", None) or first
 
 
 def _saved_as(kind: str, directory: Tree) -> set[str]:
@@ -106,10 +108,15 @@ def _is_other(kind: type) -> bool:
     return issubclass(kind, jax.Array) and kind is not LiftedArray
 
 
-def register(handlers: Tree) -> None:
-    """Registers a handler of lifted codes with Orbax; other arrays keep theirs."""
-    arrays = handlers.get_type_handler(jax.Array)
-    codes = _Handler()
+def register(get: Callable, add: Callable, codes: _Handler | None = None) -> None:
+    """Registers a handler of lifted codes with Orbax; other arrays keep theirs.
+
+    Args:
+      get: returns the handler of a type.
+      add: sets it.
+      codes: the handler of lifted codes.
+    """
+    arrays, codes = get(jax.Array), codes or _Handler()
 
     class Arrays(type(arrays)):  # pyrefly: ignore[invalid-inheritance]
         """Restores codes where they were saved, even if a jax.Array is asked for."""
@@ -133,5 +140,39 @@ def register(handlers: Tree) -> None:
 
     both = copy.copy(arrays)
     both.__class__ = Arrays
-    handlers.register_type_handler(jax.Array, both, _is_other, override=True)
-    handlers.register_type_handler(LiftedArray, codes)
+    add(jax.Array, both, _is_other, override=True)
+    add(LiftedArray, codes)
+
+
+def register_v1(compatibility: Tree) -> None:
+    """The same for ``orbax.checkpoint.v1``, which makes a list of handlers each time.
+
+    Args:
+      compatibility: the module that makes it, of handlers as in the version before.
+    """
+    make = compatibility.get_v0_type_handler_registry
+    metadata_of_arrays = compatibility.array_leaf_handler.ArrayMetadata
+
+    class Handler(_Handler):
+        async def metadata(self, infos):
+            return [
+                compatibility.V0Metadata(
+                    name=m.name,
+                    directory=m.directory,
+                    v1_metadata=metadata_of_arrays(
+                        shape=m.shape,
+                        dtype=m.dtype,
+                        sharding_metadata=m.sharding,
+                        storage_metadata=m.storage,
+                    ),
+                )
+                for m in await super().metadata(infos)
+            ]
+
+    @wraps(make)
+    def with_codes(*args, **kwargs):
+        registry = make(*args, **kwargs)
+        register(registry.get, registry.add, Handler())
+        return registry
+
+    compatibility.get_v0_type_handler_registry = with_codes

@@ -26,7 +26,13 @@ from madax.hijax._values import is_lifted
 def _let_orbax_save(type_handlers: Tree) -> None:
     from madax.hijax._orbax import register
 
-    register(type_handlers)
+    register(type_handlers.get_type_handler, type_handlers.register_type_handler)
+
+
+def _let_orbax_v1_save(compatibility: Tree) -> None:
+    from madax.hijax._orbax import register_v1
+
+    register_v1(compatibility)
 
 
 def _let_variables_decode(nnx: Tree) -> None:
@@ -61,7 +67,9 @@ def _let_filters_take_tracers(filters: Tree) -> None:
 
 install()
 AFTER_IMPORT["equinox", "_filters"] = _let_filters_take_tracers
+_ORBAX_V1 = "orbax.checkpoint.experimental.v1._src.serialization"
 AFTER_IMPORT["orbax.checkpoint", "type_handlers"] = _let_orbax_save
+AFTER_IMPORT[_ORBAX_V1, "compatibility"] = _let_orbax_v1_save
 AFTER_IMPORT["flax", "nnx"] = _let_variables_decode
 
 

@@ -250,6 +250,17 @@ def test_standard_checkpoints_keep_codes(tmp_path):
     same(lowered, madax.hijax.lower(tree))
 
 
+@pytest.mark.filterwarnings("ignore:Use:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Sharding info:UserWarning")
+def test_checkpoints_of_orbax_v1_keep_codes(tmp_path):
+    """As in Keras and MaxText, whose handlers are made for each checkpointer."""
+    v1 = pytest.importorskip("orbax.checkpoint.experimental.v1")
+    tree = lifted_tree()
+    v1.save_pytree(tmp_path / "tree", tree)
+    for target in ((), (tree,), (abstract(tree),)):
+        assert_restored(v1.load_pytree(tmp_path / "tree", *target), tree)
+
+
 # --- Equinox and Haiku ----------------------------------------------------------------
 
 
