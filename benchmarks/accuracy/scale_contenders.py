@@ -20,7 +20,7 @@ from benchmarks.lib.steps import Tree
 TRIALS = 8  # Of every contender.
 ADAMW, MUON = "AdamW float32", "Muon float32"
 ON_CODES = "Muon on codes, 2 bytes"
-TWO_BYTES, TWIN = "muon_madam 2 bytes", "muon_madam float32"
+TWO_BYTES, TWIN = "madax.muon 2 bytes", "madax.muon float32"
 MATRICES = ("q", "k", "v", "o", "up", "down", "gate")  # Of decoder's layers.
 Values = Mapping[str, float]
 
@@ -158,6 +158,12 @@ def _sinkgd(
     return optax.partition({"matrix": matrix, "other": rest}, labels)
 
 
+def _madax_muon(
+    rate: optax.Schedule, *, other: float, **options: Any
+) -> optax.GradientTransformation:
+    return madax.muon(rate, other_learning_rate=times(other, rate), **options)
+
+
 def _muon_madam(
     rate: optax.Schedule, *, other: float, **options: Any
 ) -> optax.GradientTransformation:
@@ -166,12 +172,17 @@ def _muon_madam(
 
 _ADAMW = {"b2": (0.99, 0.95, 0.999), "weight_decay": (0.1, 0.3)}
 _MUON = {"other": (1.0, 0.5, 2.0), "beta": (0.95, 0.9), "weight_decay": (0.1, 0.3)}
+_MADAX_MUON = {"other": _MUON["other"], "b1": (0.95, 0.9), "weight_decay": (0.1, 0.3)}
+_MUON_MADAM = _MADAX_MUON | {"weight_decay": (0.0, 0.03)}
 _MADAM = {"b2": (0.99, 0.999), "weight_decay": (0.0, 0.03)}
-_MUON_MADAM = {
-    "other": (1.0, 0.5, 2.0),
-    "b1": (0.95, 0.9),
-    "weight_decay": (0.0, 0.03),
-}
+
+
+def _in_one_byte(make: Callable, knobs: Mapping[str, tuple[float, ...]]) -> Row:
+    b2 = {name: knobs[name] for name in knobs if name != "b1"} | {"b2": (0.99, 0.999)}
+    make = partial(make, b1=None, moment_format=MOMENTS_8)
+    return Row(make=make, rates=(0.02,), knobs=b2, format=SYMLOG_8)
+
+
 _IN_3_BYTES = partial(
     madax.with_quantized_params, moment_format=MOMENTS_8, error_feedback=True
 )
@@ -180,24 +191,25 @@ _IN_3_BYTES = partial(
 MAIN = {
     ADAMW: Row(make=_adamw, rates=(0.004,), knobs=_ADAMW, clips=True),
     TWO_BYTES: Row(
+        make=partial(_madax_muon, moment_format=MOMENTS_8),
+        rates=(0.03,),
+        knobs=_MADAX_MUON,
+        format=SYMLOG_8,
+    ),
+    MUON: Row(make=_muon, rates=(0.004,), knobs=_MUON),
+    TWIN: Row(make=_madax_muon, rates=(0.03,), knobs=_MADAX_MUON),
+    "muon_madam 2 bytes": Row(
         make=partial(_muon_madam, b2=0.99, moment_format=MOMENTS_8),
         rates=(0.02,),
         knobs=_MUON_MADAM,
         format=SYMLOG_8,
     ),
-    MUON: Row(make=_muon, rates=(0.004,), knobs=_MUON),
+    "madax.muon 1 byte": _in_one_byte(_madax_muon, _MADAX_MUON),
     ON_CODES: Row(make=_muon_on_codes, rates=(0.004,), knobs=_MUON, format=SYMLOG_8),
-    TWIN: Row(make=partial(_muon_madam, b2=0.99), rates=(0.02,), knobs=_MUON_MADAM),
-    "muon_madam 1 byte": Row(
-        make=partial(_muon_madam, b1=None, moment_format=MOMENTS_8),
-        rates=(0.02,),
-        knobs={
-            "other": (1.0, 0.5, 2.0),
-            "b2": (0.99, 0.999),
-            "weight_decay": (0.0, 0.03),
-        },
-        format=SYMLOG_8,
+    "muon_madam float32": Row(
+        make=partial(_muon_madam, b2=0.99), rates=(0.02,), knobs=_MUON_MADAM
     ),
+    "muon_madam 1 byte": _in_one_byte(_muon_madam, _MUON_MADAM),
 }
 # From one seed, and marked so.
 OTHERS = {

@@ -72,6 +72,8 @@ def test_every_contender_takes_a_step_in_its_bytes(name):
         MUON: 8.5,
         "Muon on codes, 2 bytes": 2.1,
         scale_report.TWIN: 8.0,
+        "muon_madam float32": 8.0,
+        "madax.muon 1 byte": 1.2,
         "muon_madam 1 byte": 1.2,
         "AdamW in 3 bytes, error feedback": 3.0,
         "SinkGD bfloat16": 2.5,
