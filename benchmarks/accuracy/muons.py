@@ -20,9 +20,9 @@ from benchmarks.accuracy.muons_report import (
 from benchmarks.accuracy.scale_contenders import (
     MAIN,
     MUON,
+    MUON_MADAM,
+    MUON_MADAM_8,
     ON_CODES,
-    TWIN,
-    TWO_BYTES,
     Row,
     next_rate,
     times,
@@ -54,8 +54,8 @@ _PLAIN = {"beta": 0.95, "weight_decay": 0.0}
 ROWS = {
     MUON: _row(MUON, _LADDER, **_PLAIN),
     ON_CODES: _row(ON_CODES, _LADDER, **_PLAIN),
-    TWIN: _row(TWIN, _MADAMS),
-    TWO_BYTES: _row(TWO_BYTES, _MADAMS),
+    MUON_MADAM: _row(MUON_MADAM, _MADAMS),
+    MUON_MADAM_8: _row(MUON_MADAM_8, _MADAMS),
 }
 
 
@@ -148,11 +148,11 @@ _native = partial(madax.muon_madam, matrices=_last_axes, moment_format=MOMENTS_8
 
 # What is changed, by row.
 FACTORS: Mapping[str, Mapping[str, Contender]] = {
-    TWIN: {
-        AS_IT_IS: ROWS[TWIN],
+    MUON_MADAM: {
+        AS_IT_IS: ROWS[MUON_MADAM],
         "steps add": _of(_steps(floor=100)),
-        "no bound": _row(TWIN, _MADAMS, p_scale=np.inf),
-        "decay 0.1": _row(TWIN, _MADAMS, weight_decay=0.1),
+        "no bound": _row(MUON_MADAM, _MADAMS, p_scale=np.inf),
+        "decay 0.1": _row(MUON_MADAM, _MADAMS, weight_decay=0.1),
         "rms as Muon's": _of(_steps(_muons)),
         "Adam for the rest": _of(_steps(), _adam),
         "Adam without momentum for the rest": _of(_steps(), partial(_adam, b1=0.0)),
@@ -165,10 +165,10 @@ FACTORS: Mapping[str, Mapping[str, Contender]] = {
         "rms of 1": _of(_same_rms, _adam),
         "Madam for the rest": _of(_muon_matrices),
     },
-    TWO_BYTES: {
-        AS_IT_IS: ROWS[TWO_BYTES],
+    MUON_MADAM_8: {
+        AS_IT_IS: ROWS[MUON_MADAM_8],
         "Adam for the rest": replace(_of(_native, _adam_on_codes), format=SYMLOG_8),
-        "bound of 10": replace(ROWS[TWO_BYTES], p_scale=10.0),
+        "bound of 10": replace(ROWS[MUON_MADAM_8], p_scale=10.0),
     },
     ON_CODES: {
         AS_IT_IS: ROWS[ON_CODES],
@@ -177,7 +177,12 @@ FACTORS: Mapping[str, Mapping[str, Contender]] = {
     },
 }
 # The row that has the other part for what is no matrix.
-OTHER_REST = {TWIN: MUON, MUON: TWIN, TWO_BYTES: ON_CODES, ON_CODES: TWO_BYTES}
+OTHER_REST = {
+    MUON_MADAM: MUON,
+    MUON: MUON_MADAM,
+    MUON_MADAM_8: ON_CODES,
+    ON_CODES: MUON_MADAM_8,
+}
 
 
 # --- runs -----------------------------------------------------------------------------

@@ -6,13 +6,18 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks.accuracy.scale_contenders import MUON, ON_CODES, TWIN, TWO_BYTES
+from benchmarks.accuracy.scale_contenders import (
+    MUON,
+    MUON_MADAM,
+    MUON_MADAM_8,
+    ON_CODES,
+)
 from benchmarks.accuracy.scale_report import RULE, difference
 from benchmarks.lib.records import Record
 from benchmarks.lib.style import STYLES, WIDTH, Report, legend, markdown
 
 SEEDS, FACTOR_SEEDS = (1, 2, 3), (1, 2)
-NAMES = (MUON, ON_CODES, TWIN, TWO_BYTES)
+NAMES = (MUON, ON_CODES, MUON_MADAM, MUON_MADAM_8)
 BAR = 1.0  # The most that a rule may be behind the better one of two bytes, in percent.
 AS_IT_IS = "as it is"
 SETTING = ["workload", "optimizer", "rate", "other"]
@@ -76,17 +81,17 @@ def _bars(found: pd.DataFrame) -> list[Record]:
     rows = []
     for task in found["workload"].unique():
         both = {n: _scores_of(found, workload=task, optimizer=n) for n in NAMES}
-        if not (len(both[ON_CODES]) and len(both[TWO_BYTES])):
+        if not (len(both[ON_CODES]) and len(both[MUON_MADAM_8])):
             continue
-        best = min((ON_CODES, TWO_BYTES), key=lambda name: both[name].mean())
+        best = min((ON_CODES, MUON_MADAM_8), key=lambda name: both[name].mean())
         row: Record = {"task": task, "better": best}
         behind = 0.0
-        for name in (ON_CODES, TWO_BYTES):
+        for name in (ON_CODES, MUON_MADAM_8):
             gap = difference(both[name], both[best])
             row[name] = "" if name == best else str(gap)
             behind = max(behind, gap.percent)
-        row["bar of " + TWO_BYTES] = (
-            "met" if best == TWO_BYTES or behind <= BAR else "missed"
+        row["bar of " + MUON_MADAM_8] = (
+            "met" if best == MUON_MADAM_8 or behind <= BAR else "missed"
         )
         row["bar of " + ON_CODES] = (
             "met" if best == ON_CODES or behind <= BAR else "missed"

@@ -21,6 +21,7 @@ TRIALS = 8  # Of every contender.
 ADAMW, MUON = "AdamW float32", "Muon float32"
 ON_CODES = "Muon on codes, 2 bytes"
 TWO_BYTES, TWIN = "madax.muon 2 bytes", "madax.muon float32"
+MUON_MADAM_8, MUON_MADAM = "muon_madam 2 bytes", "muon_madam float32"
 MATRICES = ("q", "k", "v", "o", "up", "down", "gate")  # Of decoder's layers.
 Values = Mapping[str, float]
 
@@ -198,7 +199,7 @@ MAIN = {
     ),
     MUON: Row(make=_muon, rates=(0.004,), knobs=_MUON),
     TWIN: Row(make=_madax_muon, rates=(0.03,), knobs=_MADAX_MUON),
-    "muon_madam 2 bytes": Row(
+    MUON_MADAM_8: Row(
         make=partial(_muon_madam, b2=0.99, moment_format=MOMENTS_8),
         rates=(0.02,),
         knobs=_MUON_MADAM,
@@ -206,7 +207,7 @@ MAIN = {
     ),
     "madax.muon 1 byte": _in_one_byte(_madax_muon, _MADAX_MUON),
     ON_CODES: Row(make=_muon_on_codes, rates=(0.004,), knobs=_MUON, format=SYMLOG_8),
-    "muon_madam float32": Row(
+    MUON_MADAM: Row(
         make=partial(_muon_madam, b2=0.99), rates=(0.02,), knobs=_MUON_MADAM
     ),
     "muon_madam 1 byte": _in_one_byte(_muon_madam, _MUON_MADAM),

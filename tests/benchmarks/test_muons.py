@@ -14,7 +14,12 @@ import madax
 from benchmarks.__main__ import main
 from benchmarks.accuracy import muons
 from benchmarks.accuracy.muons_report import AS_IT_IS, NAMES, muons_table
-from benchmarks.accuracy.scale_contenders import MUON, ON_CODES, TWIN, TWO_BYTES
+from benchmarks.accuracy.scale_contenders import (
+    MUON,
+    MUON_MADAM,
+    MUON_MADAM_8,
+    ON_CODES,
+)
 from benchmarks.lib import candidates
 from benchmarks.lib.formats import SYMLOG_8
 from benchmarks.lib.optimizers import muon
@@ -51,7 +56,7 @@ def test_the_parts_together_are_muon_madam():
     parts = muons.mixed(
         lambda _: 0.1, other=3.0, matrix=muons._steps(), rest=muons._madam
     )
-    whole = muons.ROWS[TWIN].make(lambda _: 0.1, other=3.0)
+    whole = muons.ROWS[MUON_MADAM].make(lambda _: 0.1, other=3.0)
     for a, b in zip(
         *(jax.tree.leaves(trained(t)) for t in (parts, whole)), strict=True
     ):
@@ -63,7 +68,7 @@ def test_adam_for_the_rest_leaves_codes_of_matrices_to_muon_madam():
     grads = jax.tree.map(jnp.sin, PARAMS)
     after = []
     for name in ("Adam for the rest", AS_IT_IS):
-        tx = muons.FACTORS[TWO_BYTES][name].make(lambda _: 0.1, other=1.0)
+        tx = muons.FACTORS[MUON_MADAM_8][name].make(lambda _: 0.1, other=1.0)
         updates, _ = tx.update(grads, tx.init(params), params)
         after.append(optax.apply_updates(params, updates))
     adams, ours = (jax.tree.map(np.asarray, x) for x in after)
@@ -129,23 +134,23 @@ def test_the_table_says_what_missed_first():
         for rate in ((0.1, 0.2, 0.4) if seed == 0 else (0.2,))
     ]
     runs += [
-        record("a", f"{TWIN}: {change}", seed, rate, factor * rate * (1 + seed))
+        record("a", f"{MUON_MADAM}: {change}", seed, rate, factor * rate * (1 + seed))
         for change, factor in ((AS_IT_IS, 1.0), ("decay", 1.5))
         for seed, rate in itertools.product((1, 2), (0.2, 0.1))
     ]
     lines = muons_table(pd.DataFrame(runs)).splitlines()
     rows = [[x.strip() for x in line.split("|")[1:-1]] for line in lines if "|" in line]
-    assert rows[2][:2] == ["b", TWO_BYTES] and rows[3][:2] == ["a", TWO_BYTES]
+    assert rows[2][:2] == ["b", MUON_MADAM_8] and rows[3][:2] == ["a", MUON_MADAM_8]
     assert rows[2][2].startswith("+19.9") and rows[2][4:] == ["met", "missed"]
     assert rows[3][4:] == ["met", "met"]
-    assert [TWIN, "decay", "+50.0 ± 0.0 %"] in rows
+    assert [MUON_MADAM, "decay", "+50.0 ± 0.0 %"] in rows
     assert any("0.2, 1 (3 trials)" in cell for row in rows for cell in row)
 
 
 @pytest.mark.nightly
 def test_from_the_command_line(tmp_path, monkeypatch):
     changes = ("steps add, Adam for the rest", AS_IT_IS)
-    few = {TWIN: {name: muons.FACTORS[TWIN][name] for name in changes}}
+    few = {MUON_MADAM: {name: muons.FACTORS[MUON_MADAM][name] for name in changes}}
     few[ON_CODES] = {
         "Madam for the rest": muons.FACTORS[ON_CODES]["Madam for the rest"]
     }
