@@ -374,13 +374,14 @@ def test_flax_models_that_say_how_they_are_sharded(trained, fmt):
 
 
 @needs_explicit_axes
-def test_muon_madam_takes_matrices_on_axes_of_explicit_types():
+@pytest.mark.parametrize("make", [madax.muon, madax.muon_madam])
+def test_matrices_may_be_on_axes_of_explicit_types(make):
     """The direction of a leaf on one device; in its layout, whatever axes are cut."""
     shapes = {"w": (16, 24), "stack": (8, 4, 16)}
     specs = {"w": P("data", "model"), "stack": P("model", None, "data")}
     params = {k: normal(*shape) for k, shape in shapes.items()}
     axes = lambda _, leaf: madax.transforms.MatrixDimensionNumbers(-1, -2)
-    tx = madax.muon_madam(0.1, matrices=axes)
+    tx = make(0.1, matrices=axes)
 
     def update(params):
         return jax.jit(tx.update)(params, tx.init(params), params)[0]

@@ -26,6 +26,7 @@ TRAINED = {
         FORMATS["log16"],
     ),
     "adam": (OPTIMIZERS["wrapped_adam"], FORMATS["log8"]),
+    "muon": (OPTIMIZERS["muon"], FORMATS["symlog8"]),
     "error_feedback": (OPTIMIZERS["adam_feedback"], FORMATS["symlog8"]),
 }
 

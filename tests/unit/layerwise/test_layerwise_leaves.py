@@ -261,6 +261,7 @@ def test_no_layer_needs_what_others_had_before(name):
 MOMENTS = madax.MomentFormat(8)
 BY_THEMSELVES = {
     "madam": madax.madam(0.02, b1=0.9, moment_format=MOMENTS),
+    "muon": madax.muon(0.02, moment_format=MOMENTS),
     "muon_madam": madax.muon_madam(0.02, moment_format=MOMENTS),
     "adam": madax.with_quantized_params(optax.adam(0.1), error_feedback=True),
     "state": madax.with_quantized_state(optax.adam(0.1), where=lambda path, x: x.ndim),
