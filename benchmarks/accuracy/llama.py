@@ -91,7 +91,7 @@ def llama(
         text: Texts to train on: pydoc and stdlib, which come with CPython, or paths of
             files.
         rows: Names of optimizers; by default all, FlashAdamW where its package is
-            there (``pip install madax[rivals]``); five of the long and full profiles.
+            there (``pip install '.[rivals]'``); five of the long and full profiles.
     """
     check_choices("rows", rows, CONTENDERS)
     folder = out or Path("benchmarks/results/llama") / profile

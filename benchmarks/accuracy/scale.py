@@ -59,7 +59,7 @@ def scale(
             their parameters without tables of tokens; or smoke.
         tokens_per_parameter: How long to train.
         rows: Names of optimizers; by default all, FlashAdamW where its package is
-            there (``pip install madax[rivals]``).
+            there (``pip install '.[rivals]'``).
         tuned_on: The size to tune on; by default the next smaller one.
         minutes: When to stop, between two parts of a run; None to go on to the end.
     """
