@@ -26,7 +26,7 @@ from benchmarks.models import decoder
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What to train, and for how long.
+    """A model to train, and the length of training.
 
     Attributes:
       layers: of the network.

@@ -123,7 +123,7 @@ def _check_alike(raw: Path, size: str, config: records.Record) -> None:
 
 
 class Programs(NamedTuple):
-    """What trains one contender at one size, whatever its values.
+    """Functions that train one contender at one size, for any hyperparameters.
 
     Attributes:
       start: a seed and values to parameters and state.

@@ -1,4 +1,4 @@
-"""What the orthogonal directions of one layer take of a chip, and of a step."""
+"""The cost of a layer's orthogonal directions on a chip, and within a step."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Which model fits which chip: whole train steps, compiled for it and not run."""
+"""Which models fit which chips: whole train steps, compiled and not run."""
 
 import dataclasses
 import itertools
