@@ -28,7 +28,7 @@ GROUPS = ["size", "tokens_per_parameter"]
 
 
 class Difference(NamedTuple):
-    """Returns the change from one mean to another, in percent, and its standard error."""
+    """The change from one mean to another, in percent, and its standard error."""
 
     percent: float
     error: float
