@@ -16,8 +16,8 @@
 #
 # Train a Flax network as with any optax optimizer; then train the same network on
 # weights of 8 bits, by changing two lines; then save it, load it, and add adapters. The
-# data are scikit-learn's digits, so nothing is downloaded. Besides madax this takes
-# `pip install flax scikit-learn matplotlib`, and a minute on a CPU.
+# data are scikit-learn's digits, so nothing is downloaded. In a clone of madax,
+# `pip install . flax scikit-learn matplotlib` is all it takes, and a minute on a CPU.
 
 # %%
 import io

@@ -1,1 +1,1 @@
-"""How well optimizers train: losses, accuracies, and what they depend on."""
+"""Losses and accuracies of optimizers, and what they depend on."""

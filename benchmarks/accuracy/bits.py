@@ -56,7 +56,7 @@ LINES = {
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """How weights and moments are stored: one row of the table.
+    """The storage of weights and moments: one row of the table.
 
     Attributes:
       format: key of ``FORMATS``, or "float32".

@@ -1,4 +1,4 @@
-"""What the bound on weights does: on all leaves, on matrices alone, on none."""
+"""The effect of the bound on weights: on all leaves, on matrices alone, on none."""
 
 from collections.abc import Hashable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Which optimizer to take? Settings are judged on the workload that did not choose."""
+"""Chooses an optimizer: each setting is judged on a workload that did not choose it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

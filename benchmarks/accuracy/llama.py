@@ -26,7 +26,7 @@ from benchmarks.models import decoder
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What to train, and for how long.
+    """A model to train, and the length of training.
 
     Attributes:
       layers: of the network.
@@ -91,7 +91,7 @@ def llama(
         text: Texts to train on: pydoc and stdlib, which come with CPython, or paths of
             files.
         rows: Names of optimizers; by default all, FlashAdamW where its package is
-            there (``pip install madax[rivals]``); five of the long and full profiles.
+            there (``pip install '.[rivals]'``); five of the long and full profiles.
     """
     check_choices("rows", rows, CONTENDERS)
     folder = out or Path("benchmarks/results/llama") / profile

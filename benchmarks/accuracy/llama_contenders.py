@@ -1,4 +1,4 @@
-"""What the runs of ``llama`` compare: how it is made, and which rates are tried."""
+"""The contenders of ``llama``: how they are made, and the rates that are tried."""
 
 import dataclasses
 from functools import partial

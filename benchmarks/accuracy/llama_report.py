@@ -1,4 +1,4 @@
-"""What models in the shape of Llama come to: a table and a figure, from the records."""
+"""A table and a figure of models in the shape of Llama, from the records."""
 
 from collections.abc import Callable
 from itertools import cycle

@@ -59,7 +59,7 @@ def scale(
             their parameters without tables of tokens; or smoke.
         tokens_per_parameter: How long to train.
         rows: Names of optimizers; by default all, FlashAdamW where its package is
-            there (``pip install madax[rivals]``).
+            there (``pip install '.[rivals]'``).
         tuned_on: The size to tune on; by default the next smaller one.
         minutes: When to stop, between two parts of a run; None to go on to the end.
     """
@@ -123,7 +123,7 @@ def _check_alike(raw: Path, size: str, config: records.Record) -> None:
 
 
 class Programs(NamedTuple):
-    """What trains one contender at one size, whatever its values.
+    """Functions that train one contender at one size, for any hyperparameters.
 
     Attributes:
       start: a seed and values to parameters and state.

@@ -1,4 +1,4 @@
-"""What is compared at scale, what is tuned of each, and the trials that this takes."""
+"""The contenders at scale, what is tuned for each, and the trials."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What models at scale come to: tables and a figure, from the records alone."""
+"""Tables and a figure of the models at scale, from the records alone."""
 
 from itertools import cycle
 from typing import NamedTuple
@@ -28,7 +28,7 @@ GROUPS = ["size", "tokens_per_parameter"]
 
 
 class Difference(NamedTuple):
-    """How far a mean is from another, in percent of that, and its standard error."""
+    """The change from one mean to another, in percent, and its standard error."""
 
     percent: float
     error: float

@@ -1,4 +1,4 @@
-"""How far weights move, of how far they should: bfloat16, codes, float32."""
+"""The fraction of an intended change that weights make: bfloat16, codes, float32."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -165,7 +165,7 @@ def run(tx: optax.GradientTransformation, steps: int) -> tuple[np.ndarray, np.nd
 
 
 def fields(tx: optax.GradientTransformation) -> dict[str, list[str]]:
-    """Which fields of a state are stored; which are floats, with the reasons."""
+    """Returns which fields of a state are stored, and why others are floats."""
     params, _, _ = network()
     inner = optax.with_extra_args_support(tx)
     leaves = state_leaves(inner, params)

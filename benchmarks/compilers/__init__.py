@@ -1,1 +1,1 @@
-"""What compilers for chips that need not be there make of a train step."""
+"""Train steps compiled for chips that need not be there."""

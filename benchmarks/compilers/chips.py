@@ -1,7 +1,7 @@
 """Compilers for accelerators that need not be there, and what a program takes there.
 
 Nothing is run. XLA compiles for a TPU if the package libtpu is there, and for a GPU if
-those of ``jax[cuda12]`` are (``pip install madax[compilers]``).
+those of ``jax[cuda12]`` are (``pip install '.[compilers]'``).
 """
 
 import contextlib

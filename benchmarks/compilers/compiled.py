@@ -138,7 +138,7 @@ def compiled(
 ) -> None:
     """Compile the step of every optimizer for TPUs and GPUs; run nothing.
 
-    Takes the compilers of TPUs and GPUs (``pip install madax[compilers]``), but neither
+    Takes the compilers of TPUs and GPUs (``pip install '.[compilers]'``), but neither
     a TPU nor a GPU. What the records have is not compiled again: remove them when the
     code has changed.
 
@@ -159,7 +159,7 @@ def compiled(
     for chip in sorted({job.chip for job in wanted}):
         if compiler(chip) is None:
             raise ModuleNotFoundError(
-                f"no compiler for {chip}: pip install 'madax[compilers]', or choose "
+                f"no compiler for {chip}: pip install '.[compilers]', or choose "
                 "other chips."
             )
     while todo := [j for j in wanted if not records.find(raw, dataclasses.asdict(j))]:

@@ -1,4 +1,4 @@
-"""What the orthogonal directions of one layer take of a chip, and of a step."""
+"""The cost of a layer's orthogonal directions on a chip, and within a step."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def newton_schulz(
 ) -> None:
     """Compile the orthogonal directions of one layer for TPUs and GPUs; run nothing.
 
-    Takes the compilers of TPUs and GPUs (``pip install madax[compilers]``).
+    Takes the compilers of TPUs and GPUs (``pip install '.[compilers]'``).
 
     Args:
         out: Folder for newton_schulz.jsonl and .md.

@@ -1,4 +1,4 @@
-"""What a compiled program does, read off its text: kernels, bytes, operations."""
+"""Kernels, bytes and operations of a compiled program, read from its text."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ _TRANSCENDENTAL = {
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What a program, or a part of it, does.
+    """The work of a program, or of a part of it.
 
     Attributes:
       kernels: launches, loops unrolled; a TPU's scalar unit is none.

@@ -96,7 +96,7 @@ def corpus(
         out: Folder for a folder of this text, with one for each vocabulary.
         vocabulary: Sizes of vocabularies: 256 for bytes, 49152 for that of SmolLM2, to
             train it further; others are of byte pairs that are frequent here, by the
-            package tokenizers (``pip install madax[corpus]``). A pack has its own.
+            package tokenizers (``pip install '.[corpus]'``). A pack has its own.
         megabytes: Text to take, the first files; None for all.
     """
     if Path(text).is_file() and tarfile.is_tarfile(text):
@@ -237,7 +237,7 @@ def _tokenizers() -> Any:
     except ImportError as error:
         raise ImportError(
             "a vocabulary of byte pairs takes the package tokenizers; `pip install "
-            f"'madax[corpus]'`, or pass --vocabulary {BYTES} for bytes."
+            f"'.[corpus]'`, or pass --vocabulary {BYTES} for bytes."
         ) from error
     return tokenizers
 

@@ -26,5 +26,5 @@ def load(name: str, *options: Any, what: str, otherwise: str) -> Any:
         raise FileNotFoundError(
             f"{what} is not here and could not be loaded from Hugging Face "
             f"({type(error).__name__}: {error}); {otherwise}, or `pip install "
-            "'madax[hub]'` where the internet is in reach."
+            "'.[hub]'` where the internet is in reach."
         ) from error

@@ -1,1 +1,1 @@
-"""What the benchmarks share: records, tables, figures, training and sweeps."""
+"""Shared code of the benchmarks: records, tables, figures, training and sweeps."""

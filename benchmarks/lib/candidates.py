@@ -1,4 +1,4 @@
-"""What was tried to better Madam, and is not in the library: `why` says how it fared.
+"""Candidates to improve Madam that are not in the library; `why` has their results.
 
 Each is a wrapper of an optimizer of float32 parameters, or of codes where it says so.
 Only matrices have scales and norms of their own.

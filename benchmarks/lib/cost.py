@@ -1,4 +1,4 @@
-"""What an optimizer costs: time for its step alone, and memory."""
+"""The cost of an optimizer: the time of its step alone, and memory."""
 
 import statistics
 import time

@@ -314,7 +314,7 @@ PIXELS: dict[Profile, int] = {"smoke": 16, "quick": 24, "full": 64}  # On a side
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What all benchmarks take.
+    """The arguments that all benchmarks take.
 
     Attributes:
       profile: smoke takes seconds and shows only that it works; quick takes some

@@ -1,4 +1,4 @@
-"""What all train steps share: the update, its bytes, and shapes to compile it for."""
+"""Shared code of train steps: the update, its bytes, and shapes for compiling."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""How figures and tables look: lines told apart without colour, too, one legend."""
+"""The style of figures and tables: lines that differ without colour, one legend."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence

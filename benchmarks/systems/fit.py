@@ -1,4 +1,4 @@
-"""Which model fits which chip: whole train steps, compiled for it and not run."""
+"""Which models fit which chips: whole train steps, compiled and not run."""
 
 import dataclasses
 import itertools
@@ -151,7 +151,7 @@ def fit(
 ) -> None:
     """Compile train steps of models of up to 70 B parameters for chips; run nothing.
 
-    Takes the compilers of TPUs and GPUs (``pip install madax[compilers]``), but neither
+    Takes the compilers of TPUs and GPUs (``pip install '.[compilers]'``), but neither
     a TPU nor a GPU. What the records have is not compiled again.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the first ``init`` of a process costs, in CPU time and compiled programs."""
+"""The cost of a process's first ``init``, in CPU time and compiled programs."""
 
 import dataclasses
 import subprocess

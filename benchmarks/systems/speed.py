@@ -1,4 +1,4 @@
-"""What an optimizer step costs, against optax.adam and the speed of memory."""
+"""The time of an optimizer step, against optax.adam and the speed of memory."""
 
 import dataclasses
 import statistics

@@ -12,7 +12,7 @@ from flax import nnx
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What the score of a workload is.
+    """The score of a workload.
 
     Attributes:
       name: as written in the records.
@@ -45,7 +45,7 @@ def take(train: Any, indices: jax.Array, key: jax.Array) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What to train, and how it is scored.
+    """A network to train, its data and its score.
 
     Attributes:
       name: as written in the records.

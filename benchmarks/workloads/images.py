@@ -1,4 +1,4 @@
-"""What the image workloads share: two Flax networks, and classification."""
+"""Shared code of the image workloads: two Flax networks, and classification."""
 
 from collections.abc import Callable
 from pathlib import Path

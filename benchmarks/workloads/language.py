@@ -1,4 +1,4 @@
-"""What the language models share: windows of text, and the loss of the next token."""
+"""Shared code of the language models: windows of text, and the next token's loss."""
 
 from collections.abc import Callable
 from typing import Any

@@ -23,7 +23,7 @@ RELATIVE = Measure("relative squared error", "lower", lambda error: error)
 
 
 class Equation(NamedTuple):
-    """What a network has to solve.
+    """The equation that a network has to solve.
 
     Attributes:
       name: of the workload.

@@ -46,7 +46,7 @@ def varying(tree: Tree) -> frozenset[str]:
 
 
 def spread(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """The same array, whose type tells that it also varies over ``axes``."""
+    """Returns the array with a type that also varies over ``axes``."""
     more = tuple(sorted(axes - varying(x)))
     if not more:
         return x

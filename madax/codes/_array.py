@@ -185,7 +185,7 @@ class QuantizedArray(metaclass=_InErrors):
             raise TypeError(f"{self!r} was used as a number; {_REMEDY}")
 
     def copy(self) -> "QuantizedArray":
-        """The same codes and scale in new buffers."""
+        """Returns the same codes and scale in new buffers."""
         return jax.tree.map(lambda x: x.copy(), self)
 
     def block_until_ready(self) -> "QuantizedArray":

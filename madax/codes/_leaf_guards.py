@@ -7,7 +7,7 @@ import jax
 from madax._core.names import Tree
 
 _REMEDY = (
-    "a leaf of codes, which is not a weight; compute penalties and norms over "
+    "a leaf of codes, which is not a weight; take penalties and norms over "
     "jax.tree.leaves(madax.dequantize_params(params))"
 )
 # Libraries that flatten a tree only to build it again, or to read shapes.

@@ -84,8 +84,8 @@ def check_layer_output(x: Tree, out: Tree, shared: Tree, seen: Tree) -> None:
     old, new = map(jax.tree.leaves, (shared, seen))
     if len(old) != len(new) or any(a is not b for a, b in zip(old, new, strict=True)):
         raise ValueError(
-            f"layer changes the shared dict of {sorted(shared)}; return what a layer "
-            "changes in x, and let embed return its first value."
+            f"layer changes the shared dict of {sorted(shared)}; pass on in x what a "
+            "layer changes, and return its first value from embed."
         )
     if before != after:
         more = f" The shared {sorted(shared)} are not part of x." if shared else ""

@@ -12,7 +12,7 @@ ClipBy = Literal["last", "exact", "layer"]
 
 
 class Clip(NamedTuple):
-    """How gradients are clipped, if at all."""
+    """The clip of gradients, if there is one."""
 
     max_norm: Number | None
     by: ClipBy

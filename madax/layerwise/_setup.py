@@ -1,4 +1,4 @@
-"""How :func:`madax.layerwise` decodes, updates and takes means over microbatches."""
+"""Decoding, updates and means over microbatches in :func:`madax.layerwise`."""
 
 import dataclasses
 from collections.abc import Callable

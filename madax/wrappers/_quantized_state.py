@@ -306,7 +306,7 @@ def _chosen(
             return chosen
         raise ValueError(
             "with_quantized_state traces inner.update to find the leaves of its state "
-            f"to store, but that failed: {error}; select them by where=."
+            f"to store, but that failed: {error}; use where to select them."
         ) from error
     for i in chosen if where is not None else ():
         if i in reasons:

@@ -130,5 +130,5 @@ def test_what_is_missing_is_named_with_its_remedy(folder, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=r"0 files of text, too few.*hundreds"):
         corpus.corpus(str(tmp_path), tmp_path, vocabulary=(256,))
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"madax\[corpus\]'.*--vocabulary 256"):
+    with pytest.raises(ImportError, match=r"\.\[corpus\]'.*--vocabulary 256"):
         corpus.corpus(str(folder), tmp_path)

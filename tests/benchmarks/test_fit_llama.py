@@ -254,7 +254,7 @@ def test_train_steps_of_fit_are_as_named(way):
 )
 def test_seventy_billion_parameters_fit_one_gpu(tmp_path, chip, way, most):
     if chips.compiler(chip) is None:
-        pytest.skip(f"no compiler for {chip}: pip install 'madax[compilers]'")
+        pytest.skip(f"no compiler for {chip}: pip install '.[compilers]'")
     raw = tmp_path / "fit.jsonl"
     fit._in_its_own_process(fit.Job("Llama-2 70B", chip, way, 2048), raw)
     (run,) = records.read(raw).to_dict("records")
@@ -317,7 +317,7 @@ def test_operations_of_directions_are_those_of_the_formula():
 @pytest.mark.nightly
 def test_a_gpu_keeps_one_narrow_matrix_between_steps(tmp_path):
     if chips.compiler("H100") is None:
-        pytest.skip("no compiler for H100: pip install 'madax[compilers]'")
+        pytest.skip("no compiler for H100: pip install '.[compilers]'")
     newton_schulz.newton_schulz(tmp_path, model="GPT-2 124M", chips=("H100",))
     runs = records.read(tmp_path / "newton_schulz.jsonl")
     assert runs["shape"].map(tuple).to_list() == [(768, 768)] * 2 + [(768, 3072)] * 2

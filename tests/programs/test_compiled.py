@@ -195,7 +195,7 @@ def test_steps_do_not_take_more_operations_and_kernels(name):
 def compile_for_chips(raw, wanted):
     for chip in ("TPU v5e", "H100"):
         if compiler(chip) is None:
-            pytest.skip(f"no compiler for {chip}: pip install 'madax[compilers]'")
+            pytest.skip(f"no compiler for {chip}: pip install '.[compilers]'")
     jobs = [compiled.Job(chip, "4 leaves", name) for chip, name in wanted]
     compiled.in_a_process(raw, jobs)
     lines = raw.read_text().splitlines()
@@ -319,7 +319,7 @@ def test_chips_without_a_compiler_are_refused(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"trees must be of .* got \['4 tree'\]"):
         compiled.compiled(tmp_path, trees=("4 tree",))
     monkeypatch.setattr(compiled, "compiler", {"CPU": "jaxlib"}.get)
-    with pytest.raises(ModuleNotFoundError, match=r"compiler for .*madax\[compilers\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"compiler for .*'\.\[compilers\]'"):
         compiled.compiled(tmp_path, chips=("TPU v5e", "CPU"))
 
 
