@@ -41,26 +41,26 @@ def _let_variables_decode(nnx: Tree) -> None:
     nnx.Variable.__jax_array__ = decoded
 
 
-class _Filtered(type):
+class _IsLifted(type):
     def __instancecheck__(cls, x: object) -> bool:
         return is_lifted(x)
 
 
-class _Lifted(metaclass=_Filtered):
-    """The class of lifted codes, traced or not, for ``isinstance``."""
+class _AnyLifted(metaclass=_IsLifted):
+    """To ``isinstance``, the class of lifted codes, traced or not."""
 
 
-def _let_filters_take_tracers(filters: Tree) -> None:
-    """Lets filters of Equinox see traced codes, of which JAX says they are no arrays.
+def _let_filters_see_tracers(filters: Tree) -> None:
+    """Lets filters of Equinox take traced codes for arrays, which to JAX they are not.
 
-    They take the first of these for arrays whose ``dtype`` tells if they are floats.
+    They ask an instance of the first of these for its dtype.
     """
     for name in ("_NDARRAY_TYPES", "_ARRAY_TYPES"):
-        setattr(filters, name, (*getattr(filters, name, ()), _Lifted))
+        setattr(filters, name, (*getattr(filters, name, ()), _AnyLifted))
 
 
 install()
-AFTER_IMPORT["equinox", "_filters"] = _let_filters_take_tracers
+AFTER_IMPORT["equinox", "_filters"] = _let_filters_see_tracers
 AFTER_IMPORT["orbax.checkpoint", "type_handlers"] = _let_orbax_save
 AFTER_IMPORT["flax", "nnx"] = _let_variables_decode
 
@@ -279,8 +279,7 @@ def _check_codes(params: Tree) -> None:
     if leaves and not any(is_lifted(x) or _is_code_or_masked(x) for x in leaves):
         raise ValueError(
             "params hold no lifted codes; pass those that madax.hijax.lift returned, "
-            "to a filter of arrays also. Filters inside equinox.filter_jit leave them "
-            "out, as no arrays: use jax.jit of the arrays of equinox.partition."
+            "to a filter of arrays also."
         )
 
 
@@ -311,7 +310,7 @@ def _check_all_there(updates: Tree, params: Tree) -> None:
     ]
     if missing[0] > missing[1]:
         raise TypeError(
-            "a gradient is None where params have a leaf: filters of arrays, as in "
-            "equinox.filter_grad, leave out lifted codes that are traced; take "
-            "jax.value_and_grad of the arrays of equinox.partition."
+            "a gradient is None where params have a leaf; differentiate with respect "
+            "to all of params, and import Equinox before madax.hijax.lift is called, "
+            "or its filters take traced codes for no arrays."
         )
