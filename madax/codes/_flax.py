@@ -79,6 +79,7 @@ def differentiate(fun, wrt, positions, has_aux, dtype, args, kwargs):
         for i, array in zip(positions, arrays, strict=True):
             given[i] = jax.tree.map(_updated, given[i], array, is_leaf=_is_leaf)
         out = fun(*given, **named)
+        _check_same_parts(copies, (args, kwargs))
         value, aux = out if has_aux else (out, None)
         for module in _modules([given[i] for i in positions]):
             nnx.update(module, without_probes(nnx.state(module), weights))
@@ -91,6 +92,21 @@ def differentiate(fun, wrt, positions, has_aux, dtype, args, kwargs):
     nnx.update(_objects((args, kwargs)), after)
     value = (value, aux) if has_aux else value
     return value, treedef.unflatten(grads)
+
+
+def _check_same_parts(copies: Tree, modules: Tree) -> None:
+    """Raises if a function gave a module a part, which cannot be written back."""
+    pairs = zip(_objects(copies), _objects(modules), strict=True)
+    for copy, module in pairs:
+        parts = {path for path, _ in nnx.iter_graph(module)}
+        for path, node in nnx.iter_graph(copy):
+            if path not in parts and _is_module(node):
+                name = ".".join(map(str, path))
+                raise ValueError(
+                    f"fun gave {type(module).__name__} a new part, {name} of type "
+                    f"{type(node).__name__}, but only variables can be added while it "
+                    "is differentiated; make the part before, as in __init__."
+                )
 
 
 def _is_module(x: object) -> bool:
