@@ -96,17 +96,21 @@ def differentiate(fun, wrt, positions, has_aux, dtype, args, kwargs):
 
 def _check_same_parts(copies: Tree, modules: Tree) -> None:
     """Raises if a function gave a module a part, which cannot be written back."""
-    pairs = zip(_objects(copies), _objects(modules), strict=True)
-    for copy, module in pairs:
-        parts = {path for path, _ in nnx.iter_graph(module)}
-        for path, node in nnx.iter_graph(copy):
-            if path not in parts and _is_module(node):
-                name = ".".join(map(str, path))
-                raise ValueError(
-                    f"fun gave {type(module).__name__} a new part, {name} of type "
-                    f"{type(node).__name__}, but only variables can be added while it "
-                    "is differentiated; make the part before, as in __init__."
-                )
+    for copy, module in zip(_objects(copies), _objects(modules), strict=True):
+        old = {path for path, _ in nnx.iter_graph(module)}
+        new = [
+            (path, node)
+            for path, node in nnx.iter_graph(copy)
+            if _is_module(node) and path not in old
+        ]
+        if new:
+            path, node = min(new, key=lambda found: len(found[0]))
+            raise ValueError(
+                f"fun gave a {type(module).__name__} a new part, "
+                f"{'.'.join(map(str, path))} of type {type(node).__name__}, but only "
+                "variables can be added while it is differentiated; pass a module that "
+                "has the part, as from its __init__."
+            )
 
 
 def _is_module(x: object) -> bool:
