@@ -34,6 +34,7 @@ from benchmarks.systems.init import init
 from benchmarks.systems.large import large
 from benchmarks.systems.layerwise import layerwise
 from benchmarks.systems.memory import memory
+from benchmarks.systems.ordinary import ordinary
 from benchmarks.systems.speed import speed
 
 app = SubcommandApp()
@@ -55,6 +56,7 @@ for command in (
     pretrained,
     speed,
     memory,
+    ordinary,
     layerwise,
     fit,
     large,

@@ -28,6 +28,7 @@ from benchmarks.systems.init import init_report
 from benchmarks.systems.large import large_report
 from benchmarks.systems.layerwise import layerwise_report
 from benchmarks.systems.memory import memory_report
+from benchmarks.systems.ordinary import ordinary_report
 from benchmarks.systems.speed import speed_report
 
 REPORTS = (
@@ -37,6 +38,7 @@ REPORTS = (
     bits_report,
     speed_report,
     memory_report,
+    ordinary_report,
     fit_report,
     large_report,
     compiled_report,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import madax
-from benchmarks.accuracy.llama_report import BASELINE
+from benchmarks.accuracy.llama_report import BASELINE, CLIPPED_BY, EXACT
 from benchmarks.lib.contender import Contender
 from benchmarks.lib.formats import FORMATS, MOMENTS_8, SYMLOG_8
 from benchmarks.lib.optimizers import clipped, codes_adam, madam_8, muon, muon_madam_8
@@ -106,7 +106,7 @@ def _flash_adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
 
 
 # Of madax.layerwise, and how rows are named after them.
-CLIPS = {"exact": "the exact norm", "last": "the last norm", "layer": "norms of layers"}
+CLIPS = {"exact": EXACT, "last": "the last norm", "layer": "norms of layers"}
 # Rates of what is no matrix, beside Muon.
 _adam_others = {"others": (2e-3, 5e-3), "other": "adam_learning_rate"}
 _madam_others = {"others": (0.02, 0.04)}
@@ -146,7 +146,7 @@ CONTENDERS = {
         partial(_adamw_in_3_bytes, error_feedback=True), ADAM_RATES[1:4], SYMLOG_8
     ),
     **{
-        f"AdamW in 3 bytes, clipped by {what}": Row(
+        f"{CLIPPED_BY}{what}": Row(
             _adamw_by_layers, ADAM_RATES[1:2], SYMLOG_8, clip_by=by
         )
         for by, what in CLIPS.items()

@@ -14,6 +14,9 @@ from benchmarks.lib.style import STYLES, Report, legend, markdown
 BASELINE = "AdamW float32"
 # What one byte is compared with, beside the baseline.
 TWO_BYTES = ("muon_madam 8 bits", "Muon on 8 bits")
+# Rows that differ in the clip of madax.layerwise begin with this.
+CLIPPED_BY, EXACT = "AdamW in 3 bytes, clipped by ", "the exact norm"
+BAR = 0.5  # percent that other clips may be behind the exact one
 
 
 def best_runs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -52,12 +55,10 @@ def _is_baseline(name: str) -> bool:
 
 def llama_table(runs: pd.DataFrame) -> str:
     """Returns held-out losses in Markdown, from the records alone."""
-    first = runs.iloc[0]
-    budget = first["budget"]
+    if runs["name"].str.startswith(CLIPPED_BY).all():
+        return clip_table(runs)
     parts = [
-        f"{first['parameters'] / 1e6:.2f} M parameters, {budget['layers']} layers of "
-        f"{budget['width']}; {budget['steps']} steps of {budget['batch']} x "
-        f"{budget['length']} bytes; held-out nats a byte, at the best rate of each, "
+        f"{_size(runs)}; held-out nats a byte, at the best rate of each, "
         "the median of the seeds; a second rate is of what is no matrix. Against the "
         "same seeds of the best AdamW, and of the better of muon_madam and Muon in two "
         "bytes.\n"
@@ -93,6 +94,41 @@ def llama_table(runs: pd.DataFrame) -> str:
             )
         parts.append(f"\n**{source}:**\n\n{markdown(rows, numbers=True)}\n")
     return "".join(parts)
+
+
+def _size(runs: pd.DataFrame) -> str:
+    """Returns how large the models are, and how long they are trained."""
+    first = runs.iloc[0]
+    budget = first["budget"]
+    return (
+        f"{first['parameters'] / 1e6:.2f} M parameters, {budget['layers']} layers of "
+        f"{budget['width']}; {budget['steps']} steps of {budget['batch']} x "
+        f"{budget['length']} bytes"
+    )
+
+
+def clip_table(runs: pd.DataFrame) -> str:
+    """Returns how far clips are behind the exact one in Markdown, seed by seed."""
+    rows = []
+    for source, group in runs.groupby("source", sort=False):
+        losses = {
+            str(name).removeprefix(CLIPPED_BY): cell.set_index("seed")["loss"]
+            for name, cell in group.groupby("name", sort=False)
+        }
+        for name, found in losses.items():
+            behind = 100 * (found / losses[EXACT] - 1)
+            row = {"text": source, "clipped by": name, "loss": f"{found.mean():.4f}"}
+            row["seeds"] = f"{len(found)}"
+            if name != EXACT:
+                row[f"against {EXACT}"] = f"{behind.mean():+.2f} ± {behind.sem():.2f} %"
+                met = "met" if behind.mean() <= BAR else "missed"
+                row[f"at most {BAR:+g} %"] = met
+            rows.append(row)
+    return (
+        f"{_size(runs)}, at a rate of {runs.iloc[0]['rate']:g}; held-out nats a byte, "
+        "the mean of the seeds, and the mean difference of the same seeds with its "
+        f"standard error.\n\n{markdown(rows)}\n"
+    )
 
 
 def llama_figure(runs: pd.DataFrame) -> Figure:

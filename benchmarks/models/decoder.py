@@ -246,7 +246,7 @@ def _last(ends: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _normalised(x: jax.Array, weight: jax.Array) -> jax.Array:
     square = jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True)
-    return (x * jax.lax.rsqrt(square + 1e-6)).astype(x.dtype) * weight
+    return (x * jax.lax.rsqrt(square + 1e-6)).astype(x.dtype) * weight.astype(x.dtype)
 
 
 def _rotated(x: jax.Array, base: float) -> jax.Array:

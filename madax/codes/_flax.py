@@ -79,6 +79,7 @@ def differentiate(fun, wrt, positions, has_aux, dtype, args, kwargs):
         for i, array in zip(positions, arrays, strict=True):
             given[i] = jax.tree.map(_updated, given[i], array, is_leaf=_is_leaf)
         out = fun(*given, **named)
+        _check_same_parts(copies, (args, kwargs))
         value, aux = out if has_aux else (out, None)
         for module in _modules([given[i] for i in positions]):
             nnx.update(module, without_probes(nnx.state(module), weights))
@@ -91,6 +92,25 @@ def differentiate(fun, wrt, positions, has_aux, dtype, args, kwargs):
     nnx.update(_objects((args, kwargs)), after)
     value = (value, aux) if has_aux else value
     return value, treedef.unflatten(grads)
+
+
+def _check_same_parts(copies: Tree, modules: Tree) -> None:
+    """Raises if a function gave a module a part, which cannot be written back."""
+    for copy, module in zip(_objects(copies), _objects(modules), strict=True):
+        old = {path for path, _ in nnx.iter_graph(module)}
+        new = [
+            (path, node)
+            for path, node in nnx.iter_graph(copy)
+            if _is_module(node) and path not in old
+        ]
+        if new:
+            path, node = min(new, key=lambda found: len(found[0]))
+            raise ValueError(
+                f"fun gave a {type(module).__name__} a new part, "
+                f"{'.'.join(map(str, path))} of type {type(node).__name__}, but only "
+                "variables can be added while it is differentiated; pass a module that "
+                "has the part, as from its __init__."
+            )
 
 
 def _is_module(x: object) -> bool:

@@ -47,26 +47,26 @@ def _let_variables_decode(nnx: Tree) -> None:
     nnx.Variable.__jax_array__ = decoded
 
 
-class _Filtered(type):
+class _IsLifted(type):
     def __instancecheck__(cls, x: object) -> bool:
         return is_lifted(x)
 
 
-class _Lifted(metaclass=_Filtered):
-    """The class of lifted codes, traced or not, for ``isinstance``."""
+class _AnyLifted(metaclass=_IsLifted):
+    """To ``isinstance``, the class of lifted codes, traced or not."""
 
 
-def _let_filters_take_tracers(filters: Tree) -> None:
-    """Lets filters of Equinox see traced codes, of which JAX says they are no arrays.
+def _let_filters_see_tracers(filters: Tree) -> None:
+    """Lets filters of Equinox take traced codes for arrays, which to JAX they are not.
 
-    They take the first of these for arrays whose ``dtype`` tells if they are floats.
+    They ask an instance of the first of these for its dtype.
     """
     for name in ("_NDARRAY_TYPES", "_ARRAY_TYPES"):
-        setattr(filters, name, (*getattr(filters, name, ()), _Lifted))
+        setattr(filters, name, (*getattr(filters, name, ()), _AnyLifted))
 
 
 install()
-AFTER_IMPORT["equinox", "_filters"] = _let_filters_take_tracers
+AFTER_IMPORT["equinox", "_filters"] = _let_filters_see_tracers
 _ORBAX_V1 = "orbax.checkpoint.experimental.v1._src.serialization"
 AFTER_IMPORT["orbax.checkpoint", "type_handlers"] = _let_orbax_save
 AFTER_IMPORT[_ORBAX_V1, "compatibility"] = _let_orbax_v1_save
@@ -285,9 +285,8 @@ def _check_codes(params: Tree) -> None:
     leaves = jax.tree.leaves(params, is_leaf=_is_code_or_masked)
     if leaves and not any(is_lifted(x) or _is_code_or_masked(x) for x in leaves):
         raise ValueError(
-            "params hold no lifted codes; pass the tree that madax.hijax.lift "
-            "returned. Inside equinox.filter_jit, filters of arrays leave lifted codes "
-            "out: use jax.jit on the arrays of equinox.partition instead."
+            "params hold no lifted codes; pass those that madax.hijax.lift returned, "
+            "to a filter of arrays also."
         )
 
 
@@ -318,7 +317,7 @@ def _check_all_there(updates: Tree, params: Tree) -> None:
     ]
     if missing[0] > missing[1]:
         raise TypeError(
-            "a gradient is None where params have a leaf: filters of arrays, as in "
-            "equinox.filter_grad, leave out traced lifted codes; use "
-            "jax.value_and_grad on the arrays of equinox.partition instead."
+            "a gradient is None where params have a leaf; differentiate with respect "
+            "to all of params, and import Equinox before madax.hijax.lift is called, "
+            "or its filters take traced codes for no arrays."
         )

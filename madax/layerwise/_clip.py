@@ -1,5 +1,6 @@
 """Clipping of gradients by a norm, where layers are updated one after another."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -7,7 +8,10 @@ import jax.numpy as jnp
 
 from madax._core.checks import Number, check_choice, check_positive
 from madax._core.names import Tree
+from madax._core.numerics import plus_product, rounded
+from madax.layerwise._floats import total
 
+DECAY = 0.9  # of the mean over steps, which starts as zeros: only quotients count
 ClipBy = Literal["last", "exact", "layer"]
 
 
@@ -19,7 +23,7 @@ class Clip(NamedTuple):
 
     @property
     def has_memory(self) -> bool:
-        """Whether the norm of a step is kept for the next one."""
+        """Whether fractions of the norm are kept from step to step."""
         return self.max_norm is not None and self.by == "last"
 
     @property
@@ -37,13 +41,14 @@ class Clip(NamedTuple):
         Args:
           grads: of the part.
           own: the norm of the part.
-          seen: the global norm: of this step for ``"exact"``, else of the last step.
-          so_far: the norm of the gradients that this step has computed so far.
+          seen: the global norm of this step if that is exact, or how many times
+            ``so_far`` it was in the last steps.
+          so_far: the norm of all that this step has found.
         """
         if self.max_norm is None:
             return grads
         most = self.max_norm
-        norms = {"layer": own, "exact": seen, "last": jnp.maximum(seen, so_far)}
+        norms = {"layer": own, "exact": seen, "last": so_far * seen}
         norm = norms[self.by]
 
         def scaled(g):
@@ -51,6 +56,31 @@ class Clip(NamedTuple):
             return jnp.where(norm < most, g, g / norm.astype(g.dtype) * limit)
 
         return jax.tree.map(scaled, grads)
+
+
+def averaged(whole: jax.Array, norm: jax.Array, fraction: jax.Array) -> jax.Array:
+    """The moving root mean square of the fraction that a norm is of the whole.
+
+    Where the whole is not finite the step tells nothing, and would stop the next ones.
+    """
+    now = norm / whole
+    new = jnp.sqrt(plus_product(rounded(DECAY * fraction**2), (1 - DECAY) * now, now))
+    return jnp.where((whole > 0) & jnp.isfinite(whole), new, fraction)
+
+
+def times_so_far(ends: jax.Array, stacks: Sequence[jax.Array]) -> list[jax.Array]:
+    """How many times the norm of a layer and of all above it the global norm is.
+
+    From norms, or numbers in proportion, of the ends and of the layers of each stack,
+    the last stack first; so is what is returned.
+    """
+    whole, times = total([ends, *stacks]), []
+    for i, norms in enumerate(stacks):
+        each = jnp.arange(len(norms))
+        known = jnp.where(each >= each[:, None], norms, 0)
+        so_far = jax.vmap(lambda known, i=i: total([known, *stacks[:i]]))(known)
+        times.append(jnp.where(so_far > 0, whole / so_far, 1))
+    return times
 
 
 def checked_clip(max_norm: Number | None, clip_by: ClipBy) -> Clip:

@@ -98,7 +98,7 @@ def taken_apart(model: nnx.Module, names: Sequence[str]) -> Apart:
         setattr(owner, last, None)
     modules = {k: v for layers in found for k, v in layers.modules.items()}
     _check_not_shared({"": shell, **modules})
-    stacks = {layers.name: stacks_of(layers) for layers in found}
+    stacks = dict(zip(names, map(stacks_of, found), strict=True))
     rest, values = part_of(shell, ""), values_of(shell)
     return Apart(graph, shapes_of(params), others, rest, values, stacks)
 

@@ -9,6 +9,7 @@ It is imported only where Flax has been.
 
 import itertools
 import reprlib
+import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -20,8 +21,8 @@ from flax import nnx
 from madax._core.names import Tree
 from madax.layerwise._nnx_part import Part, part_of, shapes_of, values_of
 
-# Each kind is compiled, forward and backward.
-_MOST_KINDS = 16
+# More of them than this are likely to differ in what was not meant to differ.
+_MANY_KINDS = 16
 
 
 class Layers(NamedTuple):
@@ -98,8 +99,23 @@ def stacks_of(layers: Layers) -> list[NnxStack]:
             *_kinds([parts[i : i + period] for i in firsts]),
         )
         stacks.append(stack)
-    _check_kinds(layers, stacks)
+    _warn_of_many(layers, sum(len(stack.kinds) * len(stack.names) for stack in stacks))
     return stacks
+
+
+def _warn_of_many(layers: Layers, kinds: int) -> None:
+    """Warns, in the caller of ``split_layers``, of kinds that take long to compile."""
+    if kinds <= _MANY_KINDS:
+        return
+    for (first, a), (other, b) in itertools.pairwise(layers.modules.items()):
+        if difference := _difference(a, b):
+            warnings.warn(
+                f"model.{layers.name} has {kinds} kinds of layers, and each is "
+                f"compiled; model.{other} differs from model.{first}, as {difference}: "
+                "make it the same in all layers, if that is no part of what they do.",
+                stacklevel=5,
+            )
+            return
 
 
 def _plan(shapes: Sequence[Hashable]) -> list[tuple[int, int, int]]:
@@ -163,21 +179,6 @@ def _check_variables(part: Part) -> None:
             f"model.{part.path} has variables that layerwise would not change, "
             f"{paths}; use layers of nnx.Param alone."
         )
-
-
-def _check_kinds(layers: Layers, stacks: Sequence[NnxStack]) -> None:
-    """Raises if layers are of too many kinds."""
-    compiled = sum(len(stack.kinds) * len(stack.names) for stack in stacks)
-    if compiled <= _MOST_KINDS:
-        return
-    pairs = itertools.pairwise(layers.modules.items())
-    first, other = next(x for x in pairs if _difference(x[0][1], x[1][1]))
-    raise ValueError(
-        f"model.{layers.name} has {compiled} kinds of layers, and each would be "
-        f"compiled; model.{other[0]} differs from model.{first[0]}, as "
-        f"{_difference(first[1], other[1])}; give the layers what is the same, or "
-        f"train at most {_MOST_KINDS} kinds."
-    )
 
 
 def _difference(first: nnx.Module, other: nnx.Module) -> str:

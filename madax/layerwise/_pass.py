@@ -168,8 +168,8 @@ class Pass:
     ) -> Carry:
         """Differentiates and updates all layers; returns the carry with whole states.
 
-        Norms are computed only if they are needed. A clip uses ``seen``, the norm known
-        beforehand, and ``above``, the norms of the stacks after this one.
+        Norms are computed only if they are asked for. A clip uses ``seen``, known
+        before for each layer, and ``above``, the norms of the stacks after this one.
         """
         depth = depth_of(self.layers)
         split, join = splitter(self.setup.tx, self.layers, states)
@@ -189,7 +189,9 @@ class Pass:
             norms = carry.norms
             if self.setup.has_norms:
                 norms = norms.at[i].set(norm(g_layer))
-            g_layer = self.setup.clip(g_layer, norms[i], seen, total([*above, norms]))
+            g_layer = self.setup.clip(
+                g_layer, norms[i], seen[i], total([*above, norms])
+            )
             g_layer, old = whole(g_layer, jnp.zeros_like), join(mine, common)
             update = self.setup.update
             stored, after = update({LAYERS: stored}, g_layer, old, madax_layer=i)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from madax._core.names import ENDS, LAYERS, Tree
 from madax._core.shards import barrier
 from madax.layerwise._checks import check_devices, check_loss, check_params
+from madax.layerwise._clip import averaged, times_so_far
 from madax.layerwise._floats import floats_of, norm, total
 from madax.layerwise._pass import Done, Key, Pass
 from madax.layerwise._plan import Stack
@@ -21,7 +23,7 @@ from madax.layerwise._stacks import (
     with_keys_of,
 )
 
-NORM = "norm"  # in the state, of the gradients of the last step
+FRACTIONS = "fractions"  # in the state: of the global norm, on average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +46,12 @@ class Run:
             depth += depth_of(layers)
         # Each part draws random numbers of its own.
         ends = with_keys_of(tx.init({ENDS: params[ENDS]}), depth)
-        whole = {ENDS: ends, LAYERS: states.get(None, states)}
-        return whole | ({NORM: jnp.float32(0)} if self.setup.clip.has_memory else {})
+        state = {ENDS: ends, LAYERS: states.get(None, states)}
+        if self.setup.clip.has_memory:
+            depths = {one.name: depth_of(one.layers(params)) for one in self.stacks}
+            norms = {name: jnp.zeros(n, jnp.float32) for name, n in depths.items()}
+            state[FRACTIONS] = {ENDS: jnp.float32(0), LAYERS: norms.get(None, norms)}
+        return state
 
     def step(self, params: Tree, state: Tree, batch: Tree, key: Key = None) -> Tree:
         """Returns new parameters and state, and the loss (and metrics) before."""
@@ -57,15 +63,20 @@ class Run:
         _, merge = floats_of(weights)
         passes, x = self.forward(params, weights, batches, key)
         (value, g_ends, aux), grads = self.loss_grads(weights, x, batches)
-        seen = state.get(NORM, jnp.float32(0))
+        passes.reverse()
+        seen, times = jnp.float32(1), [jnp.ones(depth_of(p.layers)) for p, _ in passes]
         if setup.clip.is_exact:
             seen = self.exact_norm(passes, ends, g_ends, grads)
+        if setup.clip.has_memory:
+            last, names = state[FRACTIONS], [one.stack.name for one, _ in passes]
+            stacks = [last[LAYERS] if k is None else last[LAYERS][k] for k in names]
+            times = times_so_far(last[ENDS], stacks)
         new, states, norms, totals = {}, {}, {}, None
-        for one, done in reversed(passes):
+        for (one, done), more in zip(passes, times, strict=True):
             name = one.stack.name
             mine = state[LAYERS] if name is None else state[LAYERS][name]
             above = list(norms.values())
-            last = one.backward(done, mine, grads, totals, seen, above)
+            last = one.backward(done, mine, grads, totals, seen * more, above)
             new[name] = last.layers if name is None else last.layers[name]
             states[name], norms[name] = last.states, last.norms
             # So that XLA decodes the ends twice, and does not keep their values
@@ -81,11 +92,11 @@ class Run:
         g_ends = merge(setup.clip(g_ends, own, seen, whole), jnp.zeros_like)
         ends, ends_state = setup.update({ENDS: ends}, g_ends, state[ENDS])
         params = {ENDS: ends, LAYERS: new.get(None, new)}
-        state = {ENDS: ends_state, LAYERS: states.get(None, states)}
+        after = {ENDS: ends_state, LAYERS: states.get(None, states)}
         if setup.clip.has_memory:
-            # A norm that is not finite would stop the next step, or all of them.
-            state[NORM] = jnp.where(jnp.isfinite(whole), whole, seen)
-        return params, state, value
+            old = state[FRACTIONS]
+            after[FRACTIONS] = jax.tree.map(partial(averaged, whole), norms, old)
+        return params, after, value
 
     def forward(
         self, params: Tree, weights: Tree, batches: Tree, key: Key
@@ -110,7 +121,7 @@ class Run:
     ) -> jax.Array:
         """Returns the norm of all gradients, by a backward pass without updates."""
         norms, totals = [], None
-        for one, done in reversed(passes):
+        for one, done in passes:
             found, grads, totals = one.norms(done, grads, totals)
             g_start, grads, totals = one.start_grads(done, ends, [*grads, *totals])
             g_ends = jax.tree.map(jnp.add, g_ends, g_start)

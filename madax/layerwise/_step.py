@@ -79,12 +79,14 @@ def layerwise(
     With ``max_norm`` gradients are clipped before ``tx`` gets them. Layers are updated
     before the global norm is known, so ``clip_by`` says which norm counts:
 
-    - ``"last"``: the global norm of the last step, or the norm of this step's layers so
-      far, from the last layer down, if it is larger. So no layer passes on a gradient
-      above ``max_norm``. The state has one more number, ``"norm"``, initially 0.
-    - ``"exact"``: the global norm of this step, as in ``optax.clip_by_global_norm``. It
-      takes a second backward pass, without updates, which comes first.
-    - ``"layer"``: the norm of each layer, and of the ends, separately.
+    - ``"last"``: the global norm that the last steps let expect: the norm of this
+      step's layers so far, from the last one down, over the fraction of the global norm
+      that it was in the last steps, a moving root mean square with decay 0.9. So no
+      layer passes on a gradient above ``max_norm``. The state has the fractions of all
+      layers, ``"fractions"``, 0 at first.
+    - ``"exact"``: the global norm of this step, as in ``optax.clip_by_global_norm``. A
+      backward pass that updates nothing comes before the other, and takes its time.
+    - ``"layer"``: the norm of each layer for itself, and of the ends for themselves.
 
     Args:
       tx: the optimizer, ``madam`` or ``with_quantized_params(optax.adam(1e-3))``; its

@@ -151,6 +151,22 @@ def test_losses_are_compared_seed_by_seed():
     assert cells[5:10] == ["2.0200", "1.0100 to 4.0400", "3", "+1.0 %", "+102.0 %"]
 
 
+def test_clips_are_compared_with_the_exact_one_seed_by_seed():
+    losses = {"the exact norm": [1.0, 2.0], "the last norm": [1.0, 2.02]}
+    losses["norms of layers"] = [1.02, 2.04]
+    run = {"source": "text", "rate": 0.002, "parameters": 1}
+    run["budget"] = dataclasses.asdict(llama.PROFILES["quick"])
+    runs = [
+        run | {"name": f"{llama_report.CLIPPED_BY}{name}", "seed": seed, "loss": loss}
+        for name in losses
+        for seed, loss in enumerate(losses[name])
+    ]
+    *_, exact, last, layer = llama_report.llama_table(pd.DataFrame(runs)).splitlines()
+    assert exact.split("|")[5].strip() == ""
+    assert [x.strip() for x in last.split("|")[5:7]] == ["+0.50 ± 0.50 %", "met"]
+    assert [x.strip() for x in layer.split("|")[5:7]] == ["+2.00 ± 0.00 %", "missed"]
+
+
 def test_texts_are_bytes_of_which_the_last_tenth_is_held_out(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(bytes(range(100)))

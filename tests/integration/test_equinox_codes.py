@@ -136,17 +136,38 @@ def test_lifted_models_keep_their_functions():
     )
 
 
-@needs_hijax
-def test_filtered_derivatives_of_lifted_codes():
-    """They are right outside of filter_jit, inside of which codes are no arrays."""
-    tx = madax.hijax.optimizer(madax.madam(0.05))
-    model = madax.hijax.lift(codes())
-
+def filtered(tx, **options):
+    @eqx.filter_jit(**options)
     def step(model, state, x, y):
         value, grads = eqx.filter_value_and_grad(loss)(model, x, y)
         updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_array))
         return eqx.apply_updates(model, updates), state, value
 
-    assert trained(model, tx, step, steps=5)[1] < loss(codes(), X, Y)
-    with raises(ValueError, "params hold no lifted codes", "equinox.filter_jit", "use"):
-        trained(model, tx, eqx.filter_jit(step))
+    return step
+
+
+@needs_hijax
+def test_filters_take_lifted_codes_in_a_step_of_others():
+    """Its codes are those of a step of our own, to the bit."""
+    tx = madax.muon_madam(0.05)
+    model = madax.hijax.lift(codes())
+    step = filtered(madax.hijax.optimizer(tx), donate="all")
+    found, value = trained(model, madax.hijax.optimizer(tx), step, steps=5)
+    expected, other = trained(codes(), tx, step_of(tx), steps=5)
+    arrays = lambda model: eqx.filter(model, eqx.is_array)
+    same((arrays(madax.hijax.lower(found)), value), (arrays(expected), other))
+    assert found.act is jax.nn.gelu and value < loss(codes(), X, Y)
+
+
+@needs_hijax
+def test_filters_map_over_lifted_codes_and_compute_them_again():
+    def of(model, x):
+        return jnp.sum(eqx.filter_vmap(lambda m: jax.vmap(m)(x))(model) ** 2)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    several = eqx.filter_vmap(lambda key: eqx.nn.Linear(8, 4, key=key))(keys)
+    several = madax.quantize_params(several, FMT, channel_axis=0)
+    grads = eqx.filter_jit(eqx.filter_grad(eqx.filter_checkpoint(of)))
+    found = grads(madax.hijax.lift(several), X)
+    expected = grads(madax.dequantize_params(several), X)
+    np.testing.assert_allclose(found.weight, expected.weight, rtol=1e-5)

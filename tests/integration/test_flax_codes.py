@@ -11,7 +11,7 @@ import optax
 import pytest
 from cases import FORMATS
 from flax import nnx
-from helpers import FLAX, is_quantized, mostly_nightly, same, without_keys
+from helpers import FLAX, is_quantized, mostly_nightly, raises, same, without_keys
 from models import images
 
 import madax
@@ -204,6 +204,18 @@ def test_modules_and_trees_may_be_mixed(heads):
     assert set(grads[2]) == {"other"}
     same((grads[0], grads[1], grads[2]["other"]), expected_grads)
     same(rest_of(one), rest_of(floats))
+
+
+def test_a_part_that_a_loss_adds_to_a_module_is_refused(heads):
+    one, other, _, x = heads
+
+    def adds(one, to):
+        to.more = Head(nnx.Rngs(2))
+        return jnp.sum(one(x))
+
+    for to in one, other:
+        with raises(ValueError, "fun gave a Head a new part, more of type", "__init__"):
+            madax.value_and_grad(adds)(one, to)
 
 
 def test_modules_by_keyword_and_of_no_gradient_keep_their_state(heads):

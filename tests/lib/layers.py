@@ -101,14 +101,19 @@ def norms_of(parts):
     return np.sqrt([sum(map(square, jax.tree.leaves(part))) for part in parts])
 
 
-def clip_factors(norms, clip_by, max_norm, last=0.0):
+def clip_factors(norms, clip_by, max_norm, last=None):
     """The factors of the gradients of the ends and of all layers, as documented.
 
-    ``norms`` are of these gradients, and ``last`` is the norm of all before this step.
+    ``norms`` are of these gradients, and ``last`` has the proportions they had before.
     """
-    # Layers are updated from the last one down, and the ends after them.
-    below = np.sqrt(np.cumsum(np.square(norms[:0:-1]))[::-1])
-    whole = np.sqrt(np.sum(np.square(norms)))
-    so_far = np.array([whole, *below])
-    known = {"exact": whole, "last": np.maximum(last, so_far), "layer": norms}
-    return np.broadcast_to(np.minimum(1, max_norm / known[clip_by]), len(norms))
+
+    def so_far(norms):
+        # Layers are updated from the last one down, and the ends after them.
+        squares = np.square(norms)
+        return np.sqrt([squares.sum(), *np.cumsum(squares[:0:-1])[::-1]])
+
+    known = so_far(norms)
+    whole = {"exact": known[0], "layer": norms, "last": known}[clip_by]
+    if clip_by == "last" and last is not None:
+        whole = known * so_far(last)[0] / so_far(last)
+    return np.broadcast_to(np.minimum(1, max_norm / whole), len(norms))

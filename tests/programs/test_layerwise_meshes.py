@@ -131,8 +131,12 @@ def test_a_mesh_trains_as_one_device(axis_type, layout):
 
 # --- clips ----------------------------------------------------------------------------
 
-# Of the gradients of each step; the directions of madam do not depend on a constant.
-SIZES = np.float32([1, 30, 0.01, 5, 0.1, 100])
+# Of the gradients of each step. Directions of madam do not depend on a constant, and
+# the clip by the last steps is the exact one as long as fractions stay.
+SIZES = {
+    "w": np.float32([1, 30, 0.01, 5, 0.1, 100]),
+    "bias": np.float32([300, 1, 30, 0.1, 90, 3]),
+}
 
 
 def scaled(tree, factor):
@@ -140,7 +144,10 @@ def scaled(tree, factor):
 
 
 def sized(batches):
-    return list(map(scaled, batches, SIZES))
+    return [
+        {k: x * SIZES[k][i] for k, x in batch.items()}
+        for i, batch in enumerate(batches)
+    ]
 
 
 @functools.cache
@@ -166,7 +173,7 @@ def optimizer(is_exact):
 def told_and_clipped(clip_by):
     """The codes of all layers after training as a list, by gradients clipped before."""
     params, batches = started()
-    params, last = layers.listed(params), 0.0
+    params, last = layers.listed(params), None
     init, update = optimizer(clip_by == "exact")
     state = init(params)
     for told in sized(batches):
@@ -176,7 +183,8 @@ def told_and_clipped(clip_by):
         if clip_by != "exact":
             norms = layers.norms_of(grads)
             factors = layers.clip_factors(norms, clip_by, MAX, last)
-            last = np.sqrt(np.sum(norms**2))
+            now = 0.1 * norms**2 / np.sum(norms**2)
+            last = np.sqrt(now if last is None else 0.9 * last**2 + now)
             grads = list(map(scaled, grads, factors))
         params, state = update(params, state, {"ends": grads[0], "layers": grads[1:]})
     return np.stack([layer["w"].codes for layer in params["layers"]])

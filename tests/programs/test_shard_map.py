@@ -233,7 +233,8 @@ def test_layers_may_be_cut_over_devices():
     normal = lambda *shape: jnp.float32(rng.normal(size=shape) / 4)
     stack = {"a": normal(DEPTH, 8, 16), "b": normal(DEPTH, 16, 8)}
     params, batch = {"ends": normal(4, 8), "layers": stack}, normal(8, 4)
-    max_norm, last, sgd = 0.1, 0.2, optax.sgd(1.0)
+    max_norm, sgd = 0.1, optax.sgd(1.0)
+    last = np.float32(np.linspace(0.2, 0.1, 1 + DEPTH))
     same = lambda x: x
 
     def layer(w, x, add=same):
@@ -266,7 +267,7 @@ def test_layers_may_be_cut_over_devices():
         init, step = run(add, lambda x: jax.lax.pmean(x, "data"), clip_by)
         state = init(params)
         if clip_by == "last":
-            state |= {"norm": jnp.float32(last)}
+            state |= {"fractions": {"ends": last[0], "layers": last[1:]}}
         step = shard_map(step, (specs, P(), P("data")), (specs, P(), P()))
         new, _, (found, metrics) = step(params, state, batch)
         factors = layers.clip_factors(norms, clip_by, max_norm, last)

@@ -6,7 +6,7 @@ import layers
 import numpy as np
 import optax
 import pytest
-from helpers import raises
+from helpers import raises, same
 
 import madax
 
@@ -62,31 +62,64 @@ def test_each_layer_may_be_clipped_for_itself():
     assert set(state) == {"ends", "layers"}
 
 
-def test_the_last_norm_counts_or_what_is_known_if_that_is_larger():
+def test_a_step_is_taken_to_have_the_proportions_of_the_last_ones():
     params, batch = layers.weights(), layers.batches()[0]
     grads, norms = gradients(params, batch)
-    total = np.sqrt(np.sum(norms**2))
     found, state = moves("last", params, batch)
-    np.testing.assert_allclose(state["norm"], total, rtol=1e-5)
+    # Without a last step each part is clipped by what is known by then.
     close(found, grads, layers.clip_factors(norms, "last", MAX))
-    again, _ = moves("last", params, batch, state | {"norm": jnp.float32(3 * total)})
-    close(again, grads, layers.clip_factors(norms, "last", MAX, 3 * total))
-    # With the norm of the same gradients it is the exact clip.
-    exact, _ = moves("exact", params, batch)
-    for x, y in zip(
-        *map(jax.tree.leaves, (moves("last", params, batch, state)[0], exact)),
-        strict=True,
-    ):
-        np.testing.assert_allclose(x, y, atol=1e-6)
+    found, state = moves("last", params, batch, state)
+    close(found, grads, layers.clip_factors(norms, "exact", MAX))
+    fractions = norms / np.sqrt(np.sum(norms**2))
+    kept = [state["fractions"]["ends"], *state["fractions"]["layers"]]
+    np.testing.assert_allclose(kept, fractions * np.sqrt(1 - 0.9**2), rtol=1e-5)
+    # Other proportions are those of the steps before.
+    last = np.float32([0.3, 0.1, 0.2])
+    known = {"ends": jnp.asarray(last[0]), "layers": jnp.asarray(last[1:])}
+    found, state = moves("last", params, batch, state | {"fractions": known})
+    close(found, grads, layers.clip_factors(norms, "last", MAX, last))
+    kept = [state["fractions"]["ends"], *state["fractions"]["layers"]]
+    squares = 0.9 * last**2 + 0.1 * fractions**2
+    np.testing.assert_allclose(kept, np.sqrt(squares), rtol=1e-5)
+    # Where the layers had no gradient nothing is known of what the ends will have.
+    none = {"ends": jnp.float32(1), "layers": jnp.zeros(layers.DEPTH)}
+    found, _ = moves("last", params, batch, state | {"fractions": none})
+    close(found, grads, layers.clip_factors(norms, "last", MAX))
 
 
-def test_a_norm_that_is_not_finite_is_not_kept():
+@pytest.mark.parametrize("clip_by", ["exact", "last", "layer"])
+def test_two_stacks_are_clipped_as_one(clip_by):
+    params = layers.weights()
+    halves = [
+        jax.tree.map(lambda x, i=i: x[i : i + 1], params["layers"]) for i in (0, 1)
+    ]
+    names = "a", "b"
+    two = params | {"layers": dict(zip(names, halves, strict=True))}
+    init, step = madax.layerwise(
+        SGD,
+        layers.embed,
+        dict.fromkeys(names, layers.layer),
+        layers.loss,
+        max_norm=MAX,
+        clip_by=clip_by,
+    )
+    one, _, expected = layers.trained(*clipped(clip_by), params)
+    two, _, losses = layers.trained(init, step, two)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    stacked = jax.tree.map(lambda *x: jnp.concatenate(x), *two["layers"].values())
+    for x, y in zip(*map(jax.tree.leaves, (stacked, one["layers"])), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_norms_that_are_not_finite_tell_nothing():
     params = layers.weights()
     bad = params | {"ends": {"table": params["ends"]["table"].at[0, 0].set(jnp.nan)}}
     init, _ = clipped("last")
-    before = init(params) | {"norm": jnp.float32(0.5)}
-    _, state = moves("last", bad, layers.batches()[0], before)
-    assert state["norm"] == 0.5
+    old = {"ends": jnp.float32(0.5), "layers": jnp.full(layers.DEPTH, 0.25)}
+    _, state = moves(
+        "last", bad, layers.batches()[0], init(params) | {"fractions": old}
+    )
+    same(state["fractions"], old)
 
 
 def test_bad_input_is_refused():
