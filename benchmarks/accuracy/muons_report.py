@@ -75,23 +75,19 @@ def _scores_of(found: pd.DataFrame, **where: str) -> np.ndarray:
 def _bars(found: pd.DataFrame) -> list[Record]:
     rows = []
     for task in found["workload"].unique():
-        both = {n: _scores_of(found, workload=task, optimizer=n) for n in NAMES}
-        if not (len(both[ON_CODES]) and len(both[TWO_BYTES])):
+        both = {
+            name: _scores_of(found, workload=task, optimizer=name)
+            for name in (ON_CODES, TWO_BYTES)
+        }
+        if not all(map(len, both.values())):
             continue
-        best = min((ON_CODES, TWO_BYTES), key=lambda name: both[name].mean())
-        row: Record = {"task": task, "better": best}
-        behind = 0.0
-        for name in (ON_CODES, TWO_BYTES):
-            gap = difference(both[name], both[best])
-            row[name] = "" if name == best else str(gap)
-            behind = max(behind, gap.percent)
-        row["bar of " + TWO_BYTES] = (
-            "met" if best == TWO_BYTES or behind <= BAR else "missed"
-        )
-        row["bar of " + ON_CODES] = (
-            "met" if best == ON_CODES or behind <= BAR else "missed"
-        )
-        rows.append((behind, row))
+        better = min(both, key=lambda name: both[name].mean())
+        gaps = {name: difference(both[name], both[better]) for name in both}
+        row: Record = {"task": task}
+        for name, gap in gaps.items():
+            verdict = "met" if gap.percent <= BAR else "missed"
+            row[name] = "the better" if name == better else f"{gap}: {verdict}"
+        rows.append((max(gap.percent for gap in gaps.values()), row))
     return [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
 
 
