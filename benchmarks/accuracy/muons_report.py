@@ -15,6 +15,7 @@ SEEDS, FACTOR_SEEDS = (1, 2, 3), (1, 2)
 NAMES = (MUON, ON_CODES, TWIN, TWO_BYTES)
 BAR = 1.0  # The most that a rule may be behind the better one of two bytes, in percent.
 AS_IT_IS = "as it is"
+FAR = 1.5  # times the least score: such a task has a panel of its own
 SETTING = ["workload", "optimizer", "rate", "other"]
 
 
@@ -142,29 +143,39 @@ def _text(seeds: tuple[int, ...]) -> str:
 def muons_figure(runs: pd.DataFrame) -> Figure:
     """Draws the score of each row over the least of the four, by task."""
     found = judged(runs)
-    tasks = list(found["workload"].unique())
-    fig = Figure(figsize=(WIDTH, 4.2), layout="constrained")
-    axes = fig.subplots()
-    for k, (name, style) in enumerate(zip(NAMES, cycle(STYLES))):
-        for i, task in enumerate(tasks):
-            all_of = found[found["workload"] == task]
-            scores = _scores_of(all_of, optimizer=name) / all_of["mean"].min()
-            if len(scores):
-                axes.plot(
-                    [i + 0.16 * (k - 1.5)] * len(scores),
-                    scores,
-                    **(style | {"linestyle": "-"}),
-                    label=name,
-                    markersize=5,
-                )
-    axes.set_xticks(range(len(tasks)), tasks)
-    axes.set(yscale="log", ylabel="score / least mean of the four")
-    ticks = [t for t in (1, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10) if t < axes.get_ylim()[1]]
-    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
-    axes.minorticks_off()
-    axes.grid(axis="y", alpha=0.3)
+    least = found.groupby("workload", sort=False)["mean"].transform("min")
+    found = found.assign(ratio=found["scores"] / least)
+    worst = found.groupby("workload", sort=False)["ratio"].agg(
+        lambda ratios: np.concatenate(list(ratios)).max()
+    )
+    near, far = worst.index[worst < FAR], worst.index[worst >= FAR]
+    fig = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+    panels = [tasks for tasks in (near, far) if len(tasks)]
+    widths = [len(tasks) for tasks in panels]
+    grid = fig.subplots(1, len(panels), width_ratios=widths, squeeze=False)
+    for axes, tasks in zip(grid[0], panels, strict=True):
+        for k, (name, style) in enumerate(zip(NAMES, cycle(STYLES))):
+            for i, task in enumerate(tasks):
+                cell = found[(found["workload"] == task) & (found["optimizer"] == name)]
+                for ratios in cell["ratio"]:
+                    axes.plot(
+                        [i + 0.18 * (k - 1.5)] * len(ratios),
+                        ratios if tasks is far else 100 * (ratios - 1),
+                        **(style | {"linestyle": "-"}),
+                        label=name,
+                        markersize=5,
+                    )
+        axes.set_xticks(range(len(tasks)), tasks)
+        axes.set_xlim(-0.5, len(tasks) - 0.5)
+        axes.grid(axis="y", alpha=0.3)
+        if tasks is far:
+            axes.set(yscale="log", ylabel="score / min mean")
+            axes.set_yticks([1, 3, 10, 30], ["1", "3", "10", "30"])
+            axes.minorticks_off()
+        else:
+            axes.set_ylabel("score above the min mean, %")
     legend(fig, columns=2)
     return fig
 
 
-muons_report = Report("muons", muons_table, muons_figure, cells=lambda runs: runs)
+muons_report = Report("muons", muons_table, muons_figure)
