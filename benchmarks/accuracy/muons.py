@@ -23,6 +23,8 @@ from benchmarks.accuracy.scale_contenders import (
     MUON_MADAM,
     MUON_MADAM_8,
     ON_CODES,
+    TWIN,
+    TWO_BYTES,
     Row,
     next_rate,
     times,
@@ -56,6 +58,8 @@ ROWS = {
     ON_CODES: _row(ON_CODES, _LADDER, **_PLAIN),
     MUON_MADAM: _row(MUON_MADAM, _MADAMS),
     MUON_MADAM_8: _row(MUON_MADAM_8, _MADAMS),
+    TWIN: _row(TWIN, _LADDER, weight_decay=0.0),
+    TWO_BYTES: _row(TWO_BYTES, _LADDER, weight_decay=0.0),
 }
 
 
@@ -155,12 +159,10 @@ FACTORS: Mapping[str, Mapping[str, Contender]] = {
         "decay 0.1": _row(MUON_MADAM, _MADAMS, weight_decay=0.1),
         "rms as Muon's": _of(_steps(_muons)),
         "Adam for the rest": _of(_steps(), _adam),
-        "Adam without momentum for the rest": _of(_steps(), partial(_adam, b1=0.0)),
         "steps add, Adam for the rest": _of(_steps(floor=100), _adam),
     },
     MUON: {
         AS_IT_IS: ROWS[MUON],
-        "decay 0.1": _row(MUON, _LADDER, beta=0.95, weight_decay=0.1),
         "bound as muon_madam's": Contender(_bounded_muon),
         "rms of 1": _of(_same_rms, _adam),
         "Madam for the rest": _of(_muon_matrices),
@@ -168,12 +170,10 @@ FACTORS: Mapping[str, Mapping[str, Contender]] = {
     MUON_MADAM_8: {
         AS_IT_IS: ROWS[MUON_MADAM_8],
         "Adam for the rest": replace(_of(_native, _adam_on_codes), format=SYMLOG_8),
-        "bound of 10": replace(ROWS[MUON_MADAM_8], p_scale=10.0),
     },
     ON_CODES: {
         AS_IT_IS: ROWS[ON_CODES],
         "Madam for the rest": Contender(_muon_and_madam, format=SYMLOG_8),
-        "bound of 10": replace(ROWS[ON_CODES], p_scale=10.0),
     },
 }
 # The row that has the other part for what is no matrix.

@@ -195,8 +195,8 @@ TASKS: dict[Profile, dict[str, Task]] = {
         ),
         "llama": Task(
             llama,
-            {"context": 32, "width": 64, "layers": 2, "heads": 2, "held_out": 256},
-            _quick(8),
+            {"context": 32, "width": 32, "layers": 2, "heads": 2, "held_out": 128},
+            _quick(4),
         ),
     },
     "full": {
