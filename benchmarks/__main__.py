@@ -33,6 +33,7 @@ from benchmarks.systems.init import init
 from benchmarks.systems.large import large
 from benchmarks.systems.layerwise import layerwise
 from benchmarks.systems.memory import memory
+from benchmarks.systems.others import others
 from benchmarks.systems.speed import speed
 
 app = SubcommandApp()
@@ -66,6 +67,7 @@ for command in (
     smollm,
     finetune,
     minilm,
+    others,
     ideas,
     report,
 ):

@@ -151,7 +151,7 @@ def _as_matrix(leaf: Leaf, below: _Below) -> tuple[Kind, Axes | None]:
         split = _split_convolution(leaf)
     else:
         leaf.core = tuple(i for i in leaf.core if leaf.shape[i] > 1)
-        split = _split(leaf, from_heads)
+        split = _split(leaf, from_heads, below)
     if split is None:
         return "unknown", None
     # A depthwise kernel or a single row would lose everything except its length.
@@ -161,12 +161,14 @@ def _as_matrix(leaf: Leaf, below: _Below) -> tuple[Kind, Axes | None]:
     return "matrix", (inputs, outputs)
 
 
-def _split(leaf: Leaf, from_heads: bool) -> Axes | None:
+def _split(leaf: Leaf, from_heads: bool, below: _Below) -> Axes | None:
     """The core axes that a product sums over, and the core axes of its result."""
     axes, sizes = range(len(leaf.core)), leaf.sizes
     if len(axes) < 3:
-        # PyTorch and Equinox keep the outputs first.
-        return (axes[1:], axes[:1]) if leaf.own == "weight" else (axes[:1], axes[1:])
+        # PyTorch and Equinox keep the outputs first; a bias tells of any layer.
+        known = _outputs_by_bias(leaf)
+        first = leaf.own == "weight" if known is None else known == 0
+        return (axes[1:], axes[:1]) if first else (axes[:1], axes[1:])
     to_heads = like.TO_HEADS.fullmatch(leaf.subject)
     experts = any(map(like.EXPERTS.search, leaf.names)) and not (from_heads or to_heads)
     lora = [x for x in (leaf.owner, leaf.own) if like.LORA.search(x)]
@@ -176,8 +178,14 @@ def _split(leaf: Leaf, from_heads: bool) -> Axes | None:
     if from_heads:
         return axes[-3:-1], axes[-1:]
     if to_heads:
-        # Where keys and values are one leaf, an axis counts the two.
-        if len(axes) == 3 and sizes[0] < 4:
+        # Where keys and values are one leaf, an axis counts the two. Heads may be first.
+        heads_first = any(
+            sizes[0] != x.sizes[-1] == sizes[1]
+            for x in _near(leaf, below)
+            if like.FROM_HEADS.fullmatch(x.subject) and len(x.core) == 3
+            if not like.LORA.search(x.own)
+        )
+        if len(axes) == 3 and (sizes[0] < 4 or heads_first):
             return axes[1:2], axes[2:]
         counted = len(axes) == 4 and sizes[1] in (2, 3) and sizes[0] > 3
         return (axes[:1] if counted else axes[-3:-2]), axes[-2:]
@@ -194,13 +202,25 @@ def _split(leaf: Leaf, from_heads: bool) -> Axes | None:
     return None
 
 
+def _outputs_by_bias(leaf: Leaf) -> int | None:
+    """The only core axis as long as the bias of a layer with one weight, if it is."""
+    several = [x for x in leaf.siblings if len(x.core) > 1 and not x.is_vector]
+    biases = [x.sizes for x in leaf.siblings if like.BIAS.fullmatch(x.own)]
+    if len(several) > 1 or len(biases) != 1 or len(biases[0]) != 1:
+        return None
+    found = [i for i, n in enumerate(leaf.sizes) if n == biases[0][0]]
+    return found[0] if len(found) == 1 else None
+
+
 def _is_convolution(leaf: Leaf) -> bool:
     """Whether a leaf is a kernel by name, or by two or more window axes of one size."""
     sizes = leaf.sizes
     if like.CONVOLUTION.search(leaf.subject):
         return len(sizes) > 2 or min(sizes) < 9  # rank 2: a window of each channel
     windows = sizes[2:] if leaf.own == "weight" else sizes[:-2]
-    other = like.TO_HEADS.fullmatch(leaf.subject) or like.STACK.search(leaf.subject)
+    # Matrices of a stack have a bias each, a convolution has one: "up" may be either.
+    stack = like.STACK.search(leaf.subject) and _outputs_by_bias(leaf) is None
+    other = like.TO_HEADS.fullmatch(leaf.subject) or stack
     return len(windows) > 1 and len(set(windows)) == 1 and windows[0] < 33 and not other
 
 
@@ -209,8 +229,11 @@ def _split_convolution(leaf: Leaf) -> Axes:
     sizes, axes = leaf.sizes, range(len(leaf.core))
     if len(sizes) == 2:
         return (), ()
-    before, behind = math.prod(sizes[:-2]), math.prod(sizes[2:])
-    outputs_first = leaf.own == "weight" or (leaf.own != "kernel" and behind < before)
+    # A window has one size. Where both ends do, the smaller window is the likely one.
+    spread = lambda window: (len(set(window)), math.prod(window))
+    outputs_first = leaf.own == "weight" or (
+        leaf.own != "kernel" and spread(sizes[2:]) < spread(sizes[:-2])
+    )
     windows = sizes[2:] if outputs_first else sizes[:-2]
     if len(set(windows)) > 1 and any(map(like.LAYERS.fullmatch, leaf.names)):
         axes, sizes = axes[1:], sizes[1:]  # The first counts layers.
