@@ -178,14 +178,8 @@ def _split(leaf: Leaf, from_heads: bool, below: _Below) -> Axes | None:
     if from_heads:
         return axes[-3:-1], axes[-1:]
     if to_heads:
-        # Where keys and values are one leaf, an axis counts the two. Heads may be first.
-        heads_first = any(
-            sizes[0] != x.sizes[-1] == sizes[1]
-            for x in _near(leaf, below)
-            if like.FROM_HEADS.fullmatch(x.subject) and len(x.core) == 3
-            if not like.LORA.search(x.own)
-        )
-        if len(axes) == 3 and (sizes[0] < 4 or heads_first):
+        # An axis counts keys and values where the two are one leaf. It may count heads.
+        if len(axes) == 3 and (sizes[0] < 4 or _heads_first(leaf, below)):
             return axes[1:2], axes[2:]
         counted = len(axes) == 4 and sizes[1] in (2, 3) and sizes[0] > 3
         return (axes[:1] if counted else axes[-3:-2]), axes[-2:]
@@ -200,6 +194,17 @@ def _split(leaf: Leaf, from_heads: bool, below: _Below) -> Axes | None:
         if count and len(x.sizes) > 1 and sizes[:1] == bias:  # (outputs, 1, 1)
             return axes[1:], axes[:1]
     return None
+
+
+def _heads_first(leaf: Leaf, below: _Below) -> bool:
+    """Whether features of the layer are the second axis, as its last product tells."""
+    out = [
+        x.sizes[-1]
+        for x in _near(leaf, below)
+        if len(x.core) == 3 and like.FROM_HEADS.fullmatch(x.subject)
+        if not like.LORA.search(x.own)
+    ]
+    return any(leaf.sizes[0] != features == leaf.sizes[1] for features in out)
 
 
 def _outputs_by_bias(leaf: Leaf) -> int | None:
@@ -229,11 +234,9 @@ def _split_convolution(leaf: Leaf) -> Axes:
     sizes, axes = leaf.sizes, range(len(leaf.core))
     if len(sizes) == 2:
         return (), ()
-    # A window has one size. Where both ends do, the smaller window is the likely one.
-    spread = lambda window: (len(set(window)), math.prod(window))
-    outputs_first = leaf.own == "weight" or (
-        leaf.own != "kernel" and spread(sizes[2:]) < spread(sizes[:-2])
-    )
+    # A window has one size. Where both ends have, the smaller window is the likely one.
+    before, behind = [(len(set(w)), math.prod(w)) for w in (sizes[:-2], sizes[2:])]
+    outputs_first = leaf.own == "weight" or (leaf.own != "kernel" and behind < before)
     windows = sizes[2:] if outputs_first else sizes[:-2]
     if len(set(windows)) > 1 and any(map(like.LAYERS.fullmatch, leaf.names)):
         axes, sizes = axes[1:], sizes[1:]  # The first counts layers.

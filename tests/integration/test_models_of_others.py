@@ -9,18 +9,17 @@ from importlib.metadata import version
 
 import checkpoints
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 from helpers import is_quantized, needs_hijax, same
-
-import madax
 from zoo import MODELS, PACKAGES
 from zoo.listed import LISTED, leaves_of
 from zoo.loops import OPTIMIZER
 from zoo.other import Layers, apart, error
+
+import madax
 
 pytestmark = [
     needs_hijax,

@@ -2,7 +2,6 @@
 
 import importlib
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from models import with_zeros_drawn
