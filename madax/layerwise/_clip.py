@@ -41,9 +41,9 @@ class Clip(NamedTuple):
         Args:
           grads: of the part.
           own: the norm of the part.
-          seen: the global norm of this step if that is exact, or how many times
-            ``so_far`` it was in the last steps.
-          so_far: the norm of all that this step has found.
+          seen: the global norm of this step for ``"exact"``; for ``"last"`` how many
+            times ``so_far`` it was in the last steps.
+          so_far: the norm of the gradients that this step has computed so far.
         """
         if self.max_norm is None:
             return grads

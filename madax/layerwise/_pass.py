@@ -168,7 +168,7 @@ class Pass:
     ) -> Carry:
         """Differentiates and updates all layers; returns the carry with whole states.
 
-        Norms are computed only if they are asked for. A clip uses ``seen``, known
+        Norms are computed only if they are needed. A clip uses ``seen``, known
         before for each layer, and ``above``, the norms of the stacks after this one.
         """
         depth = depth_of(self.layers)

@@ -27,11 +27,11 @@ def split_layers(model: object, name: str | Sequence[str]) -> SplitLayers:
     ``nnx.BatchNorm`` does to its statistics, is an error.
 
     Layers whose parameters have the same shapes are one stack. They may differ in
-    anything else, as layers of local and of global attention do: each kind of layer is
-    compiled, and runs where it stands in the model. More than 16 kinds are a warning,
-    which names what they differ in. Layers of other shapes, such as mixtures of experts
-    after dense layers, are a stack of their own. Where shapes repeat, in a period of p
-    layers, p of them are one layer: they are decoded together.
+    anything else, for example in local and global attention: each kind of layer is
+    compiled, and layers run in the order of the model. More than 16 kinds give a
+    warning, which names what they differ in. Layers of other shapes, such as mixtures
+    of experts after dense layers, are a stack of their own. If shapes repeat with a
+    period of p layers, p of them count as one layer, and are decoded together.
 
     Layers that draw random numbers, such as ``nnx.Dropout``, need a key: pass one to
     the step for the layers, and to ``ends`` for the ends. Without a key they raise an

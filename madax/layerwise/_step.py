@@ -79,14 +79,14 @@ def layerwise(
     With ``max_norm`` gradients are clipped before ``tx`` gets them. Layers are updated
     before the global norm is known, so ``clip_by`` says which norm counts:
 
-    - ``"last"``: the global norm that the last steps let expect: the norm of this
-      step's layers so far, from the last one down, over the fraction of the global norm
-      that it was in the last steps, a moving root mean square with decay 0.9. So no
-      layer passes on a gradient above ``max_norm``. The state has the fractions of all
-      layers, ``"fractions"``, 0 at first.
-    - ``"exact"``: the global norm of this step, as in ``optax.clip_by_global_norm``. A
-      backward pass that updates nothing comes before the other, and takes its time.
-    - ``"layer"``: the norm of each layer for itself, and of the ends for themselves.
+    - ``"last"``: an estimate of the global norm of this step: the norm of this step's
+      layers so far, from the last layer down, divided by the fraction of the global
+      norm that it was in the last steps. So no layer passes on a gradient above
+      ``max_norm``. The state has these fractions, ``"fractions"``, as root mean squares
+      that decay by 0.9 a step, initially 0.
+    - ``"exact"``: the global norm of this step, as in ``optax.clip_by_global_norm``. It
+      takes a second backward pass, without updates, which comes first.
+    - ``"layer"``: the norm of each layer, and of the ends, separately.
 
     Args:
       tx: the optimizer, ``madam`` or ``with_quantized_params(optax.adam(1e-3))``; its

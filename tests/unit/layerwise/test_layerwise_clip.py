@@ -90,18 +90,11 @@ def test_a_step_is_taken_to_have_the_proportions_of_the_last_ones():
 @pytest.mark.parametrize("clip_by", ["exact", "last", "layer"])
 def test_two_stacks_are_clipped_as_one(clip_by):
     params = layers.weights()
-    halves = [
-        jax.tree.map(lambda x, i=i: x[i : i + 1], params["layers"]) for i in (0, 1)
-    ]
-    names = "a", "b"
-    two = params | {"layers": dict(zip(names, halves, strict=True))}
+    half = lambda i: jax.tree.map(lambda x: x[i : i + 1], params["layers"])
+    two = params | {"layers": {"a": half(0), "b": half(1)}}
+    embed, layer, loss = layers.FUNCTIONS
     init, step = madax.layerwise(
-        SGD,
-        layers.embed,
-        dict.fromkeys(names, layers.layer),
-        layers.loss,
-        max_norm=MAX,
-        clip_by=clip_by,
+        SGD, embed, {"a": layer, "b": layer}, loss, max_norm=MAX, clip_by=clip_by
     )
     one, _, expected = layers.trained(*clipped(clip_by), params)
     two, _, losses = layers.trained(init, step, two)
