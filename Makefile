@@ -12,7 +12,7 @@ AWAY := $(abspath build/away)
 TESTS ?= tests
 
 .PHONY: demo notebooks docs test test-wheel test-sdist test-floor test-matrix
-.PHONY: test-nightly test-tunix lint hooks
+.PHONY: test-nightly test-tunix test-models lint hooks
 .PRECIOUS: $(VENV)/.%
 .DELETE_ON_ERROR:
 
@@ -82,12 +82,26 @@ test-nightly: $(VENV)/.test
 		tests/search
 	MADAX_SMOKE=1 $(BIN)/python -m pytest -n auto --nbmake notebooks/*.ipynb
 	$(MAKE) test-tunix
+	$(MAKE) test-models
 	$(MAKE) test-floor
 
 # Models and the trainer of Tunix, whose pins are its own.
 test-tunix:
 	$(MAKE) .venv-tunix/.tunix VENV=.venv-tunix
 	.venv-tunix/bin/python -m pytest -m nightly tests/integration/test_*_tunix.py
+
+# Models of others, in environments that their pins fit, and the table on their page.
+# Bonsai is no package: BONSAI is the folder of a clone.
+BONSAI ?=
+test-models: $(VENV)/.benchmarks
+	mkdir -p build/models
+	for name in tunix gemma models; do \
+		$(MAKE) .venv-$$name/.$$name VENV=.venv-$$name; \
+		PYTHONPATH=$(BONSAI) .venv-$$name/bin/python -m pytest -m nightly \
+			-o junit_family=xunit1 --junitxml build/models/$$name.xml \
+			tests/integration/test_models_of_others.py; \
+	done
+	$(BIN)/python -m benchmarks others build/models/*.xml
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
