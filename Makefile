@@ -95,13 +95,12 @@ test-tunix:
 BONSAI ?=
 test-models: $(VENV)/.benchmarks
 	mkdir -p build/models
-	for name in tunix gemma models; do \
+	status=0; for name in tunix gemma models; do \
 		$(MAKE) .venv-$$name/.$$name VENV=.venv-$$name; \
 		PYTHONPATH=$(BONSAI) .venv-$$name/bin/python -m pytest -m nightly \
 			-o junit_family=xunit1 --junitxml build/models/$$name.xml \
-			tests/integration/test_models_of_others.py; \
-	done
-	$(BIN)/python -m benchmarks others build/models/*.xml
+			tests/integration/test_models_of_others.py || status=1; \
+	done; $(BIN)/python -m benchmarks others build/models/*.xml && exit $$status
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
