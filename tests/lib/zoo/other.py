@@ -71,7 +71,9 @@ def apart(model):
     """The parameters of a model as a tree of arrays, and the way back."""
     if isinstance(model, nnx.Module):
         graph, params, rest = nnx.split(model, nnx.Param, ...)
-        return params, lambda params: nnx.merge(graph, params, rest)
+        # Variables of their own for each merged model, which may write to them.
+        new = lambda: jax.tree.map(lambda x: x, rest)
+        return params, lambda params: nnx.merge(graph, params, new())
     leaves, treedef = jax.tree.flatten(model)
     at = [i for i, x in enumerate(leaves) if hasattr(x, "dtype")]
 
