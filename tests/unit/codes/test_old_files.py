@@ -64,5 +64,7 @@ def test_codes_of_0_2_come_back(name):
 
 def test_codes_of_a_format_that_is_gone_are_refused():
     arrays = {"w/codes:CubicFormat(bits=8)": np.ones(3, np.int8)}
-    with pytest.raises(ValueError, match=r"CubicFormat.*no number format of this ver"):
+    with pytest.raises(
+        ValueError, match=r"CubicFormat.*is not a number format of this ver"
+    ):
         madax.from_flat_dict(arrays | {"w/scale": np.ones(1, np.float32)})

@@ -174,7 +174,7 @@ def test_an_optimizer_of_floats_is_an_error(params):
 def test_a_tree_without_codes_is_an_error(params):
     tx = madax.hijax.optimizer(madax.madam(0.1))
     floats = {"w": jnp.ones((8, 8))}
-    with refused(ValueError, "params hold no lifted codes; pass the tree"):
+    with refused(ValueError, "params hold no lifted codes; pass those that"):
         tx.init(floats)
     with refused(ValueError, "no codes to lift; call madax.quantize_params"):
         madax.hijax.lift(floats)
