@@ -17,7 +17,7 @@ SMOLLM = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 TESTS ?= tests
 
 .PHONY: demo notebooks docs test test-wheel test-sdist test-floor test-matrix
-.PHONY: test-nightly test-trainers lint hooks
+.PHONY: test-nightly test-trainers test-models lint hooks
 .PRECIOUS: $(VENV)/.%
 .DELETE_ON_ERROR:
 
@@ -89,6 +89,7 @@ test-nightly: $(VENV)/.test
 	$(SMOLLM)
 	MADAX_SMOKE=1 $(BIN)/python -m pytest -n auto --nbmake notebooks/*.ipynb
 	$(MAKE) -k test-trainers
+	$(MAKE) test-models
 	$(MAKE) test-floor
 
 # Trainers and models of others, each in an environment of its own, as its pins want it.
@@ -99,6 +100,18 @@ $(TRAINERS): test-%:
 	$(MAKE) .venv-$*/.$* VENV=.venv-$*
 	.venv-$*/bin/python -m pytest -W default -m nightly \
 		tests/integration/test_*_$*.py
+
+# Models of others, in environments that their pins fit, and the table on their page.
+# Bonsai is no package: BONSAI is the folder of a clone.
+BONSAI ?=
+test-models: $(VENV)/.benchmarks
+	mkdir -p build/models
+	status=0; for name in tunix gemma models; do \
+		$(MAKE) .venv-$$name/.$$name VENV=.venv-$$name; \
+		PYTHONPATH=$(BONSAI) .venv-$$name/bin/python -m pytest -m nightly \
+			-o junit_family=xunit1 --junitxml build/models/$$name.xml \
+			tests/integration/test_models_of_others.py || status=1; \
+	done; $(BIN)/python -m benchmarks others build/models/*.xml && exit $$status
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .

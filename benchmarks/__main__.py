@@ -35,6 +35,7 @@ from benchmarks.systems.large import large
 from benchmarks.systems.layerwise import layerwise
 from benchmarks.systems.memory import memory
 from benchmarks.systems.ordinary import ordinary
+from benchmarks.systems.others import others
 from benchmarks.systems.speed import speed
 
 app = SubcommandApp()
@@ -70,6 +71,7 @@ for command in (
     smollm,
     finetune,
     minilm,
+    others,
     ideas,
     report,
 ):

@@ -29,6 +29,7 @@ from benchmarks.systems.large import large_report
 from benchmarks.systems.layerwise import layerwise_report
 from benchmarks.systems.memory import memory_report
 from benchmarks.systems.ordinary import ordinary_report
+from benchmarks.systems.others import others_report
 from benchmarks.systems.speed import speed_report
 
 REPORTS = (
@@ -45,6 +46,7 @@ REPORTS = (
     newton_schulz_report,
     init_report,
     layerwise_report,
+    others_report,
     llama_report,
     clip_report,
     scale_report,

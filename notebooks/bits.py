@@ -14,12 +14,12 @@
 # %% [markdown]
 # # Bits
 #
-# How few bits a weight needs, when there is no other copy of it. A format is a grid of
-# values; a step that is smaller than the grid has to be rounded. What matters is, in
-# this order: how it is rounded, how many bits there are, and which grid they make.
+# How few bits does a weight need if there is no other copy of it? A format is a grid of
+# values, and a step smaller than the grid has to be rounded. Three things matter, in
+# this order: how steps are rounded, the number of bits, and the grid.
 #
-# It reads the records of this repository, with its `benchmarks`: run it in a clone. To
-# copy from, take the notebook *quick_start*.
+# It reads the records of this repository, so run it in a clone. To copy from, take the
+# notebook *quick_start*.
 
 # %%
 import os
@@ -61,20 +61,21 @@ for row, fmt in enumerate(formats.values()):
     axes.plot(values, np.full(values.shape, -row), "|", ms=18, c="black")
 axes.set_yticks([0, -1, -2], formats)
 axes.set(xlabel="weight / scale", ylim=(-2.6, 0.6))
+axes.set_title("The log grid leaves a gap at zero, which the others fill")
 plt.show()
 
 # %% [markdown]
 # ## Steps that are smaller than the grid
 #
-# Ten steps down a constant gradient should shrink each weight by ten times the rate.
-# With nearest rounding, as in bfloat16, small steps are lost. Stochastic rounding takes
+# Ten steps along a constant gradient should shrink each weight by ten times the rate.
+# With nearest rounding, as in bfloat16, small steps are lost. Stochastic rounding moves
 # a whole code with the right probability, so that the mean is right at any rate.
 
 # %%
 stall_figure(records.read(RESULTS / "stall" / "stall.jsonl"))
 
 # %% [markdown]
-# The same in small: a weight that should move by 0.3 codes per step, for 100 steps.
+# An example: weights that should move by 0.3 codes per step, for 100 steps.
 
 # %%
 fmt = madax.LogFormat.from_dynamic_range(bits=8, ratio=100)
@@ -94,6 +95,7 @@ for rounding, line in (("nearest", "--"), ("stochastic", "-")):
 exact = -0.3 * fmt.base_step * np.arange(1, steps + 1)
 axes.plot(exact, ":", c="black", label="exact")
 axes.set(xlabel="step", ylabel="change of log weight, nats")
+axes.set_title("Nearest rounding stands still, stochastic rounding does not")
 axes.legend()
 axes.grid(alpha=0.3)
 plt.show()
@@ -101,8 +103,8 @@ plt.show()
 # %% [markdown]
 # ## What it costs in accuracy
 #
-# `python -m benchmarks bits --profile full`: all of Fashion-MNIST, no tuning, Madam and
-# Adam on the same formats, rounding and seeds.
+# `python -m benchmarks bits --profile full` trains on all of Fashion-MNIST without
+# tuning, with the same formats, rounding and seeds for Madam and Adam.
 
 # %%
 runs = records.read(RESULTS / "bits" / "bits.jsonl")
@@ -113,8 +115,8 @@ bits.bits_figure(runs)
 Markdown(bits.bits_table(runs))
 
 # %% [markdown]
-# Stochastic rounding does most of the work. With it, 16 bits lose nothing and 8 bits
-# little, under either optimizer; without it, few bits hardly train. The logarithmic
-# grid is the natural one for multiplicative steps, as a step is an addition of
-# integers; it is not the most accurate: at 4 and 6 bits uniform codes are better, and
-# `SymlogFormat`, which can cross zero, is the best 8-bit format for Madam.
+# Stochastic rounding matters most. With it, 16 bits lose nothing and 8 bits little,
+# with either optimizer; without it, few bits hardly train. The logarithmic grid is
+# natural for multiplicative steps, which are additions of integers there, but it is not
+# the most accurate: at 4 and 6 bits uniform codes are better, and `SymlogFormat`, which
+# can cross zero, is the best 8-bit format for Madam.

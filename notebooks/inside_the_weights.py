@@ -14,13 +14,13 @@
 # %% [markdown]
 # # Inside the weights
 #
-# A multiplicative step is an addition to $\log|w|$. Adding many small numbers that are
-# nearly independent makes a bell curve of $\log|w|$, that is a log-normal distribution
-# of weights, as one finds in the sizes of synapses. This notebook looks at what Madam
-# does to weights, in float32 and on codes of 8 bits, with Adam beside it.
+# A multiplicative step is an addition to $\log|w|$. The sum of many small, nearly
+# independent numbers has a bell curve, so weights become log-normal, like the sizes of
+# synapses. This notebook shows what Madam does to weights, in float32 and on codes of 8
+# bits, beside Adam.
 #
-# It takes its data and network from this repository's `benchmarks`: run it in a clone.
-# To copy from, take the notebook *quick_start*.
+# It takes its data and network from this repository's `benchmarks`, so run it in a
+# clone. To copy from, take the notebook *quick_start*.
 
 # %%
 import os
@@ -91,10 +91,11 @@ pd.DataFrame(
 # %% [markdown]
 # ## log|w| against a log-normal
 #
-# In grey the weights before training; the line is the normal distribution of the same
-# mean and spread as the trained $\log|w|$. At init weights are normal, so small ones
-# are far more common than in a log-normal: a long tail to the left. Madam spreads
-# $\log|w|$, and stops weights on the right, at three times the initial size: the peak.
+# Grey shows the weights before training; the dotted line is the normal distribution
+# with the mean and spread of the trained $\log|w|$. At init weights are normal, so
+# small weights are far more common than in a log-normal: a long tail to the left. Madam
+# spreads $\log|w|$. Its bound stops weights at three times their initial size, which is
+# the peak on the right.
 
 # %%
 KERNEL = "linear2/kernel"
@@ -129,17 +130,18 @@ for axes, (name, (params, _)) in zip(panels, trained.items(), strict=True):
     axes.set_xlabel("log (|w| / initial size), nats")
 panels[0].set_ylabel("density")
 panels[0].legend(fontsize=8)
+fig.suptitle("Madam moves log|w| towards a bell curve, and Adam leaves it as it was")
 plt.show()
 
 # %% [markdown]
-# It is a push towards a bell curve, not there yet: in a run of this length the skewness
-# of Madam's weights moves towards 0, Adam's stays.
+# It is only a push towards a bell curve: in a run of this length the skewness of
+# Madam's weights moves towards 0, and the skewness of Adam's stays.
 
 # %% [markdown]
 # ## Signs
 #
-# The paper's rule never changes the sign of a weight: what a network learns, it learns
-# with the signs it was born with. A floor lets small weights cross zero.
+# The paper's rule never changes the sign of a weight: a network learns with the signs
+# that it has at init. A floor lets small weights cross zero.
 
 # %%
 pd.DataFrame(
@@ -158,9 +160,9 @@ pd.DataFrame(
 # %% [markdown]
 # ## How many levels a weight uses
 #
-# Codes of 8 bits have 127 levels a sign. How many are in use, and how many bits are in
-# them? The entropy of the codes of a layer is what a perfect code would need a weight,
-# sign included.
+# Codes of 8 bits have 127 levels per sign. How many are in use, and how much
+# information do they hold? The entropy of a layer's codes is the number of bits per
+# weight that a perfect compression needs, sign included.
 
 # %%
 codes, state = trained["madam, 8 bits"]
@@ -190,17 +192,18 @@ fig, axes = plt.subplots(figsize=(9, 3), layout="constrained")
 counts = occupancy[KERNEL]
 levels = counts.shape[0] // 2
 axes.bar(np.arange(-levels, levels + 1), counts, width=1, color="#d55e00")
-axes.set(xlabel="code", ylabel="weights", title=f"{KERNEL}, LogFormat of 8 bits")
+axes.set(xlabel="code", ylabel="weights")
+axes.set_title(f"{KERNEL} in LogFormat(8): few weights have codes near zero")
 plt.show()
 
 # %% [markdown]
 # ## Synapses
 #
-# Bartol et al. (2015) measured pairs of synapses of the same two cells, which have the
-# same history and should be of the same strength. From how much they differ they found
-# that at least 26 strengths can be told apart: $\log_2 26 \approx 4.7$ bits a synapse.
-# And the sizes are spread log-normally, as multiplicative learning would leave them.
-# So ask the network: with the grid made coarser after training, when does it fail?
+# Bartol et al. (2015) measured pairs of synapses between the same two cells, which have
+# the same history and should have the same strength. Their differences show that at
+# least 26 strengths can be told apart: $\log_2 26 \approx 4.7$ bits per synapse. The
+# sizes are log-normal, as after multiplicative learning. So if the grid of a trained
+# network is made coarser, when does it fail?
 
 # %%
 weights = madax.dequantize_params(trained["madam"][0])
@@ -224,8 +227,8 @@ for sizes in (3, 7, 15, 26, 63, 127):
 pd.DataFrame(rows, columns=["sizes", "bits", "accuracy of the trained network"])
 
 # %% [markdown]
-# As many sizes as a synapse has are enough to *store* what Madam learned. To *learn* on
-# so few takes stochastic rounding: see the notebook *bits*.
+# The number of sizes of a synapse is enough to *store* what Madam learned. To *learn*
+# on such a coarse grid takes stochastic rounding: see the notebook *bits*.
 #
 # Bartol et al., [Nanoconnectomic upper bound on the variability of synaptic
 # plasticity](https://doi.org/10.7554/eLife.10778), eLife 2015.

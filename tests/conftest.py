@@ -7,11 +7,13 @@ Each file has one subject, which its first lines state:
 - ``search/``: random trees, formats, hyperparameters and layouts, judged by an oracle;
 - ``programs/``: a mesh, other processes and other compilers get the same bits, and
   compilers make no more of a step than they did;
-- ``integration/``: Flax, optax's wrappers and own tests, checkpoints, whole trainings;
+- ``integration/``: Flax, optax's wrappers and own tests, checkpoints, models and
+  trainers of others, whole trainings;
 - ``benchmarks/``, ``pages/``: what those folders hold runs, and says what is so;
 - ``lib/``: what several files need, as no test file imports another. ``oracle`` has the
   formulas in plain NumPy, ``cases`` the formats and optimizers by name, ``helpers``
-  equality to the bit; ``meshes``, ``layers``, ``drawn`` make what is trained.
+  equality to the bit; ``meshes``, ``layers``, ``drawn`` make what is trained,
+  and ``zoo`` has models of others.
 
 All tests have eight CPU devices; arrays are on the first unless they are put elsewhere.
 

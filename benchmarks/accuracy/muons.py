@@ -152,28 +152,33 @@ _native = partial(madax.muon_madam, matrices=_last_axes, moment_format=MOMENTS_8
 
 # What is changed, by row.
 FACTORS: Mapping[str, Mapping[str, Contender]] = {
-    MUON_MADAM: {
-        AS_IT_IS: ROWS[MUON_MADAM],
-        "steps add": _of(_steps(floor=100)),
-        "no bound": _row(MUON_MADAM, _MADAMS, p_scale=np.inf),
-        "decay 0.1": _row(MUON_MADAM, _MADAMS, weight_decay=0.1),
-        "rms as Muon's": _of(_steps(_muons)),
-        "Adam for the rest": _of(_steps(), _adam),
-        "steps add, Adam for the rest": _of(_steps(floor=100), _adam),
-    },
     MUON: {
         AS_IT_IS: ROWS[MUON],
         "bound as muon_madam's": Contender(_bounded_muon),
-        "rms of 1": _of(_same_rms, _adam),
         "Madam for the rest": _of(_muon_matrices),
+        "rms of 1": _of(_same_rms, _adam),
+    },
+    ON_CODES: {
+        AS_IT_IS: ROWS[ON_CODES],
+        "bound of 10": replace(ROWS[ON_CODES], p_scale=10.0),
+        "Madam for the rest": Contender(_muon_and_madam, format=SYMLOG_8),
+    },
+    MUON_MADAM: {
+        AS_IT_IS: ROWS[MUON_MADAM],
+        "Adam for the rest": _of(_steps(), _adam),
+        "steps add": _of(_steps(floor=100)),
+        "steps add, no bound, Adam for the rest": _of(
+            _steps(floor=100, p_scale=np.inf), _adam
+        ),
+        "steps add, Adam for the rest": _of(_steps(floor=100), _adam),
+        "rms as Muon's": _of(_steps(_muons)),
+        "no bound": _row(MUON_MADAM, _MADAMS, p_scale=np.inf),
+        "decay 0.1": _row(MUON_MADAM, _MADAMS, weight_decay=0.1),
     },
     MUON_MADAM_8: {
         AS_IT_IS: ROWS[MUON_MADAM_8],
         "Adam for the rest": replace(_of(_native, _adam_on_codes), format=SYMLOG_8),
-    },
-    ON_CODES: {
-        AS_IT_IS: ROWS[ON_CODES],
-        "Madam for the rest": Contender(_muon_and_madam, format=SYMLOG_8),
+        "bound of 10": replace(ROWS[MUON_MADAM_8], p_scale=10.0),
     },
 }
 # The row that has the other part for what is no matrix.
@@ -203,15 +208,14 @@ def muons(options: Flags, *, factors: tuple[str, ...] = SIX) -> None:
     raw = options.folder / "muons.jsonl"
     names = options.workloads or (SIX[:1] if options.profile == "smoke" else SIX)
     tasks = replace(options, workloads=names).tasks()
-    for task in tasks:
-        bench = Bench(raw, task, task.make(options.data))
+    benches = [Bench(raw, task, task.make(options.data)) for task in tasks]
+    for bench in benches:
         for name, row in ROWS.items():
             bench.run(name, row, [bench.tuned(name, row)], SEEDS)
-    for name, task in zip(names, tasks, strict=True):
-        if name in factors:
-            bench = Bench(raw, task, task.make(options.data))
-            for base, changes in FACTORS.items():
-                for change, contender in changes.items():
+    for base, changes in FACTORS.items():
+        for change, contender in changes.items():
+            for name, bench in zip(names, benches, strict=True):
+                if name in factors:
                     points = bench.beside(base, change)
                     bench.run(f"{base}: {change}", contender, points, FACTOR_SEEDS)
     print(muons_report(options.folder))

@@ -144,6 +144,7 @@ def floored_steps(
     rate: optax.Schedule,
     *,
     floor: float = 1.0,
+    p_scale: float | None = None,
 ) -> optax.GradientTransformation:
     """Madam's steps with a floor, in any direction, clipped as Madam clips it.
 
@@ -155,7 +156,7 @@ def floored_steps(
         direction,
         optax.scale_by_learning_rate(lambda count: rate(count) / relative),
         madax.scale_by_sign_log(floor=floor),
-        madax.clip_log_weights(),
+        madax.clip_log_weights(p_scale),
     )
 
 

@@ -152,7 +152,7 @@ def _as_matrix(leaf: Leaf, below: _Below) -> tuple[Kind, Axes | None]:
         split = _split_convolution(leaf)
     else:
         leaf.core = tuple(i for i in leaf.core if leaf.shape[i] > 1)
-        split = _split(leaf, from_heads)
+        split = _split(leaf, from_heads, below)
     if split is None:
         return "unknown", None
     # A depthwise kernel or a single row would lose everything except its length.
@@ -162,12 +162,14 @@ def _as_matrix(leaf: Leaf, below: _Below) -> tuple[Kind, Axes | None]:
     return "matrix", (inputs, outputs)
 
 
-def _split(leaf: Leaf, from_heads: bool) -> Axes | None:
+def _split(leaf: Leaf, from_heads: bool, below: _Below) -> Axes | None:
     """Returns the core axes that a product sums over, and the axes of its result."""
     axes, sizes = range(len(leaf.core)), leaf.sizes
     if len(axes) < 3:
-        # PyTorch and Equinox keep the outputs first.
-        return (axes[1:], axes[:1]) if leaf.own == "weight" else (axes[:1], axes[1:])
+        # PyTorch and Equinox keep the outputs first; a bias tells of any layer.
+        known = _outputs_by_bias(leaf)
+        first = leaf.own == "weight" if known is None else known == 0
+        return (axes[1:], axes[:1]) if first else (axes[:1], axes[1:])
     to_heads = like.TO_HEADS.fullmatch(leaf.subject)
     experts = any(map(like.EXPERTS.search, leaf.names)) and not (from_heads or to_heads)
     lora = [x for x in (leaf.owner, leaf.own) if like.LORA.search(x)]
@@ -177,8 +179,8 @@ def _split(leaf: Leaf, from_heads: bool) -> Axes | None:
     if from_heads:
         return axes[-3:-1], axes[-1:]
     if to_heads:
-        # Where keys and values share a leaf, an axis of size 2 counts them.
-        if len(axes) == 3 and sizes[0] < 4:
+        # An axis counts keys and values where the two are one leaf. It may count heads.
+        if len(axes) == 3 and (sizes[0] < 4 or _heads_first(leaf, below)):
             return axes[1:2], axes[2:]
         counted = len(axes) == 4 and sizes[1] in (2, 3) and sizes[0] > 3
         return (axes[:1] if counted else axes[-3:-2]), axes[-2:]
@@ -195,13 +197,36 @@ def _split(leaf: Leaf, from_heads: bool) -> Axes | None:
     return None
 
 
+def _heads_first(leaf: Leaf, below: _Below) -> bool:
+    """Whether features of the layer are the second axis, as its last product tells."""
+    out = [
+        x.sizes[-1]
+        for x in _near(leaf, below)
+        if len(x.core) == 3 and like.FROM_HEADS.fullmatch(x.subject)
+        if not like.LORA.search(x.own)
+    ]
+    return any(leaf.sizes[0] != features == leaf.sizes[1] for features in out)
+
+
+def _outputs_by_bias(leaf: Leaf) -> int | None:
+    """The only core axis as long as the bias of a layer with one weight, if it is."""
+    several = [x for x in leaf.siblings if len(x.core) > 1 and not x.is_vector]
+    biases = [x.sizes for x in leaf.siblings if like.BIAS.fullmatch(x.own)]
+    if len(several) > 1 or len(biases) != 1 or len(biases[0]) != 1:
+        return None
+    found = [i for i, n in enumerate(leaf.sizes) if n == biases[0][0]]
+    return found[0] if len(found) == 1 else None
+
+
 def _is_convolution(leaf: Leaf) -> bool:
     """Returns whether a leaf is a convolution, by its name or its window axes."""
     sizes = leaf.sizes
     if like.CONVOLUTION.search(leaf.subject):
         return len(sizes) > 2 or min(sizes) < 9  # rank 2: a window of each channel
     windows = sizes[2:] if leaf.own == "weight" else sizes[:-2]
-    other = like.TO_HEADS.fullmatch(leaf.subject) or like.STACK.search(leaf.subject)
+    # Matrices of a stack have a bias each, a convolution has one: "up" may be either.
+    stack = like.STACK.search(leaf.subject) and _outputs_by_bias(leaf) is None
+    other = like.TO_HEADS.fullmatch(leaf.subject) or stack
     return len(windows) > 1 and len(set(windows)) == 1 and windows[0] < 33 and not other
 
 
@@ -210,7 +235,8 @@ def _split_convolution(leaf: Leaf) -> Axes:
     sizes, axes = leaf.sizes, range(len(leaf.core))
     if len(sizes) == 2:
         return (), ()
-    before, behind = math.prod(sizes[:-2]), math.prod(sizes[2:])
+    # A window has one size. Where both ends have, the smaller window is the likely one.
+    before, behind = [(len(set(w)), math.prod(w)) for w in (sizes[:-2], sizes[2:])]
     outputs_first = leaf.own == "weight" or (leaf.own != "kernel" and behind < before)
     windows = sizes[2:] if outputs_first else sizes[:-2]
     if len(set(windows)) > 1 and any(map(like.LAYERS.fullmatch, leaf.names)):

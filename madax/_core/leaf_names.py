@@ -21,7 +21,7 @@ def _name(pattern: str) -> re.Pattern[str]:
 GENERIC = _name(r"kernels?|weights?|w|params|lora|(\w+_)?lora_[ab]|layers|~|")
 NORM = _name(r"\w*norm(_(?!proj|linear|mlp)[a-z]+)?|(\w+_)?(ln|bn)(_[a-z]+)?")
 OF_NORM = _name(r"weight|w|g|b")
-VECTOR = _name(r"(\w+_|layer)?(bias|scale|offset|gamma|beta|gain)(e?s)?")
+VECTOR = _name(r"(\w+_|layer)?(bias|scale|offset|gamma|beta|gain)(e?s)?|r_k")
 # Rates of state-space models: logarithms, or numbers of one sign.
 RATE = _name(r"\w+_log|log_\w+|lambda(_\w+)?")
 B = _name("b")

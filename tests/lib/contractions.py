@@ -9,13 +9,14 @@ from jax.extend.core import Literal
 from madax._core.names import flatten_named
 
 # What leaves the axes of an array where they are.
-_SAME = {"convert_element_type", "copy", "sharding_constraint", "slice"}
+_SAME = {"convert_element_type", "copy", "rev", "sharding_constraint", "slice"}
 
 
 def contractions(function, params):
     """For each path of ``params``: what products do with that leaf.
 
-    ``"0>12"`` is a product that sums over axis 0 and keeps the axes 1 and 2;
+    ``"0>12"`` is a product that sums over axis 0 and keeps the axes 1 and 2, as a
+    convolution does, too; ``"depthwise"`` is a convolution of each channel for itself,
     ``"lookup"`` takes rows of a table. Each is listed once, in alphabetical order; axes
     that count matrices on both sides of a product stand in neither part.
     """
@@ -55,6 +56,13 @@ def _through(eqn, known, used):
         for side, leaf in enumerate(known[:2]):
             if leaf:
                 _record(leaf, *_summed(name, params, side), used)
+        return None
+    if name == "conv_general_dilated" and known[1]:
+        out, into, *window = params["dimension_numbers"].rhs_spec
+        if params["feature_group_count"] == eqn.invars[1].aval.shape[out] > 1:
+            used[known[1][0]].add("depthwise")
+        else:
+            _record(known[1], (into, *window), (), used)
         return None
     first = next(filter(None, known))
     if name == "gather":

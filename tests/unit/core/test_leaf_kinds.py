@@ -56,6 +56,13 @@ MODELS = {
         "layer_1/moe/linear": ((E, F, D), "1 2"),
         "layer_1/moe/router_logits": ((D, E), None),
     },
+    "KerasHub: Gemma": {
+        "decoder_block_0/attention/query/kernel": ((8, D, H), "1 2"),
+        "decoder_block_0/attention/key/kernel": ((4, D, H), "1 2"),
+        "decoder_block_0/attention/attention_output/kernel": ((8, H, D), "01 2"),
+        "decoder_block_0/ffw_gating/kernel": ((D, F), "0 1"),
+        "decoder_block_0/ffw_linear/kernel": ((F, D), "0 1"),
+    },
     "MaxText, scanned on axis 1": {
         "params/token_embedder/embedding": ((V, D), None),
         "params/decoder/layers/mlp/wi_0/kernel": ((D, L, F), "0 2"),
@@ -210,6 +217,10 @@ MODELS = {
         "Conv3D_0/kernel": ((3, 3, 3, 16, 32), "0123 4"),
         "depthwise/kernel": ((7, 7, 1, 96), None),
         "dwconv/weight": ((96, 1, 7, 7), None),
+        "depthwise_conv/w": ((3, 3, 1, 8), None),
+        "wide_conv/w": ((7, 7, 3, 8), "012 3"),
+        "up/kernel": ((2, 2, 32, 16), "012 3"),
+        "up/bias": ((16,), None),
         "layers/conv/kernel": ((2, 3, 3, 16, 32), "123 4"),
         "blocks/conv1d/kernel": ((2, 5, 16, 32), "12 3"),
     },
@@ -286,6 +297,28 @@ def read(tree):
 def test_models_are_read_as_their_authors_meant_them(model):
     expected = {path: axes for path, (_, axes) in MODELS[model].items()}
     assert read(structs(MODELS[model])) == expected
+
+
+def test_a_bias_tells_the_outputs_of_a_layer_with_one_weight():
+    shapes = {
+        "c_fc/kernel": (F, D),
+        "c_fc/bias": (F,),
+        "linear/weight": (D, F),
+        "linear/bias": (F,),
+        "plain/weight": (F, D),
+        "both/w1": (D, F),
+        "both/b1": (F,),
+        "both/w2": (F, D),
+    }
+    found = dict(zip(shapes, read_leaves(list(shapes), shapes.values()), strict=True))
+    rows = {path: list(x.axes[0]) for path, x in found.items() if x.axes}
+    assert rows == {
+        "c_fc/kernel": [1],
+        "linear/weight": [0],
+        "plain/weight": [1],
+        "both/w1": [0],
+        "both/w2": [0],
+    }
 
 
 def test_the_table_has_leaves_of_many_models():
