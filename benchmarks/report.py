@@ -8,7 +8,7 @@ from benchmarks.accuracy.choose import choose_report
 from benchmarks.accuracy.demo import demo_report
 from benchmarks.accuracy.depth import depth_report
 from benchmarks.accuracy.finetune import finetune_report
-from benchmarks.accuracy.llama_report import llama_report
+from benchmarks.accuracy.llama_report import clip_report, llama_report
 from benchmarks.accuracy.lr_sensitivity import lr_sensitivity_report
 from benchmarks.accuracy.minilm import minilm_report
 from benchmarks.accuracy.moments import hard_report, moments_report
@@ -48,6 +48,7 @@ REPORTS = (
     layerwise_report,
     others_report,
     llama_report,
+    clip_report,
     scale_report,
     smollm_report,
     finetune_report,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import madax
 from benchmarks.accuracy.llama_contenders import CLIPPED, CONTENDERS, LONG
-from benchmarks.accuracy.llama_report import best_runs, llama_report
+from benchmarks.accuracy.llama_report import best_runs, clip_report, llama_report
 from benchmarks.data.text import Text, text
 from benchmarks.lib import records
 from benchmarks.lib.choices import check_choices
@@ -100,7 +100,7 @@ def llama(
         for name in rows or (LONG if profile in ("long", "full") else CONTENDERS):
             for settings in _tuning(raw, source, name, budget):
                 records.append(raw, settings | train(**settings))
-    print(llama_report(folder))
+    print(llama_report(folder), clip_report(folder))
     for run in best_runs(records.read(raw)).to_dict("records"):
         print(f"\n--- {run['name']}, {run['source']}\n{run['sample']}")
 

@@ -55,8 +55,6 @@ def _is_baseline(name: str) -> bool:
 
 def llama_table(runs: pd.DataFrame) -> str:
     """Returns held-out losses in Markdown, from the records alone."""
-    if runs["name"].str.startswith(CLIPPED_BY).all():
-        return clip_table(runs)
     parts = [
         f"{_size(runs)}; held-out nats a byte, at the best rate of each, "
         "the median of the seeds; a second rate is of what is no matrix. Against the "
@@ -171,4 +169,15 @@ def llama_figure(runs: pd.DataFrame) -> Figure:
     return fig
 
 
-llama_report = Report("llama", llama_table, llama_figure)
+def _clips(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns the runs of clips, or none without the exact one."""
+    clips = runs[runs["name"].str.startswith(CLIPPED_BY)]
+    return clips if (clips["name"] == CLIPPED_BY + EXACT).any() else clips[:0]
+
+
+def _others(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs[~runs["name"].str.startswith(CLIPPED_BY)]
+
+
+llama_report = Report("llama", llama_table, llama_figure, cells=_others)
+clip_report = Report("clip", clip_table, source="llama", cells=_clips)
