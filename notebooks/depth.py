@@ -14,13 +14,13 @@
 # %% [markdown]
 # # Depth
 #
-# A plain MLP, without normalisation or skip connections, that learns a photograph: from
-# Fourier features of a place to its colour. Deep ones are hard to train: a relative
-# change of each of 75 layers by 1 % changes the whole by up to $1.01^{75} - 1 = 111$ %,
-# so what counts is the size of a step *relative* to the weights.
+# A plain MLP, without normalisation or skip connections, learns a photograph: from
+# Fourier features of a place to its colour. Deep MLPs are hard to train: if each of 75
+# layers changes by 1 %, the output changes by up to $1.01^{75} - 1 = 111$ %, so the
+# size of a step *relative* to the weights counts.
 #
-# It takes its records, photograph and network from this repository's `benchmarks`: run
-# it in a clone. To copy from, take the notebook *quick_start*.
+# It takes its records, photograph and network from this repository's `benchmarks`, so
+# run it in a clone. To copy from, take the notebook *quick_start*.
 
 # %%
 import os
@@ -47,8 +47,8 @@ SMOKE = bool(os.environ.get("MADAX_SMOKE"))
 # %% [markdown]
 # ## The records
 #
-# `python -m benchmarks depth`: at every depth each optimizer has the same five rates to
-# choose from, a decade apart around its default, and the same seeds.
+# In `python -m benchmarks depth`, at each depth, all optimizers have the same number of
+# rates to choose from, five, a decade apart around their default, and the same seeds.
 
 # %%
 runs = records.read(RESULTS / "quick" / "runs.jsonl")
@@ -62,8 +62,8 @@ Markdown(depth.depth_table(cells))
 # %% [markdown]
 # ## What it looks like
 #
-# The same here, live: the photograph as painted by a network of each depth, each
-# optimizer at its default rate.
+# Here networks of each depth paint the photograph, with each optimizer at its default
+# rate.
 
 # %%
 DEPTHS, WIDTH, SIZE, STEPS = (5, 20, 75), 64, 48, 400
