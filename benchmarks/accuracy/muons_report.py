@@ -23,6 +23,7 @@ IN_TWO_BYTES = (ON_CODES, MUON_MADAM_8, TWO_BYTES)
 NAMES = (MUON, TWIN, MUON_MADAM, *IN_TWO_BYTES)
 BAR = 1.0  # The most that a rule may be behind the best one of two bytes, in percent.
 AS_IT_IS = "as it is"
+LARGE = 2.0  # A ratio from which on it is not written in percent.
 FAR = 1.5  # times the least score: such a task has a panel of its own
 SETTING = ["workload", "optimizer", "rate", "other"]
 
@@ -137,10 +138,16 @@ def _changes(found: pd.DataFrame) -> list[Record]:
         if change == AS_IT_IS:
             row[task] = f"{cell['mean']:.4g}"
         elif len(own):
-            ratio = cell["scores"] / own - 1  # The seeds of both are the same.
-            error = ratio.std(ddof=1) / len(ratio) ** 0.5
-            row[task] = f"{100 * ratio.mean():+.1f} ± {100 * error:.1f} %"
-    return list(rows.values())
+            row[task] = _ratio(cell["scores"] / own)  # Both have the same seeds.
+    return sorted(rows.values(), key=lambda row: NAMES.index(row["row"]))
+
+
+def _ratio(ratio: np.ndarray) -> str:
+    """Writes the mean of ratios less 1, in percent, or of large ones as it is."""
+    mean, error = ratio.mean(), ratio.std(ddof=1) / len(ratio) ** 0.5
+    if mean >= LARGE:
+        return f"{mean:.3g} ± {error:.2g} times"
+    return f"{100 * (mean - 1):+.1f} ± {100 * error:.1f} %"
 
 
 def _text(seeds: tuple[int, ...]) -> str:
