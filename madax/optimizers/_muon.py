@@ -47,7 +47,7 @@ class MuonState(NamedTuple):
 
 
 def muon(
-    learning_rate: optax.ScalarOrSchedule = 0.03,
+    learning_rate: optax.ScalarOrSchedule = 0.02,
     *,
     other_learning_rate: optax.ScalarOrSchedule | None = None,
     b1: ArrayLike | None = 0.95,
@@ -123,7 +123,7 @@ def muon(
       Liu et al., `Muon is scalable for LLM training
       <https://arxiv.org/abs/2502.16982>`_, 2025, for the size of a step.
     """
-    rates = [check_learning_rate(learning_rate, 0.03)]
+    rates = [check_learning_rate(learning_rate, 0.02)]
     if other_learning_rate is not None:
         rates.append(
             check_learning_rate(other_learning_rate, None, "other_learning_rate")
