@@ -1,4 +1,4 @@
-"""Levanter's Trainer on weights in bfloat16: its filters leave out lifted codes."""
+"""Levanter's Trainer on weights in bfloat16: its state has output shardings."""
 
 import jax
 import jax.numpy as jnp
