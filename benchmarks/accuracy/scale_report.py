@@ -213,7 +213,9 @@ def scale_figure(runs: pd.DataFrame) -> Figure:
             error = losses.std(ddof=1) if len(losses) > 1 else 0.0
             over_bytes.errorbar(used, losses.mean(), error, capsize=3, **style)
     over_size.axhline(0, color="0.6", linewidth=1, zorder=0)
-    over_size.set(xscale="log", xlabel="parameters", ylabel=f"loss against {ADAMW}, %")
+    # matplotlib has no logarithmic axis without data.
+    scale = "log" if ADAMW in styles else "linear"
+    over_size.set(xscale=scale, xlabel="parameters", ylabel=f"loss against {ADAMW}, %")
     over_bytes.set(
         title=f"{groups[-1]['size'].iloc[0]}: mean, and deviation of seeds",
         xlabel="bytes a parameter, of parameters and state",

@@ -208,6 +208,12 @@ def test_what_loses_is_first(tmp_path):
     assert "n = 1" in last and "diverged" in last
 
 
+def test_a_row_without_the_one_it_is_compared_with_is_reported(tmp_path):
+    runs = [run("1M", MUON, seed, 2.0 + seed) for seed in range(3)]
+    records.append(tmp_path / "scale.jsonl", *runs)
+    assert "3.0000" in scale_report.scale_report(tmp_path)
+
+
 # --- runs -----------------------------------------------------------------------------
 
 
