@@ -164,7 +164,7 @@ def is_zero(weight_decay: ArrayLike) -> bool:
 def decay_of(
     weight_decay: ArrayLike, mask: Mask | None
 ) -> optax.GradientTransformation:
-    """Adds the decay to directions, given relative steps in the place of parameters."""
+    """Adds the decay, in relative steps or in weights, to directions."""
     decay = optax.stateless(partial(jax.tree.map, partial(decayed, weight_decay)))
     return decay if mask is None else optax.masked(decay, mask)
 
