@@ -11,6 +11,7 @@ tree without those layers. So a leaf is read the same inside :func:`madax.layerw
 where an optimizer sees either the ends or one layer, and outside.
 """
 
+import functools
 import math
 import re
 from collections import defaultdict
@@ -23,8 +24,18 @@ from madax._core.names import ENDS, LAYERS
 _Below = dict[tuple[str, ...], list[Leaf]]
 
 
-def read_leaves(paths: Sequence[str], shapes: Iterable[Sequence[int]]) -> list[Leaf]:
+def read_leaves(
+    paths: Sequence[str], shapes: Iterable[Sequence[int]]
+) -> tuple[Leaf, ...]:
     """Reads kinds and axes of all leaves, given paths like ``"Dense_0/kernel"``."""
+    return _read(tuple(paths), tuple(map(tuple, shapes)))
+
+
+# One trace of a step reads the same tree several times.
+@functools.lru_cache(maxsize=16)
+def _read(
+    paths: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]
+) -> tuple[Leaf, ...]:
     leaves, modules = [], defaultdict(list)
     for path, shape in zip(paths, shapes, strict=True):
         names = tuple(re.split(r"[/.]", path))
@@ -38,7 +49,7 @@ def read_leaves(paths: Sequence[str], shapes: Iterable[Sequence[int]]) -> list[L
     for leaf in leaves:
         leaf.kind, leaf.axes = _as_matrix(leaf, below)
     _find_roles(leaves, below)
-    return leaves
+    return tuple(leaves)
 
 
 def _below(leaves: Iterable[Leaf]) -> _Below:

@@ -1,4 +1,4 @@
-"""Muon for matrices, second moments for the rest; additive steps for all."""
+"""Muon for matrices, and Adam with fewer moments for the rest."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from madax.codes._scales import check_code_scales
 from madax.codes._steps import as_steps, rounded_sum
 from madax.formats._moment_format import MomentFormat
 from madax.optimizers._chain import decay_of, is_zero, scaled_by_rates
-from madax.optimizers._parts import matrices_and_others
+from madax.optimizers._parts import directions
 from madax.transforms._lns_quantize import rounded_update
 from madax.transforms._matrices import Matrices
 from madax.transforms._matrix_direction import MatrixDirection
@@ -39,7 +39,7 @@ class MuonState(NamedTuple):
 
     Attributes:
       count: number of steps taken, int32 scalar.
-      direction: moments of the matrices, and of the other leaves.
+      direction: moments of the parts of the tree, by what leaves are.
     """
 
     count: jax.Array
@@ -52,6 +52,7 @@ def muon(
     other_learning_rate: optax.ScalarOrSchedule | None = None,
     b1: ArrayLike | None = 0.95,
     b2: ArrayLike = 0.99,
+    other_b1: ArrayLike | None = 0.9,
     direction: MatrixDirection = "orthogonal",
     matrices: Matrices | None = None,
     weight_decay: ArrayLike = 0.0,
@@ -60,34 +61,40 @@ def muon(
     rounding: Rounding = "stochastic",
     seed: ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Muon with one moment for each leaf, on floats or codes.
+    r"""Muon with one moment for each weight, on floats or codes.
 
     .. math::
 
       w \leftarrow w - \eta\, (s\, \hat g + \lambda\, w), \qquad
         s = 0.2 \text{ for matrices, } 1 \text{ for other leaves}
 
-    where :math:`\hat g` is the direction of :func:`scale_by_orthogonal_momentum` for
-    matrices, and the direction of :func:`scale_by_second_moment` for all other leaves:
-    the directions of :func:`muon_madam`. The steps are additive. Those of matrices have
-    the root mean square of AdamW's, so that its rates carry over.
+    The direction :math:`\hat g` depends on what a leaf is, which is read from the names
+    and shapes of the whole tree as for :func:`muon_madam`:
 
-    It differs from ``optax.contrib.muon`` with ``consistent_rms=0.2`` in what is no
-    matrix, which has no first moment here; in which leaves are matrices, which is read
-    from the names and shapes of the whole tree as for :func:`muon_madam`; and in the
-    leaves that it trains. Sums with codes, and with floats of 16 bits, are rounded
-    stochastically, which keeps their mean, so that no step is lost.
+    - of matrices, that of :func:`scale_by_orthogonal_momentum`;
+    - of last layers and routers, a momentum of gradients over the factored second
+      moment of :func:`scale_by_factored_second_moment`, as in Adafactor;
+    - of vectors and norms, that of Adam, :func:`scale_by_second_moment` with ``b1``;
+    - of tables, that of :func:`scale_by_second_moment` without. A step uses few rows of
+      a table, and a first moment would move the others as well.
+
+    So each leaf has one moment of its size, but for vectors, which have two. Steps are
+    additive. Those of matrices have the root mean square of AdamW's, so that its rates
+    carry over. Sums with codes, and with floats of 16 bits, are rounded stochastically,
+    which keeps their mean, so that no step is lost.
 
     With ``moment_format=MomentFormat(8)``, on leaves that are 8-bit codes, training
-    keeps **two bytes** per parameter, and with ``b1=None`` as well **one byte**. Codes
-    have no larger magnitudes than their max, which :func:`quantize_params` sets.
+    keeps **two bytes** per parameter, and with ``b1=None`` **one byte** for matrices.
+    Codes have no larger magnitudes than their max, which :func:`quantize_params` sets.
 
     Args:
       learning_rate: :math:`\eta`, or a schedule.
       other_learning_rate: :math:`\eta` of all leaves that are no matrices; None for
         ``learning_rate``.
-      b1: as for :func:`muon_madam`.
-      b2: as for :func:`muon_madam`.
+      b1: decay rate of the momentum of matrices, as for :func:`muon_madam`.
+      b2: decay rate of the second moments.
+      other_b1: decay rate of the first moment of last layers, routers and vectors; None
+        for none, which leaves the directions of :func:`muon_madam`.
       direction: as for :func:`muon_madam`.
       matrices: as for :func:`muon_madam`.
       weight_decay: :math:`\lambda`, the fraction that a step of rate 1 takes.
@@ -132,8 +139,14 @@ def muon(
     weight_decay = check_non_negative("weight_decay", weight_decay, 0.0)
     check_rounding(rounding)
     check_seed(seed)
-    parts = matrices_and_others(
-        b1, b2, direction, matrices=matrices, moment_format=moment_format, seed=seed
+    parts = directions(
+        b1,
+        b2,
+        direction,
+        other_b1=other_b1,
+        matrices=matrices,
+        moment_format=moment_format,
+        seed=seed,
     )
     decay = decay_of(weight_decay, mask)
 

@@ -8,7 +8,7 @@ from madax._core.moved import by_name
 from madax._core.rounding import Rounding
 from madax.formats._moment_format import MomentFormat
 from madax.optimizers._chain import from_direction
-from madax.optimizers._parts import matrices_and_others
+from madax.optimizers._parts import directions
 from madax.transforms._matrices import Matrices
 from madax.transforms._matrix_direction import MatrixDirection
 from madax.transforms._second_moment import Direction
@@ -126,7 +126,7 @@ def muon_madam(
         madam_learning_rate = check_learning_rate(
             madam_learning_rate, None, "madam_learning_rate"
         )
-    parts = matrices_and_others(
+    parts = directions(
         b1, b2, direction, matrices=matrices, moment_format=moment_format, seed=seed
     )
     second_rate = None

@@ -1,15 +1,18 @@
-"""Directions of a whole tree: of its matrices, and of all leaves that are none."""
+"""Directions of a whole tree: of its matrices, and of all other leaves."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import jax
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from madax._core.checks import check_decay
-from madax._core.leaf_kinds import Axes
+from madax._core.leaf_kinds import Axes, read_leaves
+from madax._core.leaf_names import Kind
 from madax._core.names import Tree, flatten_named
 from madax.codes._array import is_quantized
 from madax.formats._moment_codec import MomentCodec
@@ -29,32 +32,59 @@ from madax.transforms._matrix_direction import (
 from madax.transforms._second_moment import Direction, second_moment
 from madax.wrappers._quantized_state import quantized_state
 
+Part = Literal["matrix", "head", "vector", "other"]
+# What has a first moment beside matrices. A step uses few rows of a table, and a first
+# moment would move the others as well.
+_PART_OF: Mapping[Kind, Part] = {
+    "head": "head",
+    "router": "head",
+    "vector": "vector",
+    "filter": "vector",
+}
 
-def matrices_and_others(
+
+def directions(
     b1: ArrayLike | None,
     b2: ArrayLike,
     direction: MatrixDirection,
     *,
+    other_b1: ArrayLike | None = None,
     matrices: Matrices | None,
     moment_format: MomentFormat | None,
     seed: ArrayLike,
 ) -> "Parts":
-    """The directions of :func:`muon_madam`, whose arguments these are."""
+    """The directions of :func:`muon`, whose arguments these are.
+
+    Without ``other_b1`` they are the directions of :func:`muon_madam`.
+    """
     check_matrices(matrices)
     check_direction(direction)
     b1 = check_decay("b1", b1, 0.95, or_none=True)
+    other_b1 = check_decay("other_b1", other_b1, 0.9, or_none=True)
+    of_matrices = functools.partial(
+        _of_matrices, b2=b2, moment_format=moment_format, seed=seed
+    )
     # Only a momentum has octaves to choose.
     second = moment_format and dataclasses.replace(moment_format, octaves=None)
-    other = second_moment(b2, moment_format=second, seed=seed)
-    of_matrices = functools.partial(
-        _of_matrices,
-        b1=b1,
-        b2=b2,
-        direction=direction,
-        moment_format=moment_format,
-        seed=seed,
-    )
-    return Parts(matrices, functools.cache(of_matrices), other)
+    elementwise = functools.partial(second_moment, b2, moment_format=second, seed=seed)
+    transforms: dict[Part, Callable[..., optax.GradientTransformationExtraArgs]] = {
+        "matrix": functools.partial(of_matrices, b1=b1, direction=direction),
+        "other": functools.partial(_of_any, elementwise()),
+    }
+    if other_b1 is not None:
+        transforms |= {
+            "head": functools.partial(of_matrices, b1=other_b1, direction="factored"),
+            "vector": functools.partial(_of_any, elementwise(b1=other_b1)),
+        }
+    cached = {part: functools.cache(make) for part, make in transforms.items()}
+    return Parts(matrices, cached)
+
+
+def _of_any(
+    direction: Direction, _: tuple[Axes, ...]
+) -> optax.GradientTransformationExtraArgs:
+    """A direction of each element, whatever the axes."""
+    return optax.GradientTransformationExtraArgs(*direction)
 
 
 def _of_matrices(
@@ -88,14 +118,13 @@ def _of_matrices(
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The directions of matrices and of all other leaves, in one.
+    """The directions of all parts of a tree, in one.
 
-    Axes are read from the whole tree, because each part sees only its own leaves.
+    Leaves are read from the whole tree, because each part sees only its own.
     """
 
     matrices: Matrices | None
-    of_matrices: Callable[[tuple[Axes, ...]], optax.GradientTransformationExtraArgs]
-    other: Direction
+    transforms: Mapping[Part, Callable[..., optax.GradientTransformationExtraArgs]]
 
     def init(self, params: Tree) -> Tree:
         if self.matrices is None:
@@ -109,19 +138,33 @@ class Parts:
         return tx.update(updates, state, params, **extra_args)
 
     def are_others(self, params: Tree) -> list[bool]:
-        """Which leaves are no matrices, and take the direction of Madam."""
-        return [axes is None for axes in self._read(params)[0]]
+        """Which leaves are no matrices."""
+        return [part != "matrix" for part, _ in self._read(params)[0]]
 
-    def _read(self, tree: Tree) -> tuple[list[Axes | None], jax.tree_util.PyTreeDef]:
+    def _read(
+        self, tree: Tree
+    ) -> tuple[list[tuple[Part, Axes | None]], jax.tree_util.PyTreeDef]:
+        """The part that each leaf belongs to, and its axes."""
         paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
-        return read_axes(paths, leaves, self.matrices), treedef
+        found = read_axes(paths, leaves, self.matrices)
+        readings = read_leaves(paths, map(np.shape, leaves))
+        parts: list[tuple[Part, Axes | None]] = []
+        for axes, reading in zip(found, readings, strict=True):
+            part = _PART_OF.get(reading.kind, "other")
+            if axes is not None:
+                parts.append(("matrix", axes))
+            elif part in self.transforms:
+                parts.append((part, reading.axes))
+            else:
+                parts.append(("other", None))
+        return parts, treedef
 
     def _partition(self, tree: Tree) -> optax.GradientTransformationExtraArgs:
-        axes, treedef = self._read(tree)
-        labels = ["other" if found is None else "matrix" for found in axes]
-        matrix = self.of_matrices(tuple(found for found in axes if found is not None))
-        other = optax.GradientTransformationExtraArgs(*self.other)
+        parts, treedef = self._read(tree)
+        labels = treedef.unflatten([part for part, _ in parts])
+        transforms = {
+            name: make(tuple(axes for part, axes in parts if part == name))
+            for name, make in self.transforms.items()
+        }
         # A tree of labels may be a module of Equinox, which optax would call.
-        return optax.partition(
-            {"matrix": matrix, "other": other}, lambda _: treedef.unflatten(labels)
-        )
+        return optax.partition(transforms, lambda _: labels)
