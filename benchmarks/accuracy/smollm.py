@@ -48,7 +48,7 @@ def smollm(
         sequences: How many to measure, of 512 tokens each.
     """
     data = read_corpus(corpus, SMOLLM)
-    tokens = held_out(data, sequences)
+    tokens = held_out(data, sequences, LENGTH)
     text = {"text": data.facts, "sequences": len(tokens), "length": LENGTH}
     raw = records.file(out, "smollm")
     size, params = load()
@@ -64,9 +64,9 @@ def smollm(
     print(smollm_report(out))
 
 
-def held_out(data: Corpus, sequences: int) -> np.ndarray:
-    """Returns the first tokens that are held out, of shape (sequences, LENGTH)."""
-    return np.asarray(data.held_out[: sequences * LENGTH]).reshape(-1, LENGTH)
+def held_out(data: Corpus, sequences: int, length: int) -> np.ndarray:
+    """Returns the first tokens that are held out, of shape (sequences, length)."""
+    return np.asarray(data.held_out[: sequences * length]).reshape(-1, length)
 
 
 def losses_of(

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,25 @@ def read_corpus(folder: Path, vocabulary: int) -> Corpus:
             )
         maps[split] = np.memmap(path, TOKENS, "r")
     return Corpus(maps["train"], maps["held-out"], facts)
+
+
+def language_reference() -> Corpus:
+    """Returns Python's language reference, which ``help("for")`` reads, for SmolLM2.
+
+    Every eighth of its topics is held out.
+    """
+    encode, _ = _smollm([], SMOLLM)
+    parts: dict[str, list[bytes]] = {split: [] for split in SPLITS}
+    for i, name in enumerate(sorted(topics)):
+        parts[SPLITS[i % 8 == 0]].append(topics[name].encode())
+    tokens = {
+        split: np.concatenate([*_encoded(texts, encode)])
+        for split, texts in parts.items()
+    }
+    facts = {"name": "Python's language reference", "vocabulary": SMOLLM}
+    facts |= {split: len(x) for split, x in tokens.items()}
+    facts["sha256"] = _sha256(*tokens.values())
+    return Corpus(tokens["train"], tokens["held-out"], facts)
 
 
 @tyro.conf.configure(tyro.conf.FlagCreatePairsOff)

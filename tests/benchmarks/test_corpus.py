@@ -132,3 +132,14 @@ def test_what_is_missing_is_named_with_its_remedy(folder, tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r"\.\[corpus\]'.*--vocabulary 256"):
         corpus.corpus(str(folder), tmp_path)
+
+
+def test_every_eighth_topic_of_the_language_reference_is_held_out(monkeypatch):
+    texts = {"a": "one", "b": "two", **{f"c{i}": "x" for i in range(7)}}
+    monkeypatch.setattr(corpus, "topics", texts)
+    encode = lambda text: list(text.encode())
+    monkeypatch.setattr(corpus, "smollm_tokenizer", lambda: encode)
+    found = corpus.language_reference()
+    assert bytes(found.held_out.astype(np.uint8)) == b"one\0x\0"
+    assert bytes(found.train.astype(np.uint8)) == b"two\0" + 6 * b"x\0"
+    assert found.facts["train"] == 16 and found.facts["held-out"] == 6

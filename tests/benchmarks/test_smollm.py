@@ -132,7 +132,7 @@ def text(file, tmp_path, monkeypatch):
     """A corpus of three sequences of 8 tokens, for the network of the file."""
     for module in (benchmark, finetune):
         monkeypatch.setattr(module, "load", lambda: smollm.smollm(file[0]))
-        monkeypatch.setattr(module, "LENGTH", 8)
+    monkeypatch.setattr(benchmark, "LENGTH", 8)
     place = tmp_path / "text" / "49152"
     place.mkdir(parents=True)
     tokens = np.random.default_rng(1).integers(0, len(PIECES), 24).astype(TOKENS)
@@ -175,7 +175,7 @@ def test_all_train_the_same_batches_and_are_resumed(text, tmp_path, monkeypatch)
     )
     monkeypatch.setattr(finetune, "ROWS", {finetune.ADAMW: row, "codes": codes})
     run = lambda steps: finetune.finetune(
-        tmp_path, corpus=text, steps=steps, sequences=3, seeds=2
+        tmp_path, corpus=text, steps=steps, length=8, sequences=3, seeds=2
     )
     run(3)
     raw = tmp_path / "finetune.jsonl"
