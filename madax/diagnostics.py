@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from madax._core.checks import leaf_name, warn_of_leaves
+from madax._core.leaf_kinds import read_leaves
 from madax._core.names import Tree, flatten_named
 from madax._core.numerics import decay_rate
 from madax._core.vectors import entries, known_values
@@ -57,32 +58,33 @@ __all__ = [
 class _MatrixTable(dict[str, tuple[int, int, int] | None]):
     """For each path None, or (matrices in the stack, rows, columns)."""
 
-    def __init__(self, found: dict, storage: Sequence[tuple[tuple[int, ...], str]]):
+    def __init__(self, found: dict, facts: Sequence[tuple[str, str, str]]):
         super().__init__(found)
-        self._storage = storage
+        self._facts = facts
 
     def __repr__(self) -> str:
-        rows = [("leaf", "shape", "storage", "direction")]
-        cells = zip(self.items(), self._storage, strict=True)
-        for (path, found), (shape, stored) in cells:
-            direction = "Madam" if found is None else "{} of {} x {}".format(*found)
-            rows.append((path, str(shape), stored, direction))
+        rows = [("leaf", "shape", "storage", "read as")]
+        cells = zip(self.items(), self._facts, strict=True)
+        for (path, found), (shape, stored, kind) in cells:
+            read_as = kind if found is None else "{} of {} x {}".format(*found)
+            rows.append((path, shape, stored, read_as))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
         return "\n".join(lines)
 
 
 def matrices(params: Tree, matrices: Matrices | None = None) -> _MatrixTable:
-    """Returns which leaves :func:`madax.muon_madam` reads as matrices, and how.
+    """Returns what :func:`madax.muon` and :func:`madax.muon_madam` read leaves as.
 
     Args:
       params: tree of floating-point or quantised arrays, or of their shapes.
       matrices: the optimizer's ``matrices``.
 
     Returns:
-      For each path None, for a leaf that takes the direction of Madam, or (matrices in
-      the stack, rows, columns), in the order of the leaf's own axes. The dict prints as
-      a table.
+      For each path None, for a leaf that is no matrix, or (matrices in the stack, rows,
+      columns), in the order of the leaf's own axes. The dict prints as a table, which
+      says what the other leaves are: a vector, a table, a last layer (``head``), a
+      router, a depthwise ``filter``, or ``other``.
 
     Raises:
       ValueError: if ``matrices`` gives axes that a leaf does not have.
@@ -92,24 +94,25 @@ def matrices(params: Tree, matrices: Matrices | None = None) -> _MatrixTable:
       >>> import jax.numpy as jnp, madax
       >>> query = {"kernel": jnp.ones((64, 4, 16)), "bias": jnp.ones((4, 16))}
       >>> madax.diagnostics.matrices({"query": query})
-      leaf          shape        storage  direction
-      query/bias    (4, 16)      float32  Madam
+      leaf          shape        storage  read as
+      query/bias    (4, 16)      float32  vector
       query/kernel  (64, 4, 16)  float32  1 of 64 x 64
     """
     check_matrices(matrices)
     paths, leaves, _ = flatten(params)
-    found, storage = {}, []
-    for path, leaf, axes in zip(
-        paths, leaves, read_axes(paths, leaves, matrices), strict=True
-    ):
+    found, facts = {}, []
+    readings = read_leaves(paths, map(np.shape, leaves))
+    every = read_axes(paths, leaves, matrices)
+    for path, leaf, axes, reading in zip(paths, leaves, every, readings, strict=True):
         shape = np.shape(leaf)
         found[path] = None
         if axes is not None:
             groups = in_order(shape, axes)
             found[path] = tuple(math.prod(shape[i] for i in x) for x in groups)
         stored = leaf.format if is_quantized(leaf) else jnp.result_type(leaf)
-        storage.append((shape, str(stored)))
-    return _MatrixTable(found, storage)
+        kind = "other" if reading.kind in ("matrix", "unknown") else reading.kind
+        facts.append((str(shape), str(stored), kind))
+    return _MatrixTable(found, facts)
 
 
 def relative_update_size(params: Tree, updates: Tree) -> dict[str, jax.Array]:

@@ -180,6 +180,12 @@ FACTORS: Mapping[str, Mapping[str, Contender]] = {
         "Adam for the rest": replace(_of(_native, _adam_on_codes), format=SYMLOG_8),
         "bound of 10": replace(ROWS[MUON_MADAM_8], p_scale=10.0),
     },
+    TWO_BYTES: {
+        AS_IT_IS: ROWS[TWO_BYTES],
+        "no first moment but of matrices": _row(
+            TWO_BYTES, _LADDER, weight_decay=0.0, other_b1=None
+        ),
+    },
 }
 # The row that has the other part for what is no matrix.
 OTHER_REST = {
@@ -198,7 +204,7 @@ def muons(options: Flags, *, factors: tuple[str, ...] = SIX) -> None:
 
     Each has the same trials from seed 0: five rates, and more while the best is at an
     end; then the best and those beside it, with other rates for what is no matrix. The
-    best of all is judged from three other seeds. Then one thing is changed at a time,
+    best of all is judged from nine other seeds. Then one thing is changed at a time,
     at the best rate, half and twice. What the records have is not run again.
 
     Args:

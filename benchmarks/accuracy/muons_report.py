@@ -18,7 +18,7 @@ from benchmarks.accuracy.scale_report import RULE, difference
 from benchmarks.lib.records import Record
 from benchmarks.lib.style import STYLES, WIDTH, Report, legend, markdown
 
-SEEDS, FACTOR_SEEDS = (1, 2, 3), (1, 2)
+SEEDS, FACTOR_SEEDS = tuple(range(1, 10)), (1, 2)
 IN_TWO_BYTES = (ON_CODES, MUON_MADAM_8, TWO_BYTES)
 NAMES = (MUON, TWIN, MUON_MADAM, *IN_TWO_BYTES)
 BAR = 1.0  # The most that a rule may be behind the best one of two bytes, in percent.
@@ -57,11 +57,12 @@ def factors(runs: pd.DataFrame) -> pd.DataFrame:
 def muons_table(runs: pd.DataFrame) -> str:
     """Returns bars, scores, settings and factors in Markdown, what loses first."""
     found = judged(runs)
+    first, last, (one, two) = min(SEEDS), max(SEEDS), FACTOR_SEEDS
     metrics = dict(zip(runs["workload"], runs["metric"], strict=True))
     parts = [
         f"{RULE}\n\nAgainst the best of two bytes, bar {BAR:+g} %:",
         markdown(_bars(found)),
-        f"Scores, less is better: mean and deviation of seeds {_text(SEEDS)}.",
+        f"Scores, less is better: mean and deviation of seeds {first} to {last}.",
         markdown(_scores(found, metrics)),
         "Chosen from seed 0: the rate, and its ratio to the rate of what is no matrix.",
         markdown(_settings(runs, found)),
@@ -69,8 +70,8 @@ def muons_table(runs: pd.DataFrame) -> str:
     if runs["optimizer"].str.contains(": ").any():
         parts += [
             "One thing changed at a time: the score against the row as it is, each at "
-            f"the best of three rates, mean of seeds {_text(FACTOR_SEEDS)}, with the "
-            "standard error.",
+            f"the best of three rates, mean of seeds {one} and {two}, with a standard "
+            "error.",
             markdown(_changes(factors(runs))),
         ]
     return "\n\n".join(parts) + "\n"
@@ -148,11 +149,6 @@ def _ratio(ratio: np.ndarray) -> str:
     if mean >= LARGE:
         return f"{mean:.3g} ± {error:.2g} times"
     return f"{100 * (mean - 1):+.1f} ± {100 * error:.1f} %"
-
-
-def _text(seeds: tuple[int, ...]) -> str:
-    *most, last = map(str, seeds)
-    return f"{', '.join(most)} and {last}"
 
 
 def muons_figure(runs: pd.DataFrame) -> Figure:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Literal
 
 import jax
@@ -162,7 +162,7 @@ class Parts:
     def _partition(self, tree: Tree) -> optax.GradientTransformationExtraArgs:
         parts, treedef = self._read(tree)
         labels = treedef.unflatten([part for part, _ in parts])
-        transforms = {
+        transforms: dict[Hashable, optax.GradientTransformation] = {
             name: make(tuple(axes for part, axes in parts if part == name))
             for name, make in self.transforms.items()
         }

@@ -424,8 +424,8 @@ def test_the_report_is_a_dict_that_prints_as_a_table():
     assert found["conv/kernel"] == (1, 72, 16) and found["embed/embedding"] is None
     assert found["layers/q_proj/w"] == (1, D, N * H) and isinstance(found, dict)
     lines = str(found).splitlines()
-    assert lines[0].split() == ["leaf", "shape", "storage", "direction"]
-    assert lines[2].split() == ["embed/embedding", "(500,", "64)", "float32", "Madam"]
+    assert lines[0].split() == ["leaf", "shape", "storage", "read", "as"]
+    assert lines[2].split() == ["embed/embedding", "(500,", "64)", "float32", "table"]
     assert "SymlogFormat(bits=8" in lines[3] and lines[3].endswith("1 of 64 x 64")
     columns = {
         line.index(x)
@@ -434,3 +434,4 @@ def test_the_report_is_a_dict_that_prints_as_a_table():
     assert len(columns) == 1
     asked = madax.diagnostics.matrices(tree, rule)
     assert asked["layers/wi/kernel"] == (L, D, F) and asked["conv/kernel"] is None
+    assert str(asked).splitlines()[1].split()[-1] == "other"

@@ -270,8 +270,8 @@ def test_two_stacks_equal_the_ordinary_step():
 
 def test_stacks_of_several_depths_are_read_as_layers():
     table = str(madax.diagnostics.matrices(two_stacks(None)))
-    directions = dict(re.findall(r"layers/(\w+)/mlp/w .* float32  (.*)", table))
-    assert directions == {"low": "2 of 16 x 16", "high": "3 of 16 x 16"}
+    read_as = dict(re.findall(r"layers/(\w+)/mlp/w .* float32  (.*)", table))
+    assert read_as == {"low": "2 of 16 x 16", "high": "3 of 16 x 16"}
 
 
 @quick
