@@ -33,6 +33,7 @@ SETTING = ["optimizer", "rate"]
 _adam_8 = partial(codes_adam, moment_format=MOMENTS_8, moment_where=has_axes)
 ADAM = (0.0003, 0.001, 0.003, 0.01, 0.03)
 MADAM = (0.003, 0.01, 0.03, 0.1, 0.3)
+MUON = (0.002, 0.006, 0.02, 0.06, 0.2)
 CONTENDERS = {
     "sgd momentum": replace(
         OPTIMIZERS["sgd momentum"], rates=(0.01, 0.03, 0.1, 0.3, 1), bytes=8
@@ -45,6 +46,7 @@ CONTENDERS = {
     "madam, floor": Contender(madam_floor, MADAM, bytes=8),
     "madam, floor, b1": Contender(partial(madam_floor, b1=0.9), MADAM, bytes=12),
     "muon_madam, floor": Contender(muon_madam_floor, MADAM, bytes=8),
+    "madax.muon": Contender(madax.muon, MUON, bytes=8),
     "adam, 8 bits": Contender(_adam_8, ADAM, SYMLOG_8, bytes=3, against="adam"),
     "madam, 8 bits": Contender(
         madam_8, MADAM, SYMLOG_8, bytes=2, against="madam, floor"
@@ -54,6 +56,13 @@ CONTENDERS = {
     ),
     "muon_madam, 8 bits": Contender(
         muon_madam_8, MADAM, SYMLOG_8, bytes=2, against="muon_madam, floor"
+    ),
+    "madax.muon, 8 bits": Contender(
+        partial(madax.muon, moment_format=MOMENTS_8),
+        MUON,
+        SYMLOG_8,
+        bytes=2,
+        against="madax.muon",
     ),
 }
 
@@ -114,7 +123,7 @@ def judged(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     }
     floats = [name for name, row in CONTENDERS.items() if row.format is None]
     for group, ours in (("any of madax, float32", True), ("any other, float32", False)):
-        rows = [name for name in floats if ("madam" in name) == ours]
+        rows = [name for name in floats if ("mada" in name) == ours]
         groups[group] = [setting for name in rows for setting in groups[name]]
     groups["adam, not tuned"] = [("adam", 0.001)]
     return cells, left_out(cells, groups)
