@@ -22,6 +22,7 @@ MUON_RATES = (0.01, 0.02, 0.03)
 
 _madam = partial(madam_8, b2=0.99)
 _muon_madam = partial(muon_madam_8, b2=0.99)
+_madax_muon = partial(madax.muon, weight_decay=0.1, moment_format=MOMENTS_8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +128,13 @@ CONTENDERS = {
         partial(clipped_muon, beta=0.0), MUON_RATES, **_adam_others
     ),
     "Muon on 8 bits": Row(_muon_in_2_bytes, MUON_RATES, SYMLOG_8, **_adam_others),
+    "madax.muon 8 bits": Row(
+        _madax_muon,
+        MADAM_RATES[:3],
+        SYMLOG_8,
+        others=(0.02, 0.04),
+        other="other_learning_rate",
+    ),
     "madam 8 bits": Row(_madam, MADAM_RATES, SYMLOG_8),
     "muon_madam 8 bits": Row(_muon_madam, MADAM_RATES[:3], SYMLOG_8, **_madam_others),
     "muon_madam 8 bits, scales of channels": Row(
@@ -162,6 +170,7 @@ LONG = (
     BASELINE,
     f"{BASELINE}, b2=0.95",
     "Muon float32",
+    "madax.muon 8 bits",
     "madam 8 bits",
     "muon_madam 8 bits",
     "muon_madam 8 bits, no momentum",
