@@ -42,8 +42,19 @@ from benchmarks.models import decoder
 # The bytes per parameter of AdamW, whatever the chip: parameters, moments and gradients
 # in float32; or in bfloat16, with a copy of the parameters and moments in float32.
 ADAMW = 16
-Way = Literal["one byte", "two bytes", "layerwise", "checkpoint", "adam", "mixed"]
+Way = Literal[
+    "muon, one byte",
+    "muon, two bytes",
+    "one byte",
+    "two bytes",
+    "layerwise",
+    "checkpoint",
+    "adam",
+    "mixed",
+]
 WAYS: dict[Way, str] = {
+    "muon, one byte": "muon(b1=None), a layer at a time",
+    "muon, two bytes": "muon, a layer at a time",
     "one byte": "muon_madam(b1=None), a layer at a time",
     "two bytes": "muon_madam, a layer at a time",
     "layerwise": "madam, a layer at a time",
@@ -51,9 +62,18 @@ WAYS: dict[Way, str] = {
     "adam": "optax.adam float32, jax.checkpoint",
     "mixed": "optax.adamw mixed precision, jax.checkpoint",
 }
-LAYERWISE: tuple[Way, ...] = ("one byte", "two bytes", "layerwise")
+LAYERWISE: tuple[Way, ...] = (
+    "muon, one byte",
+    "muon, two bytes",
+    "one byte",
+    "two bytes",
+    "layerwise",
+)
+_muon_8 = partial(madax.muon, moment_format=MOMENTS_8)
 _muon_madam_8 = partial(madax.muon_madam, moment_format=MOMENTS_8)
 CONTENDERS: dict[Way, Contender] = {
+    "muon, one byte": Contender(partial(_muon_8, b1=None), (1e-3,), SYMLOG_8),
+    "muon, two bytes": Contender(_muon_8, (1e-3,), SYMLOG_8),
     "one byte": Contender(partial(_muon_madam_8, b1=None), (1e-3,), SYMLOG_8),
     "two bytes": Contender(_muon_madam_8, (1e-3,), SYMLOG_8),
     "layerwise": Contender(madam_8, (1e-3,), SYMLOG_8),
@@ -96,8 +116,15 @@ def jobs(profile: str) -> Iterator[Job]:
     if profile == "smoke":
         yield Job("tiny", "H100", length=64)
         return
-    yield Job("Llama-2 70B", "H100", "one byte", 2048)
-    yield Job("Llama-2 70B", "H200", "two bytes", 2048)
+    for one, two in (
+        ("muon, one byte", "muon, two bytes"),
+        ("one byte", "two bytes"),
+    ):
+        yield Job("Llama-2 70B", "H100", one, 2048)
+        yield Job("Llama-2 70B", "H200", two, 2048)
+    yield Job("Llama-2 7B", "RTX 4070", "muon, one byte")
+    yield Job("Llama-2 7B", "RTX 4090", "muon, two bytes")
+    yield Job("CodeLlama 34B", "H100", "muon, two bytes", 2048)
     yield Job("Llama-2 7B", "TPU v5e", "two bytes")
     yield Job("Llama-2 13B", "TPU v5e", "one byte")
     small = ("Llama-2 7B", "Llama-3 8B", "Llama-2 13B")
