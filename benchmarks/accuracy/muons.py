@@ -45,7 +45,7 @@ MOST = 9  # Rates to try, while the best is at their end.
 Make = Callable[[optax.Schedule], optax.GradientTransformation]
 
 
-def _row(name: str, rates: tuple[float, ...], **fixed: float) -> Row:
+def _row(name: str, rates: tuple[float, ...], **fixed: float | None) -> Row:
     row = MAIN[name]
     return replace(row, make=partial(row.make, **fixed), rates=rates)
 
