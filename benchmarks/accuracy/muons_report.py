@@ -152,7 +152,7 @@ def _ratio(ratio: np.ndarray) -> str:
 
 
 def muons_figure(runs: pd.DataFrame) -> Figure:
-    """Draws the score of each row over the least of the four, by task."""
+    """Draws scores over the least mean, by task: the mean and the range of seeds."""
     found = judged(runs)
     least = found.groupby("workload", sort=False)["mean"].transform("min")
     found = found.assign(ratio=found["scores"] / least)
@@ -169,12 +169,15 @@ def muons_figure(runs: pd.DataFrame) -> Figure:
             for i, task in enumerate(tasks):
                 cell = found[(found["workload"] == task) & (found["optimizer"] == name)]
                 for ratios in cell["ratio"]:
+                    # The mean, and all from the least to the largest.
+                    heights = np.array([ratios.min(), ratios.mean(), ratios.max()])
                     axes.plot(
-                        [i + 0.18 * (k - 1.5)] * len(ratios),
-                        ratios if tasks is far else 100 * (ratios - 1),
+                        [i + 0.14 * (k - (len(NAMES) - 1) / 2)] * 3,
+                        heights if tasks is far else 100 * (heights - 1),
                         **(style | {"linestyle": "-"}),
                         label=name,
-                        markersize=5,
+                        markersize=6,
+                        markevery=[1],
                     )
         axes.set_xticks(range(len(tasks)), tasks)
         axes.set_xlim(-0.5, len(tasks) - 0.5)
