@@ -145,8 +145,7 @@ plt.show()
 # `madax.layerwise` updates each layer inside the backward pass, and `madam` moves codes
 # by adding integers to them, so there is neither a copy of the weights in floats nor a
 # gradient of the whole model. The moments are codes of 8 bits, too. AdamW, in float32,
-# gets the same batches. Both rates were the best of the trials of `python -m benchmarks
-# finetune`, on another text.
+# gets the same batches. Both rates were chosen on another text.
 
 
 # %%
@@ -206,4 +205,4 @@ plt.show()
 
 # %% [markdown]
 # With one seed, and rates from another text, two bytes per parameter learn as much here
-# as twelve. `python -m benchmarks finetune` compares more optimizers.
+# as twelve. `python -m benchmarks finetune` tunes both rates, and has three seeds.

@@ -80,7 +80,7 @@ def finetune(
     All begin with the same weights, and have the same batches of one sequence. Each has
     four trials of its rate, with seed 0, by factors of three until the best is between
     two others; the best is run with the other seeds. What the records have is not run
-    again. On one CPU core a run takes MINUTES minutes, and one with Muon's direction
+    again. On one CPU core a run takes three minutes, and one with Muon's direction
     twenty.
 
     Args:
