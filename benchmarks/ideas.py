@@ -25,8 +25,8 @@ GRIDS = {
 # What is kept of one weight of a matrix, in bytes.
 BYTES = {
     "Adam, float32": {"weight": 4, "first moment": 4, "second moment": 4},
-    "muon_madam, two bytes": {"code of the weight": 1, "code of its moment": 1},
-    "muon_madam, one byte": {"code of the weight": 1},
+    "muon, two bytes": {"code of the weight": 1, "code of its moment": 1},
+    "muon, one byte": {"code of the weight": 1},
 }
 
 

@@ -63,6 +63,9 @@ def muon(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon with one moment for each weight, on floats or codes.
 
+    This is the recommended optimizer, and its defaults are the recommendation: it needs
+    no more than a schedule that decays from 0.02.
+
     .. math::
 
       w \leftarrow w - \eta\, (s\, \hat g + \lambda\, w), \qquad

@@ -36,8 +36,9 @@ def muon_madam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon for matrices, Madam for everything else, with multiplicative steps.
 
-    This is the recommended optimizer, and its defaults are the recommendation: it needs
-    no more than a schedule that decays from 0.03.
+    Its defaults are the recommendation: it needs no more than a schedule that decays from
+    0.03. With one rate for many networks it is as good as :func:`muon`, whose steps add,
+    and with tuned rates mostly behind.
 
     .. math::
 
