@@ -88,14 +88,13 @@ def accuracy(model):
 # %% [markdown]
 # ## Instead of Adam
 #
-# `madax.muon_madam` is a gradient transformation of optax: Muon for matrices, Madam for
-# everything else. Its learning rate is relative: at 0.03 a typical step changes a
-# weight by 3 %. Start there, and let a schedule decay it. Clips of the gradient go
-# before it in an `optax.chain`, as usual.
+# `madax.muon` is a gradient transformation of optax: Muon for matrices, and Adam with
+# fewer moments for everything else. Start at 0.02, and let a schedule decay it. Clips
+# of the gradient go before it in an `optax.chain`, as usual.
 
 # %%
 model = Net(nnx.Rngs(0))
-tx = madax.muon_madam(optax.cosine_decay_schedule(0.03, STEPS))
+tx = madax.muon(optax.cosine_decay_schedule(0.02, STEPS))
 optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
@@ -117,12 +116,12 @@ print(f"float32: {accuracy(model):.1f} % of the test digits")
 # leaves biases, norms, statistics and random numbers alone. `madax.value_and_grad`
 # takes the place of `nnx.value_and_grad`. Nothing else changes: a layer decodes its
 # codes where it uses them, statistics and dropout work as before, and the same
-# `muon_madam` trains the codes. `moment_format` stores its moments in one byte each.
+# `muon` trains the codes. `moment_format` stores its moments in one byte each.
 
 # %%
 model8 = madax.quantize_params(Net(nnx.Rngs(0)), madax.SymlogFormat(bits=8))  # one
-tx8 = madax.muon_madam(
-    optax.cosine_decay_schedule(0.03, STEPS),
+tx8 = madax.muon(
+    optax.cosine_decay_schedule(0.02, STEPS),
     moment_format=madax.MomentFormat(bits=8),
 )
 optimizer8 = nnx.Optimizer(model8, tx8, wrt=nnx.Param)
