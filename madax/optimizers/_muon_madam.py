@@ -36,9 +36,9 @@ def muon_madam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon for matrices, Madam for everything else, with multiplicative steps.
 
-    Its defaults are the recommendation: it needs no more than a schedule that decays from
-    0.03. With one rate for many networks it is as good as :func:`muon`, whose steps add,
-    and with tuned rates mostly behind.
+    Its defaults are the recommendation: it needs no more than a schedule that decays
+    from 0.03. With one rate for many networks it is as good as :func:`muon`, whose
+    steps add, and with tuned rates mostly behind.
 
     .. math::
 

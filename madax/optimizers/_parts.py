@@ -150,13 +150,11 @@ class Parts:
         readings = read_leaves(paths, map(np.shape, leaves))
         parts: list[tuple[Part, Axes | None]] = []
         for axes, reading in zip(found, readings, strict=True):
-            part = _PART_OF.get(reading.kind, "other")
-            if axes is not None:
-                parts.append(("matrix", axes))
-            elif part in self.transforms:
-                parts.append((part, reading.axes))
-            else:
-                parts.append(("other", None))
+            part = "matrix" if axes else _PART_OF.get(reading.kind, "other")
+            # The axes of a last layer with three or more may be unknown.
+            if part not in self.transforms or (part == "head" and not reading.axes):
+                part = "other"
+            parts.append((part, axes or reading.axes))
         return parts, treedef
 
     def _partition(self, tree: Tree) -> optax.GradientTransformationExtraArgs:

@@ -113,6 +113,17 @@ def test_each_matrix_has_one_moment_of_its_size():
     assert sorted(sizes) == [12, 12, 12, 48, 96, 160]
 
 
+def test_a_last_layer_of_unknown_axes_has_a_second_moment_alone():
+    start = {"up": {"kernel": normal(8, 8)}, "head": {"kernel": normal(4, 5, 6)}}
+    assert "head" in str(madax.diagnostics.matrices(start)).splitlines()[1]
+    g = {"up": normal(8, 8, seed=1), "head": normal(4, 5, 6, seed=1)}
+    g = {name: {"kernel": x} for name, x in g.items()}
+    tx = muon(0.1)
+    updates, _ = tx.update(g, tx.init(start), start)
+    # The first step along a second moment is a sign.
+    close(updates["head"]["kernel"], -0.1 * np.sign(g["head"]["kernel"]))
+
+
 def quantized(tree, bits=8):
     return madax.quantize_params(tree, SymlogFormat(bits, 1 / 3))
 
