@@ -99,6 +99,7 @@ def llama(
     for source in text:
         for name in rows or (LONG if profile in ("long", "full") else CONTENDERS):
             for settings in _tuning(raw, source, name, budget):
+                records.check_text(raw, {"source": source}, source)
                 records.append(raw, settings | train(**settings))
     print(llama_report(folder), clip_report(folder))
     for run in best_runs(records.read(raw)).to_dict("records"):

@@ -129,6 +129,27 @@ def find(path: Path, settings: Mapping[str, Any]) -> list[Record]:
     return [run for run in runs if has(run, settings)]
 
 
+def check_text(path: Path, settings: Mapping[str, Any], text: str) -> None:
+    """Raises if a text that comes with Python is of another version in these runs.
+
+    Args:
+      path: the file of runs.
+      settings: of the runs that are to be compared.
+      text: its name.
+    """
+    here = platform.python_version()
+    if not text.startswith(("pydoc", "stdlib")):
+        return
+    for run in find(path, settings):
+        there = run["environment"]["python"]
+        if there != here:
+            raise ValueError(
+                f"{path} has runs on {text} of Python {there}, whose text is not that "
+                f"of Python {here}; run this by Python {there}, or pass another folder "
+                "as --out. Nothing was changed."
+            )
+
+
 def has(run: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Returns whether a run, as read, has all these settings."""
     wanted = json.loads(json.dumps(dict(settings)))

@@ -51,6 +51,8 @@ def run_missing(
     missing = [i for i in done if not done[i].issuperset(seeds)]
     if not missing:
         return
+    alike = {"workload": workload.name, "settings": fixed.get("settings")}
+    records.check_text(raw, alike, workload.settings.get("data", ""))
     points = [sweep.points[i] for i in missing]
     label = f"{workload.name}, {sweep.optimizer}"
     runs = train(

@@ -162,6 +162,17 @@ def test_no_committed_best_rate_is_on_the_edge_of_its_grid(name):
     assert "No best rate is on the edge of the grid." in text
 
 
+def test_text_of_another_python_is_not_compared(tmp_path, monkeypatch):
+    raw = tmp_path / "runs.jsonl"
+    records.append(raw, {"source": "pydoc, 2000 words"}, {"source": "wikitext-2"})
+    for name in ("pydoc, 2000 words", "wikitext-2"):
+        records.check_text(raw, {"source": name}, name)
+    monkeypatch.setattr(records.platform, "python_version", lambda: "3.0.0")
+    records.check_text(raw, {"source": "wikitext-2"}, "wikitext-2")
+    with pytest.raises(ValueError, match=r"not that of Python 3\.0\.0.*--out"):
+        records.check_text(raw, {}, "pydoc, 2000 words")
+
+
 def test_torn_lines_are_dropped(tmp_path):
     raw = tmp_path / "runs.jsonl"
     records.append(raw, {"seed": 0}, {"seed": 1})
