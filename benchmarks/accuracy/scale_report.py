@@ -191,6 +191,10 @@ def scale_figure(runs: pd.DataFrame) -> Figure:
     """Draws the distance from AdamW over sizes, and losses over bytes a parameter."""
     runs = judged(runs)
     groups = [group for _, group in by_size(runs)]
+    # The largest size whose runs are enough to judge by, if there is one.
+    last = max(
+        reversed(groups), key=lambda group: min(LEAST_SEEDS, group["seed"].nunique())
+    )
     styles = dict(zip(runs["name"].unique(), cycle(STYLES)))
     fig = Figure(figsize=(9, 4.6), layout="constrained")
     over_size, over_bytes = fig.subplots(1, 2)
@@ -206,7 +210,6 @@ def scale_figure(runs: pd.DataFrame) -> Figure:
             label=name,
             **style,
         )
-        last = groups[-1]
         losses = _losses(last, name)
         if len(losses):
             used = last[last["name"] == name]["bytes_per_parameter"].iloc[0]
@@ -217,7 +220,7 @@ def scale_figure(runs: pd.DataFrame) -> Figure:
     scale = "log" if ADAMW in styles else "linear"
     over_size.set(xscale=scale, xlabel="parameters", ylabel=f"loss against {ADAMW}, %")
     over_bytes.set(
-        title=f"{groups[-1]['size'].iloc[0]}: mean, and deviation of seeds",
+        title=f"{last['size'].iloc[0]}: mean, and deviation of seeds",
         xlabel="bytes a parameter, of parameters and state",
         ylabel="held-out nats a token",
     )
