@@ -62,13 +62,7 @@ WAYS: dict[Way, str] = {
     "adam": "optax.adam float32, jax.checkpoint",
     "mixed": "optax.adamw mixed precision, jax.checkpoint",
 }
-LAYERWISE: tuple[Way, ...] = (
-    "muon, one byte",
-    "muon, two bytes",
-    "one byte",
-    "two bytes",
-    "layerwise",
-)
+LAYERWISE = tuple(way for way in WAYS if way not in ("checkpoint", "adam", "mixed"))
 _muon_8 = partial(madax.muon, moment_format=MOMENTS_8)
 _muon_madam_8 = partial(madax.muon_madam, moment_format=MOMENTS_8)
 CONTENDERS: dict[Way, Contender] = {
@@ -116,12 +110,10 @@ def jobs(profile: str) -> Iterator[Job]:
     if profile == "smoke":
         yield Job("tiny", "H100", length=64)
         return
-    for one, two in (
-        ("muon, one byte", "muon, two bytes"),
-        ("one byte", "two bytes"),
-    ):
-        yield Job("Llama-2 70B", "H100", one, 2048)
-        yield Job("Llama-2 70B", "H200", two, 2048)
+    yield Job("Llama-2 70B", "H100", "muon, one byte", 2048)
+    yield Job("Llama-2 70B", "H200", "muon, two bytes", 2048)
+    yield Job("Llama-2 70B", "H100", "one byte", 2048)
+    yield Job("Llama-2 70B", "H200", "two bytes", 2048)
     yield Job("Llama-2 7B", "RTX 4070", "muon, one byte")
     yield Job("Llama-2 7B", "RTX 4090", "muon, two bytes")
     yield Job("CodeLlama 34B", "H100", "muon, two bytes", 2048)

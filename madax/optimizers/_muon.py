@@ -74,12 +74,13 @@ def muon(
     The direction :math:`\hat g` depends on what a leaf is, which is read from the names
     and shapes of the whole tree as for :func:`muon_madam`:
 
-    - of matrices, that of :func:`scale_by_orthogonal_momentum`;
-    - of last layers and routers, a momentum of gradients over the factored second
+    - matrices have the direction of :func:`scale_by_orthogonal_momentum`;
+    - last layers and routers have a momentum of gradients over the factored second
       moment of :func:`scale_by_factored_second_moment`, as in Adafactor;
-    - of vectors and norms, that of Adam, :func:`scale_by_second_moment` with ``b1``;
-    - of tables, that of :func:`scale_by_second_moment` without. A step uses few rows of
-      a table, and a first moment would move the others as well.
+    - vectors and norms have the direction of Adam, :func:`scale_by_second_moment` with
+      ``b1``;
+    - tables have the direction of :func:`scale_by_second_moment` without ``b1``. A step
+      uses few rows of a table, and a first moment would move the others as well.
 
     So each leaf has one moment of its size, but for vectors, which have two. Steps are
     additive. Those of matrices have the root mean square of AdamW's, so that its rates
