@@ -18,7 +18,7 @@ def entries(leaves: int) -> tuple[int, ...]:
 def one_a_leaf(tree: Tree, leaves: int, *, apart: bool = False) -> list[Tree]:
     """Splits a tree of vectors, with one entry per leaf, into trees of scalars.
 
-    With ``apart``, for vectors of 32 bits or bool, GPUs step each leaf in kernels of
+    With ``apart``, for vectors of 32 bits, GPUs step each leaf in kernels of
     its own. Otherwise compilers make one kernel of all steps that read the same vector,
     which is fine for cheap steps, but takes more time and memory for expensive ones.
     """
@@ -46,9 +46,7 @@ def _scalars_apart(vectors: list[jax.Array]) -> list[list[jax.Array]]:
     # The first barrier keeps XLA from computing vectors part by part, and the second
     # from reading rows where they are used.
     columns = [
-        x.astype(jnp.uint32)
-        if x.dtype == bool
-        else jax.lax.bitcast_convert_type(x, jnp.uint32)
+        jax.lax.bitcast_convert_type(x, jnp.uint32)
         for x in jax.lax.optimization_barrier(vectors)
     ]
     # XLA puts many rows of two or more columns together in a kernel. A part of a single
@@ -57,7 +55,7 @@ def _scalars_apart(vectors: list[jax.Array]) -> list[list[jax.Array]]:
     rows = jax.lax.optimization_barrier(jax.lax.split(table, (1,) * len(table)))
     return [
         [
-            bits > 0 if x.dtype == bool else jax.lax.bitcast_convert_type(bits, x.dtype)
+            jax.lax.bitcast_convert_type(bits, x.dtype)
             for x, bits in zip(vectors, row[0], strict=False)
         ]
         for row in rows

@@ -122,7 +122,7 @@ class MomentCodec:
         octaves = self._octaves(signed)
         # It ends above the octave of the max magnitude.
         octave = window_start(jnp.minimum(top, limit) + 2 - octaves, octaves)
-        return MomentWindow(octave, scale, signed)
+        return MomentWindow(octave, scale, signed.astype(jnp.int32))
 
     @partial(jax.jit, static_argnums=0)
     def fits(self, new: jax.Array, window: MomentWindow) -> jax.Array:
@@ -161,7 +161,7 @@ class MomentCodec:
     @partial(jax.jit, static_argnums=0)
     def start(self, new: jax.Array) -> tuple[jax.Array, MomentWindow]:
         """Returns the codes of initial values, and their window."""
-        window = MomentWindow(jnp.int32(1), jnp.float32(1), jnp.bool(False))
+        window = MomentWindow(jnp.int32(1), jnp.float32(1), jnp.int32(0))
         window = self.follow(new, 0.0, window, at_start=True)
         fits = self.fits(new, window)
         return self.encode(new, 0.0, fits, window, jnp.uint32(0), "nearest"), window
@@ -243,5 +243,5 @@ def stack_windows(windows: Sequence[MomentWindow]) -> MomentWindow:
     if not windows:
         shape = entries(0)
         ones = jnp.ones(shape, jnp.int32), jnp.ones(shape, jnp.float32)
-        return MomentWindow(*ones, jnp.zeros(shape, bool))
+        return MomentWindow(*ones, jnp.zeros(shape, jnp.int32))
     return MomentWindow(*map(jnp.stack, zip(*windows, strict=True)))

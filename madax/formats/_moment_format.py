@@ -99,7 +99,7 @@ class MomentWindow(NamedTuple):
       scale: unit of the values, float32 in [1, 2), same shape; a scalar in
         :func:`scale_by_second_moment`. The decay that all elements share goes here,
         because codes would be rounded.
-      signed: whether a bit of the codes is a sign, bool, same shape; None in
+      signed: 1 if a bit of the codes is a sign, else 0, int32, same shape; None in
         :func:`scale_by_second_moment`.
     """
 

@@ -72,6 +72,13 @@ def stored(x, fmt=EIGHT, before=None):
 # --- what is stored of one leaf -------------------------------------------------------
 
 
+def test_a_state_has_no_booleans():
+    """Levanter cannot read them onto several devices."""
+    tx = with_quantized_state(optax.adamw(1e-3), where=everything)
+    state = tx.init({"w": jnp.ones((64, 64))})
+    assert bool not in {x.dtype for x in jax.tree.leaves(state)}
+
+
 @pytest.mark.parametrize("bits", mostly_nightly([8, 9, 16], 8, 16))
 @pytest.mark.parametrize("peak", mostly_nightly([1e-25, 1.0, 3e37], 1e-25, 3e37))
 def test_values_are_stored_to_their_digits_whatever_their_scale(bits, peak):
