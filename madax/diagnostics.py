@@ -31,6 +31,7 @@ from madax.codes._quantize import decoded
 from madax.codes._scales import split_max
 from madax.formats._moment_format import MomentFormat
 from madax.formats._second_moment_codec import SecondMomentCodec, is_fast
+from madax.optimizers._muon import MuonState
 from madax.papers._grid import QuantizeToGridState
 from madax.transforms._factored import FactoredMoments
 from madax.transforms._geometry import Geometry
@@ -149,7 +150,7 @@ def relative_update_size(params: Tree, updates: Tree) -> dict[str, jax.Array]:
     return _by_path(lambda w, u: _relative_norm(u, w), params, updates)
 
 
-def fraction_at_bound(params: Tree, state: Tree) -> dict[str, jax.Array]:
+def fraction_at_bound(params: Tree, state: Tree = None) -> dict[str, jax.Array]:
     r"""Returns the fraction of weights at their bound, leaf by leaf.
 
     A float weight counts as at the bound when it is within a fraction of :math:`2^{-6}`
@@ -163,7 +164,8 @@ def fraction_at_bound(params: Tree, state: Tree) -> dict[str, jax.Array]:
     Args:
       params: tree of floating-point or quantised arrays.
       state: optimizer state that holds the bounds of ``params``, as the state of
-        :func:`madam` does, or of a chain with ``clip_log_weights``.
+        :func:`madam` does, or of a chain with ``clip_log_weights``; None, or the state
+        of :func:`muon`, if only codes are bounded.
 
     Returns:
       A scalar in [0, 1] for each leaf.
@@ -182,11 +184,14 @@ def fraction_at_bound(params: Tree, state: Tree) -> dict[str, jax.Array]:
     found = [g.bound for g in nodes_of(state, Geometry) if g.bound is not None]
     paths, leaves, _ = flatten(params)
     floats = sum(not is_quantized(leaf) for leaf in leaves)
+    if state is None or nodes_of(state, MuonState):
+        found = [jnp.full(entries(floats), jnp.inf)]
     if len(found) != 1 or found[0].shape != entries(floats):
         raise ValueError(
             f"state must hold the bounds of the {floats} leaves of floats in params, "
             f"got bounds of shapes {[bound.shape for bound in found]}; pass the state "
-            "of madam, and with optax.masked or optax.partition its part of params."
+            "of madam, with optax.masked or optax.partition its part of params, or "
+            "None for an optimizer that bounds no floats."
         )
     found += [grid.scale for grid in nodes_of(state, QuantizeToGridState)]
     bounds = [per_leaf(bound, leaves) for bound in found]
@@ -283,14 +288,15 @@ def code_occupancy(params: Tree) -> dict[str, jax.Array]:
 def count_skipped(
     grads: Tree, state: Tree = None, *, b2: jax.typing.ArrayLike = 0.999
 ) -> dict[str, jax.Array]:
-    r"""Returns how many gradient elements madam or muon_madam skips, leaf by leaf.
+    r"""Returns how many gradient elements madax's optimizers skip, leaf by leaf.
 
     ``scale_by_second_moment`` skips an element that is not finite, or whose square
     overflows: neither its moments nor its weight change in that step. With a
     ``moment_format`` it also skips one whose second moment is beyond the octaves,
     unless ``b2`` is below 0.75. ``scale_by_orthogonal_momentum`` keeps an element that
-    is not finite out of its momentum, or takes it as zero. The state shows which of the
-    two transforms a leaf has, and which elements were beyond the octaves.
+    is not finite out of its momentum, or takes it as zero, and
+    ``scale_by_factored_second_moment`` also takes one as zero whose square overflows.
+    The state shows which of them a leaf has, and which elements were beyond octaves.
 
     Args:
       grads: tree of floating-point arrays, no wider than their moments: float64
@@ -317,28 +323,32 @@ def count_skipped(
     skipped = {path: ~jnp.isfinite(jnp.square(g)) for path, g in by_path.items()}
     second = ScaleBySecondMomentState, Moments
     kinds = (*second, ScaleByOrthogonalMomentumState)
-    found, stateless = [], False
-    for node in nodes_of(state, kinds):
-        tree = node.nu if isinstance(node, second) else node.mu
-        stateless |= tree is None
-        names, moments, _ = flatten_named(tree)
-        found += [(*leaf, node) for leaf in zip(names, moments, strict=True)]
-    shapes = {path: np.shape(moment) for path, moment, _ in found}
+    found, unnamed, before = [], None, None
+    for node in nodes_of(state, (*kinds, FactoredMoments)):
+        if not isinstance(node, FactoredMoments):
+            tree = node.nu if isinstance(node, second) else node.mu
+            # What a momentum is of may have been divided by second moments.
+            squared = isinstance(node, second) or isinstance(before, FactoredMoments)
+            unnamed = squared if tree is None else unnamed
+            names, moments, _ = flatten_named(tree)
+            found += [(*x, node, squared) for x in zip(names, moments, strict=True)]
+        before = node
+    shapes = {path: np.shape(moment) for path, moment, *_ in found}
     # Without a momentum, matrices are the leaves that the state does not name.
-    free = by_path.keys() - shapes.keys() if stateless else set()
-    for path in free:
-        shapes[path] = np.shape(by_path[path])
-        if not nodes_of(state, FactoredMoments):
-            skipped[path] = ~jnp.isfinite(by_path[path])
+    if unnamed is not None:
+        for path in by_path.keys() - shapes.keys():
+            shapes[path] = np.shape(by_path[path])
+            if not unnamed:
+                skipped[path] = ~jnp.isfinite(by_path[path])
     if state is not None and shapes != {k: np.shape(g) for k, g in by_path.items()}:
         raise ValueError(
-            "state must hold a moment of madam or muon_madam for each leaf of grads, "
+            "state must hold a moment of an optimizer of madax for each leaf of grads, "
             f"got moments of the shapes {shapes}; pass the state that update returned."
         )
-    for path, moment, node in found:
-        if isinstance(node, ScaleByOrthogonalMomentumState):
+    for path, moment, node, squared in found:
+        if not squared:
             skipped[path] = ~jnp.isfinite(by_path[path])
-        elif node.window is not None:
+        elif isinstance(node, second) and node.window is not None:
             ((format, _),) = node.window.items()
             bits = int(format.removesuffix(")").partition("=")[2])
             # The max code stands for all values beyond the octaves.

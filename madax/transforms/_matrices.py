@@ -83,7 +83,7 @@ def all_axes(matrices: Matrices | None) -> Callable[..., Sequence[Tree]]:
             i = axes.index(None)
             raise ValueError(
                 f"{leaf_name('params', paths[i])} of shape {np.shape(leaves[i])} is "
-                "not a matrix; use muon_madam, leave it out with optax.partition, or "
+                "not a matrix; use muon, leave it out with optax.partition, or "
                 "pass matrices(path, leaf) that returns its axes."
             )
         return axes

@@ -123,6 +123,14 @@ def test_fraction_at_bound_without_the_state(name):
         diagnostics.fraction_at_bound(jnp.ones(2), STATES[name])
 
 
+def test_fraction_at_bound_where_no_float_is_bounded():
+    """There the max of the dtype is the bound."""
+    params = {"w": jnp.array([[1.0, 3e38], [-3.39e38, 0.0]]), "b": jnp.ones(3)}
+    for state in (None, madax.muon().init(params)):
+        at_bound = diagnostics.fraction_at_bound(params, state)
+        assert at_bound == {"b": 0, "w": 0.25}
+
+
 def with_zeros(seed, share):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
@@ -202,15 +210,19 @@ def test_count_skipped_is_what_the_optimizer_skips(dtype):
     ("bits", "b2", "b1"),
     [(8, 0.999, 0.95), (12, 0.9, None), (8, 0.5, 0.95), (None, 0.9, None)],
 )
-def test_count_skipped_agrees_with_what_each_direction_skips(bits, b2, b1):
+@pytest.mark.parametrize("alias", [madax.muon_madam, madax.muon])
+def test_count_skipped_agrees_with_what_each_direction_skips(alias, bits, b2, b1):
     fmt = None if bits is None else madax.MomentFormat(bits)
-    tx = madax.muon_madam(0.01, b1=b1, b2=b2, moment_format=fmt)
-    params = {"w": jnp.ones((8, 8)), "bias": jnp.ones(64)}
+    tx = alias(0.01, b1=b1, b2=b2, moment_format=fmt)
+    params = {"w": (8, 8), "bias": 64, "embedding": (8, 9), "lm_head": (8, 9)}
+    params = {k: jnp.ones(shape) for k, shape in params.items()}
     rng = np.random.default_rng(0)
     rest = {k: rng.standard_normal((20, *x.shape)) for k, x in params.items()}
     # Two outliers, of which floats skip none, one that overflows, one that is NaN.
-    odd = {"w": np.full((8, 8), 1e30), "bias": rng.standard_normal(64)}
-    odd["w"][0, 0], odd["bias"][:4] = np.nan, (1e6, -2e4, 1e30, np.nan)
+    odd = {k: rng.standard_normal(x.shape) for k, x in params.items()}
+    odd["w"] = np.full((8, 8), 1e30)
+    odd["w"][0, 0], odd["lm_head"][0, :2] = np.nan, (1e30, np.nan)
+    odd["embedding"][0, :4] = odd["bias"][:4] = 1e6, -2e4, 1e30, np.nan
 
     @jax.jit
     def run(rest, odd):
@@ -224,7 +236,11 @@ def test_count_skipped_agrees_with_what_each_direction_skips(bits, b2, b1):
 
     updates, counts = run(*jax.tree.map(jnp.float32, (rest, odd)))
     skipped = 2 if bits is None or b2 < 0.75 else 4
-    assert counts["bias"] == np.sum(updates["bias"] == 0) == skipped
+    for name in ("bias", "embedding"):
+        assert counts[name] == np.sum(updates[name] == 0) == skipped
+    # Muon's last layer has a momentum, which moves what the gradient skips.
+    moved = np.sum(updates["lm_head"] == 0) == 0
+    assert counts["lm_head"] == 2 and moved == (alias is madax.muon)
     if b1 is None:  # Without a momentum there is a second moment, of rows and columns.
         assert counts["w"] == np.sum(updates["w"] == 0) == 64
     else:
