@@ -111,6 +111,7 @@ CLIPS = {"exact": EXACT, "last": "the last norm", "layer": "norms of layers"}
 # Rates of what is no matrix, beside Muon.
 _adam_others = {"others": (2e-3, 5e-3), "other": "adam_learning_rate"}
 _madam_others = {"others": (0.02, 0.04)}
+_muon_others = {"others": (0.02, 0.04), "other": "other_learning_rate"}
 CONTENDERS = {
     BASELINE: Row(adamw, ADAM_RATES),
     f"{BASELINE}, b2=0.95": Row(_adamw_95, ADAM_RATES[1:4]),
@@ -132,8 +133,10 @@ CONTENDERS = {
         _madax_muon,
         MADAM_RATES[:3],
         SYMLOG_8,
-        others=(0.02, 0.04),
-        other="other_learning_rate",
+        **_muon_others,
+    ),
+    "madax.muon 8 bits, no momentum": Row(
+        partial(_madax_muon, b1=None), MADAM_RATES, SYMLOG_8, **_muon_others
     ),
     "madam 8 bits": Row(_madam, MADAM_RATES, SYMLOG_8),
     "muon_madam 8 bits": Row(_muon_madam, MADAM_RATES[:3], SYMLOG_8, **_madam_others),
@@ -171,6 +174,7 @@ LONG = (
     f"{BASELINE}, b2=0.95",
     "Muon float32",
     "madax.muon 8 bits",
+    "madax.muon 8 bits, no momentum",
     "madam 8 bits",
     "muon_madam 8 bits",
     "muon_madam 8 bits, no momentum",
