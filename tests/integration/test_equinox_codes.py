@@ -69,8 +69,12 @@ def step_of(tx):
 
 @pytest.mark.parametrize(
     "tx",
-    [madax.muon_madam(0.05), madax.with_quantized_params(optax.adam(0.02))],
-    ids=["muon_madam", "adam"],
+    [
+        madax.muon(0.02),
+        madax.muon_madam(0.05),
+        madax.with_quantized_params(optax.adam(0.02)),
+    ],
+    ids=["muon", "muon_madam", "adam"],
 )
 def test_a_model_trains_whole(tx):
     model, value = trained(codes(), tx, step_of(tx))

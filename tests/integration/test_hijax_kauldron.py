@@ -121,6 +121,7 @@ def by_madax(workdir, tx):
 
 TXS = {
     "madam": madax.madam(0.02),
+    "muon": madax.muon(0.02),
     "muon_madam": madax.muon_madam(0.02),
     "adam": madax.with_quantized_params(optax.adam(1e-2)),
 }

@@ -79,6 +79,7 @@ def coded():
 
 NNX = {
     "madam": lambda: madax.madam(0.02, moment_format=madax.MomentFormat(8)),
+    "muon": lambda: madax.muon(0.02),
     "muon_madam": lambda: madax.muon_madam(0.02),
     "adam": lambda: madax.with_quantized_params(optax.adam(0.02)),
 }

@@ -65,6 +65,7 @@ def weights(model):
 
 TXS = {
     "madam": madax.madam(0.02),
+    "muon": madax.muon(0.02),
     "muon_madam": madax.muon_madam(0.02),
     "adam": madax.with_quantized_params(optax.adam(1e-3)),
 }

@@ -52,7 +52,7 @@ def error(model, batch):
 
 
 def test_gemma_has_the_losses_of_the_ordinary_step():
-    tx = madax.muon_madam(moment_format=madax.MomentFormat(8))
+    tx = madax.muon(moment_format=madax.MomentFormat(8))
     split = madax.split_layers(drawn(), "layers")
     coded = madax.quantize_params(
         split.params, madax.SymlogFormat(bits=8), channel_axis=0

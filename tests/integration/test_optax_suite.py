@@ -1,4 +1,4 @@
-"""optax's own tests of its contributed optimizers and of sharding, run on madam.
+"""optax's own tests of its contributed optimizers and of sharding, run on ours.
 
 The modules are shipped in optax's wheel. Their tables of optimizers are replaced just
 before their test classes are built, so what runs is upstream's code, unchanged.
@@ -29,6 +29,8 @@ PAPER = {"learning_rate": 0.01}
 FLOORED = {"learning_rate": 1e-3, "floor": 1.0, "p_scale": 5.0, "zero_init_scale": 1.0}
 FIRST_MOMENT = {**FLOORED, "b1": 0.9}
 LOW_BIT_MOMENTS = {**FIRST_MOMENT, "moment_format": madax.MomentFormat(bits=8)}
+# Muon's targets are vectors, which take Adam's steps.
+MUON = {"learning_rate": 1e-2}
 
 # The number of upstream's cases for each optimizer, by test, in optax 0.2.7 and 0.2.8.
 CASES = {
@@ -66,9 +68,9 @@ def load_upstream(path, patch, transform=lambda tree: tree):
     return module
 
 
-def upstream_class(opt_kwargs, setup=lambda target: target):
+def upstream_class(opt_kwargs, setup=lambda target: target, name="madam"):
     row = {
-        "opt_name": "madam",
+        "opt_name": name,
         "opt_kwargs": opt_kwargs,
         "wrapper_name": None,
         "wrapper_kwargs": None,
@@ -144,6 +146,11 @@ class TestMadamConvergesFromSameSigns(
     """The convergence targets: upstream's length and tolerance, other starts."""
 
 
+@pytest.mark.filterwarnings("ignore:.*not clear which axes")
+class TestMuon(upstream_class(MUON, name="muon")):
+    """Everything, unchanged."""
+
+
 @pytest.mark.nightly
 class TestFlooredMadam(upstream_class(FLOORED)):
     """Everything, unchanged."""
@@ -179,6 +186,7 @@ def test_every_case_of_upstream_is_run():
     assert count(TestMadam, TestMadamConvergesFromSameSigns) == whole
     targets = {"test_optimizers": whole["test_optimizers"]}
     assert count(TestMadamConvergesFromSameSigns) == targets
+    assert count(TestMuon) == whole
     assert count(TestFlooredMadam) == whole
     assert count(TestMadamWithFirstMoment) == whole
     assert count(TestMadamWithLowBitMoments) == whole
@@ -204,6 +212,11 @@ SHARDED = {
         0.01, b1=0.9, moment_format=madax.MomentFormat(bits=8)
     ),
     "lns_madam": madax.papers.lns_madam(),
+    "muon": madax.muon(
+        moment_format=madax.MomentFormat(bits=8),
+        # Upstream's stack has no name that tells its axes.
+        matrices=lambda path, leaf: madax.transforms.MatrixDimensionNumbers(1, 2),
+    ),
 }
 
 
@@ -246,7 +259,8 @@ def upstream_sharding(path, *tables):
     ]
     ours = {}
     for case in cases(base):
-        if case.startswith("test_init_with_abstract_input"):
+        abstract = case.startswith("test_init_with_abstract_input")
+        if abstract and not case.endswith("_muon"):
             ours[case] = documented_error(getattr(base, case))
         elif "microbatch" in case:  # not about optimizers
             ours[case] = None

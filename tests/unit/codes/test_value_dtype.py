@@ -82,6 +82,7 @@ def test_other_dtypes_are_refused():
 
 TRAINERS = {
     "madam": madax.madam(0.05),
+    "muon": madax.muon(0.05, moment_format=MomentFormat(8)),
     "muon_madam": madax.muon_madam(0.05, moment_format=MomentFormat(8)),
     "adam": madax.with_quantized_params(optax.adam(0.05), error_feedback=True),
     "direction": optax.chain(

@@ -134,6 +134,7 @@ def trained(tx, params, steps=100):
 
 
 CASES = {
+    "muon": (madax.muon, 0.05, FMT),
     "muon_madam": (madax.muon_madam, 0.1, FMT),
     "muon_madam, 16 bits": (madax.muon_madam, 0.1, SymlogFormat(bits=16)),
     "madam": (madax.madam, 0.1, FMT),

@@ -58,6 +58,7 @@ def assert_trains_as_madax(tx, lifted_tx, formats=SOME):
 
 
 MORE = {
+    "muon, momentum": lambda: madax.muon(0.02, moment_format=madax.MomentFormat(8)),
     "muon_madam": lambda: madax.muon_madam(
         0.02, moment_format=madax.MomentFormat(bits=8)
     ),

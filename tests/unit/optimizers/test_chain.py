@@ -107,7 +107,7 @@ def test_counts_and_sizes_are_in_the_state_once():
 
 def test_extra_arguments_of_other_transforms_change_nothing():
     params = mixed()
-    for tx in (madax.madam(0.1), chain(0.1), madax.muon_madam(0.1)):
+    for tx in (madax.madam(0.1), chain(0.1), madax.muon_madam(0.1), madax.muon(0.1)):
         plain = after_steps(tx, params)
         assert different(after_steps(tx, params, count=7, layer=3), plain) == []
         other, _ = after_steps(tx, params, madax_layer=3)

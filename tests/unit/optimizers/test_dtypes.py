@@ -185,6 +185,7 @@ def test_numbers_of_numpy_in_x64_mode_train_as_numbers_of_python(dtype):
 def test_stored_moments_are_the_same_in_x64_mode():
     """There JAX adds up int32 as int64, unless it is told."""
     makers = {
+        "muon": lambda: madax.muon(moment_format=madax.MomentFormat(8)),
         "muon_madam": lambda: madax.muon_madam(moment_format=madax.MomentFormat(8)),
         "adam": lambda: madax.with_quantized_state(
             optax.adam(0.01), where=lambda path, leaf: leaf.ndim > 0

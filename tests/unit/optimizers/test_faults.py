@@ -395,7 +395,11 @@ def test_a_decay_rate_in_16_bits_is_refused(dtype):
     """In bfloat16, .999 is 1, and nothing would move."""
     params = {"w": jnp.ones((4, 4), dtype)}
     words = f"has dtype {dtype}", "hyperparam_dtype=jnp.float32"
-    for make, name in ((madax.madam, "b2"), (madax.muon_madam, "b1")):
+    for make, name in (
+        (madax.madam, "b2"),
+        (madax.muon_madam, "b1"),
+        (madax.muon, "b1"),
+    ):
         tx = optax.inject_hyperparams(make)(LR)
         for init in (tx.init, jax.jit(tx.init)):
             with raises(TypeError, name, *words):

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 FMT = madax.SymlogFormat(bits=8)
 FLOATS = {"w": normal(16, 8), "b": jnp.ones(8)}
 NATIVE = {
+    "muon": madax.muon(0.05, moment_format=madax.MomentFormat(8)),
     "muon_madam": madax.muon_madam(0.05, moment_format=madax.MomentFormat(8)),
     "madam": madax.madam(0.05),
     "adam": madax.with_quantized_params(optax.adam(0.05), error_feedback=True),
