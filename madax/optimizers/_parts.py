@@ -10,11 +10,13 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from madax._core.checks import check_decay
+from madax._core.checks import check_decay, check_format
 from madax._core.leaf_kinds import Axes, read_leaves
 from madax._core.leaf_names import Kind
 from madax._core.names import Tree, flatten_named
+from madax._core.tracing import Shapes, shapes_of
 from madax.codes._array import is_quantized
+from madax.codes._leaves import flatten_both
 from madax.formats._moment_codec import MomentCodec
 from madax.formats._moment_format import MomentFormat
 from madax.transforms._factored import factored_second_moment
@@ -57,6 +59,7 @@ def directions(
 
     Without ``other_b1`` they are the directions of :func:`muon_madam`.
     """
+    check_format("moment_format", moment_format, MomentFormat)
     check_matrices(matrices)
     check_direction(direction)
     b1 = check_decay("b1", b1, 0.95, or_none=True)
@@ -134,8 +137,16 @@ class Parts:
     def update(
         self, updates: Tree, state: Tree, params: Tree = None, **extra_args: Tree
     ) -> tuple[Tree, Tree]:
-        tx = self._partition(updates if params is None else params)
-        return tx.update(updates, state, params, **extra_args)
+        tree = updates if params is None else params
+        if params is not None:
+            flatten_both(params, updates)  # refuses trees that differ
+        if jax.tree.structure(state) != self._structure(shapes_of(tree)):
+            raise ValueError(
+                "the optimizer state was made for other params, or with other b1, "
+                "other_b1, direction, matrices or moment_format; call init again, or "
+                "pass what it was made with."
+            )
+        return self._partition(tree).update(updates, state, params, **extra_args)
 
     def are_others(self, params: Tree) -> list[bool]:
         """Which leaves are no matrices."""
@@ -156,6 +167,17 @@ class Parts:
                 part = "other"
             parts.append((part, axes or reading.axes))
         return parts, treedef
+
+    @functools.cached_property
+    def _structure(self) -> Callable[[Shapes], jax.tree_util.PyTreeDef]:
+        """Returns the structure of the state for parameters of some shapes, cached."""
+
+        @functools.lru_cache(maxsize=16)
+        def structure(shapes: Shapes) -> jax.tree_util.PyTreeDef:
+            tree = shapes.tree()
+            return jax.tree.structure(jax.eval_shape(self._partition(tree).init, tree))
+
+        return structure
 
     def _partition(self, tree: Tree) -> optax.GradientTransformationExtraArgs:
         parts, treedef = self._read(tree)

@@ -24,7 +24,8 @@ class ScaleByFactoredSecondMomentState(NamedTuple):
     """State of :func:`scale_by_factored_second_moment`.
 
     The moments are in tuples, in flatten order, because their shapes differ from the
-    parameters', so the sharding of a parameter must not be copied to them.
+    parameters', so the sharding of a parameter must not be copied to them. A scalar
+    stands for no leaves, which ``optax.tree.map_params`` can tell from a parameter.
 
     Attributes:
       count: number of steps taken, int32 scalar.
@@ -34,15 +35,19 @@ class ScaleByFactoredSecondMomentState(NamedTuple):
     """
 
     count: jax.Array
-    nu_in: tuple[jax.Array, ...]
-    nu_out: tuple[jax.Array, ...]
+    nu_in: tuple[jax.Array, ...] | jax.Array
+    nu_out: tuple[jax.Array, ...] | jax.Array
 
 
 class FactoredMoments(NamedTuple):
     """The state without the count, for optimizers, which have one count."""
 
-    nu_in: tuple[jax.Array, ...]
-    nu_out: tuple[jax.Array, ...]
+    nu_in: tuple[jax.Array, ...] | jax.Array
+    nu_out: tuple[jax.Array, ...] | jax.Array
+
+    def pairs(self) -> list[tuple[jax.Array, jax.Array]]:
+        """The two moments of each leaf."""
+        return list(zip(*self, strict=True)) if isinstance(self.nu_in, tuple) else []
 
 
 def scale_by_factored_second_moment(
@@ -126,7 +131,8 @@ def factored_second_moment(
         paths, gs, treedef = flatten(updates, "updates")
         axes, rate = axes_of(paths, gs), decay_rate(b2)
         wanted = list(map(_shapes, gs, axes))
-        found = [tuple(map(np.shape, pair)) for pair in zip(*state, strict=True)]
+        pairs = state.pairs()
+        found = [tuple(map(np.shape, pair)) for pair in pairs]
         if found != wanted:
             raise ValueError(
                 f"the optimizer state has second moments of the shapes {found}, but "
@@ -135,7 +141,8 @@ def factored_second_moment(
         steps = jnp.asarray(optax.safe_increment(count))
         correction = jnp.sqrt(bias_correction(b2, steps))
         directions, kept = [], []
-        for g, nu_in, nu_out, (inputs, outputs) in zip(gs, *state, axes, strict=True):
+        leaves = zip(gs, pairs, axes, strict=True)
+        for g, (nu_in, nu_out), (inputs, outputs) in leaves:
             g = widen(g)
             g = jnp.where(jnp.isfinite(g * g), g, 0)
             rms_in, rms_out = (
@@ -157,6 +164,9 @@ def factored_second_moment(
 def _moments_of(
     kept: Sequence[Sequence[jax.Array]],
 ) -> FactoredMoments:
+    if not kept:
+        none = jnp.zeros([], jnp.float32)
+        return FactoredMoments(none, none)
     nu_in, nu_out = (tuple(pair[i] for pair in kept) for i in (0, 1))
     return FactoredMoments(nu_in, nu_out)
 

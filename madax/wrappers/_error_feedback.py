@@ -213,6 +213,8 @@ class ErrorFeedback:
                 f"error_feedback=True and params has {count} leaves of codes, but "
                 f"the optimizer state was made {made}; call init again."
             )
+        if not count:
+            return state, before
         single = jax.tree.map(
             lambda w: jnp.ones((1,) * w.ndim, w.dtype),
             jax.eval_shape(decoded, self.params),

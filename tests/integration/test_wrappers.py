@@ -235,6 +235,24 @@ def test_trees_of_states_know_their_moments_and_nothing_else():
     assert optax.tree.get(state, "count") == STEPS
 
 
+@pytest.mark.parametrize("b1", [0.9, None])
+def test_trees_of_states_know_the_moments_of_muon(b1):
+    """Vectors of second moments are none: they have other shapes than parameters."""
+    params = make_params() | {"head": {"kernel": jnp.ones((3, 5))}}
+    tx = madax.muon(b1=b1, moment_format=madax.MomentFormat(8))
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    marked = optax.tree.map_params(
+        tx,
+        lambda x, p: is_masked(x) or x.shape == p.shape,
+        tx.init(params),
+        params,
+        transform_non_params=lambda _: "other",
+        is_leaf=is_masked,
+    )
+    found = jax.tree.leaves(marked)
+    assert found.count(False) == 0 and found.count(True) >= len(jax.tree.leaves(params))
+
+
 def test_lookahead():
     start = make_params()
     grads = make_grads(start)

@@ -206,3 +206,24 @@ def test_what_it_refuses():
         muon().update(start, madax.madam().init(start), start)
     with raises(ValueError, "params"):
         muon().update(start, muon().init(start))
+    with raises(ValueError, "updates and params must have the same tree structure"):
+        muon().update({"Dense_0": None}, muon().init(start), start)
+    with raises(TypeError, "moment_format must be None or a MomentFormat", "got 8"):
+        muon(moment_format=8)
+
+
+OTHERS = {
+    "b1": {"b1": None},
+    "other_b1": {"other_b1": None},
+    "moment_format": {"moment_format": MomentFormat(8)},
+    "matrices": {"matrices": lambda path, leaf: None},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_state_that_was_made_with_other_arguments_is_refused(name):
+    start = params()
+    one, other = muon(), muon(**OTHERS[name])
+    for tx, state in ((one, other.init(start)), (other, one.init(start))):
+        with raises(ValueError, "the optimizer state was made", name, "call init"):
+            tx.update(start, state, start)

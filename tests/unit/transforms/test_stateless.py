@@ -263,7 +263,6 @@ def test_bad_input_is_refused_and_nothing_lost():
         scale_by_factored_second_moment(1.0)
     two = muon_madam(0.03, moment_format=MomentFormat(8), seed=3)
     params = madax.quantize_params({"w": w}, FORMATS["symlog8"])
-    with raises(TypeError, "state must be a WithQuantizedStateState"):
-        step(two, {"w": w}, ONE_BYTE.init(params), params)
-    with pytest.raises(ValueError, match="have called init"):  # the words of optax
-        step(ONE_BYTE, {"w": w}, two.init(params), params)
+    for tx, other in ((two, ONE_BYTE), (ONE_BYTE, two)):
+        with raises(ValueError, "the optimizer state was made for other params, or"):
+            step(tx, {"w": w}, other.init(params), params)
