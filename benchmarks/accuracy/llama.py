@@ -87,11 +87,11 @@ def llama(
         out: Folder for llama.jsonl, .md and .png; by default
             benchmarks/results/llama/ and the profile.
         profile: smoke takes a minute; quick half an hour a text on one CPU core, long
-            three hours, of thirteen rows; full is for a GPU, of the same rows.
+            three hours, of twelve rows; full is for a GPU, of the same rows.
         text: Texts to train on: pydoc and stdlib, which come with CPython, or paths of
             files.
         rows: Names of optimizers; by default all, FlashAdamW where its package is
-            there (``pip install '.[rivals]'``); thirteen of the long and full profiles.
+            there (``pip install '.[rivals]'``); twelve of the long and full profiles.
     """
     check_choices("rows", rows, CONTENDERS)
     folder = out or Path("benchmarks/results/llama") / profile

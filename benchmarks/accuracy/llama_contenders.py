@@ -135,18 +135,14 @@ CONTENDERS = {
         SYMLOG_8,
         **_muon_others,
     ),
-    # What codes cost is the bound on weights or the noise of rounding: here is less of
-    # one, and of both.
-    **{
-        f"madax.muon {bits} bits, p_scale=10": Row(
-            _madax_muon,
-            MADAM_RATES[:3],
-            madax.SymlogFormat(bits=bits, linear_range=0.1),
-            p_scale=10.0,
-            **_muon_others,
-        )
-        for bits in (8, 16)
-    },
+    # A bound of ten times the first weights takes no accuracy from 16 bits.
+    "madax.muon 16 bits, p_scale=10": Row(
+        _madax_muon,
+        MADAM_RATES[:3],
+        madax.SymlogFormat(bits=16, linear_range=0.1),
+        p_scale=10.0,
+        **_muon_others,
+    ),
     "madax.muon 8 bits, no momentum": Row(
         partial(_madax_muon, b1=None), MADAM_RATES, SYMLOG_8, **_muon_others
     ),
@@ -186,7 +182,6 @@ LONG = (
     f"{BASELINE}, b2=0.95",
     "Muon float32",
     "madax.muon 8 bits",
-    "madax.muon 8 bits, p_scale=10",
     "madax.muon 16 bits, p_scale=10",
     "madax.muon 8 bits, no momentum",
     "madam 8 bits",
