@@ -165,8 +165,8 @@ def _moments_of(
     kept: Sequence[Sequence[jax.Array]],
 ) -> FactoredMoments:
     if not kept:
-        none = jnp.zeros([], jnp.float32)
-        return FactoredMoments(none, none)
+        # One array twice could not be donated.
+        return FactoredMoments(*(jnp.zeros([], jnp.float32) for _ in range(2)))
     nu_in, nu_out = (tuple(pair[i] for pair in kept) for i in (0, 1))
     return FactoredMoments(nu_in, nu_out)
 

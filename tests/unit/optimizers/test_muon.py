@@ -113,6 +113,16 @@ def test_each_matrix_has_one_moment_of_its_size():
     assert sorted(sizes) == [12, 12, 12, 48, 96, 160]
 
 
+@pytest.mark.parametrize("b1", [0.95, None])
+@pytest.mark.parametrize("name", ["up", "head", "table"])
+def test_a_state_of_any_part_alone_can_be_donated(name, b1):
+    start = {name: {"kernel": normal(8, 8)}}
+    tx = muon(0.1, b1=b1, moment_format=MomentFormat(8))
+    update = jax.jit(tx.update, donate_argnums=(1, 2))
+    updates, state = update(start, tx.init(start), jax.tree.map(jnp.copy, start))
+    update(updates, state, jax.tree.map(jnp.copy, start))
+
+
 def test_a_last_layer_of_unknown_axes_has_a_second_moment_alone():
     start = {"up": {"kernel": normal(8, 8)}, "head": {"kernel": normal(4, 5, 6)}}
     assert "head" in str(madax.diagnostics.matrices(start)).splitlines()[1]
