@@ -239,7 +239,7 @@ def optimizer(
     error.
 
     Args:
-      tx: :func:`madax.muon_madam`, :func:`madax.madam`, any other optimizer within
+      tx: :func:`madax.muon`, :func:`madax.madam`, any other optimizer within
         :func:`madax.with_quantized_params`, or a chain with one of them.
 
     Returns:

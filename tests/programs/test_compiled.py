@@ -244,10 +244,9 @@ def test_numbers_of_a_leaf_are_the_same_apart():
     vectors = [
         jnp.array([-5, 2**31 - 1, 0], jnp.int32),
         jnp.array([-0.0, jnp.nan, 1e-45], jnp.float32),
-        jnp.array([True, False, True]),
         jnp.array([0x7FC12345, 2**32 - 1, 7], jnp.uint32),
     ]
-    for some in (vectors, vectors[:1], vectors[1:2], vectors[2:3]):
+    for some in (vectors, vectors[:1], vectors[1:2]):
         together, apart = map(jax.jit, (_scalars, _scalars_apart))
         for leaf, other in zip(together(some), apart(some), strict=True):
             for x, y in zip(leaf, other, strict=True):
