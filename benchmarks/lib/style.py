@@ -26,6 +26,10 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#8c510a", "linestyle": "-.", "marker": ">"},
     {"color": "#e41a1c", "linestyle": "-", "marker": "p"},
     {"color": "#80b1d3", "linestyle": ":", "marker": "h"},
+    {"color": "#1b4d1b", "linestyle": "--", "marker": "d"},
+    {"color": "#f781bf", "linestyle": "-.", "marker": "8"},
+    {"color": "#4d004b", "linestyle": (0, (3, 1, 1, 1)), "marker": (4, 1, 0)},
+    {"color": "#a6a600", "linestyle": "-", "marker": (3, 1, 0)},
 )
 
 
