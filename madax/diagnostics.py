@@ -323,16 +323,17 @@ def count_skipped(
     skipped = {path: ~jnp.isfinite(jnp.square(g)) for path, g in by_path.items()}
     second = ScaleBySecondMomentState, Moments
     kinds = (*second, ScaleByOrthogonalMomentumState)
-    found, unnamed, before = [], None, None
-    for node in nodes_of(state, (*kinds, FactoredMoments)):
-        if not isinstance(node, FactoredMoments):
-            tree = node.nu if isinstance(node, second) else node.mu
-            # What a momentum is of may have been divided by second moments.
-            squared = isinstance(node, second) or isinstance(before, FactoredMoments)
-            unnamed = squared if tree is None else unnamed
-            names, moments, _ = flatten_named(tree)
-            found += [(*x, node, squared) for x in zip(names, moments, strict=True)]
-        before = node
+    found, unnamed = [], None
+    nodes = nodes_of(state, (*kinds, FactoredMoments))
+    for before, node in zip([None, *nodes], nodes, strict=False):
+        if isinstance(node, FactoredMoments):
+            continue
+        tree = node.nu if isinstance(node, second) else node.mu
+        # What a momentum is of may have been divided by second moments.
+        squared = isinstance(node, second) or isinstance(before, FactoredMoments)
+        unnamed = squared if tree is None else unnamed
+        names, moments, _ = flatten_named(tree)
+        found += [(*x, node, squared) for x in zip(names, moments, strict=True)]
     shapes = {path: np.shape(moment) for path, moment, *_ in found}
     # Without a momentum, matrices are the leaves that the state does not name.
     if unnamed is not None:

@@ -18,9 +18,9 @@ def entries(leaves: int) -> tuple[int, ...]:
 def one_a_leaf(tree: Tree, leaves: int, *, apart: bool = False) -> list[Tree]:
     """Splits a tree of vectors, with one entry per leaf, into trees of scalars.
 
-    With ``apart``, for vectors of 32 bits, GPUs step each leaf in kernels of
-    its own. Otherwise compilers make one kernel of all steps that read the same vector,
-    which is fine for cheap steps, but takes more time and memory for expensive ones.
+    With ``apart``, for vectors of 32 bits, GPUs step each leaf in kernels of its own.
+    Otherwise compilers make one kernel of all steps that read the same vector, which is
+    fine for cheap steps, but takes more time and memory for expensive ones.
     """
     if not leaves:
         return []
