@@ -93,7 +93,7 @@ test-nightly: $(VENV)/.test
 	$(MAKE) test-floor
 
 # Trainers and models of others, each in an environment of its own, as its pins want it.
-TRAINERS := $(addprefix test-,tunix kauldron keras maxtext levanter)
+TRAINERS := $(addprefix test-,tunix kauldron keras maxtext levanter easydel)
 test-trainers: $(TRAINERS)
 .PHONY: $(TRAINERS)
 $(TRAINERS): test-%:

@@ -76,6 +76,7 @@ def llama(
     profile: Literal["smoke", "quick", "long", "full"] = "quick",
     text: tuple[str, ...] = ("pydoc",),
     rows: tuple[str, ...] = (),
+    seeds: int | None = None,
 ) -> None:
     """Train Llama-shaped language models of bytes from scratch, by several optimizers.
 
@@ -92,13 +93,14 @@ def llama(
             files.
         rows: Names of optimizers; by default all, FlashAdamW where its package is
             there (``pip install '.[rivals]'``); twelve of the long and full profiles.
+        seeds: How many of the best rate; by default as many as the profile has.
     """
     check_choices("rows", rows, CONTENDERS)
     folder = out or Path("benchmarks/results/llama") / profile
     raw, budget = records.file(folder, "llama"), PROFILES[profile]
     for source in text:
         for name in rows or (LONG if profile in ("long", "full") else CONTENDERS):
-            for settings in _tuning(raw, source, name, budget):
+            for settings in _tuning(raw, source, name, budget, seeds):
                 records.check_text(raw, {"source": source}, source)
                 records.append(raw, settings | train(**settings))
     print(llama_report(folder), clip_report(folder))
@@ -106,7 +108,9 @@ def llama(
         print(f"\n--- {run['name']}, {run['source']}\n{run['sample']}")
 
 
-def _tuning(raw: Path, source: str, name: str, budget: Budget) -> Iterator[dict]:
+def _tuning(
+    raw: Path, source: str, name: str, budget: Budget, seeds: int | None = None
+) -> Iterator[dict]:
     """Yields the missing runs: first of all rates, then other seeds of the best."""
     row = CONTENDERS[name]
     fixed: records.Record = {"source": source, "name": name, "other": row.others[0]}
@@ -129,7 +133,7 @@ def _tuning(raw: Path, source: str, name: str, budget: Budget) -> Iterator[dict]
     for other in row.others if budget.rates > 2 else row.others[:1]:
         losses[other] = yield from _tried(raw, fixed | {"other": other, "seed": 0})
     fixed["other"] = min(losses, key=lambda other: losses[other])
-    for seed in range(1, budget.seeds):
+    for seed in range(1, seeds or budget.seeds):
         yield from _tried(raw, fixed | {"seed": seed})
 
 

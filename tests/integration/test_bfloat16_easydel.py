@@ -1,0 +1,99 @@
+"""EasyDeL's Trainer on weights in bfloat16, which trains codes by no JAX it takes."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers import normal, same
+
+import madax
+
+# It patches them at import, and its version of them needs PyTorch.
+for name in ("glm4v_moe", "llama4", "phimoe", "qwen3_5_moe", "qwen3_next"):
+    sys.modules[f"transformers.models.{name}"] = None
+ed = pytest.importorskip("easydel")
+from datasets import Dataset
+from eformer.optimizers import AdamWConfig, OptimizerBuilder, register_optimizer
+
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.usefixtures("quick_compiles"),
+]
+
+STEPS, LENGTH = 10, 32
+
+
+@register_optimizer("four_bytes")
+@dataclasses.dataclass
+class FourBytes(OptimizerBuilder):
+    config: AdamWConfig
+
+    def build(self, scheduler):
+        return madax.wrappers.with_stochastic_rounding(
+            optax.adamw(scheduler), moment_format=madax.MomentFormat(bits=8)
+        )
+
+
+class Trainer(ed.Trainer):
+    """Its own, which also notes losses."""
+
+    def on_step_end(self, state, metrics, step):
+        self.losses.append(float(metrics.loss))
+        return super().on_step_end(state, metrics, step)
+
+
+def by_easydel(folder, steps=STEPS):
+    """The losses and the state after its loop, on a mesh of eight."""
+    config = ed.LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+    )
+    tokens = np.asarray(normal(16 * STEPS, LENGTH) > 0).astype(int)
+    columns = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
+    arguments = ed.TrainingArguments(
+        model_name="tiny",
+        save_directory=str(folder),
+        optimizer="four_bytes",
+        learning_rate=0.01,
+        weight_decay=0.0,
+        total_batch_size=16,
+        max_length=LENGTH,
+        num_train_epochs=1,
+        max_training_steps=steps,
+        save_steps=STEPS // 2,
+        use_wandb=False,
+    )
+    trainer = Trainer(
+        arguments=arguments,
+        model=ed.LlamaForCausalLM(
+            config, dtype=jnp.float32, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+        ),
+        dataset_train=Dataset.from_dict({k: x.tolist() for k, x in columns.items()}),
+    )
+    trainer.losses = []
+    return trainer.losses, trainer.train().state
+
+
+def test_its_loop_trains_on_four_bytes_per_parameter_and_resumes(tmp_path):
+    losses, whole = by_easydel(tmp_path / "whole")
+    assert len(losses) == STEPS and losses[-1] < 0.9 * losses[0]
+    weights = jax.tree.leaves(whole.graphstate)
+    assert {w.dtype for w in weights} == {jnp.dtype("bfloat16")}
+    assert {len(w.sharding.device_set) for w in weights} == {8}
+    kept = sum(x.nbytes for x in jax.tree.leaves((weights, whole.opt_state)))
+    # Moments of small leaves stay float32.
+    assert kept < 5 * sum(w.size for w in weights)
+
+    before, _ = by_easydel(tmp_path / "half", STEPS // 2)
+    after, state = by_easydel(tmp_path / "half")
+    assert before + after == losses
+    same(state.graphstate, whole.graphstate)
