@@ -47,6 +47,7 @@ class Row(NamedTuple):
 
 _MADAM = partial(madax.madam, b2=B2, moment_format=MOMENTS_8)
 _MUON_MADAM = partial(madax.muon_madam, b2=B2, moment_format=MOMENTS_8)
+_MUON = partial(madax.muon, b2=B2, moment_format=MOMENTS_8)
 _MUON_ON_CODES = partial(
     CONTENDERS["Muon on codes, 2 bytes"].make, other=1.0, beta=0.95, weight_decay=0.0
 )
@@ -57,7 +58,12 @@ ROWS = {
     "factored, weights of 16 bits, 2 bytes": Row(
         partial(_MUON_MADAM, b1=None, direction="factored"), 3e-4, "symlog 16"
     ),
+    "factored, 1 byte": Row(partial(_MUON_MADAM, b1=None, direction="factored"), 3e-4),
+    "madax.muon, factored, 1 byte": Row(
+        partial(_MUON, b1=None, direction="factored"), 3e-4
+    ),
     "muon_madam, 2 bytes": Row(_MUON_MADAM, 3e-4),
+    "madax.muon, 2 bytes": Row(_MUON, 3e-4),
     "Muon on codes, 2 bytes": Row(_MUON_ON_CODES, 3e-4),
     "madam, 3 bytes, weights of 16 bits": Row(_MADAM, 1e-3, "symlog 16"),
     "muon_madam, 1 byte": Row(partial(_MUON_MADAM, b1=None), 3e-4),

@@ -13,12 +13,12 @@ from helpers import normal, same
 
 import madax
 
-# It patches them at import, and its version of them needs PyTorch.
+ed = pytest.importorskip("easydel")
+datasets = pytest.importorskip("datasets")
+optimizers = pytest.importorskip("eformer.optimizers")
+# EasyDeL patches these when it is first used, and they need PyTorch.
 for name in ("glm4v_moe", "llama4", "phimoe", "qwen3_5_moe", "qwen3_next"):
     sys.modules[f"transformers.models.{name}"] = None
-ed = pytest.importorskip("easydel")
-from datasets import Dataset
-from eformer.optimizers import AdamWConfig, OptimizerBuilder, register_optimizer
 
 pytestmark = [
     pytest.mark.nightly,
@@ -28,10 +28,10 @@ pytestmark = [
 STEPS, LENGTH = 10, 32
 
 
-@register_optimizer("four_bytes")
+@optimizers.register_optimizer("four_bytes")
 @dataclasses.dataclass
-class FourBytes(OptimizerBuilder):
-    config: AdamWConfig
+class FourBytes(optimizers.OptimizerBuilder):
+    config: optimizers.AdamWConfig
 
     def build(self, scheduler):
         return madax.wrappers.with_stochastic_rounding(
@@ -77,7 +77,9 @@ def by_easydel(folder, steps=STEPS):
         model=ed.LlamaForCausalLM(
             config, dtype=jnp.float32, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
         ),
-        dataset_train=Dataset.from_dict({k: x.tolist() for k, x in columns.items()}),
+        dataset_train=datasets.Dataset.from_dict(
+            {k: x.tolist() for k, x in columns.items()}
+        ),
     )
     trainer.losses = []
     return trainer.losses, trainer.train().state
