@@ -82,10 +82,10 @@ def matrices(params: Tree, matrices: Matrices | None = None) -> _MatrixTable:
       matrices: the optimizer's ``matrices``.
 
     Returns:
-      For each path None, for a leaf that is no matrix, or (matrices in the stack, rows,
-      columns), in the order of the leaf's own axes. The dict prints as a table, which
-      says what the other leaves are: a vector, a table, a last layer (``head``), a
-      router, a depthwise ``filter``, or ``other``.
+      For each path None, for a leaf that is not a matrix, or (matrices in the stack,
+      rows, columns), in the order of the leaf's own axes. The dict prints as a table,
+      which says what the other leaves are: a vector, a table, a last layer (``head``),
+      a router, a depthwise ``filter``, or ``other``.
 
     Raises:
       ValueError: if ``matrices`` gives axes that a leaf does not have.

@@ -37,7 +37,7 @@ class Row(NamedTuple):
     Attributes:
       make: a schedule of the rate to the optimizer.
       rate: the first rate of the search.
-      weights: key of ``smollm.FORMATS``, with a scale a channel, or float32.
+      weights: key of ``smollm.FORMATS``, with one scale per channel, or float32.
     """
 
     make: Callable[[optax.Schedule], optax.GradientTransformation]

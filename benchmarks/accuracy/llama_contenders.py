@@ -30,7 +30,7 @@ class Row(Contender):
     """A contender with what else is tuned here.
 
     Attributes:
-      others: rates to choose from for what is no matrix, after the rate, in short runs;
+      others: rates to choose from for other leaves, after the rate, in short runs;
         longer ones take the first. None is the same rate.
       other: what the optimizer calls this rate.
       warm_up: fraction of the run in which rates rise.
@@ -108,7 +108,7 @@ def _flash_adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
 
 # Of madax.layerwise, and how rows are named after them.
 CLIPS = {"exact": EXACT, "last": "the last norm", "layer": "norms of layers"}
-# Rates of what is no matrix, beside Muon.
+# Rates of other leaves, beside Muon.
 _adam_others = {"others": (2e-3, 5e-3), "other": "adam_learning_rate"}
 _madam_others = {"others": (0.02, 0.04)}
 _muon_others = {"others": (0.02, 0.04), "other": "other_learning_rate"}

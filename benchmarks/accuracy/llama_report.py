@@ -57,9 +57,9 @@ def llama_table(runs: pd.DataFrame) -> str:
     """Returns held-out losses in Markdown, from the records alone."""
     parts = [
         f"{_size(runs)}; held-out nats a byte, at the best rate of each, "
-        "the median of the seeds; a second rate is of what is no matrix. Against the "
-        "same seeds of the best AdamW, and of the better of muon_madam and Muon in two "
-        "bytes.\n"
+        "the median of the seeds; a second rate is of all leaves but matrices. Against "
+        "the same seeds of the best AdamW, and of the better of muon_madam and Muon in "
+        "two bytes.\n"
     ]
     best = best_runs(runs)
     for source, group in best.groupby("source", sort=False):

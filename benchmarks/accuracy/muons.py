@@ -40,7 +40,7 @@ from benchmarks.lib.sweep import Sweep, run_missing, settings
 from benchmarks.workloads import Workload
 
 SIX = ("diffusion", "words", "vae", "pinn", "gru", "llama")
-RATIOS = (0.3, 3.0)  # Of the rate of what is no matrix, after 1.
+RATIOS = (0.3, 3.0)  # Of the rate of other leaves, after 1.
 MOST = 9  # Rates to try, while the best is at their end.
 Make = Callable[[optax.Schedule], optax.GradientTransformation]
 
@@ -187,7 +187,7 @@ FACTORS: Mapping[str, Mapping[str, Contender]] = {
         ),
     },
 }
-# The row that has the other part for what is no matrix.
+# The row that has the other part for other leaves.
 OTHER_REST = {
     MUON_MADAM: MUON,
     MUON: MUON_MADAM,
@@ -203,7 +203,7 @@ def muons(options: Flags, *, factors: tuple[str, ...] = SIX) -> None:
     """Compare Muon and ``muon_madam``, in float32 and in two bytes, on six tasks.
 
     Each has the same trials from seed 0: five rates, and more while the best is at an
-    end; then the best and those beside it, with other rates for what is no matrix. The
+    end; then the best and those beside it, with other rates for other leaves. The
     best of all is judged from nine other seeds. Then one thing is changed at a time,
     at the best rate, half and twice. What the records have is not run again.
 

@@ -64,7 +64,7 @@ def muons_table(runs: pd.DataFrame) -> str:
         markdown(_bars(found)),
         f"Scores, less is better: mean and deviation of seeds {first} to {last}.",
         markdown(_scores(found, metrics)),
-        "Chosen from seed 0: the rate, and its ratio to the rate of what is no matrix.",
+        "Chosen from seed 0: the rate, and its ratio to the rate of other leaves.",
         markdown(_settings(runs, found)),
     ]
     if runs["optimizer"].str.contains(": ").any():

@@ -93,7 +93,7 @@ def muon(
 
     Args:
       learning_rate: :math:`\eta`, or a schedule.
-      other_learning_rate: :math:`\eta` of all leaves that are no matrices; None for
+      other_learning_rate: :math:`\eta` of all leaves other than matrices; None for
         ``learning_rate``.
       b1: decay rate of the momentum of matrices, as for :func:`muon_madam`.
       b2: decay rate of the second moments.

@@ -149,7 +149,7 @@ class Parts:
         return self._partition(tree).update(updates, state, params, **extra_args)
 
     def are_others(self, params: Tree) -> list[bool]:
-        """Which leaves are no matrices."""
+        """Which leaves are not matrices."""
         return [part != "matrix" for part, _ in self._read(params)[0]]
 
     def _read(

@@ -80,6 +80,22 @@ def test_names_mentioned_exist():
             assert operator.attrgetter(found)(madax) is not None, f"{name}: {found}"
 
 
+def test_the_table_of_defaults_is_right():
+    table = (
+        PAGES["choosing.md"].partition("Their defaults:\n\n")[2].partition("\n\n")[0]
+    )
+    head, _, *rows = (
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        for line in table.splitlines()
+    )
+    assert len(head) == 4 and len(rows) > 5
+    for name, *cells in rows:
+        for maker, cell in zip(head[1:], cells, strict=True):
+            found = inspect.signature(getattr(madax, maker)).parameters.get(name)
+            written = "" if found is None else str(found.default).removesuffix(".0")
+            assert cell.strip('"') == written, (name, maker)
+
+
 def test_local_links_lead_somewhere():
     pages = PAGES | {
         "../CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text("utf-8")

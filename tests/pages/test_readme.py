@@ -20,7 +20,6 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 @needs_flax_0_12
 def test_examples_run_and_train():
     names = run_examples(README)
-    assert names["loss"](names["params"]) < 1e-3
     assert isinstance(names["model"].hidden.kernel.get_value(), madax.QuantizedArray)
     assert names["nnx_loss"](names["model"], names["x"], names["y"]) < 0.9 * np.log(10)
     assert np.isfinite(names["value"])

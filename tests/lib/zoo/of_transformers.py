@@ -12,6 +12,8 @@ SOURCE, PACKAGES = "transformers", ("transformers", "flax")
 def _of(config, model, **fields):
     def build():
         package = importlib.import_module("transformers")
+        if not hasattr(package, model):
+            raise ImportError(f"{package.__version__} has no {model}")
         made = getattr(package, config)(**fields)
         flax = getattr(package, model)(made, input_shape=TOKENS.shape, seed=0)
         output = lambda params: flax(TOKENS, params=params)[0]
