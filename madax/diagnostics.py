@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
 from madax._core.checks import leaf_name, warn_of_leaves
 from madax._core.leaf_kinds import read_leaves
 from madax._core.names import Tree, flatten_named
 from madax._core.numerics import decay_rate
+from madax._core.shards import in_auto_axes
 from madax._core.vectors import entries, known_values
 from madax.codes._array import is_quantized
 from madax.codes._leaves import (
@@ -184,7 +186,7 @@ def fraction_at_bound(params: Tree, state: Tree = None) -> dict[str, jax.Array]:
     found = [g.bound for g in nodes_of(state, Geometry) if g.bound is not None]
     paths, leaves, _ = flatten(params)
     floats = sum(not is_quantized(leaf) for leaf in leaves)
-    if state is None or nodes_of(state, MuonState):
+    if state is None or (not found and nodes_of(state, MuonState)):
         found = [jnp.full(entries(floats), jnp.inf)]
     if len(found) != 1 or found[0].shape != entries(floats):
         raise ValueError(
@@ -276,13 +278,16 @@ def code_occupancy(params: Tree) -> dict[str, jax.Array]:
     """
     paths, leaves, _ = flatten(params)
     return {
-        path: jnp.bincount(
-            w.codes.astype(jnp.int32).ravel() + w.format.levels,
-            length=2 * w.format.levels + 1,
-        ).astype(jnp.int32)
+        path: in_auto_axes(partial(_counts, w.format.levels), w.codes, PartitionSpec())
         for path, w in zip(paths, leaves, strict=True)
         if is_quantized(w)
     }
+
+
+def _counts(levels: int, codes: jax.Array) -> jax.Array:
+    """The counts of the codes from -levels to levels."""
+    places = codes.astype(jnp.int32).ravel() + levels
+    return jnp.bincount(places, length=2 * levels + 1).astype(jnp.int32)
 
 
 def count_skipped(
@@ -323,7 +328,7 @@ def count_skipped(
     skipped = {path: ~jnp.isfinite(jnp.square(g)) for path, g in by_path.items()}
     second = ScaleBySecondMomentState, Moments
     kinds = (*second, ScaleByOrthogonalMomentumState)
-    found, unnamed = [], None
+    found, unnamed, expected = [], None, None
     nodes = nodes_of(state, (*kinds, FactoredMoments))
     for before, node in zip([None, *nodes], nodes, strict=False):
         if isinstance(node, FactoredMoments):
@@ -331,13 +336,17 @@ def count_skipped(
         tree = node.nu if isinstance(node, second) else node.mu
         # What a momentum is of may have been divided by second moments.
         squared = isinstance(node, second) or isinstance(before, FactoredMoments)
-        unnamed = squared if tree is None else unnamed
+        if tree is None:
+            unnamed = squared
+            of_matrices = isinstance(before, FactoredMoments)
+            expected = len(before.pairs()) if of_matrices else None
         names, moments, _ = flatten_named(tree)
         found += [(*x, node, squared) for x in zip(names, moments, strict=True)]
     shapes = {path: np.shape(moment) for path, moment, *_ in found}
     # Without a momentum, matrices are the leaves that the state does not name.
-    if unnamed is not None:
-        for path in by_path.keys() - shapes.keys():
+    others = by_path.keys() - shapes.keys()
+    if unnamed is not None and expected in (None, len(others)):
+        for path in others:
             shapes[path] = np.shape(by_path[path])
             if not unnamed:
                 skipped[path] = ~jnp.isfinite(by_path[path])

@@ -58,7 +58,8 @@ def runs_in(paths: list[Path]) -> list[records.Record]:
                 run["why"][named[1]] = why
             for entry in case.iter("property"):
                 run[entry.get("name")] = json.loads(entry.get("value", "null"))
-    return list(runs.values())
+    # A model that could not be built has no versions; make says that it failed.
+    return [run for run in runs.values() if "versions" in run]
 
 
 def others_table(runs: pd.DataFrame) -> str:

@@ -45,6 +45,25 @@ def varying(tree: Tree) -> frozenset[str]:
     return frozenset().union(*found)
 
 
+def in_auto_axes(
+    fn: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    spec: jax.sharding.PartitionSpec | None = None,
+) -> jax.Array:
+    """``fn(x)``, where types of explicit axes would not tell the layout of its parts.
+
+    The compiler chooses it then, as on a mesh of Auto axes. The result lies like ``x``,
+    or by ``spec``.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    # JAX has it since 0.7.
+    if not mesh.explicit_axes or not hasattr(jax.sharding, "auto_axes"):
+        return fn(x)
+    out = jax.typeof(x).sharding if spec is None else jax.NamedSharding(mesh, spec)
+    run: Tree = jax.sharding.auto_axes(fn, out_sharding=out)
+    return run(x)
+
+
 def spread(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     """Returns the array with a type that also varies over ``axes``."""
     more = tuple(sorted(axes - varying(x)))

@@ -20,6 +20,17 @@ from madax.codes._array import is_quantized
 from madax.codes._leaves import flatten, widen
 
 
+def check_float_widths(params: optax.Params) -> None:
+    """Raises if a float leaf has less than 16 bits."""
+    for path, leaf in zip(*flatten(params)[:2], strict=True):
+        if not is_quantized(leaf) and jnp.result_type(leaf).itemsize < 2:
+            raise TypeError(
+                f"{leaf_name('params', path)} has dtype {jnp.result_type(leaf)}, in "
+                "which updates of a few per cent are lost; use bfloat16 or wider, or "
+                "codes, made by quantize_params."
+            )
+
+
 def float_leaf_sizes(params: optax.Params) -> tuple[list[str], jax.Array, jax.Array]:
     """Returns paths of float leaves, and vectors of their root mean squares and maxima.
 
@@ -35,13 +46,7 @@ def float_leaf_sizes(params: optax.Params) -> tuple[list[str], jax.Array, jax.Ar
             "init reads the values of params, got jax.ShapeDtypeStruct leaves; "
             "use jax.eval_shape(tx.init, params) for the shapes of the state."
         )
-    for path, leaf in floats:
-        if jnp.result_type(leaf).itemsize < 2:
-            raise TypeError(
-                f"{leaf_name('params', path)} has dtype {jnp.result_type(leaf)}, in "
-                "which updates of a few per cent are lost; use bfloat16 or wider, or "
-                "codes, made by quantize_params."
-            )
+    check_float_widths(params)
     paths = [path for path, _ in floats]
     sizes = [awaited(_leaf_size(leaf)) for _, leaf in floats]
     if sizes:

@@ -67,6 +67,7 @@ def install() -> None:
     _operator("_getitem", _getitem)
     _operator("_setitem", _setitem)
     _method("__jax_array__", decode_array)
+    setattr(CodesType, "_len", lambda self, _: self.shape[0])  # noqa: B010
     setattr(LiftedArray, "__iter__", _of_value(iter))  # noqa: B010
     for name in ("_copy", "_deepcopy"):
         setattr(CodesType, name, staticmethod(lambda x, *memo: x))

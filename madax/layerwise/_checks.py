@@ -44,6 +44,19 @@ def check_params(params: Tree, stacks: Sequence[Stack]) -> None:
         _check_stack(stack, layers if stack.name is None else layers[stack.name])
 
 
+def check_stacks_of_state(state: Tree, stacks: Sequence[Stack]) -> None:
+    """Raises unless a state has the ends and the stacks of the parameters."""
+    names = [stack.name for stack in stacks if stack.name is not None]
+    if isinstance(state, Mapping) and {ENDS, LAYERS} <= set(state):
+        layers = state[LAYERS]
+        if not names or (isinstance(layers, Mapping) and set(layers) == set(names)):
+            return
+    raise ValueError(
+        f"state must have the states of the ends and of the layers {names}, got "
+        f"{jax.tree.structure(state)}; call the init that layerwise returned."
+    )
+
+
 def _check_stack(stack: Stack, layers: Tree) -> None:
     """Raises unless all leaves have an axis of layers that the pattern divides."""
     path = LAYERS if stack.name is None else f"{LAYERS}/{stack.name}"

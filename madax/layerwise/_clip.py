@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from madax._core.checks import Number, check_choice, check_positive
 from madax._core.names import Tree
 from madax._core.numerics import plus_product, rounded
+from madax.codes._leaves import widen
 from madax.layerwise._floats import total
 
 DECAY = 0.9  # of the mean over steps, which starts as zeros: only quotients count
@@ -36,7 +37,8 @@ class Clip(NamedTuple):
     ) -> Tree:
         """Scales the gradients of a part by ``max_norm / norm`` if that is below 1.
 
-        The operations are as in ``optax.clip_by_global_norm``.
+        The operations are as in ``optax.clip_by_global_norm``, but in float32 where
+        gradients are narrower, whose range a norm exceeds.
 
         Args:
           grads: of the part.
@@ -52,8 +54,10 @@ class Clip(NamedTuple):
         norm = norms[self.by]
 
         def scaled(g):
-            limit = jnp.asarray(most).astype(g.dtype)
-            return jnp.where(norm < most, g, g / norm.astype(g.dtype) * limit)
+            wide = widen(g)
+            limit = jnp.asarray(most).astype(wide.dtype)
+            clipped = wide / norm.astype(wide.dtype) * limit
+            return jnp.where(norm < most, g, clipped.astype(g.dtype))
 
         return jax.tree.map(scaled, grads)
 
@@ -86,7 +90,7 @@ def times_so_far(ends: jax.Array, stacks: Sequence[jax.Array]) -> list[jax.Array
 def checked_clip(max_norm: Number | None, clip_by: ClipBy) -> Clip:
     """Returns the clip of these arguments, after a check."""
     if max_norm is not None:
-        check_positive("max_norm", max_norm, None)
+        max_norm = check_positive("max_norm", max_norm, None)
     why = '"exact" takes a second backward pass, and the others none.'
     check_choice("clip_by", clip_by, get_args(ClipBy), why)
     return Clip(max_norm, clip_by)

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 
 from madax._core.names import ENDS, LAYERS, Tree
 from madax._core.shards import barrier
-from madax.layerwise._checks import check_devices, check_loss, check_params
+from madax._core.tracing import shapes_of
+from madax.layerwise._checks import (
+    check_devices,
+    check_loss,
+    check_params,
+    check_stacks_of_state,
+)
 from madax.layerwise._clip import averaged, times_so_far
 from madax.layerwise._floats import floats_of, norm, total
 from madax.layerwise._pass import Done, Key, Pass
@@ -48,16 +54,32 @@ class Run:
         ends = with_keys_of(tx.init({ENDS: params[ENDS]}), depth)
         state = {ENDS: ends, LAYERS: states.get(None, states)}
         if self.setup.clip.has_memory:
-            depths = {one.name: depth_of(one.layers(params)) for one in self.stacks}
-            norms = {name: jnp.zeros(n, jnp.float32) for name, n in depths.items()}
-            state[FRACTIONS] = {ENDS: jnp.float32(0), LAYERS: norms.get(None, norms)}
+            state[FRACTIONS] = self.no_fractions(params)
         return state
+
+    def no_fractions(self, params: Tree) -> Tree:
+        """The fractions before the first step: zeros, which do not count."""
+        depths = {one.name: depth_of(one.layers(params)) for one in self.stacks}
+        norms = {name: jnp.zeros(n, jnp.float32) for name, n in depths.items()}
+        return {ENDS: jnp.float32(0), LAYERS: norms.get(None, norms)}
+
+    def fractions(self, params: Tree, state: Tree) -> Tree:
+        """The fractions in a state; none in a state of steps that did not clip."""
+        zeros = self.no_fractions(params)
+        found = state.get(FRACTIONS, zeros)
+        if shapes_of(found) != shapes_of(zeros):
+            raise ValueError(
+                f"state[{FRACTIONS!r}] is of other layers than params; call init again."
+            )
+        return found
 
     def step(self, params: Tree, state: Tree, batch: Tree, key: Key = None) -> Tree:
         """Returns new parameters and state, and the loss (and metrics) before."""
         check_devices()
         check_params(params, self.stacks)
+        check_stacks_of_state(state, self.stacks)
         ends, setup = params[ENDS], self.setup
+        fractions = self.fractions(params, state)
         batches = cut(batch, setup.microbatches)
         weights = setup.decode(ends)
         _, merge = floats_of(weights)
@@ -68,7 +90,7 @@ class Run:
         if setup.clip.is_exact:
             seen = self.exact_norm(passes, ends, g_ends, grads)
         if setup.clip.has_memory:
-            last, names = state[FRACTIONS], [one.stack.name for one, _ in passes]
+            last, names = fractions, [one.stack.name for one, _ in passes]
             stacks = [last[LAYERS] if k is None else last[LAYERS][k] for k in names]
             times = times_so_far(last[ENDS], stacks)
         new, states, norms, totals = {}, {}, {}, None
@@ -94,8 +116,7 @@ class Run:
         params = {ENDS: ends, LAYERS: new.get(None, new)}
         after = {ENDS: ends_state, LAYERS: states.get(None, states)}
         if setup.clip.has_memory:
-            old = state[FRACTIONS]
-            after[FRACTIONS] = jax.tree.map(partial(averaged, whole), norms, old)
+            after[FRACTIONS] = jax.tree.map(partial(averaged, whole), norms, fractions)
         return params, after, value
 
     def forward(

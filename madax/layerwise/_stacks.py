@@ -73,8 +73,15 @@ def splitter(tx: Optimizer, layers: Tree, stack: Tree) -> tuple[Callable, Callab
             "the state of the layers does not match tx, got "
             f"{jax.tree.structure(stack)}, expected {treedef}; call init again."
         )
-    pairs = zip(jax.tree.leaves(stack), jax.tree.leaves(one), strict=True)
-    owned = [np.ndim(x) > len(shape.shape) for x, shape in pairs]
+    owned = []
+    for x, leaf in zip(jax.tree.leaves(stack), jax.tree.leaves(one), strict=True):
+        owned.append(np.ndim(x) > len(leaf.shape))
+        shape = (depth_of(layers),) * owned[-1] + leaf.shape
+        if np.shape(x) != shape:
+            raise ValueError(
+                "the state of the layers does not match params, got an array of shape "
+                f"{np.shape(x)}, expected {shape}; call init again."
+            )
 
     def split(state):
         leaves = list(zip(jax.tree.leaves(state), owned, strict=True))

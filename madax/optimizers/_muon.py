@@ -18,9 +18,9 @@ from madax._core.numerics import rounded
 from madax._core.rounding import Rounding, check_rounding, leaf_keys
 from madax._core.vectors import one_a_leaf
 from madax.codes._array import Leaf, is_quantized
-from madax.codes._leaves import flatten_both
+from madax.codes._leaves import compute_dtype, flatten_both
 from madax.codes._quantize import decoded
-from madax.codes._scales import check_code_scales
+from madax.codes._scales import check_code_scales, check_float_widths
 from madax.codes._steps import as_steps, rounded_sum
 from madax.formats._moment_format import MomentFormat
 from madax.optimizers._chain import decay_of, is_zero, scaled_by_rates
@@ -85,7 +85,8 @@ def muon(
     So each leaf has one moment of its size, but for vectors, which have two. Steps are
     additive. Those of matrices have the root mean square of AdamW's, so that its rates
     carry over. Sums with codes, and with floats of 16 bits, are rounded stochastically,
-    which keeps their mean, so that no step is lost.
+    which keeps their mean, so that no step is lost, except where a ``LogFormat`` ends: it
+    has no codes across zero. Take a ``SymlogFormat``.
 
     With ``moment_format=MomentFormat(8)``, on leaves that are 8-bit codes, training
     keeps **two bytes** per parameter, and with ``b1=None`` **one byte** for matrices.
@@ -155,6 +156,7 @@ def muon(
     decay = decay_of(weight_decay, mask)
 
     def init_fn(params):
+        check_float_widths(params)
         check_code_scales(params)
         decay.init(params)  # refuses a mask that does not fit
         return MuonState(jnp.zeros([], jnp.int32), parts.init(params))
@@ -190,4 +192,4 @@ def _sum_rounded(w: Leaf, u: jax.Array, key: jax.Array, rounding: Rounding) -> L
     """The update that takes a leaf to about ``w + u``."""
     if is_quantized(w):
         return as_steps(w, rounded_sum(w, u, key, rounding))
-    return rounded_update(w, u, key, rounding)
+    return rounded_update(w, u.astype(compute_dtype(w)), key, rounding)

@@ -14,7 +14,7 @@ from madax._core.leaf_kinds import Axes
 from madax._core.names import Tree
 from madax._core.numerics import decay_rate, moving_average, over
 from madax.codes._array import is_quantized
-from madax.codes._leaves import compute_dtype, flatten, widen
+from madax.codes._leaves import compute_dtype, flatten
 from madax.codes._scales import root_mean_square
 from madax.transforms._matrices import Matrices, all_axes
 from madax.transforms._second_moment import Direction, bias_correction
@@ -143,7 +143,7 @@ def factored_second_moment(
         directions, kept = [], []
         leaves = zip(gs, pairs, axes, strict=True)
         for g, (nu_in, nu_out), (inputs, outputs) in leaves:
-            g = widen(g)
+            g = jnp.asarray(g).astype(nu_in.dtype)
             g = jnp.where(jnp.isfinite(g * g), g, 0)
             rms_in, rms_out = (
                 root_mean_square(g, ax, keepdims=True) for ax in (outputs, inputs)

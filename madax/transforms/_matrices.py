@@ -11,6 +11,7 @@ import numpy as np
 from madax._core.checks import leaf_name, warn_of_leaves
 from madax._core.leaf_kinds import Axes, read_leaves
 from madax._core.names import Tree, flatten_named, is_part
+from madax._core.shards import in_auto_axes
 from madax.codes._array import is_quantized
 
 _AMISS = (
@@ -149,15 +150,13 @@ def as_matrices(
     fn: Callable[[jax.Array], jax.Array], x: jax.Array, axes: Axes
 ) -> jax.Array:
     """Applies a function of (stacks of) matrices to a leaf."""
-    sharding = jax.typeof(x).sharding
-    # JAX has it since 0.7.
-    if sharding.mesh.explicit_axes and hasattr(jax.sharding, "auto_axes"):
-        # Explicit types tell no layout for the product of a matrix with itself, so the
-        # compiler chooses one, as on a mesh of Auto axes.
-        run: Tree = jax.sharding.auto_axes(
-            lambda x: as_matrices(fn, x, axes), out_sharding=sharding
-        )
-        return run(x)
+    # Explicit types tell no layout for the product of a matrix with itself.
+    return in_auto_axes(lambda x: _as_matrices(fn, x, axes), x)
+
+
+def _as_matrices(
+    fn: Callable[[jax.Array], jax.Array], x: jax.Array, axes: Axes
+) -> jax.Array:
     stack, rows, columns = in_order(x.shape, axes)
     order = (*stack, *rows, *columns)
     # An axis of size 1 is in order anywhere.

@@ -45,7 +45,7 @@ def newton_schulz(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         return barrier(x.astype(dtype))
 
     x = over(root_mean_square(x, (-2, -1), keepdims=True), widen(x))
-    x = stored(x * (1 / math.sqrt(rows * columns)))
+    x = stored(x * (1 / math.sqrt(max(rows * columns, 1))))
     for _ in range(_ITERATIONS):
         # The smaller of both products with itself. Nothing is transposed: XLA would
         # give the parameters another layout, and copy a whole stack of them.

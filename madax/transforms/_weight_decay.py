@@ -90,7 +90,7 @@ def add_decayed_log_weights(
 
 def decayed(weight_decay: ArrayLike, d: jax.Array, step: jax.Array) -> jax.Array:
     """The direction ``d`` of a leaf plus the decay, given its relative step."""
-    return plus_product(widen(d), weight_decay, step)
+    return plus_product(widen(d), weight_decay, widen(step))
 
 
 def relative_steps(ws: list[Leaf], floors: jax.Array) -> list[jax.Array]:

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -99,11 +99,13 @@ class CodedLeaves(NamedTuple):
         return fields
 
 
-@functools.lru_cache(maxsize=64)
-def _place_and_reason(
+def place_and_reason(
     inner: optax.GradientTransformationExtraArgs, shapes: Shapes, coded: CodedLeaves
 ) -> tuple[int, str]:
-    """Returns the first leaf that must not get errors, and why; "" if there is none."""
+    """Returns the first leaf that must not get errors, and why; "" if there is none.
+
+    It traces ``inner``, so its caller caches it, for as long as ``inner`` lives.
+    """
     params, extra_args = shapes.tree()
     state = jax.eval_shape(inner.init, params)
     ms, count = coded.momentum(state), len(coded.paths)
@@ -157,6 +159,7 @@ class ErrorFeedback:
     """The steps of an optimizer whose momentum gets rounding errors."""
 
     inner: optax.GradientTransformationExtraArgs
+    place_and_reason: Callable[[Shapes, CodedLeaves], tuple[int, str]]
     grads: Tree
     params: Tree
     extra_args: dict[str, Tree]
@@ -175,7 +178,7 @@ class ErrorFeedback:
         """
         args = self.params, self.extra_args
         shapes = jax.eval_shape(lambda p, x: (decoded(p), x), *args)
-        place, reason = _place_and_reason(self.inner, shapes_of(shapes), self.coded)
+        place, reason = self.place_and_reason(shapes_of(shapes), self.coded)
         if reason:
             name = leaf_name("params", self.coded.paths[place])
             raise ValueError(

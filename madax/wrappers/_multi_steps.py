@@ -85,6 +85,10 @@ def multi_steps(
         updates, state = accumulated(inner.init).update(
             updates, state, params, **extra_args
         )
+        # optax multiplies the sum by 0, which keeps an element that is not finite.
+        is_empty = state.mini_step == 0
+        sums = jax.tree.map(lambda x: jnp.where(is_empty, 0, x), state.acc_grads)
+        state = state._replace(acc_grads=sums)
         us = treedef.flatten_up_to(updates)
         return treedef.unflatten(map(as_steps, ws, us)), state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from madax.codes._quantize import decoded
 from madax.codes._scales import check_code_scales
 from madax.codes._steps import as_steps, rounded_sum
 from madax.formats._moment_format import MomentFormat
-from madax.wrappers._error_feedback import ErrorFeedback
+from madax.wrappers._error_feedback import ErrorFeedback, place_and_reason
 from madax.wrappers._quantized_state import Where, with_quantized_state
 
 
@@ -160,13 +161,15 @@ def _quantized_params(
 ) -> optax.GradientTransformationExtraArgs:
     """Like :func:`with_quantized_params`, with the moments that ``inner`` has."""
     inner = optax.with_extra_args_support(inner)
+    known = functools.lru_cache(maxsize=64)(partial(place_and_reason, inner))
+    feedback_of = partial(ErrorFeedback, inner, known)
 
     def init_fn(params):
         check_code_scales(params)
         inner_state = inner.init(decoded(params))
         slope = None
         if error_feedback:
-            slope = ErrorFeedback(inner, None, params, {}).zero_slopes(inner_state)
+            slope = feedback_of(None, params, {}).zero_slopes(inner_state)
         return WithQuantizedParamsState(jnp.zeros([], jnp.int32), inner_state, slope)
 
     def update_fn(updates, state, params: Tree = None, **extra_args):
@@ -174,7 +177,7 @@ def _quantized_params(
         paths, ws, _, treedef = flatten_both(params, updates)
         values, slope = decoded(params), state.slope
         before = state.inner_state
-        feedback = ErrorFeedback(inner, updates, params, extra_args)
+        feedback = feedback_of(updates, params, extra_args)
         if error_feedback:
             feedback.check()
             before, slope = feedback.limited_momentum(before, slope)

@@ -18,7 +18,8 @@ from madax._core.names import Tree
 from madax._core.rounding import leaf_keys
 from madax._core.vectors import one_a_leaf
 from madax.codes._array import Leaf, is_quantized
-from madax.codes._leaves import flatten_both, widen
+from madax.codes._leaves import compute_dtype, flatten_both, widen
+from madax.codes._scales import check_float_widths
 from madax.formats._moment_format import MomentFormat
 from madax.transforms._lns_quantize import rounded_update
 from madax.wrappers._quantized_state import with_quantized_state
@@ -95,6 +96,7 @@ def with_stochastic_rounding(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):
+        check_float_widths(params)
         count = jnp.zeros([], jnp.int32)
         return WithStochasticRoundingState(count, inner.init(_widened(params)))
 
@@ -105,9 +107,11 @@ def with_stochastic_rounding(
                 "params is None, but updates are rounded to the grid of the weights; "
                 "call update(grads, state, params)."
             )
-        paths, ws, _, treedef = flatten_both(params, updates)
+        paths, ws, gs, treedef = flatten_both(params, updates)
+        pairs = zip(ws, gs, strict=True)
+        gs = [jnp.asarray(g).astype(compute_dtype(w)) for w, g in pairs]
         proposed, inner_state = inner.update(
-            _widened(updates), state.inner_state, _widened(params), **extra_args
+            treedef.unflatten(gs), state.inner_state, _widened(params), **extra_args
         )
         us = treedef.flatten_up_to(proposed)
         keys = leaf_keys(seed, state.count, paths, extra_args.get("madax_layer"))

@@ -114,6 +114,10 @@ STATES = {
     "another transform": madax.scale_by_sign_log().init(jnp.ones(2)),
     "other params": madax.madam().init([jnp.ones(2), jnp.ones(3)]),
     "two of them": (madax.madam().init(jnp.ones(2)),) * 2,
+    "muon beside madam": (
+        madax.muon().init(jnp.ones(2)),
+        madax.madam().init([jnp.ones(2), jnp.ones(3)]),
+    ),
 }
 
 
@@ -249,7 +253,9 @@ def test_count_skipped_agrees_with_what_each_direction_skips(alias, bits, b2, b1
 
 def test_count_skipped_wants_the_state_of_these_gradients():
     params = {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}
-    for state in (madax.madam().init({"w": params["w"]}), optax.adam(0.1).init(params)):
+    matrix = {"w": params["w"]}
+    beside = {"a": madax.muon(b1=None).init(matrix), "b": optax.adam(0.1).init(matrix)}
+    for state in (madax.madam().init(matrix), optax.adam(0.1).init(params), beside):
         with raises(ValueError, "must hold a moment", "pass the state"):
             diagnostics.count_skipped(params, state)
 

@@ -6,6 +6,10 @@ import numpy as np
 import optax
 import pytest
 from cases import FORMATS
+from helpers import normal, same
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import enter, make_mesh, needs_explicit_axes
 
 import madax
 from madax import diagnostics
@@ -55,6 +59,17 @@ def test_code_occupancy_counts_codes(run):
     codes, fmt = np.asarray(params["kernel"].codes), params["kernel"].format
     for code in range(-fmt.levels, fmt.levels + 1):
         assert counts["kernel"][code + fmt.levels] == np.sum(codes == code)
+
+
+@needs_explicit_axes
+def test_code_occupancy_of_codes_on_a_mesh_of_explicit_axes():
+    mesh = make_mesh("explicit")
+    w = madax.quantize_params({"w": normal(16, 8)}, FORMATS["symlog8"])
+    expected = diagnostics.code_occupancy(w)
+    codes = jax.device_put(w["w"].codes, NamedSharding(mesh, P("data", "model")))
+    placed = {"w": madax.QuantizedArray(codes, w["w"].scale, w["w"].format)}
+    with enter(mesh):
+        same(jax.jit(diagnostics.code_occupancy)(placed), expected)
 
 
 def test_bounds_of_a_tree_of_codes_alone():

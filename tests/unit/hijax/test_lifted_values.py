@@ -202,6 +202,7 @@ def test_it_looks_like_an_array_of_floats():
     assert jax.block_until_ready(w) is w
     assert repr(w) == f"LiftedArray(codes8[4,6], {FMT!r})"
     jax.jit(lambda w: np.testing.assert_equal((*w.shape, w.ndim), (4, 6, 2)))(w)
+    jax.jit(lambda w: np.testing.assert_equal(len(w), 4))(w)
 
 
 @pytest.mark.parametrize(

@@ -290,3 +290,30 @@ def test_a_state_of_another_optimizer_is_refused():
     _, step = madax.layerwise(OPTIMIZERS["moments8"], *layers.FUNCTIONS)
     with raises(ValueError, "the state of the layers does not match tx"):
         jax.eval_shape(step, params, init(params), layers.batches()[0])
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_state_of_another_depth_is_refused(depth):
+    params = layers.weights()
+    stack = jax.tree.map(lambda w: jnp.stack([w[0]] * depth), params["layers"])
+    init, step = madax.layerwise(FLOATS, *layers.FUNCTIONS)
+    state = init(params | {"layers": stack})
+    with raises(ValueError, f"got an array of shape ({depth}, 16", "call init again"):
+        jax.eval_shape(step, params, state, layers.batches()[0])
+
+
+def test_a_state_of_other_parts_is_refused():
+    params = layers.weights()
+    init, step = madax.layerwise(FLOATS, *layers.FUNCTIONS)
+    with raises(ValueError, "the ends and of the layers", "the init that layerwise"):
+        step(params, FLOATS.init(params["ends"]), layers.batches()[0])
+    embed, layer, loss = layers.FUNCTIONS
+    both = params | {"layers": {"a": params["layers"], "b": params["layers"]}}
+    _, step = madax.layerwise(
+        FLOATS,
+        {"a": embed, "b": lambda ends, batch, x: x},
+        {"a": layer, "b": layer},
+        loss,
+    )
+    with raises(ValueError, "the layers ['a', 'b']", "the init that layerwise"):
+        step(both, init(params), layers.batches()[0])

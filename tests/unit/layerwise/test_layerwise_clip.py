@@ -115,7 +115,34 @@ def test_norms_that_are_not_finite_tell_nothing():
     same(state["fractions"], old)
 
 
+def test_a_run_may_begin_to_clip():
+    params, batch = layers.weights(), layers.batches()[0]
+    init, _ = madax.layerwise(SGD, *layers.FUNCTIONS)
+    same(moves("last", params, batch, init(params)), moves("last", params, batch))
+
+
+@pytest.mark.parametrize("clip_by", ["exact", "layer"])
+def test_gradients_in_float16_may_have_norms_beyond_it(clip_by):
+    """Of 10,000 elements of 1000 each, whose norm is 100,000."""
+    init, step = madax.layerwise(
+        SGD,
+        lambda ends, batch: batch,
+        lambda w, x: x + w,
+        lambda ends, x, batch: jnp.sum(x * jnp.float16(1000), dtype=jnp.float32),
+        max_norm=1.0,
+        clip_by=clip_by,
+        dtype=jnp.float16,
+    )
+    params = {"ends": {}, "layers": jnp.ones((1, 10000))}
+    new, *_ = step(params, init(params), jnp.ones((1, 10000), jnp.float16))
+    np.testing.assert_allclose(params["layers"] - new["layers"], 0.01, rtol=1e-3)
+
+
 def test_bad_input_is_refused():
+    params, batch = layers.weights(), layers.batches()[0]
+    deeper = {"fractions": {"ends": jnp.float32(0), "layers": jnp.zeros(5)}}
+    with raises(ValueError, "state['fractions'] is of other layers", "init again"):
+        moves("last", params, batch, clipped("last")[0](params) | deeper)
     with raises(ValueError, "max_norm must satisfy max_norm > 0, got 0"):
         clipped("last", max_norm=0)
     with raises(ValueError, "clip_by must be one of", "got 'global'", '"exact" takes'):

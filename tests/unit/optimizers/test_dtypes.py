@@ -62,6 +62,26 @@ def test_updates_keep_the_dtype_and_states_never_drift(dtype):
             assert not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize >= 4
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [
+        madax.muon(),
+        madax.muon(b1=None),
+        madax.muon_madam(b1=None, direction="factored"),
+        madax.wrappers.with_stochastic_rounding(optax.adam(0.1)),
+    ],
+    ids=["muon", "one byte", "factored", "stochastic rounding"],
+)
+def test_gradients_in_float64_change_no_state_of_float32(tx):
+    with enable_x64():
+        kernels = {"up": (6, 5), "head": (5, 4)}
+        params = {k: {"kernel": jnp.ones(v, jnp.float32)} for k, v in kernels.items()}
+        grads = jax.tree.map(lambda w: w.astype(jnp.float64), params)
+        state = tx.init(params)
+        updates, after = jax.eval_shape(tx.update, grads, state, params)
+        assert dtypes(after) == dtypes(state) and dtypes(updates) == dtypes(params)
+
+
 @pytest.mark.parametrize("dtype", mostly_nightly(DTYPES, "float16", "float64"))
 def test_every_dtype_follows_the_oracle(dtype):
     """One step from the same weights errs by roundings of the dtype only."""

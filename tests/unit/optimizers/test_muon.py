@@ -169,6 +169,15 @@ def test_small_steps_of_bfloat16_are_kept_in_the_mean():
     assert abs(fraction - 1) < noise < 0.1
 
 
+def test_bfloat16_decays_by_the_rate_times_the_decay_in_the_mean():
+    start = {"up": {"kernel": jnp.ones((64, 64), jnp.bfloat16), "bias": jnp.ones(64)}}
+    tx = muon(0.02, weight_decay=0.1, mask={"up": {"kernel": True, "bias": False}})
+    g = jax.tree.map(jnp.zeros_like, start)
+    w = kernel_after(tx, start, g, 20)  # Each step is half the spacing below 1.
+    np.testing.assert_allclose(np.mean(w), (1 - 0.002) ** 20, atol=4 * np.std(w) / 64)
+    assert 0 < np.std(w) < 0.02
+
+
 @pytest.mark.parametrize(("b1", "most"), [(0.95, 2.05), (None, 1.15)])
 def test_bytes_of_a_parameter(b1, most):
     codes = quantized({"up": {"kernel": normal(256, 128)}})
@@ -220,6 +229,8 @@ def test_what_it_refuses():
         muon().update({"Dense_0": None}, muon().init(start), start)
     with raises(TypeError, "moment_format must be None or a MomentFormat", "got 8"):
         muon(moment_format=8)
+    with raises(TypeError, "params['w'] has dtype float8", "use bfloat16 or wider"):
+        muon().init({"w": jnp.ones((4, 4), jnp.float8_e4m3fn)})
 
 
 OTHERS = {

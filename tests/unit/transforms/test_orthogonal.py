@@ -426,6 +426,13 @@ def test_any_direction_before_sign_log_and_in_a_partition_of_codes():
     assert np.all((sizes > 0.0095) & (sizes < 0.025))
 
 
+def test_a_matrix_without_elements_is_left_alone():
+    tx = muon_madam(matrices=lambda path, leaf: MatrixDimensionNumbers(0, 1))
+    params = {"w": jnp.ones((0, 4))}
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["w"].shape == (0, 4)
+
+
 # --- what is refused ------------------------------------------------------------------
 
 

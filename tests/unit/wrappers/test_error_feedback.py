@@ -396,6 +396,14 @@ def test_what_is_no_momentum_is_seen_whole():
     tx.update(jnp.ones((4, 20)), tx.init(params), params)
 
 
+def test_a_rate_that_is_injected_is_not_kept_beyond_its_trace():
+    params = codes([1, 2, 3])
+    tx = optax.inject_hyperparams(lambda rate: fed_back(optax.adam(rate)))(rate=0.1)
+    state = tx.init(params)
+    with jax.checking_leaks():
+        jax.jit(tx.update)(jnp.ones(3), state, params)
+
+
 def test_other_values_are_refused():
     with pytest.raises(
         TypeError, match="error_feedback must be True or False, got 'mu'"

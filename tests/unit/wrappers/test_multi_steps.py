@@ -57,6 +57,24 @@ def test_every_k_steps_are_one_step_of_the_mean(name, dtype):
     assert int(state.gradient_step) == 2
 
 
+@pytest.mark.parametrize("name", ["muon", "madam"])
+def test_an_element_that_is_not_finite_costs_one_step(name):
+    inner = NATIVE[name]
+    params = madax.quantize_params(FLOATS, FMT)
+    tx = multi_steps(inner, 2)
+    state, inner_state, expected = tx.init(params), inner.init(params), params
+    for i in range(6):
+        pair = [gradients(i), gradients(i + 1)]
+        if i == 0:
+            pair[0]["w"] = pair[0]["w"].at[0, 0].set(jnp.nan)
+            pair[1]["b"] = pair[1]["b"].at[0].set(-jnp.inf)
+        for g in pair:
+            params, state = jitted_step(tx, g, state, params)
+        expected, inner_state = jitted_step(inner, mean_of(pair), inner_state, expected)
+        same(params["w"], expected["w"])
+    assert np.all(np.isfinite(params["b"])) and params["b"][0] != 1
+
+
 def test_a_sum_a_schedule_and_a_skip():
     params, inner = madax.quantize_params(FLOATS, FMT), madax.madam(0.05)
     tx = multi_steps(

@@ -77,6 +77,8 @@ def test_bad_use_is_named():
     params = {"w": jnp.ones((4, 4), jnp.bfloat16)}
     with raises(ValueError, "params is None", "call update(grads, state, params)"):
         tx.update(params, tx.init(params))
+    with raises(TypeError, "params['w'] has dtype float8", "use bfloat16 or wider"):
+        tx.init({"w": jnp.ones((4, 4), jnp.float8_e4m3fn)})
     with raises(TypeError, "inner"):
         with_stochastic_rounding("adam")
     with raises(TypeError, "moment_format"):
