@@ -85,8 +85,8 @@ def muon(
     So each leaf has one moment of its size, but for vectors, which have two. Steps are
     additive. Those of matrices have the root mean square of AdamW's, so that its rates
     carry over. Sums with codes, and with floats of 16 bits, are rounded stochastically,
-    which keeps their mean, so that no step is lost, except where a ``LogFormat`` ends: it
-    has no codes across zero. Take a ``SymlogFormat``.
+    which keeps their mean, so that no step is lost. A ``LogFormat`` loses those that
+    lead beyond its least code, so take a ``SymlogFormat``.
 
     With ``moment_format=MomentFormat(8)``, on leaves that are 8-bit codes, training
     keeps **two bytes** per parameter, and with ``b1=None`` **one byte** for matrices.

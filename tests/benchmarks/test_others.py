@@ -22,6 +22,7 @@ def test_a_model_that_was_tested_replaces_its_record(tmp_path):
         }
         text = "".join(CASE.format(name, model, x) for name, x in cases.items())
         text += CASE.format("codes", "GPT of absent", SKIPPED.format("not here: gpt"))
+        text += CASE.format("codes", "T5 of broken", '<error message="no protobuf"/>')
         path = tmp_path / f"{model}.xml"
         path.write_text(f"<testsuites><testsuite>{text}</testsuite></testsuites>")
         main(["others", str(path), "--out", str(tmp_path)])

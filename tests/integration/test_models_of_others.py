@@ -98,9 +98,10 @@ def test_codes(other, coded, record_property):
 
     plain, ours = both(params, decoded)
     if not all(map(np.array_equal, plain, ours)):
-        for pair in zip(plain, ours, strict=True):
-            np.testing.assert_allclose(*pair, rtol=1e-5, atol=1e-8)
-        pytest.skip("equal to 1e-5; XLA orders some sums otherwise")
+        most = max(np.abs(x).max() for x in plain)
+        for x, y in zip(plain, ours, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * most)
+        pytest.skip("to 1e-6 of the max, as XLA orders some sums otherwise")
 
 
 def test_trainer(other, coded):

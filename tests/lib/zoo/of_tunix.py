@@ -23,10 +23,8 @@ _SIZES = {
 _QWEN = {"vocab_size": 72, "rope_theta": 10_000, "norm_eps": 1e-6}
 _GEMMA = {"num_embed": 72, "sliding_window_size": 8}
 _LENGTH = TOKENS.shape[1]
-_SHARED = {
-    "segment_pos": jnp.broadcast_to(jnp.arange(_LENGTH), TOKENS.shape),
-    "attn_mask": jnp.tril(jnp.ones((len(TOKENS), _LENGTH, _LENGTH), bool)),
-}
+_POSITIONS = jnp.broadcast_to(jnp.arange(_LENGTH), TOKENS.shape)
+_MASK = jnp.tril(jnp.ones((len(TOKENS), _LENGTH, _LENGTH), bool))
 
 
 def _gemma_2(module):
@@ -48,7 +46,7 @@ def _train(_, model, steps):
 
 
 def _output(model):
-    return model(TOKENS, _SHARED["segment_pos"], None, _SHARED["attn_mask"])[0]
+    return model(TOKENS, _POSITIONS, None, _MASK)[0]
 
 
 def _rest(ends, x):
@@ -56,12 +54,25 @@ def _rest(ends, x):
     return _output(ends)
 
 
+def _given(ends):
+    """What the model passes to its layers after x: positions, or their sines."""
+    found = []
+
+    def note(x, *args, **kwargs):
+        found.append((args, kwargs))
+        return None, x
+
+    ends.layers = (note,)
+    _output(ends)
+    return {"given": found[0]}
+
+
 _LAYERS = Layers(
     "layers",
     lambda ends: ends.embedder.encode(TOKENS),
-    lambda block, x, **shared: block(x, cache=None, **shared)[1],
+    lambda block, x, given: block(x, *given[0], **given[1])[1],
     _rest,
-    lambda ends: _SHARED,
+    _given,
 )
 
 
