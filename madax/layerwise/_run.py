@@ -79,7 +79,8 @@ class Run:
         check_params(params, self.stacks)
         check_stacks_of_state(state, self.stacks)
         ends, setup = params[ENDS], self.setup
-        fractions = self.fractions(params, state)
+        clips_by_last = setup.clip.has_memory
+        fractions = self.fractions(params, state) if clips_by_last else {}
         batches = cut(batch, setup.microbatches)
         weights = setup.decode(ends)
         _, merge = floats_of(weights)
@@ -89,10 +90,10 @@ class Run:
         seen, times = jnp.float32(1), [jnp.ones(depth_of(p.layers)) for p, _ in passes]
         if setup.clip.is_exact:
             seen = self.exact_norm(passes, ends, g_ends, grads)
-        if setup.clip.has_memory:
-            last, names = fractions, [one.stack.name for one, _ in passes]
-            stacks = [last[LAYERS] if k is None else last[LAYERS][k] for k in names]
-            times = times_so_far(last[ENDS], stacks)
+        if clips_by_last:
+            last, names = fractions[LAYERS], [one.stack.name for one, _ in passes]
+            stacks = [last if name is None else last[name] for name in names]
+            times = times_so_far(fractions[ENDS], stacks)
         new, states, norms, totals = {}, {}, {}, None
         for (one, done), more in zip(passes, times, strict=True):
             name = one.stack.name
@@ -115,7 +116,7 @@ class Run:
         ends, ends_state = setup.update({ENDS: ends}, g_ends, state[ENDS])
         params = {ENDS: ends, LAYERS: new.get(None, new)}
         after = {ENDS: ends_state, LAYERS: states.get(None, states)}
-        if setup.clip.has_memory:
+        if clips_by_last:
             after[FRACTIONS] = jax.tree.map(partial(averaged, whole), norms, fractions)
         return params, after, value
 
