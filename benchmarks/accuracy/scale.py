@@ -48,9 +48,9 @@ def scale(
 
     Each optimizer is tuned by the same number of trials on the next smaller size. What
     the records have is not run again; a run that was cut short goes on where its
-    checkpoint was. Runs have the order of `arms` in accuracy/scale_arms.py. A run of
-    the size 1M takes some 40 minutes on two CPU cores, one of 0.3M six, one of 0.1M
-    two.
+    checkpoint was. Runs have the order of `arms` in accuracy/scale_arms.py. On one
+    CPU core a run of the size 1M takes a hundred minutes, one of 0.3M thirteen, one of
+    0.1M two.
 
     Args:
         out: Folder for scale.jsonl, .md and .png, and for checkpoints.
