@@ -335,11 +335,10 @@ def count_skipped(
             continue
         tree = node.nu if isinstance(node, second) else node.mu
         # What a momentum is of may have been divided by second moments.
-        squared = isinstance(node, second) or isinstance(before, FactoredMoments)
+        divided = isinstance(before, FactoredMoments)
+        squared = divided or isinstance(node, second)
         if tree is None:
-            unnamed = squared
-            of_matrices = isinstance(before, FactoredMoments)
-            expected = len(before.pairs()) if of_matrices else None
+            unnamed, expected = divided, len(before.pairs()) if divided else None
         names, moments, _ = flatten_named(tree)
         found += [(*x, node, squared) for x in zip(names, moments, strict=True)]
     shapes = {path: np.shape(moment) for path, moment, *_ in found}

@@ -40,7 +40,7 @@ from benchmarks.lib.sweep import Sweep, run_missing, settings
 from benchmarks.workloads import Workload
 
 SIX = ("diffusion", "words", "vae", "pinn", "gru", "llama")
-RATIOS = (0.3, 3.0)  # Of the rate of other leaves, after 1.
+RATIOS = (0.3, 3.0)  # Of the rate of other leaves to that of matrices, after 1.
 MOST = 9  # Rates to try, while the best is at their end.
 Make = Callable[[optax.Schedule], optax.GradientTransformation]
 
@@ -187,7 +187,7 @@ FACTORS: Mapping[str, Mapping[str, Contender]] = {
         ),
     },
 }
-# The row that has the other part for other leaves.
+# The row whose optimizer it has for all leaves but matrices.
 OTHER_REST = {
     MUON_MADAM: MUON,
     MUON: MUON_MADAM,

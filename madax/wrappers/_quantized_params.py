@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -161,7 +160,7 @@ def _quantized_params(
 ) -> optax.GradientTransformationExtraArgs:
     """Like :func:`with_quantized_params`, with the moments that ``inner`` has."""
     inner = optax.with_extra_args_support(inner)
-    known = functools.lru_cache(maxsize=64)(partial(place_and_reason, inner))
+    known = lru_cache(maxsize=64)(partial(place_and_reason, inner))
     feedback_of = partial(ErrorFeedback, inner, known)
 
     def init_fn(params):
