@@ -22,6 +22,7 @@ madam_8 = partial(madax.madam, moment_format=MOMENTS_8)
 muon_madam_floor = partial(madax.muon_madam, floor=1.0)
 # The records are of floats beside the codes that have no floor.
 muon_madam_8 = partial(madax.muon_madam, floor=0.0, moment_format=MOMENTS_8)
+muon_8 = partial(madax.muon, moment_format=MOMENTS_8)
 
 
 def codes_adam(
@@ -170,6 +171,12 @@ TIMED = {
     "native 8 adam": _native(codes_adam, 1e-3, LOG_8),
     "native 8 adam, 8-bit state": _native(
         partial(codes_adam, moment_format=MOMENTS_8), 1e-3, LOG_8
+    ),
+    "madax.muon": Contender(madax.muon, (0.02,)),
+    "native 8 muon, 2 bytes": _native(muon_8, 0.02, SYMLOG_8),
+    "native 8 muon, 1 byte": _native(partial(muon_8, b1=None), 0.02, SYMLOG_8),
+    "native 8 muon, factored, 1 byte": _native(
+        partial(muon_8, b1=None, direction="factored"), 0.02, SYMLOG_8
     ),
 }
 # These need a package, and with Pallas a GPU.

@@ -33,7 +33,7 @@ from benchmarks.compilers.chips import (
 from benchmarks.lib import records
 from benchmarks.lib.contender import Contender
 from benchmarks.lib.formats import MOMENTS_8, SYMLOG_8
-from benchmarks.lib.optimizers import madam_8
+from benchmarks.lib.optimizers import madam_8, muon_8
 from benchmarks.lib.records import Record
 from benchmarks.lib.steps import Functions, Step, Tree
 from benchmarks.lib.style import STYLES, WIDTH, Report, markdown
@@ -63,11 +63,10 @@ WAYS: dict[Way, str] = {
     "mixed": "optax.adamw mixed precision, jax.checkpoint",
 }
 LAYERWISE = tuple(way for way in WAYS if way not in ("checkpoint", "adam", "mixed"))
-_muon_8 = partial(madax.muon, moment_format=MOMENTS_8)
 _muon_madam_8 = partial(madax.muon_madam, moment_format=MOMENTS_8)
 CONTENDERS: dict[Way, Contender] = {
-    "muon, one byte": Contender(partial(_muon_8, b1=None), (1e-3,), SYMLOG_8),
-    "muon, two bytes": Contender(_muon_8, (1e-3,), SYMLOG_8),
+    "muon, one byte": Contender(partial(muon_8, b1=None), (1e-3,), SYMLOG_8),
+    "muon, two bytes": Contender(muon_8, (1e-3,), SYMLOG_8),
     "one byte": Contender(partial(_muon_madam_8, b1=None), (1e-3,), SYMLOG_8),
     "two bytes": Contender(_muon_madam_8, (1e-3,), SYMLOG_8),
     "layerwise": Contender(madam_8, (1e-3,), SYMLOG_8),

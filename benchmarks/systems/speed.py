@@ -273,7 +273,8 @@ def speed_figure(runs: pd.DataFrame) -> Figure:
     for axes, (tree, group) in zip(panels, groups, strict=False):
         pairs = zip(group["seconds"], group["baseline_seconds"], strict=True)
         low, mid, high = np.transpose([quantiles(*pair) for pair in pairs])
-        mine = group["optimizer"].str.contains("madam|native|8-bit state").to_numpy()
+        ours = "madam|madax|native|8-bit state"
+        mine = group["optimizer"].str.contains(ours).to_numpy()
         limit = min(mid.max() * 1.1, 4)
         axes.barh(
             group["optimizer"],
