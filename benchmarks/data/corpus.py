@@ -112,7 +112,8 @@ def corpus(
 
     Args:
         text: linux-source-6.1, or linux-doc-6.1 for prose: packages that apt-get
-            downloads; a .deb, a tar archive or a folder; or a pack.
+            downloads, with ``=`` and a version for another than the newest; a .deb, a
+            tar archive or a folder; or a pack.
         out: Folder for a folder of this text, with one for each vocabulary.
         vocabulary: Sizes of vocabularies: 256 for bytes, 49152 for that of SmolLM2, to
             train it further; others are of byte pairs that are frequent here, by the
@@ -178,7 +179,9 @@ def pack(
 def _name(text: str) -> str:
     """Returns the name of a folder, or of a package without its version."""
     name = Path(text).absolute().name
-    return name.partition("_")[0] if name.endswith(".deb") else name
+    if name.endswith(".deb"):
+        return name.partition("_")[0]
+    return name if Path(text).exists() else name.partition("=")[0]
 
 
 def _ordered(text: str, most: float) -> dict[str, list[bytes]]:

@@ -24,7 +24,8 @@ def text_files(source: str) -> Iterator[tuple[str, bytes]]:
 
     Args:
       source: a folder, a tar archive, a Debian package, or the name of one, such as
-        "linux-source-6.1", which ``apt-get`` downloads; nothing is installed.
+        "linux-source-6.1" or "linux-source-6.1=6.1.192-3", which ``apt-get``
+        downloads; nothing is installed.
 
     Raises:
       FileNotFoundError: if there is no such folder, file or package.

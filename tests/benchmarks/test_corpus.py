@@ -82,6 +82,18 @@ def test_byte_pairs_are_read_back(folder, tmp_path):
         main([*command, "--vocabulary", "9"])
 
 
+@pytest.mark.parametrize("text", ["texts-6.1", "texts-6.1=6.1.192-3"])
+def test_a_package_of_any_version_has_one_folder(text, tmp_path, monkeypatch):
+    """So that what trained on one version is told from others by its hash alone."""
+    asked = []
+    monkeypatch.setattr(
+        files, "_package", lambda name: asked.append(name) or TEXTS.items()
+    )
+    corpus.corpus(text, tmp_path, vocabulary=(256,))
+    assert asked == [text]
+    assert corpus.read_corpus(tmp_path / "texts-6.1", 256).facts["name"] == "texts-6.1"
+
+
 def test_a_pack_holds_the_first_part(made, tmp_path):
     path = tmp_path / "pack.tar"
     command = ["pack", "--folder", str(made), "--out", str(path), "--vocabulary", "256"]
