@@ -18,7 +18,7 @@ import tyro
 from tqdm import tqdm
 
 import madax
-from benchmarks.accuracy.scale_arms import MODELS, PARTS, Arm, Model, arms
+from benchmarks.accuracy.scale_arms import MODELS, PARTS, SEEDS, Arm, Model, arms
 from benchmarks.accuracy.scale_contenders import CONTENDERS, Row
 from benchmarks.accuracy.scale_report import scale_report
 from benchmarks.compilers.chips import footprint
@@ -42,6 +42,7 @@ def scale(
     tokens_per_parameter: float = 20.0,
     rows: tuple[str, ...] = (),
     tuned_on: str = "",
+    seeds: int = SEEDS,
     minutes: float | None = None,
 ) -> None:
     """Train Llama-shaped models of 0.1 to 124 M parameters, 20 tokens a parameter.
@@ -61,6 +62,7 @@ def scale(
         rows: Names of optimizers; by default all, FlashAdamW where its package is
             there (``pip install '.[rivals]'``).
         tuned_on: The size to tune on; by default the next smaller one.
+        seeds: How many of each optimizer; those outside of the claim have one.
         minutes: When to stop, between two parts of a run; None to go on to the end.
     """
     begin = time.monotonic()
@@ -73,7 +75,7 @@ def scale(
     def stop() -> bool:
         return minutes is not None and time.monotonic() - begin > 60 * minutes
 
-    for arm in arms(find, sizes, rows, tuned_on):
+    for arm in arms(find, sizes, rows, tuned_on, seeds):
         data = read_corpus(corpus, MODELS[arm.size].vocabulary)
         config = configuration(arm.size, data)
         _check_alike(raw, arm.size, config)

@@ -94,14 +94,18 @@ class Arm:
 
 
 def arms(
-    find: Find, sizes: Sequence[str], rows: Sequence[str] = (), tuned_on: str = ""
+    find: Find,
+    sizes: Sequence[str],
+    rows: Sequence[str] = (),
+    tuned_on: str = "",
+    seeds: int = SEEDS,
 ) -> Iterator[Arm]:
     """Yields the runs that are missing, what matters most first.
 
     This is the order, of each size: all of ``MAIN`` are tuned, on the next smaller
-    size; then each is trained from the first seed, then from the second and the third,
-    so that there is a whole comparison at any time; then all of ``OTHERS`` are tuned,
-    and trained from one seed.
+    size; then each is trained from the first seed, then from the second and so on, so
+    that there is a whole comparison at any time; then all of ``OTHERS`` are tuned, and
+    trained from one seed.
 
     Args:
       find: returns the records that have some settings; a run is in them when the next
@@ -109,14 +113,15 @@ def arms(
       sizes: keys of ``MODELS``, in order.
       rows: names of contenders; all by default.
       tuned_on: another size to tune on, for all.
+      seeds: of each of ``MAIN``.
     """
     for size in sizes:
         small = tuned_on or MODELS[size].tuned_on
-        for group, seeds in ((MAIN, SEEDS), (OTHERS, 1)):
+        for group, count in ((MAIN, seeds), (OTHERS, 1)):
             best = {}
             for name in (name for name in group if name in (rows or CONTENDERS)):
                 best[name] = yield from _trials(find, small, name)
-            for seed in range(seeds):
+            for seed in range(count):
                 for name, values in best.items():
                     arm = Arm(size, name, values, seed, small)
                     if not find(**dataclasses.asdict(arm)):

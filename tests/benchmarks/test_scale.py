@@ -113,6 +113,8 @@ def test_arms_come_in_the_order_that_is_written_down():
     assert [a.tuned_on for a in order] == [
         None if a.size == "0.3M" else "0.3M" for a in order
     ]
+    more = list(scale_arms.arms(done.find, ["1M"], seeds=4))
+    assert [(a.name, a.seed) for a in more] == [(name, 3) for name in main]
     # The best trial is judged: here the one with the min rate.
     for arm in order:
         if arm.tuned_on:
