@@ -58,7 +58,8 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    # Completion finds the namespaces, too.
+    return sorted([*__all__, "__version__", "formats", "hijax", "wrappers"])
 
 
 if not _TYPE_CHECKING:  # A type checker would accept any name.

@@ -19,7 +19,7 @@ from madax._core.leaf_kinds import read_leaves
 from madax._core.names import Tree, flatten_named
 from madax._core.numerics import decay_rate
 from madax._core.shards import in_auto_axes
-from madax._core.vectors import entries, known_values
+from madax._core.vectors import shape_per_leaf
 from madax.codes._array import is_quantized
 from madax.codes._leaves import (
     flatten,
@@ -187,8 +187,8 @@ def fraction_at_bound(params: Tree, state: Tree = None) -> dict[str, jax.Array]:
     paths, leaves, _ = flatten(params)
     floats = sum(not is_quantized(leaf) for leaf in leaves)
     if state is None or (not found and nodes_of(state, MuonState)):
-        found = [jnp.full(entries(floats), jnp.inf)]
-    if len(found) != 1 or found[0].shape != entries(floats):
+        found = [jnp.full(shape_per_leaf(floats), jnp.inf)]
+    if len(found) != 1 or found[0].shape != shape_per_leaf(floats):
         raise ValueError(
             f"state must hold the bounds of the {floats} leaves of floats in params, "
             f"got bounds of shapes {[bound.shape for bound in found]}; pass the state "
@@ -201,11 +201,9 @@ def fraction_at_bound(params: Tree, state: Tree = None) -> dict[str, jax.Array]:
         path: _fraction(_is_at_bound(w, own))
         for path, w, *own in zip(paths, leaves, *bounds, strict=True)
     }
-    stuck = [
-        leaf_name("params", path)
-        for path, fraction in fractions.items()
-        if any(known_values(fraction) >= 0.5)
-    ]
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in fractions.values())
+    known = {} if is_traced else jax.device_get(fractions)  # all at once
+    stuck = [leaf_name("params", path) for path, x in known.items() if x >= 0.5]
     warn_of_leaves(stuck, _STUCK, stacklevel=2)
     return fractions
 

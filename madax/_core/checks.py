@@ -29,6 +29,12 @@ def type_error(name: str, wanted: str, value: object, remedy: str) -> TypeError:
     )
 
 
+def check_copy(copy: bool | None) -> None:
+    """Raises if NumPy asks for decoded values without a copy."""
+    if copy is False:
+        raise ValueError("decoded values are a new array; leave copy=False out.")
+
+
 def is_float(x: ArrayLike | jax.ShapeDtypeStruct) -> bool:
     """Whether a leaf, or the shape of one, is real and floating."""
     return jnp.issubdtype(jnp.result_type(x), jnp.floating)
@@ -200,8 +206,8 @@ def check_float_leaf(tree_name: str, path: str, leaf: object) -> None:
         dtype = jnp.result_type(leaf)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
-            f"{where} is complex ({dtype}): a multiplicative update needs the sign "
-            "of a real weight; split it into real and imaginary leaves (see "
+            f"{where} is complex ({dtype}), but only real weights can be trained; "
+            "split it into real and imaginary leaves (see "
             "optax.contrib.split_real_and_imaginary)."
         )
     if not jnp.issubdtype(dtype, jnp.floating):

@@ -16,12 +16,14 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from madax._core import leaf_names as like
 from madax._core.leaf_names import Axes, Kind, Leaf, size_of
 from madax._core.names import ENDS, LAYERS
 
 _Below = dict[tuple[str, ...], list[Leaf]]
+_Layout = Literal["vector", "convolution", "from heads", "product"]
 
 
 def read_leaves(
@@ -46,8 +48,13 @@ def _read(
     _find_stacks(leaves)
     _find_lists(leaves)
     below = _below(leaves)
-    for leaf in leaves:
-        leaf.kind, leaf.axes = _as_matrix(leaf, below)
+    # A leaf is compared with others, so all have an answer before any changes.
+    layouts = [_layout(leaf, below) for leaf in leaves]
+    for leaf, layout in zip(leaves, layouts, strict=True):
+        if layout in ("product", "from heads"):
+            leaf.core = tuple(i for i in leaf.core if leaf.shape[i] > 1)
+    for leaf, layout in zip(leaves, layouts, strict=True):
+        leaf.kind, leaf.axes = _as_matrix(leaf, layout, below)
     _find_roles(leaves, below)
     return tuple(leaves)
 
@@ -150,20 +157,28 @@ def _make_layer(group: list[Leaf], prefix: tuple[str, ...]) -> None:
 # --- which axes are rows and columns --------------------------------------------------
 
 
-def _as_matrix(leaf: Leaf, below: _Below) -> tuple[Kind, Axes | None]:
-    """The kind of a leaf before its role is known, and its axes if it is a matrix."""
+def _layout(leaf: Leaf, below: _Below) -> _Layout:
+    """How a leaf is multiplied, by its names, or else by its shape."""
     # A gate of shape (1, 1) is no more a matrix than a gate of shape ().
     if len(leaf.core) < 2 or leaf.is_vector or max(leaf.sizes) < 2:
-        return "vector", None
+        return "vector"
     from_heads = like.FROM_HEADS.fullmatch(leaf.subject) is not None and (
         any(map(like.ATTENTION.fullmatch, leaf.names))
         or any(like.TO_HEADS.fullmatch(x.subject) for x in _near(leaf, below))
     )
-    if _is_convolution(leaf) and not from_heads:
+    if from_heads:
+        return "from heads"
+    return "convolution" if _is_convolution(leaf) else "product"
+
+
+def _as_matrix(leaf: Leaf, layout: _Layout, below: _Below) -> tuple[Kind, Axes | None]:
+    """The kind of a leaf before its role is known, and its axes if it is a matrix."""
+    if layout == "vector":
+        return "vector", None
+    if layout == "convolution":
         split = _split_convolution(leaf)
     else:
-        leaf.core = tuple(i for i in leaf.core if leaf.shape[i] > 1)
-        split = _split(leaf, from_heads, below)
+        split = _split(leaf, layout == "from heads", below)
     if split is None:
         return "unknown", None
     # A depthwise kernel or a single row would lose everything except its length.

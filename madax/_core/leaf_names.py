@@ -109,8 +109,9 @@ class Leaf:
         A table is looked up, and has the scale of a matrix that takes its rows. If
         names and shapes do not decide, the longest axis of a layer counts its outputs.
         """
-        fan_in = self.fans[self.kind == "table"]
-        return fan_in or max(math.prod(self.sizes) // max(*self.sizes, 1, 1), 1)
+        inputs, outputs = self.fans
+        fan_in = outputs if self.kind == "table" else inputs
+        return fan_in or max(math.prod(self.sizes) // max((1, *self.sizes)), 1)
 
     @cached_property
     def is_vector(self) -> bool:

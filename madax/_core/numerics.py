@@ -17,6 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import ArrayLike
 
 from madax._core.derivatives import with_derivative
@@ -244,7 +245,12 @@ def round_to_int(x: jax.Array) -> jax.Array:
     return bits - to_pattern(rounder)
 
 
-def relative_to(scale: jax.Array, x: jax.Array) -> jax.Array:
+def incremented(count: jax.Array) -> jax.Array:
+    """``count + 1``, which saturates; ``optax.safe_increment`` as an array."""
+    return jnp.asarray(optax.safe_increment(count))
+
+
+def divided(x: jax.Array, scale: jax.Array) -> jax.Array:
     """``x / scale``, as the product with a reciprocal.
 
     Otherwise it depends on the sharding whether XLA makes such a product of a quotient.
@@ -253,9 +259,9 @@ def relative_to(scale: jax.Array, x: jax.Array) -> jax.Array:
     return rounded(x * rounded(1 / scale))
 
 
-def over(scale: jax.Array, x: jax.Array) -> jax.Array:
-    """``x / scale`` as :func:`relative_to`, or ``x`` where the scale is 0."""
-    return relative_to(jnp.where(scale > 0, scale, 1), x)
+def divided_or_same(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """``x / scale`` as :func:`divided`, or ``x`` where the scale is 0."""
+    return divided(x, jnp.where(scale > 0, scale, 1))
 
 
 def normal_reciprocal(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 
 from madax._core.checks import check_choice
 from madax._core.numerics import round_to_int
+from madax._core.vectors import split_per_leaf
 
 Rounding = Literal["stochastic", "nearest"]
 
@@ -53,13 +54,26 @@ def leaf_keys(
     for level in zip_longest(*indices):
         there = np.array([[i is not None] for i in level])
         index = np.array([[i or 0] for i in level], np.uint32)
-        where = np if layer is None else jnp
-        keys = where.where(there, _mix(keys + index), keys)
+        xp = np if layer is None else jnp
+        keys = xp.where(there, _mix(keys + index), keys)
     for counter in (count, seed):
         keys = _mix(keys) + jnp.asarray(counter).astype(jnp.uint32)
     # With half a key, two leaves could have the same bits in every step.
     keys = _mix(keys)
     return keys[:, 0] ^ keys[:, 1]
+
+
+def keys_per_leaf(
+    seed: ArrayLike,
+    count: jax.Array,
+    paths: Sequence[str],
+    layer: ArrayLike | None = None,
+    *,
+    separate_kernels: bool = False,
+) -> list[jax.Array]:
+    """Returns the :func:`leaf_keys` as scalars, split by :func:`split_per_leaf`."""
+    keys = leaf_keys(seed, count, paths, layer)
+    return split_per_leaf(keys, len(paths), separate_kernels=separate_kernels)
 
 
 def random_bits(key: jax.Array, shape: Sequence[int]) -> jax.Array:

@@ -36,23 +36,23 @@ class JaxprReader(abc.ABC, Generic[T]):
 
     @abc.abstractmethod
     def constant(self, x: jax.typing.ArrayLike) -> T:
-        """Returns the knowledge about a constant; none about NaN."""
+        """Returns what is known about a constant; none about NaN."""
 
     @abc.abstractmethod
     def operation(self, eqn: core.JaxprEqn, args: list[T]) -> list[T]:
-        """Returns the knowledge about the results of an operation."""
+        """Returns what is known about the results of an operation."""
 
     @abc.abstractmethod
     def one_of(self, values: Sequence[T], chosen_by: Sequence[T] = ()) -> T:
-        """Returns the knowledge about one of several values."""
+        """Returns what is known about one of several values."""
 
     def looped(self, values: list[T], goes_on: Callable[[], list[T]]) -> list[T]:
-        """Returns the knowledge about values after a round of a loop."""
+        """Returns what is known about values after a round of a loop."""
         del goes_on
         return values
 
     def read(self, jaxpr: core.Jaxpr | core.ClosedJaxpr, args: Sequence[T]) -> list[T]:
-        """Returns the knowledge about the results of a jaxpr."""
+        """Returns what is known about the results of a jaxpr."""
         consts = getattr(jaxpr, "consts", ())
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
         known = dict(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
@@ -110,7 +110,7 @@ class JaxprReader(abc.ABC, Generic[T]):
         return self.operation(eqn, args)
 
     def _loop(self, body: Callable[[list[T]], list[T]], values: list[T]) -> list[T]:
-        """Returns the knowledge about values for any number of rounds of a loop."""
+        """Returns what is known about values for any number of rounds of a loop."""
         while True:
             pairs = zip(values, body(values), strict=True)
             after = [self.one_of(pair) for pair in pairs]

@@ -7,7 +7,7 @@ import numpy as np
 from madax._core.names import Tree
 
 
-def entries(leaves: int) -> tuple[int, ...]:
+def shape_per_leaf(leaves: int) -> tuple[int, ...]:
     """Returns the shape of a vector with one entry per leaf; () for no leaves.
 
     A scalar replaces the empty vector, which Orbax refuses to save.
@@ -15,17 +15,19 @@ def entries(leaves: int) -> tuple[int, ...]:
     return (leaves,) if leaves else ()
 
 
-def one_a_leaf(tree: Tree, leaves: int, *, apart: bool = False) -> list[Tree]:
+def split_per_leaf(
+    tree: Tree, leaves: int, *, separate_kernels: bool = False
+) -> list[Tree]:
     """Splits a tree of vectors, with one entry per leaf, into trees of scalars.
 
-    With ``apart``, for vectors of 32 bits, GPUs step each leaf in kernels of its own.
-    Otherwise compilers make one kernel of all steps that read the same vector, which is
-    fine for cheap steps, but takes more time and memory for expensive ones.
+    With ``separate_kernels``, for vectors of 32 bits, GPUs step each leaf in kernels of
+    its own. Otherwise compilers make one kernel of all steps that read the same vector,
+    which is fine for cheap steps, but takes more time and memory for expensive ones.
     """
     if not leaves:
         return []
     vectors, treedef = jax.tree.flatten(tree)
-    if apart:
+    if separate_kernels:
         parts = jax.lax.platform_dependent(
             vectors, cpu=_scalars, tpu=_scalars, default=_scalars_apart
         )

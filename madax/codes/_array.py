@@ -11,6 +11,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from madax._core.checks import check_copy
 from madax._core.derivatives import with_derivative
 from madax._core.numerics import rounded
 from madax.codes._kind import Kind
@@ -36,7 +37,10 @@ def notice_imports() -> None:
     for module, attribute in list(AFTER_IMPORT):
         found = getattr(sys.modules.get(module), attribute, None)
         if found is not None:
-            AFTER_IMPORT.pop((module, attribute), bool)(found)
+            # A callback may make codes itself, and so come here again.
+            callback = AFTER_IMPORT.pop((module, attribute), None)
+            if callback is not None:
+                callback(found)
 
 
 # Attributes of arrays that a QuantizedArray has, too: read from its values, or from its
@@ -154,7 +158,8 @@ class QuantizedArray(metaclass=_InErrors):
     @property
     def nbytes(self) -> int:
         """Bytes of the codes and the scale together."""
-        return self.codes.nbytes + np.asarray(self.scale).nbytes
+        # Steps have the Python value False as their scale.
+        return self.codes.nbytes + getattr(self.scale, "nbytes", 0)
 
     def dequantize(self, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
         """The values of the codes, an array of their shape.
@@ -218,8 +223,7 @@ class QuantizedArray(metaclass=_InErrors):
         return len(self.codes)
 
     def __array__(self, dtype=None, copy: bool | None = None) -> np.ndarray:
-        if copy is False:
-            raise ValueError("decoded values are a new array; leave copy=False out.")
+        check_copy(copy)
         return np.asarray(self.dequantize(), dtype)
 
     __jax_array__ = dequantize

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from madax._core.checks import check_float_dtype, check_function
+from madax._core.checks import check_float_dtype, check_function, type_error
 from madax._core.names import Tree
 from madax.codes._array import AFTER_IMPORT, is_quantized
 from madax.codes._probes import probed, probes_of, without_probes
@@ -174,7 +174,7 @@ def _is_numeric(leaf: Tree) -> bool:
     return (
         is_quantized(leaf)
         or isinstance(leaf, (int, float, complex))
-        or (hasattr(leaf, "dtype"))
+        or hasattr(leaf, "dtype")
     )
 
 
@@ -193,7 +193,12 @@ def _holds_equinox(tree: Tree) -> bool:
 
 def _position(argnum: int, args: Sequence[Tree]) -> int:
     """Returns the position of an argument, counted from the end if negative."""
-    i = operator.index(argnum)
+    try:
+        i = operator.index(argnum)
+    except TypeError as error:
+        remedy = "pass the positions of the arguments to differentiate"
+        wanted = "an int or a sequence of ints"
+        raise type_error("argnums", wanted, argnum, remedy) from error
     if not -len(args) <= i < len(args):
         raise ValueError(
             f"argnums names argument {i}, but {len(args)} positional arguments were "

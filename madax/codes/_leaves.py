@@ -19,7 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from madax._core.checks import check_float_leaf, leaf_name
 from madax._core.names import Tree, flatten_named
-from madax._core.vectors import entries, one_a_leaf
+from madax._core.vectors import shape_per_leaf, split_per_leaf
 from madax.codes._array import Leaf, is_quantized
 
 _State = TypeVar("_State")
@@ -40,7 +40,7 @@ def widen(x: ArrayLike) -> jax.Array:
 
 
 def max_weight(dtype: DTypeLike) -> float:
-    """Returns the number below the max of a dtype: ``w + u`` rounded stays finite."""
+    """Returns the float just below the max, so that a rounded ``w + u`` is finite."""
     info = jnp.finfo(dtype)
     _, exponent = math.frexp(info.max)
     return float(info.max) - float(info.eps) * 2.0 ** (exponent - 1)
@@ -104,8 +104,8 @@ def flatten_both(
     """Returns paths and leaves of ``params``, leaves of ``updates``, treedef."""
     if params is None:
         raise ValueError(
-            "params is None, but a multiplicative update is relative to the "
-            "weights; call update(grads, state, params)."
+            "params is None, but the update depends on the weights; call "
+            "update(grads, state, params)."
         )
     paths, ws, treedef = flatten(params)
     return paths, ws, flatten_like(updates, treedef, "params", paths, ws), treedef
@@ -120,7 +120,7 @@ def nodes_of(state: optax.OptState, kinds: type[_State] | tuple) -> list[_State]
 def places_of_floats(vector: jax.Array, leaves: Sequence[Leaf]) -> list[int]:
     """Returns positions of float leaves; raises unless ``vector`` has that size."""
     floats = [i for i, leaf in enumerate(leaves) if not is_quantized(leaf)]
-    if vector.shape != entries(len(floats)):
+    if vector.shape != shape_per_leaf(len(floats)):
         raise ValueError(
             f"the optimizer state was made for {sum(vector.shape)} float leaves, but "
             f"params has {len(floats)}; call init again with these params."
@@ -132,6 +132,6 @@ def per_leaf(vector: jax.Array, leaves: Sequence[Leaf]) -> list[Tree]:
     """A scalar per leaf, from a vector over float leaves; None for quantised ones."""
     floats = places_of_floats(vector, leaves)
     scalars: list[Tree] = [None] * len(leaves)
-    for i, scalar in zip(floats, one_a_leaf(vector, len(floats)), strict=True):
+    for i, scalar in zip(floats, split_per_leaf(vector, len(floats)), strict=True):
         scalars[i] = scalar
     return scalars

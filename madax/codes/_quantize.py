@@ -22,12 +22,13 @@ from madax._core.checks import (
     is_float,
     leaf_name,
     listed,
+    type_error,
     warn_of_leaves,
 )
 from madax._core.leaf_kinds import read_leaves
 from madax._core.leaf_names import Leaf as Reading
 from madax._core.names import Tree, flatten_named
-from madax._core.numerics import over
+from madax._core.numerics import divided_or_same
 from madax._core.vectors import awaited
 from madax.codes._array import Leaf, QuantizedArray, is_quantized
 from madax.codes._leaves import widen
@@ -129,10 +130,9 @@ def quantize_params(
     axes: tuple = channel_axis if isinstance(channel_axis, tuple) else (channel_axis,)
     axes = () if channel_axis is None else axes
     if not all(type(axis) is int for axis in axes):
-        raise TypeError(
-            "channel_axis must be None, an int or a tuple of ints, got "
-            f"{channel_axis!r}."
-        )
+        wanted = "None, an int or a tuple of ints"
+        remedy = "pass None for one scale per leaf"
+        raise type_error("channel_axis", wanted, channel_axis, remedy)
     tree, merge = split_module(params)
     paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
     readings = read_leaves(paths, map(np.shape, leaves))
@@ -302,7 +302,7 @@ def _encode(
         others = jnp.where(others == 0, of_zeros, others)
         scale = jnp.where(rms == 0, others, bound)
     scale = jnp.reshape(scale, jnp.shape(scale) or (1,) * w.ndim).astype(jnp.float32)
-    x = over(scale, w)
+    x = divided_or_same(w, scale)
     code = format.nearest(x).astype(jnp.int32)
     facts = _Facts(
         jnp.max(max, initial=0),

@@ -15,7 +15,7 @@ import optax
 from madax._core.checks import leaf_name
 from madax._core.derivatives import with_derivative
 from madax._core.numerics import normal_reciprocal, plus_product, rounded
-from madax._core.vectors import awaited, entries, known_values
+from madax._core.vectors import awaited, known_values, shape_per_leaf
 from madax.codes._array import is_quantized
 from madax.codes._leaves import flatten, widen
 
@@ -53,8 +53,8 @@ def float_leaf_sizes(params: optax.Params) -> tuple[list[str], jax.Array, jax.Ar
         rms, maxima = map(jnp.stack, zip(*sizes, strict=True))
     else:
         rms, maxima = (
-            jnp.ones(entries(0), np.float32),
-            jnp.zeros(entries(0), np.float32),
+            jnp.ones(shape_per_leaf(0), np.float32),
+            jnp.zeros(shape_per_leaf(0), np.float32),
         )
     for path, value in zip(paths, known_values(rms), strict=False):
         if not np.isfinite(value):

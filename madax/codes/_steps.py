@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from madax._core.numerics import minus_product, relative_to, within
+from madax._core.numerics import divided, minus_product, within
 from madax._core.rounding import Rounding, round_steps, rounding_bits
 from madax.codes._array import Leaf, QuantizedArray, is_quantized
 from madax.codes._leaves import widen
@@ -44,7 +44,7 @@ def real_steps(w: QuantizedArray, u: jax.Array) -> tuple[jax.Array, jax.Array]:
     Both are float32, and the values relative to the scale. Elements of ``u`` that are
     not finite count as 0.
     """
-    u = relative_to(w.scale, jnp.where(jnp.isfinite(u), widen(u), 0))
+    u = divided(jnp.where(jnp.isfinite(u), widen(u), 0), w.scale)
     return w.format.add_step(w.codes, u), w.format.decode(w.codes) + u
 
 

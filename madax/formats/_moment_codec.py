@@ -14,14 +14,14 @@ import numpy as np
 
 from madax._core.numerics import (
     MANTISSA,
+    divided,
     from_pattern,
-    relative_to,
     rounded,
     to_pattern,
 )
 from madax._core.rounding import Rounding, rounding_bits
 from madax._core.shards import over_shards
-from madax._core.vectors import entries
+from madax._core.vectors import shape_per_leaf
 from madax.formats._moment_format import (
     UNSIGNED_OCTAVES,
     MomentFormat,
@@ -71,8 +71,8 @@ class MomentCodec:
         code ^= sign
         value = from_pattern(grid.pattern(code)) - offset
         value = to_pattern(window.scale * value)
-        # Zero and the sign are chosen in the pattern, after the product. So no compiler
-        # fuses that with a sum that the inner optimizer has it in.
+        # Zero and the sign are chosen in the pattern, after the product, so a compiler
+        # cannot fuse the product with a sum in the inner optimizer.
         return from_pattern(jnp.where(code > 0, value, 0) | sign << (32 - self.bits))
 
     @partial(jax.jit, static_argnums=0, static_argnames="at_start")
@@ -118,7 +118,7 @@ class MomentCodec:
         limit = jnp.maximum(
             mean + squares * _REACH, self._top(window) + squares * _RISE
         )
-        top = to_pattern(relative_to(scale, max_size)) >> MANTISSA
+        top = to_pattern(divided(max_size, scale)) >> MANTISSA
         octaves = self._octaves(signed)
         # It ends above the octave of the max magnitude.
         octave = window_start(jnp.minimum(top, limit) + 2 - octaves, octaves)
@@ -241,7 +241,7 @@ def _dropped(size: int) -> int:
 def stack_windows(windows: Sequence[MomentWindow]) -> MomentWindow:
     """Joins the windows of all leaves."""
     if not windows:
-        shape = entries(0)
+        shape = shape_per_leaf(0)
         ones = jnp.ones(shape, jnp.int32), jnp.ones(shape, jnp.float32)
         return MomentWindow(*ones, jnp.zeros(shape, jnp.int32))
     return MomentWindow(*map(jnp.stack, zip(*windows, strict=True)))

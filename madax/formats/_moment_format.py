@@ -76,7 +76,8 @@ class MomentFormat:
             type(self.octaves) is not int or self.octaves not in (2, 4, 8, 16, 32)
         ):
             raise ValueError(
-                f"octaves must be 2, 4, 8, 16, 32 or None, got {self.octaves!r}."
+                f"octaves must be 2, 4, 8, 16, 32 or None, got {self.octaves!r}; None "
+                "suits most optimizers."
             )
 
     def __repr__(self) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from madax._core.numerics import BIAS, MANTISSA, minus_product, moving_average
 from madax._core.rounding import random_bits
 from madax._core.shards import over_shards
-from madax._core.vectors import entries, one_a_leaf
+from madax._core.vectors import shape_per_leaf, split_per_leaf
 from madax.formats._moment_format import (
     SIGNED_OCTAVES,
     UNSIGNED_OCTAVES,
@@ -25,8 +25,8 @@ from madax.formats._moment_format import (
     window_start,
 )
 
-# The min octave of mu before it is placed has bits to spare for what squares to a
-# normal float32.
+# Before mu has its octaves, its grid starts here: the square of its min is a normal
+# float32, with bits to spare.
 _UNPLACED_MU = BIAS - 62
 # Octaves of nu below the octave of the max nu of a leaf. A gradient of 1e-8 of the max
 # is then stored as it is. So is one of 700 times the max, as a step adds only a
@@ -91,6 +91,7 @@ class SecondMomentCodec:
 
         Each gradient adds its fraction of nu times the spacing, and decay halves that.
         """
+        # 1 / (2 ln 2), the mean of 1 / m for m that is log-uniform in [1, 2).
         return 0.5 * 0.7213 * 2.0 ** -(self.format.bits - 6)
 
     @property
@@ -121,7 +122,9 @@ class SecondMomentCodec:
 
     def start(self, leaves: int) -> MomentWindow:
         """The window before the first gradient."""
-        return MomentWindow(jnp.zeros(entries(leaves), jnp.int32), jnp.float32(1))
+        return MomentWindow(
+            jnp.zeros(shape_per_leaf(leaves), jnp.int32), jnp.float32(1)
+        )
 
     def follow(
         self,
@@ -157,8 +160,9 @@ class SecondMomentCodec:
 
 def is_fast(rate: jax.Array) -> jax.Array:
     """Whether the decay is so fast that windows move in each step."""
-    # A value above them is then stored as the max, and still moves its weight. The
-    # newest square is a large fraction of nu: divided by its root, it is no outlier.
+    # A value above the window is then stored as the max code, and still moves its
+    # weight. The newest square is a large fraction of nu: divided by its root, it is no
+    # outlier.
     return rate > _FASTEST
 
 
@@ -232,6 +236,6 @@ def coded_moments(
     max_counted = max_counted.astype(codec.format.dtype)
     storages = [
         CodedMoments(codec, old, new, octaves, max_counted, fraction, *key)
-        for old, new, *key in one_a_leaf((window.octave, after, *keys), len(nus))
+        for old, new, *key in split_per_leaf((window.octave, after, *keys), len(nus))
     ]
     return storages, MomentWindow(after, scale)

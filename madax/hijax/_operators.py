@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from madax._core.checks import check_copy
 from madax._core.names import Tree
 from madax.hijax._jax import Array, ShapedArray, method, property_
 from madax.hijax._primitives import decode_array, lift_array, lower_array
@@ -116,6 +117,7 @@ def _add(x: LiftedArray, other: Tree) -> Tree:
 
 
 def _to_numpy(x, dtype=None, copy=None):
+    check_copy(copy)
     return np.asarray(decode_array(x), dtype)
 
 

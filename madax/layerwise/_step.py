@@ -11,6 +11,7 @@ from madax._core.checks import (
     check_float_dtype,
     check_function,
     check_transformation,
+    type_error,
 )
 from madax._core.names import Tree
 from madax.layerwise._clip import ClipBy, checked_clip
@@ -164,8 +165,14 @@ def layerwise(
     check_transformation("tx", tx)
     check_function("loss", loss, REMEDY)
     check_float_dtype(dtype)
-    if type(microbatches) is not int or microbatches < 1:
-        raise ValueError(f"microbatches must be an int above 0, got {microbatches!r}.")
+    if type(microbatches) is not int:
+        remedy = "pass 1 to take each batch at once"
+        raise type_error("microbatches", "an int", microbatches, remedy)
+    if microbatches < 1:
+        raise ValueError(
+            f"microbatches must be 1 or more, got {microbatches}; pass 1 to take each "
+            "batch at once."
+        )
     tx = optax.with_extra_args_support(tx)
     gather = gather or (lambda stored: stored)
     clip = checked_clip(max_norm, clip_by)

@@ -21,8 +21,8 @@ from madax._core.checks import (
     warn_of_leaves,
 )
 from madax._core.names import Tree, is_part
-from madax._core.rounding import Rounding, check_rounding, leaf_keys
-from madax._core.vectors import one_a_leaf
+from madax._core.numerics import incremented
+from madax._core.rounding import Rounding, check_rounding, keys_per_leaf
 from madax.codes._array import Leaf, is_quantized
 from madax.codes._leaves import flatten, flatten_both, per_leaf
 from madax.transforms._clip import check_p_scale, clipped, with_first_bound
@@ -63,6 +63,48 @@ class MadamState(NamedTuple):
 SecondRate = tuple[optax.ScalarOrSchedule, Callable[[Tree], Sequence[bool]]]
 
 
+class Rates(NamedTuple):
+    """The learning rate of all leaves, or of matrices and of all other leaves.
+
+    Attributes:
+      first: scales by the rate of matrices, or of all leaves.
+      other: scales by the rate of other leaves; None without such a rate.
+    """
+
+    first: optax.GradientTransformation
+    other: optax.GradientTransformation | None = None
+
+    @classmethod
+    def of(
+        cls,
+        learning_rate: optax.ScalarOrSchedule,
+        other: optax.ScalarOrSchedule | None,
+    ) -> "Rates":
+        """The rates of arguments that were checked."""
+        rates = [learning_rate] if other is None else [learning_rate, other]
+        return cls(*map(optax.scale_by_learning_rate, rates))
+
+    def scaled(
+        self, ds: Sequence[jax.Array], are_others: Sequence[bool], count: jax.Array
+    ) -> list[jax.Array]:
+        """Directions times minus their rates, in the step that ``count`` gives.
+
+        Without a rate of other leaves, ``are_others`` is not read.
+        """
+
+        def scaled(rate, ds):
+            # optax.scale, for a number, ignores this state.
+            updates, _ = rate.update(ds, optax.ScaleByScheduleState(count))
+            return updates
+
+        if self.other is None:
+            return scaled(self.first, list(ds))
+        pairs = list(zip(ds, are_others, strict=True))
+        firsts = iter(scaled(self.first, [d for d, other in pairs if not other]))
+        others = iter(scaled(self.other, [d for d, other in pairs if other]))
+        return [next(others if other else firsts) for other in are_others]
+
+
 def map_rate(
     fn: Callable[..., Number], learning_rate: optax.ScalarOrSchedule
 ) -> optax.ScalarOrSchedule:
@@ -91,10 +133,12 @@ def from_direction(
     """The optimizer of multiplicative steps along a direction.
 
     It gives the same bits as an ``optax.chain`` of the public transforms, with one
-    count and one geometry in its state. Arguments are as for :func:`madam`, except
-    ``alias``, the function that users call, whose defaults cause no warnings;
-    ``second_rate``; and ``to_grid``, which replaces :func:`rounded_update` where codes
-    are simulated, and also gets the value of the max code.
+    count and one geometry in its state. Arguments are as for :func:`madam`, and
+
+    - ``alias``, the function that users call, whose defaults cause no warnings;
+    - ``second_rate``, the rate of some leaves, and which they are; None for one rate;
+    - ``to_grid``, which replaces :func:`rounded_update` where codes are simulated, and
+      also gets the value of the max code.
     """
     learning_rate = check_learning_rate(learning_rate, 0.01)
     g_bound = check_positive("g_bound", g_bound, 10.0)
@@ -106,8 +150,8 @@ def from_direction(
     check_seed(seed)
     clip, decay = optax.clip(g_bound), decay_of(weight_decay, mask)
     decays = not is_zero(weight_decay)
-    rates = [learning_rate] if second_rate is None else [learning_rate, second_rate[0]]
-    rates = list(map(optax.scale_by_learning_rate, rates))
+    second, are_others = second_rate or (None, lambda params: ())
+    rates = Rates.of(learning_rate, second)
     on_floats = {"floor": floor, "p_scale": p_scale, "zero_init_scale": zero_init_scale}
 
     def init_fn(params):
@@ -136,13 +180,12 @@ def from_direction(
             steps = treedef.unflatten(relative_steps(ws, floors))
             ds, _ = decay.update(ds, decay.init(ds), steps)
         ds = treedef.flatten_up_to(ds)
-        second = [False] * len(ds) if second_rate is None else second_rate[1](params)
-        ds = scaled_by_rates(ds, second, rates, count)
+        ds = rates.scaled(ds, are_others(params), count)
         us = log_updates(ws, ds, floors, skips=False)
         bounds = leaf_bounds(p_scale, geometry, paths, ws)
         us = clipped(ws, us, bounds)
         # The direction may hash the same seed, count and paths; XLA merges the two.
-        keys = one_a_leaf(leaf_keys(seed, count, paths, madax_layer), len(ws))
+        keys = keys_per_leaf(seed, count, paths, madax_layer)
         leaves = zip(ws, us, keys, strict=True)
         if to_grid is None:
             geometry = geometry._replace(bound=bounds)
@@ -150,14 +193,14 @@ def from_direction(
         else:
             scales = per_leaf(geometry.bound, ws)
             us = [to_grid(*x, scale) for x, scale in zip(leaves, scales, strict=True)]
-        count = jnp.asarray(optax.safe_increment(count))
+        count = incremented(count)
         return treedef.unflatten(us), MadamState(count, direction_state, geometry)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def is_zero(weight_decay: ArrayLike) -> bool:
-    """Whether there is no decay, and not only in this step."""
+    """Whether the decay is the number 0; a traced or injected 0 may change later."""
     return isinstance(weight_decay, (int, float)) and weight_decay == 0
 
 
@@ -167,23 +210,6 @@ def decay_of(
     """Adds the decay, in relative steps or in weights, to directions."""
     decay = optax.stateless(partial(jax.tree.map, partial(decayed, weight_decay)))
     return decay if mask is None else optax.masked(decay, mask)
-
-
-def scaled_by_rates(
-    ds: Sequence[jax.Array],
-    has_second: Sequence[bool],
-    rates: Sequence[optax.GradientTransformation],
-    count: jax.Array,
-) -> list[jax.Array]:
-    """The directions of all leaves, scaled by the first of ``rates`` or the second."""
-    scaled = list(ds)
-    for i, rate in enumerate(rates):
-        chosen = [k for k, second in enumerate(has_second) if second == i]
-        steps = [ds[k] for k in chosen]
-        steps, _ = rate.update(steps, optax.ScaleByScheduleState(count))
-        for k, step in zip(chosen, jax.tree.leaves(steps), strict=True):
-            scaled[k] = step
-    return scaled
 
 
 def _not_default(alias: Callable, given: dict[str, Number]) -> list[str]:

@@ -80,8 +80,10 @@ def madam(
         ``optax.inject_hyperparams``; None for all.
       moment_format: how moments are stored, such as ``MomentFormat(bits=8)``; None
         for float32 or wider.
-      rounding: rounding of code steps, "stochastic" or "nearest".
-      seed: seed of the stochastic rounding.
+      rounding: how codes, and weights in bfloat16 and float16, are rounded:
+        "stochastic", or "nearest" (halves to even). Moments in ``moment_format`` are
+        always rounded stochastically.
+      seed: seed of all stochastic rounding.
 
     Returns:
       The optimizer, a gradient transformation whose state is a :class:`MadamState`; its
@@ -89,11 +91,12 @@ def madam(
       ``optax.apply_updates``.
 
     Raises:
-      ValueError: if an argument is out of range, ``params`` are missing or do not
-        match. Traced arguments and the rates of a schedule cannot be checked: out of
-        range, they make float weights NaN, and do not change codes.
-      TypeError: if an argument is not a number, a decay rate has less than 32 bits, or
-        a leaf is not real floating.
+      ValueError: if an argument is out of range, a float leaf is not finite, codes have
+        no scale, ``params`` are missing or do not match. Traced arguments and the rates
+        of a schedule cannot be checked: out of range, they make float weights NaN, and
+        do not change codes.
+      TypeError: if an argument is not a number, a decay rate has less than 32 bits, a
+        leaf is not real floating, or the state is of another optimizer.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, madax

@@ -14,16 +14,15 @@ from madax._core.checks import (
     check_state,
 )
 from madax._core.names import Tree
-from madax._core.numerics import rounded
-from madax._core.rounding import Rounding, check_rounding, leaf_keys
-from madax._core.vectors import one_a_leaf
+from madax._core.numerics import incremented, rounded
+from madax._core.rounding import Rounding, check_rounding, keys_per_leaf
 from madax.codes._array import Leaf, is_quantized
 from madax.codes._leaves import compute_dtype, flatten_both
 from madax.codes._quantize import decoded
 from madax.codes._scales import check_code_scales, check_float_widths
 from madax.codes._steps import as_steps, rounded_sum
 from madax.formats._moment_format import MomentFormat
-from madax.optimizers._chain import decay_of, is_zero, scaled_by_rates
+from madax.optimizers._chain import Rates, decay_of, is_zero
 from madax.optimizers._parts import directions
 from madax.transforms._lns_quantize import rounded_update
 from madax.transforms._matrices import Matrices
@@ -39,7 +38,8 @@ class MuonState(NamedTuple):
 
     Attributes:
       count: number of steps taken, int32 scalar.
-      direction: moments of the parts of the tree, by what leaves are.
+      direction: state of ``optax.partition`` by what leaves are: ``"matrix"``,
+        ``"head"``, ``"vector"`` or ``"other"``.
     """
 
     count: jax.Array
@@ -83,10 +83,10 @@ def muon(
       uses few rows of a table, and a first moment would move the others as well.
 
     So each leaf has one moment of its size, but for vectors, which have two. Steps are
-    additive. Those of matrices have the root mean square of AdamW's, so that its rates
-    carry over. Sums with codes, and with floats of 16 bits, are rounded stochastically,
-    which keeps their mean, so that no step is lost. A ``LogFormat`` loses those that
-    lead beyond its least code, so take a ``SymlogFormat``.
+    additive. Steps of matrices have the root mean square of AdamW's steps, so AdamW's
+    rates carry over. Sums with codes, and with floats of 16 bits, are rounded
+    stochastically, which keeps their mean, so no step is lost. A ``LogFormat`` has no
+    code near zero and loses the steps across it: use a ``SymlogFormat``.
 
     With ``moment_format=MomentFormat(8)``, on leaves that are 8-bit codes, training
     keeps **two bytes** per parameter, and with ``b1=None`` **one byte** for matrices.
@@ -105,8 +105,8 @@ def muon(
       weight_decay: :math:`\lambda`, the fraction that a step of rate 1 takes.
       mask: which leaves decay, as for :func:`madam`.
       moment_format: how moments are stored, as for :func:`madam`.
-      rounding: "stochastic", or "nearest" (halves to even).
-      seed: seed of the stochastic rounding.
+      rounding: as for :func:`madam`.
+      seed: seed of all stochastic rounding.
 
     Returns:
       The optimizer, a gradient transformation whose state is a :class:`MuonState`; its
@@ -115,8 +115,8 @@ def muon(
     Raises:
       ValueError: if an argument is out of range, ``matrices`` gives axes that a leaf
         does not have, codes have no scale, ``params`` are missing or do not match.
-      TypeError: if an argument, or what ``matrices`` returns, is of the wrong type, or
-        a leaf is not real floating.
+      TypeError: if an argument, or what ``matrices`` returns, is of the wrong type, a
+        leaf is not real floating, or the state is of another optimizer.
 
     Example:
       >>> import jax, jax.numpy as jnp, madax
@@ -135,12 +135,12 @@ def muon(
       Liu et al., `Muon is scalable for LLM training
       <https://arxiv.org/abs/2502.16982>`_, 2025, for the size of a step.
     """
-    rates = [check_learning_rate(learning_rate, 0.02)]
+    learning_rate = check_learning_rate(learning_rate, 0.02)
     if other_learning_rate is not None:
-        rates.append(
-            check_learning_rate(other_learning_rate, None, "other_learning_rate")
+        other_learning_rate = check_learning_rate(
+            other_learning_rate, None, "other_learning_rate"
         )
-    scales = list(map(optax.scale_by_learning_rate, rates))
+    rates = Rates.of(learning_rate, other_learning_rate)
     weight_decay = check_non_negative("weight_decay", weight_decay, 0.0)
     check_rounding(rounding)
     check_seed(seed)
@@ -176,13 +176,11 @@ def muon(
         )
         if not is_zero(weight_decay):
             ds, _ = decay.update(ds, decay.init(ds), decoded(params))
-        ds = treedef.flatten_up_to(ds)
-        has_second = others if len(scales) > 1 else [False] * len(ds)
-        us = scaled_by_rates(ds, has_second, scales, count)
-        keys = one_a_leaf(leaf_keys(seed, count, paths, madax_layer), len(ws))
+        us = rates.scaled(treedef.flatten_up_to(ds), others, count)
+        keys = keys_per_leaf(seed, count, paths, madax_layer)
         leaves = zip(ws, us, keys, strict=True)
         us = treedef.unflatten([_sum_rounded(*leaf, rounding) for leaf in leaves])
-        count = jnp.asarray(optax.safe_increment(count))
+        count = incremented(count)
         return us, MuonState(count, new_direction)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -76,8 +76,9 @@ def muon_madam(
       g_bound: bound on the direction.
       direction: direction of matrices: "orthogonal", or without matrix products:
         "factored" (:func:`scale_by_factored_second_moment`), "sinkhorn"
-        (:func:`scale_by_sinkhorn`) or "columns" (:func:`scale_by_column_norm`). It is
-        applied to the gradient if ``b1`` is None, else to the momentum.
+        (:func:`scale_by_sinkhorn`) or "columns" (:func:`scale_by_column_norm`).
+        "factored" divides the gradient, before the momentum; the others apply to the
+        momentum, or to the gradient if ``b1`` is None.
       matrices: ``matrices(path, leaf)`` is a :class:`MatrixDimensionNumbers`, or None
         for a leaf that takes the direction of Madam, given paths like
         ``"Dense_0/kernel"`` and leaves with a shape and a dtype.
@@ -86,8 +87,8 @@ def muon_madam(
       weight_decay: :math:`\lambda`, as for :func:`madam`.
       mask: which leaves decay, as for :func:`madam`.
       moment_format: how moments are stored, as for :func:`madam`.
-      rounding: rounding of code steps, "stochastic" or "nearest".
-      seed: seed of the stochastic rounding.
+      rounding: as for :func:`madam`.
+      seed: seed of all stochastic rounding.
 
     Returns:
       The optimizer, a gradient transformation whose state is a :class:`MadamState`; its
@@ -95,9 +96,10 @@ def muon_madam(
 
     Raises:
       ValueError: if an argument is out of range, ``matrices`` gives axes that a leaf
-        does not have, ``params`` are missing or do not match.
-      TypeError: if an argument, or what ``matrices`` returns, is of the wrong type, or
-        a leaf is not real floating.
+        does not have, a float leaf is not finite, codes have no scale, ``params`` are
+        missing or do not match.
+      TypeError: if an argument, or what ``matrices`` returns, is of the wrong type, a
+        leaf is not real floating, or the state is of another optimizer.
 
     Example:
       >>> import jax, jax.numpy as jnp, madax

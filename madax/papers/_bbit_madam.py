@@ -75,8 +75,8 @@ def bbit_madam(
     format = LogFormat(bits + 1, base_step)
 
     def whole_codes(rate):
-        # These constants are NumPy's: jnp would start the backend, too early for users
-        # who call jax.distributed.initialize afterwards.
+        # jnp would initialise the backend before users call
+        # jax.distributed.initialize.
         xp = jnp if isinstance(rate, jax.Array) else np
         codes = xp.maximum(xp.round(xp.abs(rate) / base_step), 1)
         rate = xp.sign(rate) * base_step * codes

@@ -15,9 +15,8 @@ from madax._core.checks import (
     check_seed,
     check_state,
 )
-from madax._core.numerics import relative_to, straight_through
-from madax._core.rounding import Rounding, check_rounding, leaf_keys, rounding_bits
-from madax._core.vectors import one_a_leaf
+from madax._core.numerics import divided, incremented, straight_through
+from madax._core.rounding import Rounding, check_rounding, keys_per_leaf, rounding_bits
 from madax.codes._array import Leaf
 from madax.codes._leaves import flatten_both, max_weight, per_leaf, widen
 from madax.codes._steps import moved_codes
@@ -106,10 +105,10 @@ def quantize_to_grid(
         del extra_args
         check_state(state, QuantizeToGridState)
         paths, ws, us, treedef = flatten_both(params, updates)
-        keys = one_a_leaf(leaf_keys(seed, state.count, paths, madax_layer), len(ws))
+        keys = keys_per_leaf(seed, state.count, paths, madax_layer)
         leaves = zip(ws, us, keys, per_leaf(state.scale, ws), strict=True)
         us = [_update_to_grid(*leaf, format, rounding) for leaf in leaves]
-        count = jnp.asarray(optax.safe_increment(state.count))
+        count = incremented(state.count)
         return treedef.unflatten(us), QuantizeToGridState(count, state.scale)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -159,7 +158,7 @@ def _float_to_grid(
     limit = max_weight(dtype)  # float16 may not reach as far as the scale
     x = widen(w)
     u, scale = u.astype(x.dtype), scale.astype(x.dtype)
-    x, step, moved = (relative_to(scale, v) for v in (x, u, x + u))
+    x, step, moved = (divided(v, scale) for v in (x, u, x + u))
     code = format.nearest(x).astype(jnp.int32)
     value = format.decode(code)
     point = jnp.clip(scale * value, -limit, limit).astype(dtype)

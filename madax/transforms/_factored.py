@@ -12,7 +12,12 @@ from jax.typing import ArrayLike
 from madax._core.checks import check_decay, check_state
 from madax._core.leaf_kinds import Axes
 from madax._core.names import Tree
-from madax._core.numerics import decay_rate, moving_average, over
+from madax._core.numerics import (
+    decay_rate,
+    divided_or_same,
+    incremented,
+    moving_average,
+)
 from madax.codes._array import is_quantized
 from madax.codes._leaves import compute_dtype, flatten
 from madax.codes._scales import root_mean_square
@@ -106,7 +111,7 @@ def scale_by_factored_second_moment(
         directions, moments = tx.update(
             updates, FactoredMoments(*moments), params, count=count
         )
-        count = jnp.asarray(optax.safe_increment(count))
+        count = incremented(count)
         return directions, ScaleByFactoredSecondMomentState(count, *moments)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -138,7 +143,7 @@ def factored_second_moment(
                 f"the optimizer state has second moments of the shapes {found}, but "
                 f"updates need {wanted}; call init again with these params."
             )
-        steps = jnp.asarray(optax.safe_increment(count))
+        steps = incremented(count)
         correction = jnp.sqrt(bias_correction(b2, steps))
         directions, kept = [], []
         leaves = zip(gs, pairs, axes, strict=True)
@@ -153,7 +158,8 @@ def factored_second_moment(
             root_in = jnp.sqrt(nu_in)
             # The root mean square of roots is the root of the mean.
             mean = root_mean_square(root_in, inputs, keepdims=True)
-            d = over(root_in, over(jnp.sqrt(nu_out), g * (mean * correction)))
+            d = divided_or_same(g * (mean * correction), jnp.sqrt(nu_out))
+            d = divided_or_same(d, root_in)
             directions.append(d)
             kept.append((nu_in, nu_out))
         return treedef.unflatten(directions), _moments_of(kept)

@@ -10,15 +10,14 @@ from jax.typing import ArrayLike
 
 from madax._core.checks import check_seed, check_state
 from madax._core.moved import by_name
-from madax._core.numerics import from_pattern, straight_through, to_pattern
+from madax._core.numerics import from_pattern, incremented, straight_through, to_pattern
 from madax._core.rounding import (
     Rounding,
     check_rounding,
-    leaf_keys,
+    keys_per_leaf,
     round_steps,
     rounding_bits,
 )
-from madax._core.vectors import one_a_leaf
 from madax.codes._array import Leaf, QuantizedArray
 from madax.codes._leaves import flatten_both, max_weight, widen
 from madax.codes._scales import float_leaf_sizes
@@ -101,10 +100,10 @@ def lns_quantize(
         del extra_args
         check_state(state, LnsQuantizeState)
         paths, ws, us, treedef = flatten_both(params, updates)
-        keys = one_a_leaf(leaf_keys(seed, state.count, paths, madax_layer), len(ws))
+        keys = keys_per_leaf(seed, state.count, paths, madax_layer)
         leaves = zip(ws, us, keys, strict=True)
         us = [rounded_update(*leaf, rounding) for leaf in leaves]
-        count = jnp.asarray(optax.safe_increment(state.count))
+        count = incremented(state.count)
         return treedef.unflatten(us), LnsQuantizeState(count)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from madax._core.checks import leaf_name, warn_of_leaves
+from madax._core.checks import leaf_name, type_error, warn_of_leaves
 from madax._core.leaf_kinds import Axes, read_leaves
 from madax._core.names import Tree, flatten_named, is_part
 from madax._core.shards import in_auto_axes
@@ -110,12 +110,11 @@ def warn_of_unknown(params: Tree, *, stacklevel: int) -> None:
 def check_matrices(matrices: object) -> None:
     """Raises unless ``matrices`` is None or a function."""
     if matrices is not None and not callable(matrices):
-        raise TypeError(
-            f"matrices must be a function of (path, leaf), got {matrices!r} of type "
-            f"{type(matrices).__name__}; it tells how leaves are matrices: use for "
-            "example lambda path, leaf: madax.transforms.MatrixDimensionNumbers(0, 1) "
-            "if leaf.ndim == 2 else None."
+        remedy = (
+            "it tells how leaves are matrices: use for example lambda path, leaf: "
+            "madax.transforms.MatrixDimensionNumbers(0, 1) if leaf.ndim == 2 else None"
         )
+        raise type_error("matrices", "a function of (path, leaf)", matrices, remedy)
 
 
 def _checked(path: str, shape: tuple[int, ...], axes: Tree) -> Axes | None:

@@ -12,13 +12,13 @@ from jax.typing import ArrayLike
 from madax._core.checks import check_choice, check_decay, check_state
 from madax._core.leaf_kinds import Axes
 from madax._core.names import Tree, flatten_named
-from madax._core.numerics import decay_rate, moving_average, over
+from madax._core.numerics import decay_rate, divided_or_same, moving_average
 from madax.codes._leaves import flatten, flatten_like, widen, zeros_like
 from madax.codes._scales import root_mean_square
 from madax.transforms._matrices import Matrices, all_axes, as_matrices
 from madax.transforms._orthogonal import orthogonalized
 
-# Functions from a matrix to its direction.
+# The names of the directions of matrices.
 MatrixDirection = Literal["orthogonal", "factored", "sinkhorn", "columns"]
 _ROUNDS = 5  # of SinkGD
 
@@ -63,8 +63,8 @@ def scale_by_orthogonal_momentum(
       b1: decay rate of the momentum, in [0, 1), or None: the gradient itself is made
         orthogonal, and the state has no arrays.
       matrices: ``matrices(path, leaf)`` is a :class:`MatrixDimensionNumbers`, for paths
-        like ``"Dense_0/kernel"`` and leaves with a shape and a dtype; None for that
-        default.
+        like ``"Dense_0/kernel"`` and leaves with a shape and a dtype; None to read
+        axes from names and shapes.
 
     Returns:
       A gradient transformation from gradients to directions, float32 or wider. All
@@ -189,7 +189,11 @@ def matrix_direction(
     axes_of: Callable[..., Sequence[Tree]],
     direction: MatrixDirection,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the transform to directions of gradients, or of a momentum."""
+    """Returns the transform to directions of gradients, or of a momentum.
+
+    The direction "factored" is the gradient or momentum itself, because its caller
+    divides the gradient before this.
+    """
     normalized = _DIRECTIONS[direction]
 
     def init_fn(params):
@@ -230,7 +234,7 @@ def matrix_direction(
 
 def _column_normalized(x: jax.Array, axes: Axes) -> jax.Array:
     _, outputs = axes
-    return over(root_mean_square(x, outputs, keepdims=True), x)
+    return divided_or_same(x, root_mean_square(x, outputs, keepdims=True))
 
 
 def _sinkhorn_normalized(x: jax.Array, axes: Axes) -> jax.Array:

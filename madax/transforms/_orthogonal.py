@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from madax._core.numerics import over
+from madax._core.numerics import divided_or_same
 from madax._core.shards import barrier
 from madax.codes._leaves import compute_dtype, widen
 from madax.codes._scales import root_mean_square
@@ -44,7 +44,7 @@ def newton_schulz(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         # XLA would keep the sums that a narrow matrix was rounded from.
         return barrier(x.astype(dtype))
 
-    x = over(root_mean_square(x, (-2, -1), keepdims=True), widen(x))
+    x = divided_or_same(widen(x), root_mean_square(x, (-2, -1), keepdims=True))
     x = stored(x * (1 / math.sqrt(max(rows * columns, 1))))
     for _ in range(_ITERATIONS):
         # The smaller of both products with itself. Nothing is transposed: XLA would
@@ -57,4 +57,4 @@ def newton_schulz(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         x = stored(_A * widen(x) + widen(product))
     x = widen(x)
     # Nothing in it can overflow, so this root mean square needs no scale of its own.
-    return over(jnp.sqrt(jnp.mean(x * x, (-2, -1), keepdims=True)), x)
+    return divided_or_same(x, jnp.sqrt(jnp.mean(x * x, (-2, -1), keepdims=True)))

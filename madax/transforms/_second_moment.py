@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from madax._core.checks import check_decay, check_format, check_seed, check_state
 from madax._core.names import Tree, flatten_named
-from madax._core.numerics import decay_rate, exp, expm1, log1p, over_root
+from madax._core.numerics import decay_rate, exp, expm1, incremented, log1p, over_root
 from madax._core.rounding import leaf_keys
 from madax.codes._leaves import compute_dtype, flatten, flatten_like, zeros_like
 from madax.formats._moment_format import MomentFormat, MomentWindow, check_made_for
@@ -123,7 +123,7 @@ def scale_by_second_moment(
         directions, moments = tx.update(
             updates, Moments(*moments), params, count=count, madax_layer=madax_layer
         )
-        count = jnp.asarray(optax.safe_increment(count))
+        count = incremented(count)
         return directions, ScaleBySecondMomentState(count, *moments)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -146,46 +146,47 @@ def second_moment(
 
     def init_fn(params):
         _, leaves, treedef = flatten(params)
-        v_dtype, m_dtype, window = None, None, None
+        nu_dtype, mu_dtype, window = None, None, None
         if codec is not None:
-            v_dtype, m_dtype = codec.format.dtype, codec.mu_dtype
+            nu_dtype, mu_dtype = codec.format.dtype, codec.mu_dtype
             window = {name: codec.start(len(leaves))}
 
         def zeros(dtype):
             return treedef.unflatten([zeros_like(w, dtype) for w in leaves])
 
-        mu = None if b1 is None else zeros(m_dtype)
-        return Moments(mu, zeros(v_dtype), window)
+        mu = None if b1 is None else zeros(mu_dtype)
+        return Moments(mu, zeros(nu_dtype), window)
 
     def update_fn(updates, state, params=None, *, count, madax_layer=None):
         del params
         check_state(state, Moments)
-        paths, vs, treedef = flatten_named(state.nu)
-        gs = flatten_like(updates, treedef, "state.nu", paths, vs)
-        ms = [None] * len(vs) if b1 is None else treedef.flatten_up_to(state.mu)
+        paths, nus, treedef = flatten_named(state.nu)
+        gs = flatten_like(updates, treedef, "state.nu", paths, nus)
+        mus = [None] * len(nus) if b1 is None else treedef.flatten_up_to(state.mu)
         ((made_for, window),) = (state.window or {None: None}).items()
         check_made_for(name, made_for)
-        steps = jnp.asarray(optax.safe_increment(count))
+        steps = incremented(count)
         rate, bias = decay_rate(b2), bias_correction(b2, steps)
-        # The root of v is still to be divided by its own correction and by the
+        # The root of nu is still to be divided by its own correction and by the
         # correction of its unit.
         correction = jnp.sqrt(bias)
         if b1 is not None:
             correction /= bias_correction(b1, steps)
-        storages = [FloatMoments()] * len(vs)
-        if codec is not None and vs:
+        storages = [FloatMoments()] * len(nus)
+        if codec is not None and nus:
+            # Random bits depend on the name "m".
             names = [paths] if b1 is None else [paths, [f"{path}/m" for path in paths]]
             keys = [leaf_keys(seed, count, each, madax_layer) for each in names]
-            storages, window = coded_moments(codec, window, vs, rate, count, keys)
+            storages, window = coded_moments(codec, window, nus, rate, count, keys)
             correction *= _code_correction(codec, window, rate / bias)
         b1_rate = None if b1 is None else decay_rate(b1)
-        leaves = zip(storages, vs, ms, gs, strict=True)
+        leaves = zip(storages, nus, mus, gs, strict=True)
         stepped = [_step(*leaf, rate, b1_rate, correction) for leaf in leaves]
-        directions, vs, ms = ([leaf[i] for leaf in stepped] for i in range(3))
+        directions, nus, mus = ([leaf[i] for leaf in stepped] for i in range(3))
         if codec is not None:
             window = {name: window}
-        nu = treedef.unflatten(vs)
-        mu = None if b1 is None else treedef.unflatten(ms)
+        nu = treedef.unflatten(nus)
+        mu = None if b1 is None else treedef.unflatten(mus)
         return treedef.unflatten(directions), Moments(mu, nu, window)
 
     return Direction(init_fn, update_fn)
@@ -195,33 +196,33 @@ def second_moment(
 @jax.jit
 def _step(
     storage: FloatMoments | CodedMoments,
-    v: jax.Array,
-    m: jax.Array | None,
+    nu: jax.Array,
+    mu: jax.Array | None,
     g: jax.Array,
     rate: jax.Array,
     b1_rate: Tree,
     correction: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The direction of a leaf, and its moments as they are stored from then on."""
-    g = jnp.asarray(g, compute_dtype(v))
-    v, value, counted, moved = storage.add_square(v, g, rate)
-    if m is not None:
-        m, g = storage.add(m, g, counted, b1_rate)
-    # This is not g / sqrt(v / correction**2), a quotient that can overflow.
+    g = jnp.asarray(g, compute_dtype(nu))
+    nu, value, counted, moved = storage.add_square(nu, g, rate)
+    if mu is not None:
+        mu, g = storage.add(mu, g, counted, b1_rate)
+    # This is not g / sqrt(nu / correction**2), a quotient that can overflow.
     # If a decay rate is NaN, so is the whole direction.
     correction = correction.astype(g.dtype)
     g = jnp.where(moved, g * correction, 0 * correction)
-    return over_root(g, value), v, m
+    return over_root(g, value), nu, mu
 
 
 def _code_correction(
     codec: SecondMomentCodec, window: MomentWindow, newest: jax.Array
 ) -> jax.Array:
-    """The factor of directions that makes up for the rounding of v, and for its unit.
+    """The factor of directions that makes up for the rounding of nu, and for its unit.
 
-    A fraction of v is the newest part, which has not been rounded yet.
+    A fraction of nu is the newest part, which has not been rounded yet.
     """
-    # E[1 / sqrt(v)] is (1 + 3/8 of the relative variance of v) / sqrt(E[v]).
+    # E[1 / sqrt(nu)] is (1 + 3/8 of the relative variance of nu) / sqrt(E[nu]).
     noise = codec.rounding_variance * (1 - newest) ** 2
     return exp(-0.375 * noise) / jnp.sqrt(window.scale)
 

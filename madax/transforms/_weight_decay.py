@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from madax._core.checks import Number, check_non_negative
 from madax._core.moved import by_name
 from madax._core.names import Tree
-from madax._core.numerics import over, plus_product
+from madax._core.numerics import divided_or_same, plus_product
 from madax.codes._array import Leaf, QuantizedArray
 from madax.codes._leaves import per_leaf, widen
 from madax.transforms._geometry import additive_floors, geometry_at_init, with_geometry
@@ -102,5 +102,5 @@ def _relative_step(w: Leaf, floor: Number) -> jax.Array:
     if isinstance(w, QuantizedArray):
         return w.format.relative_step(w.codes)
     x = widen(w)
-    in_floors = over(floor, x)
+    in_floors = divided_or_same(x, floor)
     return jnp.where(jnp.abs(x) > floor, jnp.sign(x), in_floors)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax import tree_utils
 
@@ -25,12 +26,13 @@ from madax._core.names import Tree, flatten_named
 from madax._core.numerics import rounded
 from madax._core.shards import barrier
 from madax._core.tracing import Shapes, dependences, shapes_of
-from madax._core.vectors import entries, one_a_leaf
+from madax._core.vectors import shape_per_leaf, split_per_leaf
 from madax.codes._array import QuantizedArray, is_quantized
 from madax.codes._leaves import widen
 from madax.codes._quantize import decoded
 
 # The names of a momentum in the states of optax.
+_NUMERIC = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 _NAMES = ("mu", "trace")
 
 
@@ -136,12 +138,12 @@ def place_and_reason(
         if not all(x.get(tangent, True) for x in own) or any(
             tangent in x for x in (*updates, *news) if not any(x is y for y in own)
         ):
-            return i, "has elements whose momentum changes updates of others"
+            return i, "mixes elements: the momentum of one changes other updates"
         for path, x in kept.items():
             if tangent in x:
                 return i, f"has a momentum on which {path!r} in the state depends, too"
         if any(j < len(ms) for j in updates[i]):
-            return i, "has updates that are no linear function of the momentum"
+            return i, "has updates that are not a linear function of the momentum"
     return 0, ""
 
 
@@ -176,8 +178,14 @@ class ErrorFeedback:
         It can if an update is a linear function of the momentum, element by element,
         and nothing else in its state depends on the momentum.
         """
-        args = self.params, self.extra_args
-        shapes = jax.eval_shape(lambda p, x: (decoded(p), x), *args)
+        # Functions and text, which cannot be traced, are for other transforms of a
+        # chain, such as a line search.
+        arrays = {
+            name: x
+            for name, x in self.extra_args.items()
+            if all(isinstance(leaf, _NUMERIC) for leaf in jax.tree.leaves(x))
+        }
+        shapes = jax.eval_shape(lambda p, x: (decoded(p), x), self.params, arrays)
         place, reason = self.place_and_reason(shapes_of(shapes), self.coded)
         if reason:
             name = leaf_name("params", self.coded.paths[place])
@@ -193,7 +201,7 @@ class ErrorFeedback:
         # An update that needs extra arguments is checked when it gets them.
         with contextlib.suppress(TypeError):
             self.check()
-        return jnp.zeros(entries(len(self.coded.places)), jnp.float32)
+        return jnp.zeros(shape_per_leaf(len(self.coded.places)), jnp.float32)
 
     def limited_momentum(
         self, state: optax.OptState, before: jax.Array | None
@@ -210,7 +218,7 @@ class ErrorFeedback:
         hyperparameters, but not on gradients.
         """
         count = len(self.coded.places)
-        if before is None or before.shape != entries(count):
+        if before is None or before.shape != shape_per_leaf(count):
             made = "without" if before is None else f"for {sum(before.shape)}"
             raise ValueError(
                 f"error_feedback=True and params has {count} leaves of codes, but "
@@ -233,7 +241,7 @@ class ErrorFeedback:
         step = self._step(ones, zeros, single)
 
         ms, after = self.coded.momentum(state), []
-        for i, last in enumerate(one_a_leaf(before, count, apart=True)):
+        for i, last in enumerate(split_per_leaf(before, count, separate_kernels=True)):
             slope, decay = (
                 each[i].reshape(()).astype(last.dtype)
                 for each in (step.slopes, step.decays)

@@ -72,6 +72,7 @@ def multi_steps(
         )
 
     def init_fn(params):
+        # inner must see codes, but MultiSteps makes its accumulator like this tree.
         like_gradients = jax.tree.map(
             lambda w: zeros_like(w) if is_quantized(w) else w,
             params,

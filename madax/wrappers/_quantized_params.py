@@ -15,10 +15,11 @@ from madax._core.checks import (
     check_state,
     check_transformation,
     check_where,
+    type_error,
 )
 from madax._core.names import Tree
-from madax._core.rounding import Rounding, check_rounding, leaf_keys
-from madax._core.vectors import one_a_leaf
+from madax._core.numerics import incremented
+from madax._core.rounding import Rounding, check_rounding, keys_per_leaf
 from madax.codes._array import is_quantized
 from madax.codes._leaves import flatten_both
 from madax.codes._quantize import decoded
@@ -124,9 +125,8 @@ def with_quantized_params(
     """
     check_transformation("inner", inner)
     if not isinstance(error_feedback, bool):
-        raise TypeError(
-            f"error_feedback must be True or False, got {error_feedback!r}."
-        )
+        remedy = "pass True to keep rounding errors in the momentum"
+        raise type_error("error_feedback", "True or False", error_feedback, remedy)
     check_format("moment_format", moment_format, MomentFormat)
     check_where(moment_where, "moment_where")
     check_rounding(rounding)
@@ -182,10 +182,11 @@ def _quantized_params(
             before, slope = feedback.limited_momentum(before, slope)
         proposed, inner_state = inner.update(updates, before, values, **extra_args)
         us = treedef.flatten_up_to(proposed)
-        keys = leaf_keys(seed, state.count, paths, extra_args.get("madax_layer"))
+        layer = extra_args.get("madax_layer")
+        keys = keys_per_leaf(seed, state.count, paths, layer, separate_kernels=True)
         moves = {
             i: rounded_sum(ws[i], us[i], key, rounding)
-            for i, key in enumerate(one_a_leaf(keys, len(ws), apart=True))
+            for i, key in enumerate(keys)
             if is_quantized(ws[i])
         }
         if error_feedback:
@@ -194,7 +195,7 @@ def _quantized_params(
             moves = dict(zip(moves, again, strict=True))
         for i, move in moves.items():
             us[i] = as_steps(ws[i], move)
-        count = jnp.asarray(optax.safe_increment(state.count))
+        count = incremented(state.count)
         new_state = WithQuantizedParamsState(count, inner_state, slope)
         return treedef.unflatten(us), new_state
 

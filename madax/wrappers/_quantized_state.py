@@ -21,10 +21,11 @@ from madax._core.checks import (
 )
 from madax._core.moved import by_name
 from madax._core.names import Tree
+from madax._core.numerics import incremented
 from madax._core.rounding import Rounding, check_rounding, leaf_keys
 from madax._core.shards import barrier
 from madax._core.tracing import Shapes, shapes_of
-from madax._core.vectors import entries, one_a_leaf
+from madax._core.vectors import shape_per_leaf, split_per_leaf
 from madax.codes._array import is_quantized
 from madax.formats._moment_codec import MomentCodec, stack_windows
 from madax.formats._moment_format import (
@@ -188,7 +189,7 @@ def quantized_state(
         layer = extra_args.get("madax_layer")
         names = [_key_name(like, i, known_as, layer is not None) for i in dtypes]
         keys = leaf_keys(seed, state.count, names, layer)
-        parts = one_a_leaf((window, keys), len(dtypes), apart=True)
+        parts = split_per_leaf((window, keys), len(dtypes), separate_kernels=True)
         windows, keys = ([part[k] for part in parts] for k in (0, 1))
 
         def inner_step(codes: list[jax.Array], params: Tree) -> tuple[Tree, ...]:
@@ -222,7 +223,7 @@ def quantized_state(
         stored = zip(dtypes, map(_Stored, before, following, keys), strict=True)
         after = _encoded(codec, like, leaves, after, dict(stored), rounding)
         return inner_updates, WithQuantizedStateState(
-            jnp.asarray(optax.safe_increment(state.count)),
+            incremented(state.count),
             treedef.unflatten(after),
             {_window_name(codec, [*dtypes.values()]): stack_windows(following)},
         )
@@ -347,7 +348,8 @@ def _stored_dtypes(
         if is_float(shape) and jnp.result_type(leaf) == codec.format.dtype
     ]
     names = name[len(wanted) + 2 :].split() or ["float32"] * len(stored)
-    if np.shape(window.octave) != entries(len(stored)) or len(names) != len(stored):
+    windows = shape_per_leaf(len(stored))
+    if np.shape(window.octave) != windows or len(names) != len(stored):
         raise ValueError(
             f"the optimizer state has {len(stored)} leaves of codes, but windows of "
             f"shape {np.shape(window.octave)}; call init again."

@@ -99,15 +99,15 @@ def reasons_for_floats(
     for i, value in enumerate(new):
         owner = leaves.owners[i]
         if PARAMS in value.parts and GRADS not in value.parts:
-            refuse(i, "a step makes it of parameters without the gradient")
+            refuse(i, "a step computes it from parameters alone")
         if decay.get(i) == 1 and i in value.signed:
             refuse(i, "it is a sum that never decays")
         if i in value.multiple and i not in decay:
             refuse(i, "a step only multiplies it, and so its errors")
         if i not in used:
-            refuse(i, "no update depends on it, so others read it")
+            refuse(i, "no update depends on it, so it is read outside the optimizer")
         if FACTORS in value.parts:
-            refuse(i, "it is made of the factors of a matrix")
+            refuse(i, "it comes from a matrix factorisation")
         # Without gradients, errors of a momentum outlive the moment that divides it.
         k = i if owner is None else divisors.get(owner, i)
         is_divided = i not in reader.rooted and k not in value.parts
@@ -119,7 +119,7 @@ def reasons_for_floats(
         is_number = i >= 0 and leaves.owners[i] is None
         if is_number and any(k >= 0 for k in new[i].summed - {i}):
             for k in range(len(new)):
-                refuse(k, f"a step puts sums of moments into {leaves.paths[i]}")
+                refuse(k, f"a step adds sums of moments to {leaves.paths[i]}")
     return reasons
 
 
@@ -163,7 +163,7 @@ def _read_step(
 
 
 class Value(NamedTuple):
-    """The knowledge of the reader about a value in a step."""
+    """What the reader knows about a value in a step."""
 
     # Its dependences: indices of leaves, GRADS, PARAMS and FACTORS.
     parts: Leaves = frozenset()

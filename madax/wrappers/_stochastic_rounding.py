@@ -15,8 +15,8 @@ from madax._core.checks import (
     check_transformation,
 )
 from madax._core.names import Tree
-from madax._core.rounding import leaf_keys
-from madax._core.vectors import one_a_leaf
+from madax._core.numerics import incremented
+from madax._core.rounding import keys_per_leaf
 from madax.codes._array import Leaf, is_quantized
 from madax.codes._leaves import compute_dtype, flatten_both, widen
 from madax.codes._scales import check_float_widths
@@ -102,11 +102,6 @@ def with_stochastic_rounding(
 
     def update_fn(updates, state, params: Tree = None, **extra_args):
         check_state(state, WithStochasticRoundingState)
-        if params is None:
-            raise ValueError(
-                "params is None, but updates are rounded to the grid of the weights; "
-                "call update(grads, state, params)."
-            )
         paths, ws, gs, treedef = flatten_both(params, updates)
         pairs = zip(ws, gs, strict=True)
         gs = [jnp.asarray(g).astype(compute_dtype(w)) for w, g in pairs]
@@ -114,10 +109,10 @@ def with_stochastic_rounding(
             treedef.unflatten(gs), state.inner_state, _widened(params), **extra_args
         )
         us = treedef.flatten_up_to(proposed)
-        keys = leaf_keys(seed, state.count, paths, extra_args.get("madax_layer"))
-        leaves = zip(ws, us, one_a_leaf(keys, len(ws)), strict=True)
+        keys = keys_per_leaf(seed, state.count, paths, extra_args.get("madax_layer"))
+        leaves = zip(ws, us, keys, strict=True)
         us = [u if is_quantized(w) else _rounded(w, u, key) for w, u, key in leaves]
-        count = jnp.asarray(optax.safe_increment(state.count))
+        count = incremented(state.count)
         return treedef.unflatten(us), WithStochasticRoundingState(count, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

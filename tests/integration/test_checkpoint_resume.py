@@ -1,13 +1,12 @@
 """Training that is stopped, and goes on elsewhere or later as if it had not been.
 
-This file is also the script that is killed: ``directory stop_at``.
+This file is also the script that is killed: ``directory stop_at moment``.
 """
 
 import os
 import pathlib
 import signal
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +119,7 @@ def train_step(params, state, i):
     return {"params": optax.apply_updates(params, updates), "state": state}
 
 
-def train(directory, stop_at=None):
+def train(directory, stop_at=None, moment=""):
     """Trains from the newest checkpoint to the end, or until it is killed."""
     options = ocp.CheckpointManagerOptions(save_interval_steps=EVERY, max_to_keep=2)
     with ocp.CheckpointManager(directory, options=options) as manager:
@@ -133,16 +132,17 @@ def train(directory, stop_at=None):
             tree = train_step(**tree, i=i)
             manager.save(i, args=ocp.args.StandardSave(tree))
             if i == stop_at:
+                if moment == "after a save":
+                    manager.wait_until_finished()
                 print("stopped, perhaps in the middle of a save", flush=True)
                 signal.pause()
     return tree
 
 
-def kill(directory, stop_at, delay):
-    """Kills a run at a step, so long after; the step that it had resumed from."""
-    child = processes.start(__file__, directory, stop_at)
+def kill(directory, stop_at, moment):
+    """Kills a run at a step; the step that it had resumed from."""
+    child = processes.start(__file__, directory, stop_at, moment)
     lines = [child.stdout.readline(), child.stdout.readline()]
-    time.sleep(delay)
     os.kill(child.pid, signal.SIGKILL)
     _, errors = child.communicate(timeout=processes.TIMEOUT)
     assert child.returncode == -signal.SIGKILL, errors
@@ -150,13 +150,8 @@ def kill(directory, stop_at, delay):
     return lines[0].split()[-1]
 
 
-# A step, and for how long the save behind it may go on: at once, it is cut.
-MOMENTS = {
-    "in a save": (8, 0.0),
-    "late in a save": (4, 0.05),
-    "after a save": (12, 0.2),
-    "between saves": (9, 0.0),
-}
+# The step at which a run is killed. A save goes on beside it unless it is waited for.
+MOMENTS = {"in a save": 8, "after a save": 12, "between saves": 9}
 
 
 @pytest.fixture(
@@ -165,17 +160,18 @@ MOMENTS = {
 )
 def killed_and_not(request, tmp_path_factory):
     """A run that was killed and one that was not, from the last checkpoints."""
-    stop_at, delay = MOMENTS[request.param]
+    moment, stop_at = request.param, MOMENTS[request.param]
 
     def make(path):
-        assert kill(path / "killed", stop_at, delay) == "None"
-        (out,) = processes.finish(processes.start(__file__, path / "killed", LAST + 1))
+        assert kill(path / "killed", stop_at, moment) == "None"
+        again = processes.start(__file__, path / "killed", LAST + 1, "")
+        (out,) = processes.finish(again)
         train(path / "whole")
         newest = stop_at - stop_at % EVERY
-        resumed = out.split()[-1]
-        assert resumed in (str(newest), str(newest - EVERY)), (stop_at, resumed)
+        saved = [newest] if moment == "after a save" else [newest, newest - EVERY]
+        assert int(out.split()[-1]) in saved, (moment, out)
 
-    path = processes.once(tmp_path_factory, f"runs_{stop_at}_{delay}", make)
+    path = processes.once(tmp_path_factory, f"runs_{stop_at}", make)
     trees = []
     for directory in (path / "killed", path / "whole"):
         with ocp.CheckpointManager(directory) as manager:
@@ -195,4 +191,4 @@ def test_a_killed_run_ends_like_one_that_was_not_killed(killed_and_not):
 
 
 if __name__ == "__main__":
-    train(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
+    train(pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -56,7 +56,8 @@ def test_the_top_has_25_names():
     with_quantized_state value_and_grad grad layerwise split_layers to_flat_dict
     from_flat_dict diagnostics transforms papers""".split()  # noqa: SIM905
     assert sorted(named) == madax.__all__
-    assert dir(madax) == sorted([*named, "__version__"])
+    rooms = ["formats", "hijax", "wrappers"]
+    assert dir(madax) == sorted([*named, "__version__", *rooms])
     assert callable(madax.layerwise)  # The function, and not the folder.
 
 

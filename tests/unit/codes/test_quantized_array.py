@@ -182,6 +182,7 @@ def test_repr_and_nbytes_describe_the_codes():
     q = madax.quantize_params(jnp.full((4, 4), 0.5), FMT)
     assert repr(q) == f"QuantizedArray(shape=(4, 4), scale=1.5, {FMT!r})"
     assert q.nbytes == 16 + 4
+    assert q.steps(jnp.zeros((4, 4), jnp.int16), *q.kind).nbytes == 64
     wide = madax.quantize_params(normal(6, 5), LogFormat(9, 0.05), channel_axis=-1)
     assert wide.nbytes == 2 * 30 + 4 * 5
     assert "scale=<(1, 5)>" in repr(wide)

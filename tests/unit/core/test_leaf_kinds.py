@@ -299,6 +299,28 @@ def test_models_are_read_as_their_authors_meant_them(model):
     assert read(structs(MODELS[model])) == expected
 
 
+ORDERS = {model: structs(MODELS[model]) for model in MODELS} | {
+    f"a row called {name}": structs(
+        {"bias": ((64,), None), "weight": ((32, 64), None), name: ((1, 64), None)}
+    )
+    for name in ("alpha", "zeta")
+}
+
+
+@pytest.mark.parametrize("model", ORDERS)
+def test_the_order_of_leaves_changes_no_reading(model):
+    shapes = {path: leaf.shape for path, leaf in ORDERS[model].items()}
+
+    def readings(shapes):
+        found = read_leaves(list(shapes), shapes.values())
+        pairs = zip(shapes, found, strict=True)
+        return {path: (x.kind, x.axes) for path, x in pairs}
+
+    expected = readings(shapes)
+    assert readings(dict(reversed(shapes.items()))) == expected
+    assert readings(dict(sorted(shapes.items()))) == expected
+
+
 def test_a_bias_tells_the_outputs_of_a_layer_with_one_weight():
     shapes = {
         "c_fc/kernel": (F, D),

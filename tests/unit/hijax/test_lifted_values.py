@@ -184,6 +184,8 @@ def test_functions_of_lax_take_the_decoded_tree():
 def test_python_and_numpy_do_the_same():
     w, floats = (tree["a"] for tree in make())
     np.testing.assert_array_equal(np.asarray(w), floats)
+    with pytest.raises(ValueError, match="leave copy=False out"):
+        np.asarray(w, copy=False)
     np.testing.assert_array_equal(np.sin(w), np.sin(floats))
     same(list(w), list(floats))
     assert len(w) == 4

@@ -253,7 +253,8 @@ BAD = [
     (TypeError, {"tx": optax.adam}, "tx must be an optax.GradientTransformation"),
     (TypeError, {"layer": 3}, "layer must be a function, got 3"),
     (TypeError, {"dtype": jnp.int8}, "dtype must be a floating dtype"),
-    (ValueError, {"microbatches": 0}, "microbatches must be an int above 0, got 0"),
+    (ValueError, {"microbatches": 0}, "microbatches must be 1 or more, got 0"),
+    (TypeError, {"microbatches": "2"}, "microbatches must be an int, got '2'"),
     (ValueError, {"microbatches": 3}, "batch has shape (8, 9)", "microbatches=3"),
     (ValueError, {"params": {"layers": 1}}, "params must be a dict of", "['layers']"),
     (
@@ -292,7 +293,7 @@ def test_a_state_of_another_optimizer_is_refused():
         jax.eval_shape(step, params, init(params), layers.batches()[0])
 
 
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("depth", [1, layers.DEPTH + 1])
 def test_a_state_of_another_depth_is_refused(depth):
     params = layers.weights()
     stack = jax.tree.map(lambda w: jnp.stack([w[0]] * depth), params["layers"])

@@ -223,7 +223,7 @@ def test_what_it_refuses():
     start = params()
     with raises(TypeError, "state must be a MuonState"):
         muon().update(start, madax.madam().init(start), start)
-    with raises(ValueError, "params"):
+    with raises(ValueError, "params is None, but the update depends on the weights"):
         muon().update(start, muon().init(start))
     with raises(ValueError, "updates and params must have the same tree structure"):
         muon().update({"Dense_0": None}, muon().init(start), start)

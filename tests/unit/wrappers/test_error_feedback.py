@@ -302,7 +302,7 @@ class Named(NamedTuple):
 
 
 ZERO = "whose derivative by the momentum is 0; leave error_feedback out"
-OTHERS = "has elements whose momentum changes updates of others"
+OTHERS = "mixes elements: the momentum of one changes other updates"
 BAD = {
     "no momentum": (optax.sgd(0.1), "momentum of params.*, but there are 0; leave"),
     "two": (optax.chain(optax.trace(0.9), optax.adam(0.1)), "called mu or trace"),
@@ -321,7 +321,7 @@ BAD = {
     "averaged": (ema(optax.adam(0.1)), "momentum on which '1/ema/w' in the state"),
     "centred": (
         optax.rmsprop(0.1, centered=True),
-        "no linear function of the momentum",
+        "not a linear function of the momentum",
     ),
     "belief": (optax.adabelief(0.1), "momentum on which '0/nu/w' in the state"),
     "muon": (optax.contrib.muon(0.1), OTHERS),
@@ -402,6 +402,24 @@ def test_a_rate_that_is_injected_is_not_kept_beyond_its_trace():
     state = tx.init(params)
     with jax.checking_leaks():
         jax.jit(tx.update)(jnp.ones(3), state, params)
+
+
+def test_functions_and_text_for_other_transforms_of_a_chain_are_let_through():
+    seen = {}
+
+    def update(updates, state, params, *, value_fn, mode, **extra_args):
+        seen.update(value=value_fn(params.dequantize()), mode=mode)
+        return updates, state
+
+    params = codes([1, 2, 3])
+    alone = fed_back(optax.adam(0.1))
+    search = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    both = optax.chain(alone, search)
+    extra = {"value_fn": jnp.sum, "mode": "zoom", "value": 0.5}
+    updates, _ = both.update(jnp.ones(3), both.init(params), params, **extra)
+    expected, _ = alone.update(jnp.ones(3), alone.init(params), params)
+    np.testing.assert_array_equal(updates.codes, expected.codes)
+    assert seen == {"value": 6, "mode": "zoom"}
 
 
 def test_other_values_are_refused():

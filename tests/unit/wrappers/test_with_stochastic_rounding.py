@@ -79,9 +79,9 @@ def test_bad_use_is_named():
         tx.update(params, tx.init(params))
     with raises(TypeError, "params['w'] has dtype float8", "use bfloat16 or wider"):
         tx.init({"w": jnp.ones((4, 4), jnp.float8_e4m3fn)})
-    with raises(TypeError, "inner"):
+    with raises(TypeError, "inner must be an optax.GradientTransformation"):
         with_stochastic_rounding("adam")
-    with raises(TypeError, "moment_format"):
+    with raises(TypeError, "moment_format must be None or a MomentFormat"):
         with_stochastic_rounding(optax.sgd(0.1), moment_format=8)
     with raises(TypeError, "state must be a WithStochasticRoundingState"):
         tx.update(params, optax.sgd(0.1).init(params), params)
