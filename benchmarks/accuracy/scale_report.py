@@ -15,7 +15,8 @@ ERRORS, LEAST_SEEDS = 3, 3
 RULE = (
     f"A difference of means counts if it is more than {ERRORS} of its standard errors, "
     "which are the root of the sum of both variances over their seeds, and there are "
-    f"{LEAST_SEEDS} seeds or more of both; the rule was stated before the runs."
+    f"{LEAST_SEEDS} seeds or more of both; the rule was stated before the runs. Means "
+    "are compared over the seeds that both have."
 )
 # The bars of the claim: what is compared, with what, and the most that it may be behind
 # in percent.
@@ -57,6 +58,30 @@ def difference(losses: np.ndarray, base: np.ndarray) -> Difference:
         error = np.sqrt(sum(x.var(ddof=1) / len(x) for x in (losses, base)))
     counts = seeds >= LEAST_SEEDS and abs(gap) > ERRORS * error
     return Difference(scale * gap, scale * error, bool(counts), seeds)
+
+
+def compared(group: pd.DataFrame, name: str, base: str) -> Difference:
+    """Compares the means of two over the seeds that both have."""
+    seeds = [set(group["seed"][group["name"] == x]) for x in (name, base)]
+    group = group[group["seed"].isin(set.intersection(*seeds))]
+    return difference(_losses(group, name), _losses(group, base))
+
+
+def of_the_same_seeds(group: pd.DataFrame, name: str, base: str) -> Difference:
+    """The mean change from one to another with the same seed, in percent.
+
+    The seed is of the first weights and of the batches, so part of what it adds to the
+    losses of both is the same.
+    """
+    by_seed = group.assign(loss=group["loss"].astype(float)).set_index("seed")["loss"]
+    losses, bases = (by_seed[(group["name"] == x).to_numpy()] for x in (name, base))
+    changes = (100 * (losses / bases - 1)).dropna().to_numpy()
+    seeds = len(changes)
+    if not seeds:
+        return Difference(np.nan, np.nan, False, 0)
+    error = changes.std(ddof=1) / np.sqrt(seeds) if seeds > 1 else np.nan
+    counts = seeds >= LEAST_SEEDS and abs(changes.mean()) > ERRORS * error
+    return Difference(changes.mean(), error, bool(counts), seeds)
 
 
 def judged(runs: pd.DataFrame) -> pd.DataFrame:
@@ -113,7 +138,7 @@ def _rows(group: pd.DataFrame) -> str:
         against = {
             f"against {base}": ""
             if name == base
-            else str(difference(losses, _losses(group, base)))
+            else str(compared(group, str(name), base))
             for base in (ADAMW, MUON)
         }
         row = {
@@ -135,7 +160,7 @@ def _bars(groups: list) -> str:
     rows = []
     for (size, _), group in groups:
         for name, base, most in BARS:
-            found = difference(_losses(group, name), _losses(group, base))
+            found = compared(group, name, base)
             if np.isnan(found.percent):
                 continue
             met = "met" if found.percent <= most else "missed"
@@ -145,6 +170,7 @@ def _bars(groups: list) -> str:
                     "size": size,
                     "at most": f"{most:+.1f} %",
                     "measured": str(found),
+                    "with the same seeds": str(of_the_same_seeds(group, name, base)),
                     "": "open" if found.seeds < LEAST_SEEDS else met,
                 }
             )
@@ -156,7 +182,7 @@ def _trend(groups: list) -> str:
     rows: dict[str, Record] = {}
     for (size, _), group in groups:
         for name in group["name"].unique():
-            found = difference(_losses(group, name), _losses(group, ADAMW))
+            found = compared(group, name, ADAMW)
             if name != ADAMW:
                 rows.setdefault(name, {"optimizer": name})[size] = str(found)
     return markdown(list(rows.values()))
@@ -200,7 +226,7 @@ def scale_figure(runs: pd.DataFrame) -> Figure:
     over_size, over_bytes = fig.subplots(1, 2)
     for name, style in styles.items():
         cells = [group for group in groups if name in set(group["name"])]
-        found = [difference(_losses(g, name), _losses(g, ADAMW)) for g in cells]
+        found = [compared(g, str(name), ADAMW) for g in cells]
         sizes = [group["parameters"].iloc[0] for group in cells]
         over_size.errorbar(
             sizes,
