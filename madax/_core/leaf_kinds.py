@@ -192,9 +192,11 @@ def _split(leaf: Leaf, from_heads: bool, below: _Below) -> Axes | None:
     """Returns the core axes that a product sums over, and the axes of its result."""
     axes, sizes = range(len(leaf.core)), leaf.sizes
     if len(axes) < 3:
-        # PyTorch and Equinox keep the outputs first; a bias tells of any layer.
+        # PyTorch and Equinox, whose cells have "weight_ih", keep the outputs first; a
+        # bias tells of any layer.
         known = _outputs_by_bias(leaf)
-        first = leaf.own == "weight" if known is None else known == 0
+        by_name = leaf.own == "weight" or leaf.own.startswith("weight_")
+        first = by_name if known is None else known == 0
         return (axes[1:], axes[:1]) if first else (axes[:1], axes[1:])
     to_heads = like.TO_HEADS.fullmatch(leaf.subject)
     experts = any(map(like.EXPERTS.search, leaf.names)) and not (from_heads or to_heads)
@@ -237,7 +239,11 @@ def _heads_first(leaf: Leaf, below: _Below) -> bool:
 def _outputs_by_bias(leaf: Leaf) -> int | None:
     """The only core axis as long as the bias of a layer with one weight, if it is."""
     several = [x for x in leaf.siblings if len(x.core) > 1 and not x.is_vector]
-    biases = [x.sizes for x in leaf.siblings if like.BIAS.fullmatch(x.own)]
+    biases = [
+        tuple(n for n in x.sizes if n > 1)  # also of (outputs, 1, 1)
+        for x in leaf.siblings
+        if like.BIAS.fullmatch(x.own)
+    ]
     if len(several) > 1 or len(biases) != 1 or len(biases[0]) != 1:
         return None
     found = [i for i, n in enumerate(leaf.sizes) if n == biases[0][0]]
@@ -250,10 +256,16 @@ def _is_convolution(leaf: Leaf) -> bool:
     if like.CONVOLUTION.search(leaf.subject):
         return len(sizes) > 2 or min(sizes) < 9  # rank 2: a window of each channel
     windows = sizes[2:] if leaf.own == "weight" else sizes[:-2]
+    if len(windows) < 2 or len(set(windows)) > 1 or windows[0] > 32:
+        return False
+    is_stack = like.EINSUM.search(leaf.subject) or any(
+        map(like.EXPERTS.search, leaf.names)
+    )
+    if 1 < windows[0] < 8 and not is_stack:
+        return True  # The "up" and "down" of a U-Net, or its "q" and "v".
     # Matrices of a stack have a bias each, a convolution has one: "up" may be either.
     stack = like.STACK.search(leaf.subject) and _outputs_by_bias(leaf) is None
-    other = like.TO_HEADS.fullmatch(leaf.subject) or stack
-    return len(windows) > 1 and len(set(windows)) == 1 and windows[0] < 33 and not other
+    return not (like.TO_HEADS.fullmatch(leaf.subject) or stack)
 
 
 def _split_convolution(leaf: Leaf) -> Axes:
@@ -294,12 +306,14 @@ def _find_roles(leaves: list[Leaf], below: _Below) -> None:
 def _by_name(leaf: Leaf, below: _Below) -> Kind:
     _, fan_out = leaf.fans
     heads = [i for i, name in enumerate(leaf.names) if like.HEAD.fullmatch(name)]
-    if heads and not like.TO_HEADS.fullmatch(leaf.subject):  # head_0/query
+    attends = any(map(like.ATTENTION.fullmatch, leaf.names))
+    # The heads of attention are others: MultiHead_0/Head_0, or head_0/query.
+    if heads and not (attends or like.TO_HEADS.fullmatch(leaf.subject)):
         # In a classifier of several layers, only the last is a last layer.
         group = _near(leaf, below, heads[0] + 1)
         feeds = fan_out and any(x.fans[0] == fan_out for x in group)
         return leaf.kind if feeds else "head"
-    if like.LAST.fullmatch(leaf.subject) and leaf.layer is None:
+    if like.LAST.fullmatch(leaf.subject) and leaf.layer is None and not attends:
         return "head"
     if any(map(like.TABLE.fullmatch, (leaf.own, leaf.subject))) or any(
         map(like.PATCHES.search, leaf.names)  # which embeds the input, too

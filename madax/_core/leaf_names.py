@@ -19,7 +19,9 @@ def _name(pattern: str) -> re.Pattern[str]:
 
 # Names that do not say what a leaf is for.
 GENERIC = _name(r"kernels?|weights?|w|params|lora|(\w+_)?lora_[ab]|layers|~|")
-NORM = _name(r"\w*norm(_(?!proj|linear|mlp)[a-z]+)?|(\w+_)?(ln|bn)(_[a-z]+)?")
+NORM = _name(
+    r"\w*norm(_(?!proj|linear|mlp)[a-z]+)?|rms(_\w+)?|(\w+_)?(ln|bn)(\d*_[a-z]+)?"
+)
 OF_NORM = _name(r"weight|w|g|b")
 VECTOR = _name(r"(\w+_|layer)?(bias|scale|offset|gamma|beta|gain)(e?s)?|r_k")
 # Rates of state-space models: logarithms, or numbers of one sign.
@@ -35,7 +37,7 @@ HEAD = _name(r"(?!multi_?head|pre_)(\w*head|(\w+_)?logits(_\w+)?|classifier)")
 LAST = _name(r"output|unembed\w*|readout")
 ROUTER = _name(r"\w*router(_\w+)?")
 GATE = _name("gate|gating")
-ATTENTION = _name(r"\w*(attn|attention)\w*")
+ATTENTION = _name(r"\w*(attn|attention|multi_?head)\w*")
 OF_ATTENTION = r"(to_|w_?|\w*(attn|attention)_)?"
 PROJECTION = r"(_(proj|projection|linear|kernel|w))*"
 TO_HEADS = _name(
@@ -50,6 +52,7 @@ STACK = re.compile(
     r"|(^|_)(wi|wo|up|gate|gating|down|fc)(_|$)",
     re.IGNORECASE,
 )
+EINSUM = re.compile("einsum|proj|linear|dense", re.IGNORECASE)
 DENSE = re.compile(rf"proj|{STACK.pattern}", re.IGNORECASE)
 CONVOLUTION = re.compile("conv", re.IGNORECASE)
 DEPTHWISE = re.compile(r"depthwise|dw_?conv|conv_?dw", re.IGNORECASE)
@@ -121,7 +124,10 @@ class Leaf:
         if B.fullmatch(self.own) and not LORA.search(self.owner):
             # Matrices are also called "b"; a bias has fewer axes than its kernel.
             return any(_is_within(self.shape, x.shape) for x in self.siblings)
-        return any(x.fullmatch(self.own) for x in (VECTOR, NORM, RATE))
+        weight = _weight_of(self.own)
+        return any(x.fullmatch(self.own) for x in (VECTOR, NORM, RATE)) or any(
+            x.own == weight and _is_within(self.shape, x.shape) for x in self.siblings
+        )
 
     @property
     def may_be_bias(self) -> bool:
@@ -130,6 +136,11 @@ class Leaf:
 
 def size_of(shape: Sequence[int], axes: Iterable[int]) -> int:
     return math.prod(shape[i] for i in axes)
+
+
+def _weight_of(bias: str) -> str:
+    """Returns the name of the weight beside ``"bq"``, ``"b_q"`` or ``"q_b"``."""
+    return f"{bias[:-1]}w" if bias.endswith("_b") else re.sub("^b", "w", bias)
 
 
 def _is_within(bias: Sequence[int], kernel: Sequence[int]) -> bool:

@@ -38,6 +38,41 @@ MODELS = {
         "layers/0/attn/q_proj/w": ((D, N, H), "0 12"),
         "layers/0/attn/o_proj/w": ((N, H, D), "01 2"),
     },
+    "Equinox: U-Net": {
+        "up/weight": ((32, 64, 2, 2), "0 123"),
+        "up/bias": ((32, 1, 1), None),
+        "down/weight": ((64, 32, 3, 3), "0 123"),
+        "down/bias": ((64, 1, 1), None),
+        "ffn/layers/0/weight": ((64, 32, 3, 3), "0 123"),
+        "v/weight": ((64, 32, 3, 3), "0 123"),
+    },
+    "Flax: U-Net": {
+        "down/kernel": ((3, 3, 32, 32), "012 3"),
+        "down/bias": ((32,), None),
+        "up/kernel": ((2, 2, 32, 64), "012 3"),
+        "q/kernel": ((3, 3, 32, 32), "012 3"),
+    },
+    "Equinox: cells": {
+        "cell/weight_ih": ((96, 10), "0 1"),
+        "cell/weight_hh": ((96, 32), "0 1"),
+        "cell/bias": ((96,), None),
+    },
+    "heads one by one": {
+        f"blocks/{i}/MultiHead_0/Head_0/Dense_{j}/kernel": ((D, H), "0 1")
+        for i in (0, 1)
+        for j in (0, 1, 2)
+    },
+    "short names": {
+        "wq": ((D, N, H), "0 12"),
+        "bq": ((N, H), None),
+        "b_k": ((N, H), None),
+        "w_k": ((D, N, H), "0 12"),
+        "attn_w": ((D, D), "0 1"),
+        "attn_b": ((D,), None),
+        "wo": ((N, H, D), "01 2"),
+        "h/ln1_g": ((6, D), None),
+        "h/rms_att_weight": ((6, D), None),
+    },
     "Gemma": {
         "embedder/input_embedding": ((V, D), None),
         "embedder/per_layer_model_projection/w": ((D, L * D), "0 1"),
@@ -328,6 +363,8 @@ def test_a_bias_tells_the_outputs_of_a_layer_with_one_weight():
         "linear/weight": (D, F),
         "linear/bias": (F,),
         "plain/weight": (F, D),
+        "cell/weight_hh": (3 * D, D),
+        "cell/bias": (3 * D,),
         "both/w1": (D, F),
         "both/b1": (F,),
         "both/w2": (F, D),
@@ -338,6 +375,7 @@ def test_a_bias_tells_the_outputs_of_a_layer_with_one_weight():
         "c_fc/kernel": [1],
         "linear/weight": [0],
         "plain/weight": [1],
+        "cell/weight_hh": [1],
         "both/w1": [0],
         "both/w2": [0],
     }
