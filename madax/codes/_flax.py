@@ -11,7 +11,7 @@ import flax
 import jax
 from flax import nnx
 
-from madax._core.names import Tree
+from madax._core.names import Tree, flatten_named
 from madax.codes._array import is_quantized
 from madax.codes._probes import probed, probes_of, without_probes
 from madax.codes._residuals import value_and_gradient
@@ -80,6 +80,7 @@ def differentiate(fun, wrt, positions, has_aux, dtype, args, kwargs):
             given[i] = jax.tree.map(_updated, given[i], array, is_leaf=_is_leaf)
         out = fun(*given, **named)
         _check_same_parts(copies, (args, kwargs))
+        _check_still_codes(copies, (args, kwargs))
         value, aux = out if has_aux else (out, None)
         for module in _modules([given[i] for i in positions]):
             nnx.update(module, without_probes(nnx.state(module), weights))
@@ -111,6 +112,24 @@ def _check_same_parts(copies: Tree, modules: Tree) -> None:
                 "variables can be added while it is differentiated; pass a module that "
                 "has the part, as from its __init__."
             )
+
+
+def _check_still_codes(copies: Tree, modules: Tree) -> None:
+    """Raises if a function replaced codes by floats, which would be trained instead."""
+    for copy, module in zip(_modules(copies), _modules(modules), strict=True):
+        now = _by_path(copy)
+        for path, w in _by_path(module).items():
+            if is_quantized(w) and not is_quantized(now.get(path, w)):
+                raise TypeError(
+                    f"fun replaced the codes of {path!r} by floats, as nnx.WeightNorm "
+                    "and nnx.SpectralNorm do; leave that layer in floats, by the "
+                    "where of quantize_params."
+                )
+
+
+def _by_path(module: Tree) -> dict[str, Tree]:
+    paths, leaves, _ = flatten_named(nnx.state(module), is_leaf=is_quantized)
+    return dict(zip(paths, leaves, strict=True))
 
 
 def _is_module(x: object) -> bool:

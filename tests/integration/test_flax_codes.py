@@ -218,6 +218,26 @@ def test_a_part_that_a_loss_adds_to_a_module_is_refused(heads):
             madax.value_and_grad(adds)(one, to)
 
 
+def test_codes_that_a_loss_replaces_by_floats_are_named():
+    """They would be floats from then on, without a word."""
+    if not hasattr(nnx, "WeightNorm"):
+        pytest.skip("Flax has no nnx.WeightNorm yet.")
+
+    class Normed(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.WeightNorm(nnx.Linear(8, 16, rngs=rngs), rngs=rngs)
+
+        def __call__(self, x):
+            return self.layer(x)
+
+    model = madax.quantize_params(Normed(nnx.Rngs(0)), madax.SymlogFormat(bits=8))
+    loss = lambda model: jnp.sum(model(jnp.ones((2, 8))) ** 2)
+    for compute in (madax.value_and_grad(loss), nnx.jit(madax.value_and_grad(loss))):
+        with raises(TypeError, "replaced the codes of", "kernel", "leave that layer"):
+            compute(model)
+    madax.value_and_grad(loss)(Normed(nnx.Rngs(0)))  # Floats stay floats.
+
+
 def test_modules_by_keyword_and_of_no_gradient_keep_their_state(heads):
     one, other, w, x = heads
 
