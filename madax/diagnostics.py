@@ -143,8 +143,11 @@ def relative_update_size(params: Tree, updates: Tree) -> dict[str, jax.Array]:
 
     # An update of codes is a number of codes; its size is how far the values move.
     def in_values(w, u):
-        codes = is_quantized(w) and is_quantized(u)
-        return optax.apply_updates(w, u) - w if codes else u
+        if not (is_quantized(w) and is_quantized(u)):
+            return u
+        # In the dtype of the values neighbouring codes may be the same.
+        new = decoded(optax.apply_updates(w, u))
+        return new - decoded(w)
 
     structure = partial(jax.tree.structure, is_leaf=is_quantized)
     if structure(params) == structure(updates):
@@ -385,7 +388,8 @@ def _is_at_bound(w: Tree, bounds: Sequence[jax.Array]) -> jax.Array:
 
 
 def _fraction(condition: jax.Array) -> jax.Array:
-    return jnp.sum(condition) / jnp.float32(max(condition.size, 1))
+    count = jnp.sum(condition, dtype=jnp.uint32)
+    return count / jnp.float32(max(condition.size, 1))
 
 
 def _relative_norm(u: jax.Array, w: jax.Array) -> jax.Array:

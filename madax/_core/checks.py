@@ -20,6 +20,9 @@ CLIPPED = (
     "clipped; leave p_scale at None for a bound that clips nothing, or make it larger."
 )
 
+# What rounding may take off a hyperparameter.
+_ROUNDING = 1e-6
+
 
 def type_error(name: str, wanted: str, value: object, remedy: str) -> TypeError:
     """Returns the error for an argument of the wrong type."""
@@ -88,6 +91,9 @@ def check_number(
 
 def _or_nan(value: Number, ok: Callable[[Number], Number]) -> Number:
     if isinstance(value, jax.Array):
+        # XLA divides by the length of a linear schedule by its reciprocal, after which
+        # a schedule that ends at 0 may end just below.
+        value = jnp.where((value < 0) & (value > -_ROUNDING), 0, value)
         return jnp.where(ok(value), value, jnp.nan)
     return value if ok(value) else math.nan
 
@@ -99,7 +105,19 @@ def check_learning_rate(
 ) -> optax.ScalarOrSchedule:
     """Raises unless ``learning_rate`` is a schedule or a finite number >= 0."""
     if callable(learning_rate):
-        return lambda count: _or_nan(learning_rate(count), _is_non_negative)
+
+        def checked(count):
+            rate = learning_rate(count)
+            if not isinstance(rate, (jax.Array, np.ndarray, np.generic, int, float)):
+                raise type_error(f"{name}(count)", "a number", rate, "return the rate")
+            if np.shape(rate) != ():
+                raise ValueError(
+                    f"{name}(count) must be a scalar, got an array of shape "
+                    f"{np.shape(rate)}; return the rate of one step."
+                )
+            return _or_nan(rate, _is_non_negative)
+
+        return checked
     condition = f"0 <= {name} < inf, or an optax schedule"
     return check_number(name, learning_rate, _is_non_negative, condition, default)
 

@@ -293,6 +293,10 @@ class QuantizedArray(metaclass=_InErrors):
                 f"the codes of a QuantizedArray became {_name(dtypes[0])}, and its "
                 f"scale {_name(dtypes[1])}; {_REMEDY}"
             )
+        if isinstance(scale, jax.Array) and dtypes[1] == np.bool_:
+            # An array that jax.vmap made of False, the mark of steps, would not fit the
+            # scales of a stack.
+            scale = False
         return cls(codes, scale, *aux, *others)
 
     def _value(self) -> jax.Array:

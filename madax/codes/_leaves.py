@@ -39,6 +39,16 @@ def widen(x: ArrayLike) -> jax.Array:
     return jnp.asarray(x).astype(compute_dtype(x))
 
 
+def widened_for_codes(ws: Sequence[Leaf], gs: Sequence[jax.Array]) -> list[jax.Array]:
+    """Casts the gradients of codes to the dtype of the arithmetic.
+
+    Codes of any dtype are trained in float32, and the square of a gradient in float16
+    may be no float16.
+    """
+    pairs = zip(ws, gs, strict=True)
+    return [widen(g) if is_quantized(w) else g for w, g in pairs]
+
+
 def max_weight(dtype: DTypeLike) -> float:
     """Returns the float just below the max, so that a rounded ``w + u`` is finite."""
     info = jnp.finfo(dtype)

@@ -63,11 +63,19 @@ def rounded_sum(
 ) -> jax.Array:
     """Returns code steps that add ``u`` to values, rounded; zero where not finite."""
     steps, value = real_steps(w, u)
+    levels = w.format.levels
     bits = rounding_bits(rounding, key, w.shape)
     if bits is not None:
         # A code that is further away is taken less often, so that rounding keeps the
         # mean of the value, not of the code.
-        part = steps - jnp.floor(steps)
-        bend = 0.5 * w.format.curvature(w.codes)
-        steps = minus_product(steps, bend, part * (1 - part))
+        whole = jnp.floor(steps)
+        part = steps - whole
+        if w.format.is_coarse:
+            low = w.codes + within(whole, -2 * levels, 2 * levels).astype(jnp.int32)
+            low = jnp.clip(low, -levels, levels - 1)
+            below, above = w.format.decode(low), w.format.decode(low + 1)
+            steps = whole + jnp.clip((value - below) / (above - below), 0, 1)
+        else:  # to the second order
+            bend = 0.5 * w.format.curvature(w.codes)
+            steps = minus_product(steps, bend, part * (1 - part))
     return step_codes(w, steps, jnp.sign(value), bits)

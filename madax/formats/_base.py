@@ -62,6 +62,11 @@ class Format(ABC):
     def dynamic_range(self) -> float:
         """Ratio of the max to the min non-zero magnitude."""
 
+    @property
+    def is_coarse(self) -> bool:
+        """Whether neighbouring spacings of values differ by more than a half."""
+        return getattr(self, "base_step", 0.0) > 0.5
+
     @abstractmethod
     def encode(self, x: jax.Array) -> jax.Array:
         """The real-valued code of a value relative to the scale."""

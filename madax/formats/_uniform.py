@@ -47,8 +47,8 @@ class UniformFormat(Format):
     def log_step(self, code: jax.Array, d: jax.Array) -> jax.Array:
         """``code * expm1(sign(code) * d)``; ``d`` at zero."""
         c = code.astype(jnp.float32)
-        # The exponential saturates, but a step that is not finite must stay so.
-        moved = c * expm1(jnp.where(c < 0, -d, d))
+        # A step beyond all codes must be finite, and one that is not finite stay so.
+        moved = c * expm1(jnp.clip(jnp.where(c < 0, -d, d), -70, 70))
         return jnp.where((c != 0) & jnp.isfinite(d), moved, d)
 
     def relative_step(self, code: jax.Array) -> jax.Array:

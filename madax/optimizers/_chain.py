@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -35,7 +34,7 @@ from madax.transforms._geometry import (
 from madax.transforms._lns_quantize import rounded_update
 from madax.transforms._second_moment import Direction
 from madax.transforms._sign_log import log_updates, movable_geometry
-from madax.transforms._weight_decay import Mask, decayed, relative_steps
+from madax.transforms._weight_decay import Mask, decayed, decaying, relative_steps
 
 _IGNORED = (
     "does nothing on codes, and all leaves of params are codes: their format decides "
@@ -148,7 +147,7 @@ def from_direction(
     p_scale = check_p_scale(p_scale)
     check_rounding(rounding)
     check_seed(seed)
-    clip, decay = optax.clip(g_bound), decay_of(weight_decay, mask)
+    clip = optax.clip(g_bound)
     decays = not is_zero(weight_decay)
     second, are_others = second_rate or (None, lambda params: ())
     rates = Rates.of(learning_rate, second)
@@ -162,7 +161,7 @@ def from_direction(
         paths, ws, _ = flatten(params)
         if ws and all(map(is_quantized, ws)) and not is_part(paths):
             warn_of_leaves(_not_default(alias, on_floats), _IGNORED, stacklevel=2)
-        decay.init(params)  # refuses a mask that does not fit
+        decaying(mask, params)  # refuses a mask that does not fit
         count = jnp.zeros([], jnp.int32)
         return MadamState(count, direction.init(params), geometry)
 
@@ -174,12 +173,11 @@ def from_direction(
             updates, state.direction, params, count=count, madax_layer=madax_layer
         )
         ds, _ = clip.update(ds, optax.EmptyState())
-        paths, ws, _, treedef = flatten_both(params, ds)
+        paths, ws, ds, treedef = flatten_both(params, ds)
         floors = additive_floors(floor, geometry)
         if decays:
-            steps = treedef.unflatten(relative_steps(ws, floors))
-            ds, _ = decay.update(ds, decay.init(ds), steps)
-        ds = treedef.flatten_up_to(ds)
+            steps = relative_steps(ws, floors)
+            ds = decayed_leaves(weight_decay, mask, params, ds, steps)
         ds = rates.scaled(ds, are_others(params), count)
         us = log_updates(ws, ds, floors, skips=False)
         bounds = leaf_bounds(p_scale, geometry, paths, ws)
@@ -204,12 +202,16 @@ def is_zero(weight_decay: ArrayLike) -> bool:
     return isinstance(weight_decay, (int, float)) and weight_decay == 0
 
 
-def decay_of(
-    weight_decay: ArrayLike, mask: Mask | None
-) -> optax.GradientTransformation:
-    """Adds the decay, in relative steps or in weights, to directions."""
-    decay = optax.stateless(partial(jax.tree.map, partial(decayed, weight_decay)))
-    return decay if mask is None else optax.masked(decay, mask)
+def decayed_leaves(
+    weight_decay: ArrayLike,
+    mask: Mask | None,
+    params: Tree,
+    ds: Sequence[jax.Array],
+    steps: Sequence[jax.Array],
+) -> list[jax.Array]:
+    """Adds the decay, in relative steps or in weights, to directions of all leaves."""
+    leaves = zip(decaying(mask, params), ds, steps, strict=True)
+    return [decayed(weight_decay, d, x) if decays else d for decays, d, x in leaves]
 
 
 def _not_default(alias: Callable, given: dict[str, Number]) -> list[str]:

@@ -22,12 +22,12 @@ from madax.codes._quantize import decoded
 from madax.codes._scales import check_code_scales, check_float_widths
 from madax.codes._steps import as_steps, rounded_sum
 from madax.formats._moment_format import MomentFormat
-from madax.optimizers._chain import Rates, decay_of, is_zero
+from madax.optimizers._chain import Rates, decayed_leaves, is_zero
 from madax.optimizers._parts import directions
 from madax.transforms._lns_quantize import rounded_update
 from madax.transforms._matrices import Matrices
 from madax.transforms._matrix_direction import MatrixDirection
-from madax.transforms._weight_decay import Mask
+from madax.transforms._weight_decay import Mask, decaying
 
 # The root mean square of AdamW's steps, in learning rates, as arXiv 2502.16982 has it.
 _RMS = 0.2
@@ -153,12 +153,11 @@ def muon(
         moment_format=moment_format,
         seed=seed,
     )
-    decay = decay_of(weight_decay, mask)
 
     def init_fn(params):
         check_float_widths(params)
         check_code_scales(params)
-        decay.init(params)  # refuses a mask that does not fit
+        decaying(mask, params)  # refuses a mask that does not fit
         return MuonState(jnp.zeros([], jnp.int32), parts.init(params))
 
     def update_fn(updates, state, params=None, *, madax_layer=None, **extra_args):
@@ -171,12 +170,11 @@ def muon(
         paths, ws, ds, treedef = flatten_both(params, ds)
         others = parts.are_others(params)
         leaves = zip(ds, others, strict=True)
-        ds = treedef.unflatten(
-            [d if other else rounded(_RMS * d) for d, other in leaves]
-        )
+        ds = [d if other else rounded(_RMS * d) for d, other in leaves]
         if not is_zero(weight_decay):
-            ds, _ = decay.update(ds, decay.init(ds), decoded(params))
-        us = rates.scaled(treedef.flatten_up_to(ds), others, count)
+            values = treedef.flatten_up_to(decoded(params))
+            ds = decayed_leaves(weight_decay, mask, params, ds, values)
+        us = rates.scaled(ds, others, count)
         keys = keys_per_leaf(seed, count, paths, madax_layer)
         leaves = zip(ws, us, keys, strict=True)
         us = treedef.unflatten([_sum_rounded(*leaf, rounding) for leaf in leaves])

@@ -3,6 +3,7 @@
 import optax
 
 from madax._core.checks import check_transformation
+from madax.codes._leaves import flatten_both, widened_for_codes
 from madax.codes._quantize import decoded
 
 
@@ -42,6 +43,8 @@ def with_dequantized_params(
 
     def update_fn(updates, state, params=None, **extra_args):
         if params is not None:
+            _, ws, gs, treedef = flatten_both(params, updates)
+            updates = treedef.unflatten(widened_for_codes(ws, gs))
             params = decoded(params)
         return inner.update(updates, state, params, **extra_args)
 

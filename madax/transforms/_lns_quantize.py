@@ -146,7 +146,10 @@ def _step_in_dtype(w: jax.Array, u: jax.Array, bits: jax.Array | None) -> jax.Ar
     # rest, and a weight without an update is all whole.
     steps = (x + u) * per_unit
     whole = jnp.floor(steps)
-    steps = whole + round_steps(steps - whole, bits).astype(x.dtype)
+    if bits is None:
+        steps = jnp.round(steps)
+    else:
+        steps = whole + round_steps(steps - whole, bits).astype(x.dtype)
     limit = max_weight(dtype)
     target = jnp.clip(steps * spacing, -limit, limit)
     to_target = jnp.clip(target - x, -limit, limit)

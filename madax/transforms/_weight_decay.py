@@ -12,8 +12,9 @@ from madax._core.checks import Number, check_non_negative
 from madax._core.moved import by_name
 from madax._core.names import Tree
 from madax._core.numerics import divided_or_same, plus_product
-from madax.codes._array import Leaf, QuantizedArray
-from madax.codes._leaves import per_leaf, widen
+from madax.codes._array import Leaf, QuantizedArray, is_quantized
+from madax.codes._leaves import flatten_both, per_leaf, widen
+from madax.codes._quantize import dequantize_params
 from madax.transforms._geometry import additive_floors, geometry_at_init, with_geometry
 
 # A tree of booleans like the parameters, or a function from parameters to such a tree.
@@ -85,7 +86,67 @@ def add_decayed_log_weights(
         return list(map(partial(decayed, weight_decay), ds, steps)), state
 
     tx = with_geometry(init, step)
-    return tx if mask is None else optax.masked(tx, mask)
+    return tx if mask is None else _masked(tx, mask)
+
+
+def _masked(
+    tx: optax.GradientTransformationExtraArgs, mask: Mask
+) -> optax.GradientTransformationExtraArgs:
+    """``optax.masked``, whose mask may be a function of the parameters."""
+
+    def masked(params):
+        treedef = jax.tree.structure(params, is_leaf=is_quantized)
+        return optax.masked(tx, treedef.unflatten(decaying(mask, params)))
+
+    def init_fn(params):
+        return masked(params).init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        flatten_both(params, updates)  # refuses missing params, and trees that differ
+        return masked(params).update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def decaying(mask: Mask | None, params: Tree) -> list[bool]:
+    """Returns which leaves of ``params`` decay.
+
+    A function gets ``params``. If it fails on codes, or looks into them, as
+    ``jax.tree.map`` does, it gets the shapes of their values.
+    """
+    leaves = _leaves(params)
+    if mask is None:
+        return [True] * len(leaves)
+    tree = mask
+    if callable(mask):
+        try:
+            tree = mask(params)
+            looks_inside = any(map(is_quantized, _leaves(tree)))
+        except Exception:
+            if not any(map(is_quantized, leaves)):
+                raise
+            looks_inside = True
+        if looks_inside:
+            tree = mask(jax.eval_shape(dequantize_params, params))
+    chosen: list[bool] = []
+
+    def add(decays, below):
+        # A tree made by jax.tree.map has an entry for the codes, and one for the scale.
+        decays = decays.codes if is_quantized(decays) else decays
+        chosen.extend([bool(decays)] * len(_leaves(below)))
+
+    try:
+        jax.tree.map(add, tree, params, is_leaf=is_quantized)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "mask must be a tree of booleans like params, or a function from params to "
+            f"one; it does not fit: {error}"
+        ) from error
+    return chosen
+
+
+def _leaves(tree: Tree) -> list[Tree]:
+    return jax.tree.leaves(tree, is_leaf=is_quantized)
 
 
 def decayed(weight_decay: ArrayLike, d: jax.Array, step: jax.Array) -> jax.Array:

@@ -238,7 +238,14 @@ class ErrorFeedback:
         zeros = jax.tree.map(
             lambda w, g: jnp.zeros_like(w, g.dtype), single, self.grads
         )
-        step = self._step(ones, zeros, single)
+        try:
+            step = self._step(ones, zeros, single)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "error_feedback=True steps inner on single elements, but inner depends "
+                f"on the shapes of leaves ({error}); leave error_feedback out, or "
+                "label leaves by path or rank."
+            ) from error
 
         ms, after = self.coded.momentum(state), []
         for i, last in enumerate(split_per_leaf(before, count, separate_kernels=True)):

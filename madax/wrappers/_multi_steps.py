@@ -1,5 +1,6 @@
 """Accumulation of gradients in front of an optimizer that trains codes."""
 
+import operator
 from collections.abc import Callable
 
 import jax
@@ -7,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from madax._core.checks import check_transformation
+from madax._core.checks import check_state, check_transformation, type_error
 from madax._core.names import Tree
 from madax.codes._array import is_quantized
-from madax.codes._leaves import flatten_both, zeros_like
+from madax.codes._leaves import flatten_both, widened_for_codes, zeros_like
 from madax.codes._steps import as_steps
 
 
@@ -40,8 +41,10 @@ def multi_steps(
       An optimizer whose state is an ``optax.MultiStepsState``.
 
     Raises:
-      ValueError: when called, if ``params`` are missing or do not match.
-      TypeError: if ``inner`` is not an optimizer.
+      ValueError: if ``every_k_schedule`` is less than 1; when called, if ``params`` are
+        missing or do not match.
+      TypeError: if ``inner`` is not an optimizer, ``every_k_schedule`` is neither an
+        int nor a function, or the state is of another optimizer.
 
     Example:
       >>> import jax.numpy as jnp, optax, madax
@@ -59,6 +62,8 @@ def multi_steps(
     """
     check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
+    if not callable(every_k_schedule):
+        every_k_schedule = _checked(every_k_schedule)
 
     def accumulated(init_fn: optax.TransformInitFn) -> optax.MultiSteps:
         # optax.MultiSteps computes with updates, so updates of codes become arrays.
@@ -82,18 +87,34 @@ def multi_steps(
         return accumulated(lambda params: state).init(like_gradients)
 
     def update_fn(updates, state, params: Tree = None, **extra_args):
-        _, ws, _, treedef = flatten_both(params, updates)
+        check_state(state, optax.MultiStepsState)
+        _, ws, gs, treedef = flatten_both(params, updates)
         updates, state = accumulated(inner.init).update(
-            updates, state, params, **extra_args
+            treedef.unflatten(widened_for_codes(ws, gs)), state, params, **extra_args
         )
-        # optax multiplies the sum by 0, which keeps an element that is not finite.
+        # optax multiplies what does not count by 0, which keeps an element that is not
+        # finite.
         is_empty = state.mini_step == 0
         sums = jax.tree.map(lambda x: jnp.where(is_empty, 0, x), state.acc_grads)
         state = state._replace(acc_grads=sums)
         us = treedef.flatten_up_to(updates)
+        us = [jnp.where(is_empty, u, 0).astype(jnp.result_type(u)) for u in us]
         return treedef.unflatten(map(as_steps, ws, us)), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _checked(every_k_schedule: int) -> int:
+    """Returns a number of steps as a Python int; raises unless it is 1 or more."""
+    remedy = "pass the number of gradients in a step, or a function that returns it"
+    try:
+        k = operator.index(every_k_schedule)
+    except TypeError as error:
+        name, wanted = "every_k_schedule", "an int or a function"
+        raise type_error(name, wanted, every_k_schedule, remedy) from error
+    if k < 1:
+        raise ValueError(f"every_k_schedule must be 1 or more, got {k}; {remedy}.")
+    return k
 
 
 def _arrays(updates: Tree) -> Tree:

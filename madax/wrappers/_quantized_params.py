@@ -21,7 +21,7 @@ from madax._core.names import Tree
 from madax._core.numerics import incremented
 from madax._core.rounding import Rounding, check_rounding, keys_per_leaf
 from madax.codes._array import is_quantized
-from madax.codes._leaves import flatten_both
+from madax.codes._leaves import flatten_both, widened_for_codes
 from madax.codes._quantize import decoded
 from madax.codes._scales import check_code_scales
 from madax.codes._steps import as_steps, rounded_sum
@@ -173,7 +173,8 @@ def _quantized_params(
 
     def update_fn(updates, state, params: Tree = None, **extra_args):
         check_state(state, WithQuantizedParamsState)
-        paths, ws, _, treedef = flatten_both(params, updates)
+        paths, ws, gs, treedef = flatten_both(params, updates)
+        updates = treedef.unflatten(widened_for_codes(ws, gs))
         values, slope = decoded(params), state.slope
         before = state.inner_state
         feedback = feedback_of(updates, params, extra_args)

@@ -117,9 +117,9 @@ def refused(make, path, *reason):
 def test_what_codes_would_ruin_is_refused_with_the_reason():
     refused(RUINED["rmsprop, centered"], "0/nu/w", "the difference of it and 0/mu/w")
     refused(RUINED["amsgrad"], "0/nu_max/w", "the maximum of it and 0/nu/w")
-    refused(RUINED["lbfgs"], "0/params/w", "of parameters without the gradient")
+    refused(RUINED["lbfgs"], "0/params/w", "from parameters alone")
     refused(RUINED["lbfgs"], "2/grad/w", "no update depends on it")
-    refused(RUINED["prodigy"], "grad_sum/w", "sums of moments into estim_lr")
+    refused(RUINED["prodigy"], "grad_sum/w", "sums of moments to estim_lr")
     refused(RUINED["prodigy"], "params0/w", "it starts from parameters")
     refused(RUINED["cocob"], "2/cumulative_gradients/w", "a sum that never decays")
     refused(RUINED["rprop"], "0/step_sizes/w", "a step only multiplies it")

@@ -10,9 +10,7 @@ import optax
 
 import madax
 
-# One layer has both neighbours, and steps go on beyond the first 8, in which windows of
-# moments follow each step.
-DEPTH, WIDTH, VOCABULARY, STEPS = 3, 16, 32, 18
+DEPTH, WIDTH, VOCABULARY, STEPS = 2, 16, 32, 6
 
 
 def embed(ends, batch):

@@ -26,7 +26,7 @@ from processes import address
 import madax
 from madax import MomentFormat
 
-DEPTH, ROWS, COLUMNS, STEPS = 3, 16, 8, 18
+DEPTH, ROWS, COLUMNS, STEPS = 3, 16, 8, 6
 MADAM = madax.madam(0.02, moment_format=MomentFormat(8))
 LAYOUTS = {
     "fsdp": P(("data", "model")),

@@ -73,6 +73,38 @@ def test_numbers_of_every_kind_are_accepted(value):
     madax.madam(value, floor=value, zero_init_scale=jnp.asarray(value))
 
 
+@pytest.mark.parametrize("steps", [997, 959, 1000])
+@pytest.mark.parametrize("make", [madax.madam, madax.muon, madax.muon_madam])
+def test_a_linear_schedule_may_end_just_below_zero(make, steps):
+    """As XLA divides by its length; NaN would end the training after its last step."""
+    rate = optax.linear_schedule(0.02, 0.0, steps)
+    assert steps == 1000 or jax.jit(rate)(steps) < 0
+    params, grads = {"b": jnp.ones(3)}, {"b": jnp.ones(3)}
+    for tx in (make(rate), optax.inject_hyperparams(make)(rate)):
+        state = optax.tree.map_params(tx, lambda x: x, tx.init(params))
+        state = jax.tree.map(
+            lambda x: jnp.full_like(x, steps) if x.dtype == jnp.int32 else x, state
+        )
+        updates, _ = jax.jit(tx.update)(grads, state, params)
+        np.testing.assert_array_equal(updates["b"], np.zeros(3))
+    # A rate that was meant to be negative is still a mistake.
+    tx = make(lambda count: jnp.float32(-1e-3))
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert np.isnan(updates["b"]).all()
+
+
+@pytest.mark.parametrize("make", [madax.madam, madax.muon, madax.muon_madam])
+def test_a_schedule_that_returns_no_number_is_named(make):
+    params = {"b": jnp.ones(3)}
+    for value, kind, message in (
+        (None, TypeError, "learning_rate(count) must be a number, got None"),
+        (np.ones(2), ValueError, "learning_rate(count) must be a scalar"),
+    ):
+        tx = make(lambda count, value=value: value)
+        with raises(kind, message):
+            tx.update(params, tx.init(params), params)
+
+
 def test_no_bound_and_schedules_are_accepted():
     madax.madam(optax.constant_schedule(0.1), p_scale=np.inf, g_bound=np.inf)
 

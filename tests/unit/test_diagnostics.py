@@ -79,6 +79,20 @@ RELATIVE_SIZES = {
 }
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_the_size_of_a_step_of_codes_does_not_depend_on_their_dtype(dtype):
+    w = np.random.default_rng(0).standard_normal((32, 32))
+    q = madax.quantize_params(jnp.asarray(w, dtype), madax.SymlogFormat(16))
+    u = madax.QuantizedArray.steps(jnp.ones(q.shape, jnp.int32), *q.kind)
+    new, old = (
+        np.asarray(x.dequantize(jnp.float32), np.float64)
+        for x in (optax.apply_updates(q, u), q)
+    )
+    found = diagnostics.relative_update_size({"w": q}, {"w": u})["w"]
+    expected = np.linalg.norm(new - old) / np.linalg.norm(old)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", RELATIVE_SIZES)
 def test_relative_update_size_by_hand(compiled, name):
     w, u, want = RELATIVE_SIZES[name]

@@ -248,3 +248,20 @@ def test_a_state_that_was_made_with_other_arguments_is_refused(name):
     for tx, state in ((one, other.init(start)), (other, one.init(start))):
         with raises(ValueError, "the optimizer state was made", name, "call init"):
             tx.update(start, state, start)
+
+
+@pytest.mark.parametrize("make", [madax.muon, madax.madam, madax.muon_madam])
+@pytest.mark.parametrize("n", [3, 8])
+def test_an_ensemble_takes_the_updates_of_its_members(make, n):
+    """Also where updates leave jax.vmap before they are applied."""
+    ws = normal(n, 8, 8)
+    tx, quantize = make(0.02), lambda w: madax.quantize_params(w, SymlogFormat(8))
+    params = jax.vmap(quantize)(ws)
+    updates, _ = jax.vmap(tx.update)(ws, jax.vmap(tx.init)(params), params)
+    together = optax.apply_updates(params, updates)
+    assert together.scale.shape == params.scale.shape
+    for i, w in enumerate(ws):
+        alone = quantize(w)
+        updates, _ = tx.update(w, tx.init(alone), alone)
+        alone = optax.apply_updates(alone, updates)
+        np.testing.assert_array_equal(together.dequantize()[i], alone.dequantize())

@@ -175,6 +175,46 @@ def test_a_mask_says_which_leaves_decay():
         same(some, all_ | {"b": none["b"]})
 
 
+OF_CODES = {
+    "codes": lambda t: jax.tree.map(is_quantized, t, is_leaf=is_quantized),
+    "path": lambda t: jax.tree_util.tree_map_with_path(
+        lambda k, _: k[-1].key != "b", t
+    ),
+    "map": lambda t: jax.tree.map(lambda w: w.ndim > 1, t),
+}
+
+
+@pytest.mark.parametrize("make", [madax.madam, madax.muon, madax.muon_madam])
+@pytest.mark.parametrize("name", OF_CODES)
+def test_a_mask_of_codes_is_the_same_in_init_and_in_steps(name, make):
+    """A function may ask for the type of a leaf, go by path, or look into codes."""
+    codes = madax.quantize_params(normal(4, 4), madax.SymlogFormat(16))
+    params = {"codes": codes, "b": jnp.ones(4)}
+    grads = jax.tree.map(jnp.ones_like, madax.dequantize_params(params))
+    expected = {"codes": True, "b": False}
+
+    def moved(mask):
+        tx = make(0.02, weight_decay=0.5, mask=mask)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return {"codes": updates["codes"].codes, "b": updates["b"]}
+
+    masks = [OF_CODES[name]]
+    if name == "map":
+        masks.append(masks[0](params))
+    for mask in masks:
+        same(moved(mask), moved(expected))
+    for other, k in ((None, "b"), ({"codes": False, "b": False}, "codes")):
+        assert np.any(moved(other)[k] != moved(expected)[k])
+
+
+@pytest.mark.parametrize("make", [madax.madam, madax.muon, madax.muon_madam])
+def test_a_mask_that_does_not_fit_is_named(make):
+    params = {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}
+    for mask in ({"w": True}, {"w": True, "b": [True, False]}, lambda t: {"a": True}):
+        with pytest.raises(ValueError, match="mask must be a tree of booleans like"):
+            make(0.02, weight_decay=0.1, mask=mask).init(params)
+
+
 def test_decay_can_be_injected_and_changed_by_hand():
     params, grads = mixed()
     g = jax.tree.map(lambda g: g[0], grads)

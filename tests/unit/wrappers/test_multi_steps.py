@@ -103,5 +103,37 @@ def test_what_optax_makes_of_codes_is_refused_with_the_remedy():
         jax.tree.map(lambda x: x.astype(jnp.float32), params)
     with raises(TypeError, "inner", "MultiSteps", ".gradient_transformation()"):
         multi_steps(optax.MultiSteps(madax.madam(0.05), 2), 2)
+    inner = madax.madam(0.05)
+    with raises(TypeError, "state must be a MultiStepsState"):
+        multi_steps(inner, 2).update(FLOATS, inner.init(params), params)
+    tx = multi_steps(inner, 2)
     with raises(ValueError, "params is None"):
-        multi_steps(madax.madam(0.05), 2).update(FLOATS, None)
+        tx.update(FLOATS, tx.init(params))
+    for k in (2.0, "4", None):
+        with raises(TypeError, "every_k_schedule must be an int or a function"):
+            multi_steps(inner, k)
+    for k in (0, -1):
+        with raises(ValueError, f"every_k_schedule must be 1 or more, got {k}"):
+            multi_steps(inner, k)
+
+
+@pytest.mark.parametrize("k", [np.int64(2), jnp.asarray(2)], ids=["numpy", "jax"])
+def test_any_integer_is_a_number_of_steps(k):
+    params = madax.quantize_params(FLOATS, FMT)
+    after = []
+    for tx in (multi_steps(madax.madam(0.05), k), multi_steps(madax.madam(0.05), 2)):
+        new, state = params, tx.init(params)
+        for i in range(4):
+            new, state = jitted_step(tx, gradients(i), state, new)
+        after.append(new)
+    same(*after)
+
+
+def test_a_step_that_only_accumulates_moves_nothing_whatever_inner_does_with_nan():
+    """SGD keeps a NaN; it arrives with the step, and not before."""
+    w, nan = jnp.ones(4), jnp.ones(4).at[0].set(jnp.nan)
+    tx = multi_steps(optax.sgd(0.1), 2)
+    first, state = tx.update(nan, tx.init(w), w)
+    np.testing.assert_array_equal(first, np.zeros(4))
+    second, _ = tx.update(jnp.ones(4), state, w)
+    np.testing.assert_array_equal(np.isnan(second), [True, False, False, False])

@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 from cases import FORMATS, every_format
-from helpers import is_quantized
+from helpers import is_quantized, normal
 from oracle import decode
 
 import madax
-from madax import QuantizedArray, UniformFormat
+from madax import LogFormat, MomentFormat, QuantizedArray, SymlogFormat, UniformFormat
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -107,6 +107,51 @@ def test_an_inner_update_that_is_not_finite_leaves_its_codes(fmt, poison):
     assert not np.any(np.asarray(updates["w"].codes)[bad])
     at_end = np.asarray(params["w"].codes) == -fmt.levels
     assert np.all(np.asarray(updates["w"].codes)[~bad & ~at_end] != 0)
+
+
+COARSE = [
+    (LogFormat(3), 2),
+    (LogFormat(3), -2),
+    (LogFormat(4, 3.0), 3),
+    (LogFormat(4), 5),
+    (SymlogFormat(2), 0),
+    (SymlogFormat(3), -1),
+]
+
+
+@pytest.mark.parametrize("part", [0.01, 0.3, 0.9])
+@pytest.mark.parametrize(("fmt", "code"), COARSE, ids=repr)
+def test_sums_with_coarse_codes_keep_their_mean(fmt, code, part):
+    """Next to a code that is several times larger, in either direction."""
+    n = 400_000
+    w = QuantizedArray(jnp.full(n, code, jnp.int8), jnp.ones(1), fmt)
+    at = lambda codes: decode(fmt, np.asarray(codes, np.float64))
+    tx = madax.with_quantized_params(optax.sgd(1.0))
+    for direction in (-1, 1):
+        gap = at(code + direction) - at(code)
+        moves, _ = tx.update(jnp.full(n, -part * gap, jnp.float32), tx.init(w), w)
+        moved = (at(code + np.asarray(moves.codes)) - at(code)) / gap
+        error = 5 * np.sqrt(part * (1 - part) / n)
+        assert abs(moved.mean() - part) < error, (direction, moved.mean())
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-2, 300.0])
+def test_float16_gradients_of_codes_are_squared_in_float32(size):
+    w = normal(16, 16).astype(jnp.float16)
+    params = madax.quantize_params({"w": w}, SymlogFormat(16))
+    for options in ({}, {"moment_format": MomentFormat(8)}, {"error_feedback": True}):
+        tx = madax.with_quantized_params(optax.adam(1e-3), **options)
+        after = []
+        for dtype in (jnp.float16, jnp.float32):
+            new, state = params, tx.init(params)
+            for _ in range(5):
+                grads = {"w": jnp.full(w.shape, size, jnp.float16).astype(dtype)}
+                updates, state = tx.update(grads, state, new)
+                new = optax.apply_updates(new, updates)
+            after.append(new["w"])
+        np.testing.assert_array_equal(after[0].codes, after[1].codes)
+        move = after[0].dequantize(jnp.float32) - params["w"].dequantize(jnp.float32)
+        assert np.mean(move) == pytest.approx(-0.005, rel=0.1)
 
 
 def test_extra_arguments_pass_through():
