@@ -15,8 +15,7 @@ ERRORS, LEAST_SEEDS = 3, 3
 RULE = (
     f"A difference of means counts if it is more than {ERRORS} of its standard errors, "
     "which are the root of the sum of both variances over their seeds, and there are "
-    f"{LEAST_SEEDS} seeds or more of both; the rule was stated before the runs. Means "
-    "are compared over the seeds that both have."
+    f"{LEAST_SEEDS} seeds or more of both; the rule was stated before the runs."
 )
 # The bars of the claim: what is compared, with what, and the most that it may be behind
 # in percent.
@@ -102,7 +101,8 @@ def _losses(group: pd.DataFrame, name: str) -> np.ndarray:
 def scale_table(runs: pd.DataFrame) -> str:
     """Returns held-out losses, bars and the trend in Markdown, what loses first."""
     groups = by_size(judged(runs))
-    parts = [f"{RULE}\n\n{_bars(groups)}\n"]
+    seeds = "Means are compared over the seeds that both have."
+    parts = [f"{RULE} {seeds}\n\n{_bars(groups)}\n"]
     if len(groups) > 1:
         parts.append(f"\n**Against {ADAMW}, by size:**\n\n{_trend(groups)}\n")
     parts += [f"\n{_heading(group)}\n\n{_rows(group)}\n" for _, group in groups]
