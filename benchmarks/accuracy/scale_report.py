@@ -55,8 +55,7 @@ def difference(losses: np.ndarray, base: np.ndarray) -> Difference:
     error = np.nan
     if seeds > 1:
         error = np.sqrt(sum(x.var(ddof=1) / len(x) for x in (losses, base)))
-    counts = seeds >= LEAST_SEEDS and abs(gap) > ERRORS * error
-    return Difference(scale * gap, scale * error, bool(counts), seeds)
+    return _by_rule(scale * gap, scale * error, seeds)
 
 
 def compared(group: pd.DataFrame, name: str, base: str) -> Difference:
@@ -79,8 +78,12 @@ def of_the_same_seeds(group: pd.DataFrame, name: str, base: str) -> Difference:
     if not seeds:
         return Difference(np.nan, np.nan, False, 0)
     error = changes.std(ddof=1) / np.sqrt(seeds) if seeds > 1 else np.nan
-    counts = seeds >= LEAST_SEEDS and abs(changes.mean()) > ERRORS * error
-    return Difference(changes.mean(), error, bool(counts), seeds)
+    return _by_rule(changes.mean(), error, seeds)
+
+
+def _by_rule(percent: float, error: float, seeds: int) -> Difference:
+    counts = seeds >= LEAST_SEEDS and abs(percent) > ERRORS * error
+    return Difference(percent, error, bool(counts), seeds)
 
 
 def judged(runs: pd.DataFrame) -> pd.DataFrame:

@@ -258,10 +258,10 @@ def _is_convolution(leaf: Leaf) -> bool:
     windows = sizes[2:] if leaf.own == "weight" else sizes[:-2]
     if len(windows) < 2 or len(set(windows)) > 1 or windows[0] > 32:
         return False
-    is_stack = like.EINSUM.search(leaf.subject) or any(
+    is_product = like.PRODUCT.search(leaf.subject) or any(
         map(like.EXPERTS.search, leaf.names)
     )
-    if 1 < windows[0] < 8 and not is_stack:
+    if 1 < windows[0] < 8 and not is_product:
         return True  # The "up" and "down" of a U-Net, or its "q" and "v".
     # Matrices of a stack have a bias each, a convolution has one: "up" may be either.
     stack = like.STACK.search(leaf.subject) and _outputs_by_bias(leaf) is None

@@ -52,7 +52,8 @@ STACK = re.compile(
     r"|(^|_)(wi|wo|up|gate|gating|down|fc)(_|$)",
     re.IGNORECASE,
 )
-EINSUM = re.compile("einsum|proj|linear|dense", re.IGNORECASE)
+# Modules that are no convolutions, whatever their shapes.
+PRODUCT = re.compile("einsum|proj|linear|dense", re.IGNORECASE)
 DENSE = re.compile(rf"proj|{STACK.pattern}", re.IGNORECASE)
 CONVOLUTION = re.compile("conv", re.IGNORECASE)
 DEPTHWISE = re.compile(r"depthwise|dw_?conv|conv_?dw", re.IGNORECASE)

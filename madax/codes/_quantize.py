@@ -366,7 +366,11 @@ def _relative_error(w: jax.Array, q: QuantizedArray) -> jax.Array:
 
 
 def decoded(params: Tree) -> Tree:
-    """Decodes parameters for an optimizer, which computes in float32."""
+    """Decodes parameters for an optimizer, which computes in float32.
+
+    Args:
+      params: a tree of floats, which are returned unchanged, and codes.
+    """
     return jax.tree.map(_values, params, is_leaf=is_quantized)
 
 

@@ -63,7 +63,6 @@ def rounded_sum(
 ) -> jax.Array:
     """Returns code steps that add ``u`` to values, rounded; zero where not finite."""
     steps, value = real_steps(w, u)
-    levels = w.format.levels
     bits = rounding_bits(rounding, key, w.shape)
     if bits is not None:
         # A code that is further away is taken less often, so that rounding keeps the
@@ -71,8 +70,8 @@ def rounded_sum(
         whole = jnp.floor(steps)
         part = steps - whole
         if w.format.is_coarse:
-            low = w.codes + within(whole, -2 * levels, 2 * levels).astype(jnp.int32)
-            low = jnp.clip(low, -levels, levels - 1)
+            levels = w.format.levels
+            low = jnp.clip(w.codes + whole, -levels, levels - 1).astype(jnp.int32)
             below, above = w.format.decode(low), w.format.decode(low + 1)
             steps = whole + jnp.clip((value - below) / (above - below), 0, 1)
         else:  # to the second order

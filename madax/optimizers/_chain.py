@@ -91,16 +91,16 @@ class Rates(NamedTuple):
         Without a rate of other leaves, ``are_others`` is not read.
         """
 
-        def scaled(rate, ds):
+        def times(rate, ds):
             # optax.scale, for a number, ignores this state.
             updates, _ = rate.update(ds, optax.ScaleByScheduleState(count))
             return updates
 
         if self.other is None:
-            return scaled(self.first, list(ds))
+            return times(self.first, list(ds))
         pairs = list(zip(ds, are_others, strict=True))
-        firsts = iter(scaled(self.first, [d for d, other in pairs if not other]))
-        others = iter(scaled(self.other, [d for d, other in pairs if other]))
+        firsts = iter(times(self.first, [d for d, other in pairs if not other]))
+        others = iter(times(self.other, [d for d, other in pairs if other]))
         return [next(others if other else firsts) for other in are_others]
 
 

@@ -98,7 +98,7 @@ def multi_steps(
         sums = jax.tree.map(lambda x: jnp.where(is_empty, 0, x), state.acc_grads)
         state = state._replace(acc_grads=sums)
         us = treedef.flatten_up_to(updates)
-        us = [jnp.where(is_empty, u, 0).astype(jnp.result_type(u)) for u in us]
+        us = [jnp.where(is_empty, u, 0) for u in us]
         return treedef.unflatten(map(as_steps, ws, us)), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
