@@ -105,8 +105,12 @@ def test_layer_by_layer_no_more_than_a_layer_is_decoded():
 @pytest.mark.nightly
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="drops barriers")
 def test_an_ordinary_step_on_codes_takes_few_bytes():
-    used = ordinary.footprint("the same in bfloat16", remat=True)
-    assert used["peak"] <= 5 * decoder.count(ordinary.SIZE)
+    for name, least in (
+        ("the same in bfloat16", False),
+        ("madam, codes, 8-bit moments", True),
+    ):
+        used = ordinary.footprint(name, remat=True, least=least)
+        assert used["peak"] <= 5 * decoder.count(ordinary.SIZE)
 
 
 @pytest.mark.parametrize(
