@@ -205,13 +205,17 @@ def _split(leaf: Leaf, from_heads: bool, below: _Below) -> Axes | None:
         second = (leaf.own if lora[0].lower() == "lora" else lora[0])[-1] in "bB"
         return (axes[:1], axes[1:]) if second else (axes[:-1], axes[-1:])
     if from_heads:
-        return axes[-3:-1], axes[-1:]
+        return (axes[:-1] if _in_groups(leaf, below) else axes[-3:-1]), axes[-1:]
     if to_heads:
         # An axis counts keys and values where the two are one leaf. It may count heads.
         if len(axes) == 3 and (sizes[0] < 4 or _heads_first(leaf, below)):
             return axes[1:2], axes[2:]
+        if _in_groups(leaf, below):
+            return axes[:1], axes[1:]
         counted = len(axes) == 4 and sizes[1] in (2, 3) and sizes[0] > 3
         return (axes[:1] if counted else axes[-3:-2]), axes[-2:]
+    if not experts and _is_fused(leaf, below):
+        return axes[:1], axes[1:]
     if experts or like.STACK.search(leaf.subject) or leaf.own in ("kernels", "weights"):
         return axes[-2:-1], axes[-1:]
     for x in leaf.siblings:  # A bias has the shape of the outputs.
@@ -234,6 +238,31 @@ def _heads_first(leaf: Leaf, below: _Below) -> bool:
         if not like.LORA.search(x.own)
     ]
     return any(leaf.sizes[0] != features == leaf.sizes[1] for features in out)
+
+
+def _in_groups(leaf: Leaf, below: _Below) -> bool:
+    """Whether queries are (features, groups, heads, size), by what takes their heads.
+
+    Or whether a leaf takes such heads back to features. One of four axes in a stack has
+    no partner with its axes in another order.
+    """
+    first, *others = leaf.sizes
+    *heads, last = leaf.sizes
+    partners = (*others, first), (last, *heads)
+    names = like.FROM_HEADS, like.TO_HEADS
+    return len(leaf.core) == 4 and any(
+        x.sizes == sizes and name.fullmatch(x.subject)
+        for x in _near(leaf, below)
+        for sizes, name in zip(partners, names, strict=True)
+    )
+
+
+def _is_fused(leaf: Leaf, below: _Below) -> bool:
+    """Whether two or three products in one, (inputs, 2, outputs), feed another leaf."""
+    if len(leaf.core) != 3 or not leaf.sizes[1] < 4 <= leaf.sizes[0]:
+        return False
+    inputs, _, outputs = leaf.sizes
+    return any(x.sizes == (outputs, inputs) for x in _near(leaf, below))
 
 
 def _outputs_by_bias(leaf: Leaf) -> int | None:

@@ -110,6 +110,27 @@ MODELS = {
         "params/decoder/decoder_norm/scale": ((D,), None),
         "params/decoder/logits_dense/kernel": ((D, V), None),
     },
+    "MaxText: fused": {
+        "decoder/layers_0/mlp/wi/kernel": ((D, 2, F), "0 12"),
+        "decoder/layers_0/mlp/wo/kernel": ((F, D), "0 1"),
+        "decoder/layers_0/self_attention/qkv_proj/kernel": ((D, 3, N, H), "0 23"),
+        "decoder/layers_0/self_attention/out/kernel": ((N, H, D), "01 2"),
+    },
+    "fused, in a stack": {
+        "layers/mlp/wi/kernel": ((L, D, 2, F), "1 23"),
+        "layers/mlp/wo/kernel": ((L, F, D), "1 2"),
+        "layers/norm/scale": ((L, D), None),
+    },
+    "queries in groups": {
+        "blocks/0/attn/query/kernel": ((D, K, 3, H), "0 123"),
+        "blocks/0/attn/key/kernel": ((D, K, H), "0 12"),
+        "blocks/0/attn/out/kernel": ((K, 3, H, D), "012 3"),
+    },
+    "queries in groups, in a stack": {
+        "blocks/attn/q": ((L, D, K, 3, H), "1 234"),
+        "blocks/attn/o": ((L, K, 3, H, D), "123 4"),
+        "blocks/ln/scale": ((L, D), None),
+    },
     "MaxText: scanned experts": {
         "decoder/layers/MoeBlock_0/gate/kernel": ((D, L, E), None),
         "decoder/layers/MoeBlock_0/wi_0": ((E, L, D, F), "2 3"),
