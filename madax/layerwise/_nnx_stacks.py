@@ -76,6 +76,7 @@ def stacks_of(layers: Layers) -> list[NnxStack]:
     values = list(map(values_of, modules))
     if layers.is_stacked:
         (part,) = parts
+        _check_stacked(name, layers.modules[name], jax.tree.leaves((values, part.rngs)))
         rngs = jax.eval_shape(lambda x: jax.tree.map(lambda x: x[0], x), part.rngs)
         part = part._replace(rngs=rngs)
         key = layers.keys[0]
@@ -168,6 +169,17 @@ def _listed(layers: Iterable[nnx.Module], name: str) -> dict[str, nnx.Module]:
             f"{[type(one).__name__ for one in found]}; pass the path of such a list."
         )
     return {f"{name}.{i}": one for i, one in enumerate(found)}
+
+
+def _check_stacked(name: str, module: nnx.Module, arrays: Sequence[Tree]) -> None:
+    """Raises if the arrays of one module have no leading axis in common."""
+    sizes = {x.shape[:1] for x in arrays}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(
+            f"model.{name} is a {type(module).__name__} whose arrays have no leading "
+            "axis in common, which would count layers; pass the path of a list of "
+            "layers, or of a module made by nnx.vmap."
+        )
 
 
 def _check_variables(part: Part) -> None:

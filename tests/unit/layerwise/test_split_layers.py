@@ -315,6 +315,9 @@ def test_bad_input_is_refused():
         madax.split_layers(model, "blocks")
     with raises(ValueError, "model.blocks must be a list of modules", "of []"):
         madax.split_layers(Model(nnx.Rngs(0), nnx_list([])), "blocks")
+    for one in (nnx.Dropout(0.5, rngs=nnx.Rngs(0)), nnx.Linear(2, 3, rngs=nnx.Rngs(0))):
+        with raises(ValueError, "model.blocks is a", "no leading axis in common"):
+            madax.split_layers(Model(nnx.Rngs(0), one), "blocks")
     norms = [nnx.BatchNorm(WIDTH, rngs=nnx.Rngs(0)) for _ in range(2)]
     with raises(ValueError, "model.blocks has variables", "['mean', 'var']"):
         madax.split_layers(Model(nnx.Rngs(0), nnx_list(norms)), "blocks")
