@@ -25,6 +25,7 @@ TRAINED = {
     "formats.md",
     "flax.md",
     "layerwise.md",
+    "meshes.md",
     "trainers.md",
 }  # Have tests of their own.
 INCLUDED = {
@@ -57,6 +58,14 @@ def test_a_flax_model_trains_and_is_loaded():
 def test_layers_train():
     names = run_examples(PAGES["layerwise.md"])
     assert names["value"] < 0.9 * np.log(16)
+
+
+def test_sharded_weights_train():
+    names = run_examples(PAGES["meshes.md"])
+    assert names["losses"][-1] < 0.1 * names["losses"][0]
+    cut = [x for x in jax.tree.leaves((names["params"], names["state"])) if x.ndim > 1]
+    cut = [x for x in cut if x.size > 1]  # without scales
+    assert len(cut) == 4 and {x.sharding for x in cut} == {names["cut"]}
 
 
 @needs_hijax
