@@ -107,6 +107,7 @@ def test_a_file_is_read_as_the_network_it_is(folder):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_the_cost_of_codes_is_measured(folder, tmp_path, monkeypatch):
     """Sixteen bits are nearer than eight, in weights and in similarities."""
     tokens = np.random.default_rng(1).integers(1, WORDS, (5, LENGTH))

@@ -166,6 +166,7 @@ def test_the_cost_of_codes_is_measured_and_resumed(text, tmp_path, monkeypatch):
     assert "3 sequences of 8 tokens of text" in table
 
 
+@pytest.mark.nightly
 def test_all_train_the_same_batches_and_are_resumed(text, tmp_path, monkeypatch):
     """Falls are from the same weights; codes of 16 bits follow their float twin."""
     row = finetune.ROWS[finetune.ADAMW]

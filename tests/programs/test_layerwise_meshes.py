@@ -17,7 +17,7 @@ import processes
 import pytest
 from cases import FORMATS
 from checkpoints import abstract, needs_set_mesh, restore, save
-from helpers import different
+from helpers import different, mostly_nightly
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import enter, make_mesh, needs_explicit_axes
@@ -191,7 +191,7 @@ def told_and_clipped(clip_by):
 
 
 @pytest.mark.parametrize(("axis_type", "layout"), MESHES)
-@pytest.mark.parametrize("clip_by", CLIPS)
+@pytest.mark.parametrize("clip_by", mostly_nightly(CLIPS, "layer"))
 def test_a_mesh_clips_as_one_device(clip_by, axis_type, layout):
     expected = told_and_clipped(clip_by)
     with enter(make_mesh(axis_type)):

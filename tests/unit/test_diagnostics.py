@@ -226,7 +226,11 @@ def test_count_skipped_is_what_the_optimizer_skips(dtype):
 
 @pytest.mark.parametrize(
     ("bits", "b2", "b1"),
-    [(8, 0.999, 0.95), (12, 0.9, None), (8, 0.5, 0.95), (None, 0.9, None)],
+    mostly_nightly(
+        [(8, 0.999, 0.95), (12, 0.9, None), (8, 0.5, 0.95), (None, 0.9, None)],
+        (8, 0.999, 0.95),
+        (None, 0.9, None),
+    ),
 )
 @pytest.mark.parametrize("alias", [madax.muon_madam, madax.muon])
 def test_count_skipped_agrees_with_what_each_direction_skips(alias, bits, b2, b1):

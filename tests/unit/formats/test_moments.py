@@ -378,7 +378,7 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_nightly(HARD, "outlier_first", "rare"))
+@pytest.mark.parametrize("name", mostly_nightly(HARD, "rare"))
 def test_directions_match_float_moments_under_hard_conditions(name):
     """The mean of |direction|, clipped as madam does; v does not stay saturated."""
     n, steps = 2000, 2000

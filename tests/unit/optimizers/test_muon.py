@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import is_quantized, normal, raises, trajectory
+from helpers import is_quantized, mostly_nightly, normal, raises, trajectory
 from oracle import newton_schulz
 
 import madax
@@ -251,7 +251,7 @@ def test_a_state_that_was_made_with_other_arguments_is_refused(name):
 
 
 @pytest.mark.parametrize("make", [madax.muon, madax.madam, madax.muon_madam])
-@pytest.mark.parametrize("n", [3, 8])
+@pytest.mark.parametrize("n", mostly_nightly([3, 8], 3))
 def test_an_ensemble_takes_the_updates_of_its_members(make, n):
     """Also where updates leave jax.vmap before they are applied."""
     ws = normal(n, 8, 8)

@@ -119,9 +119,7 @@ def movement(tx, params, steps=4000):
 
 @pytest.mark.parametrize(
     "fmt",
-    mostly_nightly(
-        [SymlogFormat(8), LogFormat(8), SymlogFormat(4)], LogFormat(8), SymlogFormat(4)
-    ),
+    mostly_nightly([SymlogFormat(8), LogFormat(8), SymlogFormat(4)], SymlogFormat(4)),
     ids=repr,
 )
 def test_weights_do_not_grow_by_noise(fmt):
@@ -163,9 +161,7 @@ def rarely_seen(count):
 
 @pytest.mark.parametrize(
     ("b1", "b2"),
-    mostly_nightly(
-        [(0.9, 0.9), (0.9, 0.95), (0.95, 0.95), (0.9, 0.999)], (0.9, 0.9), (0.9, 0.999)
-    ),
+    mostly_nightly([(0.9, 0.9), (0.9, 0.95), (0.95, 0.95), (0.9, 0.999)], (0.9, 0.999)),
 )
 def test_it_takes_nothing_from_momentum_at_a_constant_rate(b1, b2):
     """Float leaves are the inner optimizer's to the bit; codes move as far."""
