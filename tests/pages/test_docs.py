@@ -105,6 +105,18 @@ def test_the_table_of_defaults_is_right():
             assert cell.strip('"') == written, (name, maker)
 
 
+def test_names_are_read_as_the_table_says():
+    table = PAGES["choosing.md"].partition("| names |")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert len(rows) > 7
+    for names, sizes, expected in rows:
+        shape = tuple(map(int, sizes.split(", ")))
+        for name in re.findall(r"`([^`]+)`", names):
+            tree = {name: jax.ShapeDtypeStruct(shape, np.float32)}
+            report = str(madax.diagnostics.matrices(tree))
+            assert report.splitlines()[1].endswith(f"  {expected}"), report
+
+
 def test_local_links_lead_somewhere():
     pages = PAGES | {
         "../CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text("utf-8")

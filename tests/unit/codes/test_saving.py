@@ -1,6 +1,7 @@
 """Codes in files of every kind, and in a process that has never seen them."""
 
 import copy
+import functools
 import io
 import pickle
 import sys
@@ -44,6 +45,7 @@ FOUR_BITS = UniformFormat(4)  # An int8 may be beyond their range.
 X = jnp.linspace(-1, 1, 8)[None]
 
 
+@functools.cache
 def make(fmt=FORMATS["log8"], channel_axis=None):
     params = jax.jit(Net().init)(jax.random.key(0), X)
     return madax.quantize_params(params, fmt, channel_axis=channel_axis)
