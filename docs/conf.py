@@ -103,6 +103,7 @@ def setup(app):
             ".papers",
             ".formats",
             ".hijax",
+            ".trainers",
         ):
             node["py:module"] = f"madax{room}"
             target = node["reftype"], node["reftarget"], node, content

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from madax import diagnostics, formats, papers, transforms, wrappers
 from madax import hijax as hijax
+from madax import trainers as trainers
 from madax.codes._array import QuantizedArray
 from madax.codes._grad import grad, value_and_grad
 from madax.codes._quantize import dequantize_params, quantize_params
@@ -59,7 +60,8 @@ __all__ = [
 
 def __dir__() -> list[str]:
     # Completion finds the namespaces, too.
-    return sorted([*__all__, "__version__", "formats", "hijax", "wrappers"])
+    rooms = ["formats", "hijax", "trainers", "wrappers"]
+    return sorted([*__all__, "__version__", *rooms])
 
 
 if not _TYPE_CHECKING:  # A type checker would accept any name.

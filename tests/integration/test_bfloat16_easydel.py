@@ -1,6 +1,5 @@
 """EasyDeL's Trainer on weights in bfloat16, which trains codes by no JAX it takes."""
 
-import dataclasses
 import sys
 
 import jax
@@ -9,13 +8,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import normal, same
+from helpers import normal, raises, same
 
 import madax
 
 ed = pytest.importorskip("easydel")
 datasets = pytest.importorskip("datasets")
-optimizers = pytest.importorskip("eformer.optimizers")
+factory = pytest.importorskip("eformer.optimizers").OptimizerFactory
 # EasyDeL patches these when it is first used, and they need PyTorch.
 for name in ("glm4v_moe", "llama4", "phimoe", "qwen3_5_moe", "qwen3_next"):
     sys.modules[f"transformers.models.{name}"] = None
@@ -28,15 +27,10 @@ pytestmark = [
 STEPS, LENGTH = 10, 32
 
 
-@optimizers.register_optimizer("four_bytes")
-@dataclasses.dataclass
-class FourBytes(optimizers.OptimizerBuilder):
-    config: optimizers.AdamWConfig
-
-    def build(self, scheduler):
-        return madax.wrappers.with_stochastic_rounding(
-            optax.adamw(scheduler), moment_format=madax.MomentFormat(bits=8)
-        )
+def four_bytes(rate):
+    return madax.wrappers.with_stochastic_rounding(
+        optax.adamw(rate), moment_format=madax.MomentFormat(bits=8)
+    )
 
 
 class Trainer(ed.Trainer):
@@ -62,7 +56,7 @@ def by_easydel(folder, steps=STEPS):
     arguments = ed.TrainingArguments(
         model_name="tiny",
         save_directory=str(folder),
-        optimizer="four_bytes",
+        optimizer=madax.trainers.easydel("four_bytes", four_bytes),
         learning_rate=0.01,
         weight_decay=0.0,
         total_batch_size=16,
@@ -99,3 +93,25 @@ def test_its_loop_trains_on_four_bytes_per_parameter_and_resumes(tmp_path):
     after, state = by_easydel(tmp_path / "half")
     assert before + after == losses
     same(state.graphstate, whole.graphstate)
+
+
+def test_a_name_takes_the_last_function_that_was_given_for_it():
+    for rate in (1.0, 2.0):
+        make = lambda _, rate=rate: optax.sgd(rate)
+        name = madax.trainers.easydel("ours", make)
+        tx, _ = factory.create(name)
+        updates, _ = tx.update(jnp.ones(1), tx.init(jnp.ones(1)))
+        assert updates == -rate
+
+
+def test_arguments_are_checked():
+    make = lambda rate: optax.sgd(rate)
+    with raises(TypeError, "name must be a string, got 3 of type int"):
+        madax.trainers.easydel(3, make)
+    with raises(TypeError, "make must be a function, got"):
+        madax.trainers.easydel("sgd", optax.sgd(0.1))
+    with pytest.raises(ValueError, match="Optimizer 'adamw' is already registered"):
+        madax.trainers.easydel("adamw", make)
+    name = madax.trainers.easydel("none", lambda rate: None)
+    with raises(TypeError, "make(learning_rate) must be an optax.GradientTransf"):
+        factory.create(name)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import needs_hijax, normal, same
+from helpers import needs_hijax, normal, raises, same
 
 import madax
 
@@ -21,6 +21,7 @@ pytestmark = [
 ]
 
 STEPS = 10
+FMT = madax.SymlogFormat(8)
 
 
 class Net(nn.Module):
@@ -31,37 +32,41 @@ class Net(nn.Module):
         return nn.Dense(8)(nn.relu(nn.Dense(32)(image)))
 
 
-class Coded(kd.train.TrainStep):
-    """Its init, with codes: what is restored into has to be of the same type."""
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class TrainStep(kd.train.TrainStep):
+    """Its default, with a field of a user's own."""
 
-    def _init_model(self, *args, **kwargs):
-        state = super()._init_model(*args, **kwargs)
-        return madax.hijax.lift(madax.quantize_params(state, madax.SymlogFormat(8)))
+    label: str = "a user's"
+
+
+class Doubled(kd.ckpts.InitTransform):
+    """Stands for a pretrained checkpoint."""
+
+    def transform(self, state):
+        return state.replace(params=jax.tree.map(lambda w: 2 * w, state.params))
 
 
 @dataclasses.dataclass(frozen=True, eq=True, kw_only=True)
 class Writer(kd.train.KDMetricWriter):
-    """Its default, which also notes losses; ShapeDtypeStruct has no types of hijax."""
+    """Its default, which also notes losses."""
 
     losses: list = dataclasses.field(default_factory=list, compare=False)
-
-    def write_context_structure(self, step, trainer):
-        pass
 
     def write_step_metrics(self, *, aux, **rest):
         self.losses.append(float(aux.compute(flatten=False).loss_values["loss"]))
         super().write_step_metrics(aux=aux, **rest)
 
 
-def data():
-    x = np.asarray(normal(64, 16))
-    return {"image": x, "label": x[:, :8].argmax(1, keepdims=True).astype(np.int32)}
+X = np.asarray(normal(64, 16))
+LABELS = X[:, :8].argmax(1, keepdims=True).astype(np.int32)
+DATA = kd.data.InMemoryPipeline(
+    loader=lambda: {"image": X, "label": LABELS}, batch_size=16
+)
 
 
-def trainer(workdir, tx, steps=STEPS, **options):
-    options = {"trainstep": Coded()} | options
+def of_floats(workdir, tx, steps=STEPS, **options):
     return kd.train.Trainer(
-        train_ds=kd.data.InMemoryPipeline(loader=data, batch_size=16),
+        train_ds=DATA,
         model=Net(),
         train_losses={
             "loss": kd.losses.SoftmaxCrossEntropyWithIntLabels(
@@ -72,10 +77,13 @@ def trainer(workdir, tx, steps=STEPS, **options):
         log_metrics_every=1,
         workdir=workdir,
         optimizer=tx,
-        sharding=kd.sharding.ShardingStrategy(params=None),
         writer=Writer(),
         **options,
     )
+
+
+def trainer(*args, **options):
+    return madax.trainers.kauldron(of_floats(*args, **options), FMT)
 
 
 def by_kauldron(*args, **options):
@@ -144,12 +152,82 @@ def test_gradients_are_accumulated(tmp_path):
     assert np.mean(losses[-4:]) < np.mean(losses[:4])
 
 
-def test_a_run_that_is_resumed_ends_in_the_same_codes(tmp_path):
+FSDP = kd.sharding.FSDPSharding(min_size_to_shard_mb=0)
+
+
+def is_cut(state):
+    codes = state.params["Dense_0"]["kernel"].codes
+    return codes.addressable_shards[0].data.size == codes.size / 8
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_run_that_is_resumed_ends_in_the_same_codes(tmp_path, cut):
     tx = madax.hijax.optimizer(madax.madam(0.02))
-    losses, whole = by_kauldron(tmp_path / "whole", tx)
+    params = {"params": FSDP} if cut else {}
+    options = {"sharding": kd.sharding.ShardingStrategy(**params)}
+    losses, whole = by_kauldron(tmp_path / "whole", tx, **options)
     # Its data start again, from the first of four batches.
-    options = {"checkpointer": kd.ckpts.Checkpointer(save_interval_steps=4)}
+    options["checkpointer"] = kd.ckpts.Checkpointer(save_interval_steps=4)
     before, _ = by_kauldron(tmp_path, tx, 5, **options)
     after, state = by_kauldron(tmp_path, tx, **options)
-    assert before[:4] + after == losses
+    assert before[:4] + after == losses and is_cut(state) == cut
     same(*map(madax.hijax.lower, (state.params, whole.params)))
+
+
+def test_its_evaluators_read_codes(tmp_path):
+    tx = madax.hijax.optimizer(madax.madam(0.02))
+    evaluator = kd.evals.Evaluator(run=kd.evals.EveryNSteps(4), num_batches=4, ds=DATA)
+    made = trainer(tmp_path, tx, evals={"held": evaluator})
+    state, _ = made.train()
+    aux = made.evals["held"].evaluate(state, STEPS)
+    value = aux.compute(flatten=False).loss_values["loss"]
+    assert value < made.writer.losses[0]
+
+
+def test_classes_of_a_user_are_kept(tmp_path):
+    tx = madax.hijax.optimizer(madax.madam(0.02))
+    before = of_floats(tmp_path, tx, trainstep=TrainStep(label="mine"), seed=3)
+    after = madax.trainers.kauldron(before, FMT)
+    assert isinstance(after.trainstep, TrainStep) and after.trainstep.label == "mine"
+    assert isinstance(after.writer, Writer)
+    assert after.writer.losses is before.writer.losses
+    assert after.seed == 3 and after.trainstep.sharding is after.sharding
+    assert type(before.trainstep) is TrainStep and type(before.writer) is Writer
+    assert before.sharding.params is kd.sharding.REPLICATED
+
+
+def test_codes_are_made_of_what_was_loaded(tmp_path):
+    tx = madax.hijax.optimizer(madax.madam(0.02))
+    plain = of_floats(tmp_path, optax.sgd(1.0)).init_state().params
+    doubled = jax.tree.map(lambda w: 2 * w, plain)
+    expected = madax.quantize_params(doubled, FMT, channel_axis=-1)
+    made = madax.trainers.kauldron(
+        of_floats(tmp_path, tx, init_transform=Doubled()), FMT, channel_axis=-1
+    )
+    same(madax.hijax.lower(made.init_state().params), expected)
+    # An evaluation restores codes into these.
+    bare = made.init_state(skip_transforms=True, skip_optimizer=True)
+    kernel = bare.params["Dense_0"]["kernel"]
+    assert kernel.codes.dtype == jnp.int8 and bare.opt_state is None
+
+
+def test_codes_are_sharded_as_floats_would_be(tmp_path):
+    sharding = kd.sharding.ShardingStrategy(params=FSDP)
+    tx = madax.hijax.optimizer(madax.madam(0.02))
+    losses, state = by_kauldron(tmp_path / "cut", tx, sharding=sharding)
+    assert is_cut(state)
+    ours, _ = by_kauldron(tmp_path / "whole", tx)
+    np.testing.assert_allclose(losses, ours, rtol=1e-5)
+
+
+def test_what_is_no_trainer_is_refused():
+    with raises(TypeError, "trainer must be a kd.train.Trainer, got 3 of type int"):
+        madax.trainers.kauldron(3, FMT)
+
+
+def test_arguments_are_checked_before_a_run(tmp_path):
+    made = of_floats(tmp_path, madax.hijax.optimizer(madax.madam(0.02)))
+    with raises(TypeError, "format must be a Format, got 8 of type int"):
+        madax.trainers.kauldron(made, 8)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'axis'"):
+        madax.trainers.kauldron(made, FMT, axis=-1)

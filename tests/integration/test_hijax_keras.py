@@ -1,6 +1,7 @@
 """Keras's Model.fit on lifted codes, its checkpoints too, by an optimizer of optax."""
 
 import os
+from collections import OrderedDict
 
 os.environ["KERAS_BACKEND"] = "jax"
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import needs_hijax, normal, same
+from helpers import needs_hijax, normal, raises, same
 
 import madax
 
@@ -22,33 +23,10 @@ pytestmark = [
 ]
 
 STEPS = 10
+FMT = madax.SymlogFormat(8)
 X = np.asarray(normal(16, 16))
 Y = X[:, :8].argmax(1)
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-
-class Optax(keras.optimizers.Optimizer):
-    """An optimizer of optax, with its state in variables of Keras."""
-
-    def __init__(self, tx):
-        super().__init__(learning_rate=1.0)  # tx has its own.
-        self.tx = tx
-
-    def build(self, variables):
-        super().build(variables)
-        n = len(self.variables)
-        self.slices = slice(n), slice(n, None)
-        state = self.tx.init([v.value for v in variables])
-        leaves, self.treedef = jax.tree.flatten(state)
-        for i, x in enumerate(leaves):
-            self.add_variable(x.shape, "zeros", x.dtype, name=f"state_{i}").assign(x)
-
-    def stateless_apply(self, optimizer_variables, grads, trainable_variables):
-        own, leaves = (optimizer_variables[s] for s in self.slices)
-        state = self.treedef.unflatten(leaves)
-        updates, state = self.tx.update(grads, state, trainable_variables)
-        params = optax.apply_updates(trainable_variables, updates)
-        return params, own + jax.tree.leaves(state)
 
 
 def made():
@@ -59,18 +37,10 @@ def made():
     )
 
 
-def coded(model):
-    values = [v.value for v in model.trainable_variables]
-    return madax.quantize_params(values, madax.SymlogFormat(8))
-
-
 def compiled(tx):
     model = made()
-    for v, w in zip(
-        model.trainable_variables, madax.hijax.lift(coded(model)), strict=True
-    ):
-        v.assign(w)
-    model.compile(Optax(madax.hijax.optimizer(tx)), LOSS)
+    optimizer = madax.trainers.keras(model, madax.hijax.optimizer(tx), FMT)
+    model.compile(optimizer, LOSS)
     return model
 
 
@@ -86,12 +56,14 @@ def weights(model):
 
 def by_madax(tx):
     model = made()
-    params = coded(model)
+    # JAX would sort the keys of a dict.
+    params = OrderedDict((v.path, v.value) for v in model.trainable_variables)
+    params = madax.quantize_params(params, FMT)
 
     @jax.jit
     def step(params, state):
         def loss(params):
-            return LOSS(Y, model.stateless_call(params, [], X)[0])
+            return LOSS(Y, model.stateless_call(list(params.values()), [], X)[0])
 
         value, grads = madax.value_and_grad(loss)(params)
         updates, state = tx.update(grads, state, params)
@@ -101,11 +73,12 @@ def by_madax(tx):
     for _ in range(STEPS):
         params, state, value = step(params, state)
         losses.append(float(value))
-    return losses, params
+    return losses, list(params.values())
 
 
 TXS = {
     "madam": madax.madam(0.02),
+    "muon": madax.muon(0.02),
     "adam": madax.with_quantized_params(optax.adam(1e-2)),
 }
 
@@ -131,3 +104,77 @@ def test_a_run_that_is_resumed_ends_in_the_same_codes(tmp_path):
     losses, expected = by_keras(compiled(tx))
     assert before + after == losses
     same(params, expected)
+
+
+def test_gradients_are_accumulated():
+    tx = optax.MultiSteps(madax.hijax.optimizer(madax.madam(0.02)), 2)
+    model = made()
+    optimizer = madax.trainers.keras(model, tx.gradient_transformation(), FMT)
+    model.compile(optimizer, LOSS)
+    # Its steps donate the weights.
+    start = jax.tree.map(jnp.copy, weights(model))
+    _, once = by_keras(model, 1)
+    same(once, start)
+    losses, _ = by_keras(model, 2 * STEPS)
+    assert losses[-1] < losses[0]
+
+
+class TwoOfAName(keras.Model):
+    """Embeddings and a head, and between them layers that share their paths."""
+
+    def __init__(self):
+        super().__init__(name="model")
+        self.tokens = keras.layers.Embedding(50, 16, name="embedding")
+        self.first = keras.layers.Dense(16, name="proj")
+        self.second = keras.layers.Dense(16, name="proj")
+        self.head = keras.layers.Dense(50, name="logits")
+
+    def call(self, x):
+        return self.head(self.second(self.first(self.tokens(x))))
+
+
+def test_the_optimizer_reads_unique_names_in_the_order_of_the_variables():
+    model, given = TwoOfAName(), []
+    model(np.zeros((2, 3), int))
+    tx = optax.GradientTransformation(lambda params: given.append(params), None)
+    madax.trainers.keras(model, tx, FMT).build(model.trainable_variables)
+    params = madax.hijax.lower(given[0])
+    assert madax.diagnostics.matrices(params) == {
+        "model/embedding/embeddings": None,
+        "model/proj/kernel": (1, 16, 16),
+        "model/proj/bias": None,
+        "model/proj_1/kernel": (1, 16, 16),
+        "model/proj_1/bias": None,
+        "model/logits/kernel": None,
+        "model/logits/bias": None,
+    }
+    same(list(params.values()), weights(model))
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2),
+        keras.callbacks.ReduceLROnPlateau("loss", patience=1, min_delta=100.0),
+    ],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_callbacks_that_set_a_learning_rate_are_refused(callback):
+    with raises(ValueError, "learning rate of this optimizer", "pass a schedule to tx"):
+        by_keras(compiled(madax.madam(0.02)), callbacks=[callback])
+
+
+def test_a_model_that_takes_no_codes_is_refused(monkeypatch):
+    tx = madax.hijax.optimizer(madax.madam(0.02))
+    empty = keras.Sequential([keras.layers.Dense(8)])
+    with raises(ValueError, "no trainable variables yet", "model.build(input_shape)"):
+        madax.trainers.keras(empty, tx, FMT)
+    with raises(TypeError, "model must be a keras.Model, got 3 of type int"):
+        madax.trainers.keras(3, tx, FMT)
+    with raises(TypeError, "tx must be an optax.GradientTransformation, got 3"):
+        madax.trainers.keras(made(), 3, FMT)
+    with raises(TypeError, "format must be a Format, got 8 of type int"):
+        madax.trainers.keras(made(), tx, 8)
+    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
+    with raises(ValueError, "Keras has the backend 'torch'", "KERAS_BACKEND=jax"):
+        madax.trainers.keras(made(), tx, FMT)

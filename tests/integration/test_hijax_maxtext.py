@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import needs_hijax, same
+from helpers import needs_hijax, raises, same
 
 import madax
 
@@ -32,7 +32,6 @@ TINY = {
     "gradient_clipping_threshold": 0,
     "hardware": "cpu",
     "ici_data_parallelism": 8,
-    # JAX, compiling ahead of time, gives a scale the sharding of its codes.
     "ici_fsdp_parallelism": 1,
     "dataset_type": "synthetic",
     "attention": "dot_product",
@@ -53,38 +52,26 @@ TINY = {
 setup_train_loop = train_utils.setup_train_loop
 
 
-def coded(tx):
-    """Its function that makes the state, patched."""
-
-    def setup(config, recorder, devices=None):
-        *made, state = setup_train_loop(config, recorder, devices)
-        model = madax.hijax.lift(madax.quantize_params(state.model, FMT))
-        state = train_state_nnx.TrainStateNNX(
-            model, nnx.Optimizer(model, tx, wrt=nnx.Param)
-        )
-        made[2] = jax.tree.map(lambda _: None, nnx.state(state))  # Its shardings.
-        return *made, state
-
-    return setup
-
-
-def configured(folder, **options):
+def arguments(folder, **options):
     base = Path(maxtext.__file__).parent / "configs" / "base.yml"
     options = TINY | {"base_output_directory": folder} | options
-    argv = ["train.py", str(base), *(f"{k}={v}" for k, v in options.items())]
-    return train.initialize(argv)
+    return ["train.py", str(base), *(f"{k}={v}" for k, v in options.items())]
 
 
-def by_maxtext(folder, **options):
+def by_maxtext(folder, tx, monkeypatch):
     """The losses and the state after its loop."""
-    metrics = folder / "metrics.json"
-    state = train.train_loop(*configured(folder, metrics_file=metrics, **options))
+    metrics, states = folder / "metrics.json", []
+    train_loop = train.train_loop  # Its main returns no state.
+    noted = lambda *args: states.append(train_loop(*args))
+    monkeypatch.setattr(train, "train_loop", noted)
+    with madax.trainers.maxtext(madax.hijax.optimizer(tx), FMT):
+        train.main(arguments(folder, metrics_file=metrics))
     lines = map(json.loads, metrics.read_text().splitlines())
-    return [line["learning/loss"] for line in lines], state
+    return [line["learning/loss"] for line in lines], states[0]
 
 
 def by_madax(folder, tx):
-    config, recorder = configured(folder, enable_checkpointing=False)
+    config, recorder = train.initialize(arguments(folder, enable_checkpointing=False))
     *made, state = setup_train_loop(config, recorder)
     model = madax.quantize_params(state.model, FMT)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -104,9 +91,8 @@ def by_madax(folder, tx):
 
 def test_its_loop_trains_on_a_mesh_and_saves_codes(tmp_path, monkeypatch):
     tx = madax.madam(0.02)
-    patched = coded(madax.hijax.optimizer(tx))
-    monkeypatch.setattr(train_utils, "setup_train_loop", patched)
-    losses, state = by_maxtext(tmp_path)
+    losses, state = by_maxtext(tmp_path, tx, monkeypatch)
+    assert train_utils.setup_train_loop is setup_train_loop
     assert losses[-1] < losses[0]
     params = nnx.state(state.model, nnx.Param)
     lifted = [w for w in jax.tree.leaves(params) if hasattr(w, "codes")]
@@ -117,3 +103,53 @@ def test_its_loop_trains_on_a_mesh_and_saves_codes(tmp_path, monkeypatch):
     expected = train_state_nnx.to_checkpoint_dict(state)
     same(*(madax.hijax.lower(tree["params"]) for tree in (items, expected)))
     np.testing.assert_array_equal(losses, by_madax(tmp_path / "ours", tx))
+    with raises(ValueError, "has a checkpoint of step 9", "pass another run_name"):
+        by_maxtext(tmp_path, tx, monkeypatch)
+
+
+REFUSED = {
+    "layers that are scanned": (
+        {"scan_layers": True},
+        "scan_layers is True",
+        "pass scan_layers=false",
+    ),
+    "weights that are sharded": (
+        {"ici_fsdp_parallelism": 8, "ici_data_parallelism": 1},
+        "ici_fsdp_parallelism is 8",
+        "pass ici_fsdp_parallelism=1 and ici_data_parallelism=-1",
+    ),
+    "sharded by default": (
+        {"ici_fsdp_parallelism": -1, "ici_data_parallelism": 1},
+        "ici_fsdp_parallelism is -1",
+        "over 8 devices",
+    ),
+    "in two ways": (
+        {"ici_tensor_parallelism": 2, "ici_data_parallelism": 4},
+        "ici_tensor_parallelism is 2",
+        "over 2 devices",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_and_the_function_restored(tmp_path, name):
+    options, *parts = REFUSED[name]
+    tx = madax.hijax.optimizer(madax.madam(0.02))
+    with raises(ValueError, *parts), madax.trainers.maxtext(tx, FMT):
+        assert train_utils.setup_train_loop is not setup_train_loop
+        train.main(arguments(tmp_path, **options))
+    assert train_utils.setup_train_loop is setup_train_loop
+
+
+def test_arguments_are_checked():
+    tx = madax.hijax.optimizer(madax.madam(0.02))
+    with (
+        raises(TypeError, "tx must be an optax.GradientTransformation, got 3"),
+        madax.trainers.maxtext(3, FMT),
+    ):
+        pass
+    with (
+        raises(TypeError, "format must be a Format, got 8 of type int"),
+        madax.trainers.maxtext(tx, 8),
+    ):
+        pass

@@ -22,6 +22,7 @@ ROOMS = [
     "optimizers",
     "papers",
     "hijax",
+    "trainers",
     "diagnostics",
     "__init__",
 ]

@@ -14,11 +14,12 @@ from madax import (
     hijax,
     optimizers,
     papers,
+    trainers,
     transforms,
     wrappers,
 )
 
-ROOMS = (optimizers, transforms, papers, wrappers, formats, diagnostics)
+ROOMS = (optimizers, transforms, papers, wrappers, formats, diagnostics, trainers)
 if jax.__version_info__ >= (0, 10, 2):
     ROOMS += (hijax,)
 NAMESPACES = (madax, *ROOMS)
@@ -56,7 +57,7 @@ def test_the_top_has_25_names():
     with_quantized_state value_and_grad grad layerwise split_layers to_flat_dict
     from_flat_dict diagnostics transforms papers""".split()  # noqa: SIM905
     assert sorted(named) == madax.__all__
-    rooms = ["formats", "hijax", "wrappers"]
+    rooms = ["formats", "hijax", "trainers", "wrappers"]
     assert dir(madax) == sorted([*named, "__version__", *rooms])
     assert callable(madax.layerwise)  # The function, and not the folder.
 

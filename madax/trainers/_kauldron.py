@@ -1,0 +1,89 @@
+"""Kauldron: a trainer whose state holds codes from its init on."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from madax._core.checks import type_error
+from madax.formats._base import Format
+from madax.trainers._shared import coder, imported
+
+
+def kauldron(trainer: Any, format: Format, **options: Any) -> Any:
+    """Lets a trainer of Kauldron train codes.
+
+    Its train step makes codes of the parameters, after a pretrained checkpoint is
+    loaded by its ``init_transform``, and before its optimizer is initialised. So a run
+    that is resumed restores codes into codes. The class of the train step and of the
+    writer stay, as bases of new ones.
+
+    Codes stay on the devices on which ``sharding.params`` puts the floats.
+
+    Args:
+      trainer: a ``kd.train.Trainer``, whose optimizer is an optimizer of lifted codes:
+        ``madax.hijax.optimizer(...)``, or ``optax.MultiSteps`` around it.
+      format: the number format of the codes.
+      options: other arguments of :func:`madax.quantize_params`, such as
+        ``channel_axis=-1``.
+
+    Returns:
+      A copy of the trainer, which trains codes.
+
+    Raises:
+      ImportError: if Kauldron is not installed, or JAX is older than 0.10.2.
+      TypeError: if ``trainer`` is no trainer of Kauldron, ``format`` no format, or an
+        option none of ``quantize_params``.
+
+    Example:
+      .. code-block:: python
+
+          trainer = kd.train.Trainer(
+              optimizer=madax.hijax.optimizer(madax.muon(0.02)), ...
+          )
+          trainer = madax.trainers.kauldron(trainer, madax.SymlogFormat(bits=8))
+          trainer.train()
+    """
+    kd: Any = imported("kauldron.kd", "kauldron")
+    if not isinstance(trainer, kd.train.Trainer):
+        raise type_error("trainer", "a kd.train.Trainer", trainer, "pass one")
+    made = coder(format, options)
+    where = trainer.sharding.params
+    step = type(trainer.trainstep)
+
+    def coded(state):
+        params = kd.sharding.with_sharding_constraint(state.params, where)
+        return state.replace(params=made(params))
+
+    def init(self, *args, skip_transforms=False, skip_optimizer=False, **kwargs):
+        if not skip_transforms:  # _init_transform makes the codes.
+            return step.init(self, *args, skip_optimizer=skip_optimizer, **kwargs)
+        # A checkpoint is restored into this state.
+        kwargs |= {"skip_transforms": True, "skip_optimizer": True}
+        state = coded(step.init(self, *args, **kwargs))
+        if skip_optimizer or self.optimizer is None:
+            return state
+        return self._init_optimizer(state)
+
+    def _init_transform(self, state):
+        return coded(step._init_transform(self, state))
+
+    return dataclasses.replace(
+        trainer,
+        trainstep=_subclassed(
+            trainer.trainstep, init=init, _init_transform=_init_transform
+        ),
+        # jax.ShapeDtypeStruct, by which writers describe the state, has no codes.
+        writer=_subclassed(
+            trainer.writer, write_context_structure=lambda self, step, trainer: None
+        ),
+        # JAX takes no shardings of codes: steps keep them where they lie.
+        sharding=dataclasses.replace(trainer.sharding, params=None),
+    )
+
+
+def _subclassed(thing: Any, **methods: Callable) -> Any:
+    """Returns a copy of a dataclass whose class has other methods."""
+    kind = type(thing)
+    fields = [field.name for field in dataclasses.fields(thing) if field.init]
+    new = type(kind.__name__, (kind,), methods)
+    return new(**{name: getattr(thing, name) for name in fields})

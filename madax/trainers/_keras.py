@@ -1,0 +1,71 @@
+"""Keras: codes in a model's variables, and an optimizer for ``compile``."""
+
+from typing import Any
+
+import optax
+
+from madax._core.checks import check_transformation, type_error
+from madax.formats._base import Format
+from madax.trainers._shared import coder, imported
+
+
+def keras(
+    model: Any, tx: optax.GradientTransformation, format: Format, **options: Any
+) -> Any:
+    """Makes codes of a Keras model's weights, and an optimizer that trains them.
+
+    The trainable variables of ``model`` hold codes afterwards. The optimizer has the
+    state of ``tx`` in variables of its own, so ``keras.callbacks.OrbaxCheckpoint``
+    saves both; files of HDF5 would hold floats. To ``tx`` and to ``where`` parameters
+    are a dict by the path of a variable, so :func:`madax.muon` reads their names.
+
+    The learning rate is the one of ``tx``. Callbacks that set the learning rate are
+    errors. Constraints of variables are not applied.
+
+    Args:
+      model: a ``keras.Model`` on the JAX backend, with its variables built.
+      tx: an optimizer of lifted codes, ``madax.hijax.optimizer(...)``.
+      format: the number format of the codes.
+      options: other arguments of :func:`madax.quantize_params`, such as
+        ``channel_axis=-1``.
+
+    Returns:
+      A ``keras.optimizers.Optimizer`` for ``model.compile``.
+
+    Raises:
+      ImportError: if Keras is not installed, or JAX is older than 0.10.2.
+      TypeError: if ``model`` is no model of Keras, ``tx`` no optimizer, ``format`` no
+        format, or an option none of ``quantize_params``.
+      ValueError: if Keras has another backend, or the model has no variables yet.
+
+    Example:
+      .. code-block:: python
+
+          tx = madax.hijax.optimizer(madax.muon(0.02))
+          optimizer = madax.trainers.keras(model, tx, madax.SymlogFormat(bits=8))
+          model.compile(optimizer, loss)
+          model.fit(x, y)
+    """
+    package: Any = imported("keras", "keras")
+    if not isinstance(model, package.Model):
+        raise type_error("model", "a keras.Model", model, "pass one")
+    check_transformation("tx", tx)
+    made = coder(format, options)
+    backend = package.backend.backend()
+    if backend != "jax":
+        raise ValueError(
+            f"Keras has the backend {backend!r}, but codes need JAX; use "
+            "KERAS_BACKEND=jax in the environment before Keras is imported."
+        )
+    variables = model.trainable_variables
+    if not variables:
+        raise ValueError(
+            "model has no trainable variables yet; call model.build(input_shape) first."
+        )
+    # This module has a subclass of Keras.
+    from madax.trainers._keras_optimizer import Optax, named
+
+    codes = made(named(variables, [v.value for v in variables]))
+    for variable, value in zip(variables, codes.values(), strict=True):
+        variable.assign(value)
+    return Optax(tx)

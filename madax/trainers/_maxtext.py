@@ -1,0 +1,109 @@
+"""MaxText: its function that makes the state, patched for a while."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import optax
+
+from madax._core.checks import check_transformation
+from madax.formats._base import Format
+from madax.trainers._shared import coder, imported
+
+
+@contextlib.contextmanager
+def maxtext(
+    tx: optax.GradientTransformation, format: Format, **options: Any
+) -> Iterator[None]:
+    """Lets MaxText's loop train codes, in a ``with`` statement.
+
+    MaxText makes its optimizer in ``train_utils.setup_train_loop``, and gives the step
+    shardings of the state, but JAX takes no shardings of codes. Inside of the statement
+    that function returns a state of codes with the optimizer ``tx``, and no shardings;
+    weights stay on the devices where they lie. Afterwards the function is as it was.
+
+    The learning rate is the one of ``tx``, whatever the configuration says, and MaxText
+    reports another. Checkpoints hold the codes, but a run is not resumed, because
+    MaxText restores it before codes are made.
+
+    Args:
+      tx: an optimizer of lifted codes, ``madax.hijax.optimizer(...)``.
+      format: the number format of the codes.
+      options: other arguments of :func:`madax.quantize_params`, such as
+        ``channel_axis=-1``.
+
+    Returns:
+      A context manager.
+
+    Raises:
+      ImportError: if MaxText is not installed, or JAX is older than 0.10.2.
+      TypeError: if ``tx`` is no optimizer, ``format`` no format, or an option none of
+        ``quantize_params``.
+      ValueError: when MaxText makes the state, if its configuration scans layers or
+        shards weights, or the run has a checkpoint.
+
+    Example:
+      .. code-block:: python
+
+          tx = madax.hijax.optimizer(madax.muon(0.02))
+          with madax.trainers.maxtext(tx, madax.SymlogFormat(bits=8)):
+              train.main(argv)  # of maxtext.trainers.pre_train
+    """
+    check_transformation("tx", tx)
+    train_utils: Any = imported("maxtext.utils.train_utils", "maxtext")
+    made = coder(format, options)
+    original = train_utils.setup_train_loop
+
+    def setup_train_loop(config, recorder, devices=None):
+        _check(config, train_utils.maxtext_utils.get_mesh_from_config(config, devices))
+        _check_fresh(config)
+        from flax import nnx
+
+        *rest, state = original(config, recorder, devices)
+        model = made(state.model)
+        optimizer = nnx.Optimizer(model, tx, wrt=state.optimizer.wrt)
+        state = type(state)(model, optimizer)
+        rest[2] = jax.tree.map(lambda _: None, nnx.state(state))  # the shardings
+        return *rest, state
+
+    train_utils.setup_train_loop = setup_train_loop
+    try:
+        yield
+    finally:
+        train_utils.setup_train_loop = original
+
+
+def _check(config: Any, mesh: jax.sharding.Mesh) -> None:
+    """Raises if MaxText would scan layers or shard weights."""
+    if config.scan_layers:
+        raise ValueError(
+            "scan_layers is True, but layers of codes cannot be scanned in MaxText, as "
+            "one scale is for all layers; pass scan_layers=false."
+        )
+    for axis, size in mesh.shape.items():
+        if axis != "data" and size > 1:
+            of_axis = f"{'pipeline' if axis == 'stage' else axis}_parallelism"
+            within = "dcn" if getattr(config, f"ici_{of_axis}") == 1 else "ici"
+            setting = f"{within}_{of_axis}"
+            raise ValueError(
+                f"{setting} is {getattr(config, setting)}, which shards weights over "
+                f"{size} devices, but MaxText compiles its step ahead of time, where "
+                "JAX would shard their scales, too; pass "
+                f"{setting}=1 and {within}_data_parallelism=-1."
+            )
+
+
+def _check_fresh(config: Any) -> None:
+    """Raises if MaxText would resume a run."""
+    from etils import epath
+    from orbax.checkpoint.utils import checkpoint_steps
+
+    if not config.enable_checkpointing:
+        return
+    folder = epath.Path(config.checkpoint_dir)
+    if folder.exists() and (steps := checkpoint_steps(folder)):
+        raise ValueError(
+            f"{folder} has a checkpoint of step {max(steps)}, but MaxText would "
+            "restore it before codes are made; pass another run_name."
+        )
