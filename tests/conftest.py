@@ -18,12 +18,12 @@ Each file has one subject, which its first lines state:
 All tests have eight CPU devices; arrays are on the first unless they are put elsewhere.
 
 ``make test`` runs before every commit, and takes half an hour of a processor, nearly
-all of it to compile. It leaves out what is marked ``nightly``: more of the same, such as further
-dtypes and variants, and most of the benchmarks from their command line. ``make
-test-nightly`` runs that, sixty times the examples in every search, all notebooks, and
-all tests on the oldest versions. ``.ci/run`` runs ``make test``, and two files on the
-oldest versions. ``lib/mutants.py`` breaks madax in thousands of places, one at a time,
-and shows which of them the tests see.
+all of it to compile. It leaves out what is marked ``nightly``: more of the same, such
+as further dtypes and variants, and most of the benchmarks from their command line.
+``make test-nightly`` runs that, sixty times the examples in every search, all
+notebooks, and all tests on the oldest versions. ``.ci/run`` runs ``make test``, and two
+files on the oldest versions. ``lib/mutants.py`` breaks madax in thousands of places,
+one at a time, and shows which of them the tests see.
 
 ``quick_compiles`` is for files in which no bit depends on how a compiler optimises.
 
