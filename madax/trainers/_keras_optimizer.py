@@ -51,8 +51,8 @@ class Optax(_Optimizer):
 
     def _refuse(self, learning_rate: object) -> None:
         raise ValueError(
-            "the learning rate of this optimizer cannot be set, because it is that of "
-            "tx; leave callbacks out that set one, and pass a schedule to tx, such as "
+            "the learning rate of this optimizer cannot be set, because tx has its "
+            "own; leave callbacks out that set one, and pass a schedule to tx, such as "
             "madax.muon(optax.cosine_decay_schedule(0.02, steps))."
         )
 

@@ -40,8 +40,9 @@ def maxtext(
       ImportError: if MaxText is not installed, or JAX is older than 0.10.2.
       TypeError: if ``tx`` is no optimizer, ``format`` no format, or an option none of
         ``quantize_params``.
-      ValueError: when MaxText makes the state, if its configuration scans layers or
-        shards weights, or the run has a checkpoint.
+      ValueError: when MaxText makes the state, if its configuration scans layers,
+        accumulates gradients, or shards weights or the optimizer, or the run has a
+        checkpoint.
 
     Example:
       .. code-block:: python
@@ -75,11 +76,24 @@ def maxtext(
 
 
 def _check(config: Any, mesh: jax.sharding.Mesh) -> None:
-    """Raises if MaxText would scan layers or shard weights."""
+    """Raises if MaxText would scan layers, or use shardings, which codes lack."""
     if config.scan_layers:
         raise ValueError(
             "scan_layers is True, but layers of codes cannot be scanned in MaxText, as "
             "one scale is for all layers; pass scan_layers=false."
+        )
+    if config.gradient_accumulation_steps > 1:
+        steps = config.gradient_accumulation_steps
+        raise ValueError(
+            f"gradient_accumulation_steps is {steps}, but MaxText accumulates by "
+            "shardings of the weights, which codes do not have; pass "
+            f"gradient_accumulation_steps=1, and optax.MultiSteps(tx, {steps})"
+            ".gradient_transformation() for tx."
+        )
+    if config.shard_optimizer_over_data:
+        raise ValueError(
+            "shard_optimizer_over_data is True, but MaxText shards only optimizers of "
+            "its own; pass shard_optimizer_over_data=false."
         )
     for axis, size in mesh.shape.items():
         if axis != "data" and size > 1:

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from helpers import needs_hijax, raises, same
@@ -64,7 +65,7 @@ def by_maxtext(folder, tx, monkeypatch):
     train_loop = train.train_loop  # Its main returns no state.
     noted = lambda *args: states.append(train_loop(*args))
     monkeypatch.setattr(train, "train_loop", noted)
-    with madax.trainers.maxtext(madax.hijax.optimizer(tx), FMT):
+    with madax.trainers.maxtext(tx, FMT):
         train.main(arguments(folder, metrics_file=metrics))
     lines = map(json.loads, metrics.read_text().splitlines())
     return [line["learning/loss"] for line in lines], states[0]
@@ -91,7 +92,8 @@ def by_madax(folder, tx):
 
 def test_its_loop_trains_on_a_mesh_and_saves_codes(tmp_path, monkeypatch):
     tx = madax.madam(0.02)
-    losses, state = by_maxtext(tmp_path, tx, monkeypatch)
+    lifted_tx = madax.hijax.optimizer(tx)
+    losses, state = by_maxtext(tmp_path, lifted_tx, monkeypatch)
     assert train_utils.setup_train_loop is setup_train_loop
     assert losses[-1] < losses[0]
     params = nnx.state(state.model, nnx.Param)
@@ -104,7 +106,14 @@ def test_its_loop_trains_on_a_mesh_and_saves_codes(tmp_path, monkeypatch):
     same(*(madax.hijax.lower(tree["params"]) for tree in (items, expected)))
     np.testing.assert_array_equal(losses, by_madax(tmp_path / "ours", tx))
     with raises(ValueError, "has a checkpoint of step 9", "pass another run_name"):
-        by_maxtext(tmp_path, tx, monkeypatch)
+        by_maxtext(tmp_path, lifted_tx, monkeypatch)
+
+
+def test_gradients_are_accumulated_by_the_optimizer(tmp_path, monkeypatch):
+    tx = optax.MultiSteps(madax.hijax.optimizer(madax.madam(0.02)), 2)
+    losses, _ = by_maxtext(tmp_path, tx.gradient_transformation(), monkeypatch)
+    # Its synthetic batches are all the same.
+    assert losses[0] == losses[1] > losses[2] == losses[3] > losses[-1]
 
 
 REFUSED = {
@@ -112,6 +121,16 @@ REFUSED = {
         {"scan_layers": True},
         "scan_layers is True",
         "pass scan_layers=false",
+    ),
+    "gradients that MaxText accumulates": (
+        {"gradient_accumulation_steps": 2},
+        "gradient_accumulation_steps is 2",
+        "optax.MultiSteps(tx, 2).gradient_transformation()",
+    ),
+    "an optimizer that is sharded": (
+        {"shard_optimizer_over_data": True},
+        "shard_optimizer_over_data is True",
+        "pass shard_optimizer_over_data=false",
     ),
     "weights that are sharded": (
         {"ici_fsdp_parallelism": 8, "ici_data_parallelism": 1},
