@@ -1,7 +1,7 @@
 """MaxText: its function that makes the state, patched for a while."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from madax.trainers._shared import coder, imported
 @contextlib.contextmanager
 def maxtext(
     tx: optax.GradientTransformation, format: Format, **options: Any
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """Lets MaxText's loop train codes, in a ``with`` statement.
 
     MaxText makes its optimizer in ``train_utils.setup_train_loop``, and gives the step
