@@ -33,7 +33,7 @@ QUICKLY = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
-# The order of operations on a CPU: what can run at once does, or as memory is least.
+# XLA's default for a CPU runs at once what can run at once.
 LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 

@@ -205,12 +205,13 @@ def _split(leaf: Leaf, from_heads: bool, below: _Below) -> Axes | None:
         second = (leaf.own if lora[0].lower() == "lora" else lora[0])[-1] in "bB"
         return (axes[:1], axes[1:]) if second else (axes[:-1], axes[-1:])
     if from_heads:
-        return (axes[:-1] if _in_groups(leaf, below) else axes[-3:-1]), axes[-1:]
+        in_groups = _has_rolled(leaf, below, like.TO_HEADS, -1)
+        return (axes[:-1] if in_groups else axes[-3:-1]), axes[-1:]
     if to_heads:
         # An axis counts keys and values where the two are one leaf. It may count heads.
         if len(axes) == 3 and (sizes[0] < 4 or _heads_first(leaf, below)):
             return axes[1:2], axes[2:]
-        if _in_groups(leaf, below):
+        if _has_rolled(leaf, below, like.FROM_HEADS, 1):
             return axes[:1], axes[1:]
         counted = len(axes) == 4 and sizes[1] in (2, 3) and sizes[0] > 3
         return (axes[:1] if counted else axes[-3:-2]), axes[-2:]
@@ -240,20 +241,15 @@ def _heads_first(leaf: Leaf, below: _Below) -> bool:
     return any(leaf.sizes[0] != features == leaf.sizes[1] for features in out)
 
 
-def _in_groups(leaf: Leaf, below: _Below) -> bool:
-    """Whether queries are (features, groups, heads, size), by what takes their heads.
+def _has_rolled(leaf: Leaf, below: _Below, name: re.Pattern[str], shift: int) -> bool:
+    """Whether the axes of a partner are those of the leaf, rolled.
 
-    Or whether a leaf takes such heads back to features. One of four axes in a stack has
-    no partner with its axes in another order.
+    Queries (features, groups, heads, size) have one in (groups, heads, size, features).
+    Three axes in a stack have none.
     """
-    first, *others = leaf.sizes
-    *heads, last = leaf.sizes
-    partners = (*others, first), (last, *heads)
-    names = like.FROM_HEADS, like.TO_HEADS
+    rolled = leaf.sizes[shift:] + leaf.sizes[:shift]
     return len(leaf.core) == 4 and any(
-        x.sizes == sizes and name.fullmatch(x.subject)
-        for x in _near(leaf, below)
-        for sizes, name in zip(partners, names, strict=True)
+        x.sizes == rolled and name.fullmatch(x.subject) for x in _near(leaf, below)
     )
 
 

@@ -13,7 +13,15 @@ from madax.formats._base import Format
 
 
 def imported(module: str, package: str) -> Any:
-    """Imports a module of a trainer, whose package has the name of the function."""
+    """Imports a module of a trainer when a function of :mod:`madax.trainers` needs it.
+
+    Args:
+      module: the full name of the module.
+      package: the name of the function and of the package to install.
+
+    Raises:
+      ImportError: if the package is not installed, with the command that installs it.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
