@@ -4,6 +4,7 @@ The octaves of the codes follow from the values to be stored, in the same step.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -39,6 +40,9 @@ _MIN_FACTOR = 0.1
 # large, below which all others would be lost. Unsigned values are squares, and have
 # twice as many.
 _REACH, _RISE = 20, 4
+# The max number of elements whose exponents are added up at once: a sum of more has few
+# bits left for each, and none beyond 2**30.
+_AT_ONCE = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +106,13 @@ class MomentCodec:
             )
         )
         min_value, factor = (
-            over_shards(jax.lax.pmin, x, window.scale)
+            over_shards(jax.lax.pmin, jnp.min(x), window.scale)
             for x in (found.min_value, found.min_factor)
         )
-        mean = (found.exponents // jnp.maximum(found.count, 1)) << _dropped(x.size)
         # The max of the shards' means is used, because a sum over all could overflow.
         max_size, mean = (
-            over_shards(jax.lax.pmax, x, window.scale) for x in (found.max_size, mean)
+            over_shards(jax.lax.pmax, x, window.scale)
+            for x in (jnp.max(found.max_size), _mean_exponent(found, x.shape))
         )
         signed = min_value < 0
         fraction, _ = fraction_and_exponent(window.scale * factor)
@@ -196,7 +200,7 @@ class MomentCodec:
 
 
 class _Extremes(NamedTuple):
-    """Independent reductions of a leaf."""
+    """Independent reductions of a leaf, or of each of its parts."""
 
     min_value: jax.Array  # 0 at most
     max_size: jax.Array
@@ -207,11 +211,11 @@ class _Extremes(NamedTuple):
 
 def _extremes(x: jax.Array, factor: jax.Array) -> _Extremes:
     """Reduces one by one; compilers make one pass of it."""
-    size = jnp.abs(x)
+    size, axes = jnp.abs(x), _part_axes(x.shape)
     # By default JAX adds up int32 as int64 in x64 mode.
-    total, count = (jnp.sum(each, dtype=jnp.int32) for each in _exponents(size))
-    low, high = jnp.min(x, initial=0), jnp.max(size, initial=0)
-    return _Extremes(low, high, jnp.min(factor, initial=1), total, count)
+    total, count = (jnp.sum(each, axes, jnp.int32) for each in _exponents(size))
+    low, high = jnp.min(x, axes, initial=0), jnp.max(size, axes, initial=0)
+    return _Extremes(low, high, jnp.min(factor, axes, initial=1), total, count)
 
 
 def _extremes_at_once(x: jax.Array, factor: jax.Array) -> _Extremes:
@@ -224,17 +228,40 @@ def _extremes_at_once(x: jax.Array, factor: jax.Array) -> _Extremes:
     start = *map(np.float32, (0, 0, 1)), np.int32(0), np.int32(0)
     size = jnp.abs(x)
     values = x, size, jnp.broadcast_to(factor, x.shape), *_exponents(size)
-    return _Extremes(*jax.lax.reduce(values, start, either, tuple(range(x.ndim))))
+    return _Extremes(*jax.lax.reduce(values, start, either, _part_axes(x.shape)))
 
 
 def _exponents(size: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The biased exponents of magnitudes, to be summed; and whether they are not 0."""
     pattern = to_pattern(size)
-    return pattern >> (MANTISSA + _dropped(size.size)), jnp.minimum(pattern, 1)
+    return pattern >> (MANTISSA + _dropped(size.shape)), jnp.minimum(pattern, 1)
 
 
-def _dropped(size: int) -> int:
-    """Bits to drop of each exponent, so that a sum of ``size`` of them fits 31 bits."""
+def _mean_exponent(found: _Extremes, shape: Sequence[int]) -> jax.Array:
+    """The mean biased exponent of values that are not zero, to within a few octaves.
+
+    Of a leaf in parts it is the mean over parts, large or small, that are not zero.
+    """
+    mean = (found.exponents // jnp.maximum(found.count, 1)) << _dropped(shape)
+    if mean.ndim:
+        dropped = _dropped((mean.size,))
+        total = jnp.sum(mean >> dropped, dtype=jnp.int32)
+        parts = jnp.sum(found.count > 0, dtype=jnp.int32)
+        mean = (total // jnp.maximum(parts, 1)) << dropped
+    return mean
+
+
+def _part_axes(shape: Sequence[int]) -> tuple[int, ...]:
+    """The axes of a part of a leaf: all, or the last ones if the leaf is large."""
+    first = 0
+    while first < len(shape) - 1 and math.prod(shape[first:]) > _AT_ONCE:
+        first += 1
+    return tuple(range(first, len(shape)))
+
+
+def _dropped(shape: Sequence[int]) -> int:
+    """Bits to drop of each exponent, so that the sum of a part's fits 31 bits."""
+    size = math.prod(shape[axis] for axis in _part_axes(shape))
     return max(2, size.bit_length() - 23)
 
 

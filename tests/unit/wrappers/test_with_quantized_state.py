@@ -16,6 +16,8 @@ import pytest
 from cases import EXACT_ADAM, FORMATS
 from checkpoints import abstract, restore, save
 from helpers import different, mostly_nightly, raises, step
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import enter, make_mesh
@@ -23,6 +25,7 @@ from oracle import decode_moment
 
 import madax
 from madax import MomentFormat, with_quantized_state
+from madax.formats import _moment_codec
 from madax.formats._moment_format import MomentWindow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -109,6 +112,32 @@ def test_what_is_positive_never_becomes_zero():
     value, window = stored(x)
     assert not window.signed.any()
     assert (value[:3] > 0).all() and value[3] == 0
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 33), (40, 33), (1155,)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_large_leaf_is_stored_at_once_and_follows_no_outlier(
+    monkeypatch, shape, sign
+):
+    """Exponents of 2**28 values left no bit for each in a sum, and none was stored."""
+    monkeypatch.setattr(_moment_codec, "_AT_ONCE", 64)  # A larger leaf is in parts.
+    rng = np.random.default_rng(0)
+    x = np.float32(1e-3 * rng.uniform(1, 2, shape))
+    x[..., 1] *= sign
+    x[0], outlier = 0, (-1,) * len(shape)  # A part of zeros tells nothing.
+    x[outlier] = 1e30
+    value, window = stored(x)
+    assert bool(window.signed[0]) == (sign < 0)
+    inside = x != x[outlier]
+    np.testing.assert_allclose(value[inside], x[inside], rtol=0.25)
+
+
+@given(st.lists(st.integers(1, 2**20), min_size=1, max_size=4))
+def test_sums_of_exponents_fit_and_keep_octaves_of_any_leaf(shape):
+    size = np.prod([shape[i] for i in _moment_codec._part_axes(shape)], dtype=object)
+    dropped = _moment_codec._dropped(shape)
+    assert dropped <= 3
+    assert size * (255 >> dropped) < 2**31
 
 
 @pytest.mark.parametrize("sign", [1, -1])
