@@ -73,9 +73,13 @@ def _near(leaf: Leaf, below: _Below, end: int | None = None) -> list[Leaf]:
 
     By default, the leaves next to its module: ``query`` is next to ``out/kernel``.
     """
-    end = (-2 if like.GENERIC.fullmatch(leaf.own) else -1) if end is None else end
-    found = below[leaf.names[:end]]
+    found = below[leaf.names[: _end(leaf) if end is None else end]]
     return [x for x in found if x.layer == leaf.layer and x is not leaf]
+
+
+def _end(leaf: Leaf) -> int:
+    """Where the path of the module around a leaf's own module ends."""
+    return -2 if like.GENERIC.fullmatch(leaf.own) else -1
 
 
 # --- which axes count layers ----------------------------------------------------------
@@ -205,6 +209,8 @@ def _split(leaf: Leaf, from_heads: bool, below: _Below) -> Axes | None:
         second = (leaf.own if lora[0].lower() == "lora" else lora[0])[-1] in "bB"
         return (axes[:1], axes[1:]) if second else (axes[:-1], axes[-1:])
     if from_heads:
+        if len(axes) == 3 and sizes[1] >= sizes[2]:  # No head has as many features.
+            return axes[1:2], axes[2:]
         in_groups = _has_rolled(leaf, below, like.TO_HEADS, -1)
         return (axes[:-1] if in_groups else axes[-3:-1]), axes[-1:]
     if to_heads:
@@ -345,9 +351,19 @@ def _by_name(leaf: Leaf, below: _Below) -> Kind:
     ):
         return "table"
     if like.GATE.fullmatch(leaf.subject):
-        experts = [x for x in _near(leaf, below) if len(x.core) > 2]
-        return "router" if any(x.sizes[0] == fan_out for x in experts) else leaf.kind
+        return "router" if _counts_experts(leaf, below) else leaf.kind
     return "router" if like.ROUTER.fullmatch(leaf.subject) else leaf.kind
+
+
+def _counts_experts(leaf: Leaf, below: _Below) -> bool:
+    """Whether a leaf has an output for each of the experts beside it."""
+    _, fan_out = leaf.fans
+    if any(len(x.core) > 2 and x.sizes[0] == fan_out for x in _near(leaf, below)):
+        return True
+    # Experts in a list may be layers of their own, if nothing around them is.
+    paths = ("/".join(x.names) for x in below[leaf.names[: _end(leaf)]])
+    listed = {found[1] for found in map(like.EXPERT.search, paths) if found}
+    return len(listed) == fan_out > 0
 
 
 class _BySize:

@@ -45,6 +45,7 @@ TO_HEADS = _name(
 )
 FROM_HEADS = _name(rf"{OF_ATTENTION}(o|out|output|vec){PROJECTION}(_einsum)?")
 EXPERTS = re.compile("expert|moe", re.IGNORECASE)
+EXPERT = re.compile(r"experts?[_/]?(\d+)/", re.IGNORECASE)  # one of a list
 LORA = re.compile(r"lora(_[ab])?$", re.IGNORECASE)
 # Modules whose kernels of three axes and more are stacks of matrices.
 STACK = re.compile(

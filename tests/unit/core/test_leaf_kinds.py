@@ -292,6 +292,36 @@ MODELS = {
         "blocks/0/layer_scale": ((D,), None),
         "head/kernel": ((D, 10), None),
     },
+    "experts in lists": {
+        **{
+            f"layers/{i}/moe/experts/{e}/{name}/kernel": (shape, "0 1")
+            for i in range(2)
+            for e in range(E)
+            for name, shape in {"w1": (D, F), "w2": (F, D)}.items()
+        },
+        "layers/0/moe/gate/kernel": ((D, E), None),
+        "layers/1/moe/gate/kernel": ((D, E), None),
+    },
+    "experts without layers": {
+        **{f"Expert_{e}/Dense_0/kernel": ((D, F), "0 1") for e in range(E)},
+        **{f"Expert_{e}/Dense_1/kernel": ((F, D), "0 1") for e in range(E)},
+        "gate/kernel": ((D, E), None),
+    },
+    "a stack whose norms have no weights": {
+        "wte": ((V, D), None),
+        "blocks/q": ((L, D, N * H), "1 2"),
+        "blocks/k": ((L, D, K * H), "1 2"),
+        "blocks/o": ((L, N * H, D), "1 2"),
+        "blocks/up": ((L, D, F), "1 2"),
+        "blocks/down": ((L, F, D), "1 2"),
+    },
+    "a stack without a name": {
+        "tok_embed": ((V, D), None),
+        "norm1": ((L, D), None),
+        "wq": ((L, D, N * H), "1 2"),
+        "wo": ((L, N * H, D), "1 2"),
+        "final_norm": ((D,), None),
+    },
     "DiT": {
         "t_embedder/mlp/0/kernel": ((256, D), "0 1"),
         "y_embedder/embedding_table/embedding": ((11, D), None),
