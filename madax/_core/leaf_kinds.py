@@ -19,10 +19,10 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from madax._core import leaf_names as like
-from madax._core.leaf_names import Axes, Kind, Leaf, size_of
+from madax._core.leaf_names import Axes, Below, Kind, Leaf, leaves_below, near, size_of
+from madax._core.leaf_roles import find_roles
 from madax._core.names import ENDS, LAYERS
 
-_Below = dict[tuple[str, ...], list[Leaf]]
 _Layout = Literal["vector", "convolution", "from heads", "product"]
 
 
@@ -47,7 +47,7 @@ def _read(
         leaves.append(leaf)
     _find_stacks(leaves)
     _find_lists(leaves)
-    below = _below(leaves)
+    below = leaves_below(leaves)
     # A leaf is compared with others, so all have an answer before any changes.
     layouts = [_layout(leaf, below) for leaf in leaves]
     for leaf, layout in zip(leaves, layouts, strict=True):
@@ -55,31 +55,8 @@ def _read(
             leaf.core = tuple(i for i in leaf.core if leaf.shape[i] > 1)
     for leaf, layout in zip(leaves, layouts, strict=True):
         leaf.kind, leaf.axes = _as_matrix(leaf, layout, below)
-    _find_roles(leaves, below)
+    find_roles(leaves, below)
     return tuple(leaves)
-
-
-def _below(leaves: Iterable[Leaf]) -> _Below:
-    """Returns the leaves below each prefix of a path."""
-    below = defaultdict(list)
-    for leaf in leaves:
-        for i in range(len(leaf.names)):
-            below[leaf.names[:i]].append(leaf)
-    return below
-
-
-def _near(leaf: Leaf, below: _Below, end: int | None = None) -> list[Leaf]:
-    """Returns the other leaves of its layer with the same path up to ``end``.
-
-    By default, the leaves next to its module: ``query`` is next to ``out/kernel``.
-    """
-    found = below[leaf.names[: _end(leaf) if end is None else end]]
-    return [x for x in found if x.layer == leaf.layer and x is not leaf]
-
-
-def _end(leaf: Leaf) -> int:
-    """Where the path of the module around a leaf's own module ends."""
-    return -2 if like.GENERIC.fullmatch(leaf.own) else -1
 
 
 # --- which axes count layers ----------------------------------------------------------
@@ -104,7 +81,7 @@ def _find_stacks(leaves: list[Leaf]) -> None:
                 _take_axis([leaf for leaf in layers if leaf.names[1:2] == (name,)], 0)
     for _ in range(2):  # A stack may be a stack of stages, each of several layers.
         taken = set()
-        groups = sorted(_below(leaves).items(), key=lambda item: len(item[0]))
+        groups = sorted(leaves_below(leaves).items(), key=lambda item: len(item[0]))
         for prefix, group in groups:
             if taken.isdisjoint(group) and _is_stack(group):
                 taken |= set(group)
@@ -137,7 +114,7 @@ def _take_axis(group: list[Leaf], i: int) -> bool:
 def _find_lists(leaves: list[Leaf]) -> None:
     """Finds layers that are alike, as ``blocks/0``, ``blocks/1`` or ``Block_1``."""
     lists = defaultdict(dict)
-    for prefix, group in _below(leaves).items():
+    for prefix, group in leaves_below(leaves).items():
         number = re.fullmatch(r"(.*?)_?\d+", prefix[-1]) if prefix else None
         if number and all(leaf.layer is None for leaf in group):
             lists[*prefix[:-1], number[1]][prefix] = group
@@ -161,21 +138,21 @@ def _make_layer(group: list[Leaf], prefix: tuple[str, ...]) -> None:
 # --- which axes are rows and columns --------------------------------------------------
 
 
-def _layout(leaf: Leaf, below: _Below) -> _Layout:
+def _layout(leaf: Leaf, below: Below) -> _Layout:
     """How a leaf is multiplied, by its names, or else by its shape."""
     # A gate of shape (1, 1) is no more a matrix than a gate of shape ().
     if len(leaf.core) < 2 or leaf.is_vector or max(leaf.sizes) < 2:
         return "vector"
     from_heads = like.FROM_HEADS.fullmatch(leaf.subject) is not None and (
         any(map(like.ATTENTION.fullmatch, leaf.names))
-        or any(like.TO_HEADS.fullmatch(x.subject) for x in _near(leaf, below))
+        or any(like.TO_HEADS.fullmatch(x.subject) for x in near(leaf, below))
     )
     if from_heads:
         return "from heads"
     return "convolution" if _is_convolution(leaf) else "product"
 
 
-def _as_matrix(leaf: Leaf, layout: _Layout, below: _Below) -> tuple[Kind, Axes | None]:
+def _as_matrix(leaf: Leaf, layout: _Layout, below: Below) -> tuple[Kind, Axes | None]:
     """The kind of a leaf before its role is known, and its axes if it is a matrix."""
     if layout == "vector":
         return "vector", None
@@ -192,7 +169,7 @@ def _as_matrix(leaf: Leaf, layout: _Layout, below: _Below) -> tuple[Kind, Axes |
     return "matrix", (inputs, outputs)
 
 
-def _split(leaf: Leaf, from_heads: bool, below: _Below) -> Axes | None:
+def _split(leaf: Leaf, from_heads: bool, below: Below) -> Axes | None:
     """Returns the core axes that a product sums over, and the axes of its result."""
     axes, sizes = range(len(leaf.core)), leaf.sizes
     if len(axes) < 3:
@@ -236,18 +213,18 @@ def _split(leaf: Leaf, from_heads: bool, below: _Below) -> Axes | None:
     return None
 
 
-def _heads_first(leaf: Leaf, below: _Below) -> bool:
+def _heads_first(leaf: Leaf, below: Below) -> bool:
     """Whether features of the layer are the second axis, as its last product tells."""
     out = [
         x.sizes[-1]
-        for x in _near(leaf, below)
+        for x in near(leaf, below)
         if len(x.core) == 3 and like.FROM_HEADS.fullmatch(x.subject)
         if not like.LORA.search(x.own)
     ]
     return any(leaf.sizes[0] != features == leaf.sizes[1] for features in out)
 
 
-def _has_rolled(leaf: Leaf, below: _Below, name: re.Pattern[str], shift: int) -> bool:
+def _has_rolled(leaf: Leaf, below: Below, name: re.Pattern[str], shift: int) -> bool:
     """Whether the axes of a partner are those of the leaf, rolled.
 
     Queries (features, groups, heads, size) have one in (groups, heads, size, features).
@@ -255,16 +232,16 @@ def _has_rolled(leaf: Leaf, below: _Below, name: re.Pattern[str], shift: int) ->
     """
     rolled = leaf.sizes[shift:] + leaf.sizes[:shift]
     return len(leaf.core) == 4 and any(
-        x.sizes == rolled and name.fullmatch(x.subject) for x in _near(leaf, below)
+        x.sizes == rolled and name.fullmatch(x.subject) for x in near(leaf, below)
     )
 
 
-def _is_fused(leaf: Leaf, below: _Below) -> bool:
+def _is_fused(leaf: Leaf, below: Below) -> bool:
     """Whether two or three products in one, (inputs, 2, outputs), feed another leaf."""
     if len(leaf.core) != 3 or not leaf.sizes[1] < 4 <= leaf.sizes[0]:
         return False
     inputs, _, outputs = leaf.sizes
-    return any(x.sizes == (outputs, inputs) for x in _near(leaf, below))
+    return any(x.sizes == (outputs, inputs) for x in near(leaf, below))
 
 
 def _outputs_by_bias(leaf: Leaf) -> int | None:
@@ -316,99 +293,3 @@ def _split_convolution(leaf: Leaf) -> Axes:
     if inputs == 1 and depthwise:
         return (), ()
     return (axes[1:], axes[:1]) if outputs_first else (axes[:-1], axes[-1:])
-
-
-# --- what it is for -------------------------------------------------------------------
-
-
-def _find_roles(leaves: list[Leaf], below: _Below) -> None:
-    """Tells tables, last layers and routers from other matrices."""
-    for leaf in leaves:
-        if leaf.kind in ("matrix", "unknown"):
-            leaf.kind = _by_name(leaf, below)
-    outside = [leaf for leaf in leaves if leaf.layer is None]
-    layered = len(outside) < len(leaves) or {x.names[0] for x in leaves} == {ENDS}
-    by_size = _BySize(outside, layered)
-    found = [by_size.kind_of(leaf) for leaf in outside]
-    for leaf, kind in zip(outside, found, strict=True):
-        leaf.kind = kind
-
-
-def _by_name(leaf: Leaf, below: _Below) -> Kind:
-    _, fan_out = leaf.fans
-    heads = [i for i, name in enumerate(leaf.names) if like.HEAD.fullmatch(name)]
-    attends = any(map(like.ATTENTION.fullmatch, leaf.names))
-    # The heads of attention are others: MultiHead_0/Head_0, or head_0/query.
-    if heads and not (attends or like.TO_HEADS.fullmatch(leaf.subject)):
-        # In a classifier of several layers, only the last is a last layer.
-        group = _near(leaf, below, heads[0] + 1)
-        feeds = fan_out and any(x.fans[0] == fan_out for x in group)
-        return leaf.kind if feeds else "head"
-    if like.LAST.fullmatch(leaf.subject) and leaf.layer is None and not attends:
-        return "head"
-    if any(map(like.TABLE.fullmatch, (leaf.own, leaf.subject))) or any(
-        map(like.PATCHES.search, leaf.names)  # which embeds the input, too
-    ):
-        return "table"
-    if like.GATE.fullmatch(leaf.subject):
-        return "router" if _counts_experts(leaf, below) else leaf.kind
-    return "router" if like.ROUTER.fullmatch(leaf.subject) else leaf.kind
-
-
-def _counts_experts(leaf: Leaf, below: _Below) -> bool:
-    """Whether a leaf has an output for each of the experts beside it."""
-    _, fan_out = leaf.fans
-    if any(len(x.core) > 2 and x.sizes[0] == fan_out for x in _near(leaf, below)):
-        return True
-    # Experts in a list may be layers of their own, if nothing around them is.
-    paths = ("/".join(x.names) for x in below[leaf.names[: _end(leaf)]])
-    listed = {found[1] for found in map(like.EXPERT.search, paths) if found}
-    return len(listed) == fan_out > 0
-
-
-class _BySize:
-    """Recognises a table or a last layer by a size that no other leaf has."""
-
-    def __init__(self, leaves: list[Leaf], layered: bool):
-        self.layered = layered
-        self.holders = defaultdict(list)
-        for leaf in leaves:
-            for n in set(leaf.sizes):
-                self.holders[n].append(leaf)
-        biases = [x for x in leaves if like.BIAS.fullmatch(x.own)]
-        self.biased = {(*x.names[:-1], x.sizes) for x in biases}
-
-    def kind_of(self, leaf: Leaf) -> Kind:
-        if leaf.kind != "matrix" or len(leaf.core) != 2:
-            return leaf.kind
-        fan_in, fan_out = leaf.fans
-        # A leaf that multiplies features is not looked up, so it is not a table.
-        biased = (*leaf.names[:-1], (fan_out,)) in self.biased
-        dense = biased or leaf.own == "kernel" or bool(like.DENSE.search(leaf.subject))
-        if self.is_alone(leaf, fan_out, fan_in, dense):
-            return "head"
-        tall = self.layered or fan_in > fan_out
-        table = tall and not dense and self.is_alone(leaf, fan_in, fan_out, dense)
-        return "table" if table else "matrix"
-
-    def is_alone(self, leaf: Leaf, n: int, other: int, dense: bool) -> bool:
-        """Returns whether ``other`` is a width of features, and ``n`` is not."""
-        if len(self.holders[n]) > 4:  # itself, a bias, a table, a last layer
-            return False
-        same = [
-            x
-            for x in self.holders[n]
-            if x is not leaf and (not x.may_be_bias or x.names[:-1] != leaf.names[:-1])
-        ]
-        tables = [x for x in same if x.kind == "table" and x.sizes[0] == n]
-        # A table and a last layer have a vocabulary in common.
-        if self.layered and not dense and not tables and len(same) == 1 and n > other:
-            tables = [x for x in same if sorted(x.sizes) == [other, n]]
-        known = any(x is not leaf and x not in tables for x in self.holders[other])
-        if not known or len(tables) < len(same):
-            return False
-        if tables or (self.layered and not dense):
-            return True
-        # Fused queries, keys and values, or gates, have a multiple of a width.
-        widths = [other, *(m for m in self.holders if m > 7 and m != n)]
-        return not any(n % m == 0 and n // m < 10 for m in widths)

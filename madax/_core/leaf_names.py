@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -98,6 +99,11 @@ class Leaf:
         return named[-1] if named else self.names[-1]
 
     @property
+    def around(self) -> tuple[str, ...]:
+        """The path of what is around its module: ``query`` is in what ``out`` is in."""
+        return self.names[: -2 if GENERIC.fullmatch(self.own) else -1]
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(self.shape[i] for i in self.core)
 
@@ -134,6 +140,24 @@ class Leaf:
     @property
     def may_be_bias(self) -> bool:
         return len(self.core) == 1 and not NORM.fullmatch(self.own)
+
+
+Below = Mapping[tuple[str, ...], list[Leaf]]
+
+
+def leaves_below(leaves: Iterable[Leaf]) -> Below:
+    """Returns the leaves below each prefix of their paths."""
+    below = defaultdict(list)
+    for leaf in leaves:
+        for i in range(len(leaf.names)):
+            below[leaf.names[:i]].append(leaf)
+    return below
+
+
+def near(leaf: Leaf, below: Below, prefix: tuple[str, ...] | None = None) -> list[Leaf]:
+    """Returns the other leaves of its layer below a prefix, by default around it."""
+    found = below[leaf.around if prefix is None else prefix]
+    return [x for x in found if x.layer == leaf.layer and x is not leaf]
 
 
 def size_of(shape: Sequence[int], axes: Iterable[int]) -> int:

@@ -11,8 +11,8 @@ import optax
 from jax.typing import ArrayLike
 
 from madax._core.checks import check_decay, check_format
-from madax._core.leaf_kinds import Axes, read_leaves
-from madax._core.leaf_names import Kind
+from madax._core.leaf_kinds import read_leaves
+from madax._core.leaf_names import Axes, Kind
 from madax._core.names import Tree, flatten_named
 from madax._core.tracing import Shapes, shapes_of
 from madax.codes._array import is_quantized

@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from madax._core.checks import check_decay, check_state
-from madax._core.leaf_kinds import Axes
+from madax._core.leaf_names import Axes
 from madax._core.names import Tree
 from madax._core.numerics import (
     decay_rate,

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from madax._core.checks import leaf_name, type_error, warn_of_leaves
-from madax._core.leaf_kinds import Axes, read_leaves
+from madax._core.leaf_kinds import read_leaves
+from madax._core.leaf_names import Axes
 from madax._core.names import Tree, flatten_named, is_part
 from madax._core.shards import in_auto_axes
 from madax.codes._array import is_quantized
