@@ -19,6 +19,7 @@ from madax._core.leaf_kinds import read_leaves
 from madax._core.names import Tree, flatten_named
 from madax._core.numerics import decay_rate
 from madax._core.shards import in_auto_axes
+from madax._core.sums import fraction
 from madax._core.vectors import shape_per_leaf
 from madax.codes._array import is_quantized
 from madax.codes._leaves import (
@@ -201,7 +202,7 @@ def fraction_at_bound(params: Tree, state: Tree = None) -> dict[str, jax.Array]:
     found += [grid.scale for grid in nodes_of(state, QuantizeToGridState)]
     bounds = [per_leaf(bound, leaves) for bound in found]
     fractions = {
-        path: _fraction(_is_at_bound(w, own))
+        path: fraction(_is_at_bound(w, own))
         for path, w, *own in zip(paths, leaves, *bounds, strict=True)
     }
     is_traced = any(isinstance(x, jax.core.Tracer) for x in fractions.values())
@@ -228,7 +229,7 @@ def fraction_zero(params: Tree) -> dict[str, jax.Array]:
       >>> print(madax.diagnostics.fraction_zero({"b": jnp.array([0.0, 1.0])}))
       {'b': Array(0.5, dtype=float32)}
     """
-    return _by_path(lambda w: _fraction(w == 0), params)
+    return _by_path(lambda w: fraction(w == 0), params)
 
 
 def fraction_sign_changed(params: Tree, previous: Tree) -> dict[str, jax.Array]:
@@ -251,7 +252,7 @@ def fraction_sign_changed(params: Tree, previous: Tree) -> dict[str, jax.Array]:
       {'w': Array(0.5, dtype=float32)}
     """
     return _by_path(
-        lambda w, before: _fraction(jnp.sign(w) != jnp.sign(before)), params, previous
+        lambda w, before: fraction(jnp.sign(w) != jnp.sign(before)), params, previous
     )
 
 
@@ -385,11 +386,6 @@ def _is_at_bound(w: Tree, bounds: Sequence[jax.Array]) -> jax.Array:
         return jnp.abs(w.codes) == w.format.levels
     bound = reduce(jnp.minimum, bounds, max_weight(jnp.result_type(w)))
     return jnp.abs(widen(w)) >= (1 - 2**-6) * bound
-
-
-def _fraction(condition: jax.Array) -> jax.Array:
-    count = jnp.sum(condition, dtype=jnp.uint32)
-    return count / jnp.float32(max(condition.size, 1))
 
 
 def _relative_norm(u: jax.Array, w: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import optax
 from madax._core.checks import leaf_name
 from madax._core.derivatives import with_derivative
 from madax._core.numerics import normal_reciprocal, plus_product, rounded
+from madax._core.sums import fraction
 from madax._core.vectors import awaited, known_values, shape_per_leaf
 from madax.codes._array import is_quantized
 from madax.codes._leaves import flatten, widen
@@ -116,8 +117,7 @@ def _leaf_size(w: jax.Array) -> tuple[jax.Array, jax.Array]:
 @jax.jit
 def fraction_above(w: jax.Array, bound: jax.Array) -> jax.Array:
     """Returns the fraction of weights above a bound by more than a rounding error."""
-    above = jnp.abs(widen(w)) > bound * (1 + 1e-5)
-    return jnp.sum(above, dtype=jnp.uint32) / float(max(np.size(w), 1))
+    return fraction(jnp.abs(widen(w)) > bound * (1 + 1e-5))
 
 
 def root_mean_square(

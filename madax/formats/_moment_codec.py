@@ -22,6 +22,7 @@ from madax._core.numerics import (
 )
 from madax._core.rounding import Rounding, rounding_bits
 from madax._core.shards import over_shards
+from madax._core.sums import part_axes
 from madax._core.vectors import shape_per_leaf
 from madax.formats._moment_format import (
     UNSIGNED_OCTAVES,
@@ -211,7 +212,7 @@ class _Extremes(NamedTuple):
 
 def _extremes(x: jax.Array, factor: jax.Array) -> _Extremes:
     """Reduces one by one; compilers make one pass of it."""
-    size, axes = jnp.abs(x), _part_axes(x.shape)
+    size, axes = jnp.abs(x), part_axes(x.shape, _AT_ONCE)
     # By default JAX adds up int32 as int64 in x64 mode.
     total, count = (jnp.sum(each, axes, jnp.int32) for each in _exponents(size))
     low, high = jnp.min(x, axes, initial=0), jnp.max(size, axes, initial=0)
@@ -228,7 +229,9 @@ def _extremes_at_once(x: jax.Array, factor: jax.Array) -> _Extremes:
     start = *map(np.float32, (0, 0, 1)), np.int32(0), np.int32(0)
     size = jnp.abs(x)
     values = x, size, jnp.broadcast_to(factor, x.shape), *_exponents(size)
-    return _Extremes(*jax.lax.reduce(values, start, either, _part_axes(x.shape)))
+    return _Extremes(
+        *jax.lax.reduce(values, start, either, part_axes(x.shape, _AT_ONCE))
+    )
 
 
 def _exponents(size: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -251,17 +254,9 @@ def _mean_exponent(found: _Extremes, shape: Sequence[int]) -> jax.Array:
     return mean
 
 
-def _part_axes(shape: Sequence[int]) -> tuple[int, ...]:
-    """The axes of a part of a leaf: all, or the last ones if the leaf is large."""
-    first = 0
-    while first < len(shape) - 1 and math.prod(shape[first:]) > _AT_ONCE:
-        first += 1
-    return tuple(range(first, len(shape)))
-
-
 def _dropped(shape: Sequence[int]) -> int:
     """Bits to drop of each exponent, so that the sum of a part's fits 31 bits."""
-    size = math.prod(shape[axis] for axis in _part_axes(shape))
+    size = math.prod(shape[axis] for axis in part_axes(shape, _AT_ONCE))
     return max(2, size.bit_length() - 23)
 
 
