@@ -7,9 +7,10 @@ probe. Nothing reads a probe, so XLA allocates no array for it.
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,22 +69,52 @@ class ProbedArray(QuantizedArray):
         value = straight_through(self.probe, super()._value().astype(self.dtype))
         noted = _NOTED.get()
         if noted is not None:
-            noted.append((value, self))
+            noted.append(Decode.of(value, self))
         return value
 
     def _at(self, index: Any) -> QuantizedArray:
         return ProbedArray.of(super()._at(index), self.probe[index])
 
 
-# Decoded values, with their codes, of the loss that is being differentiated.
-Decodes = list[tuple[jax.Array, ProbedArray]]
-_NOTED: ContextVar[Decodes | None] = ContextVar("noted", default=None)
+class Decode(NamedTuple):
+    """A decoded value and its codes, which the note does not keep alive.
+
+    A loop or a checkpoint in the loss has tracers that must not outlive it.
+
+    Attributes:
+      value: a weak reference to the decoded array.
+      codes: a weak reference.
+      scale: a weak reference.
+      kind: what is static of the codes.
+    """
+
+    value: Callable[[], jax.Array | None]
+    codes: Callable[[], jax.Array | None]
+    scale: Callable[[], jax.Array | None]
+    kind: Kind
+
+    @classmethod
+    def of(cls, value: jax.Array, w: QuantizedArray) -> "Decode":
+        """The note of ``value``, which ``w`` decodes to."""
+        return cls(*map(weakref.ref, (_primal(value), w.codes, w.scale)), w.kind)
+
+    def codes_of(self, array: jax.Array) -> QuantizedArray | None:
+        """The codes of an array that is the decoded value; None for any other."""
+        if self.value() is not array:
+            return None
+        codes, scale = self.codes(), self.scale()
+        gone = codes is None or scale is None
+        return None if gone else QuantizedArray(codes, scale, *self.kind)
+
+
+# The decodes of the loss that is being differentiated.
+_NOTED: ContextVar[list[Decode] | None] = ContextVar("noted", default=None)
 
 
 @contextlib.contextmanager
-def noting_decodes() -> Generator[Decodes, None, None]:
-    """Collects the arrays that are decoded while the context is active."""
-    noted: Decodes = []
+def noting_decodes() -> Generator[list[Decode], None, None]:
+    """Collects what is decoded while the context is active."""
+    noted: list[Decode] = []
     token = _NOTED.set(noted)
     try:
         yield noted
@@ -91,7 +122,7 @@ def noting_decodes() -> Generator[Decodes, None, None]:
         _NOTED.reset(token)
 
 
-def primal(x: jax.Array) -> jax.Array:
+def _primal(x: jax.Array) -> jax.Array:
     """Returns the value at the bottom of nested JVP tracers."""
     while hasattr(x, "primal"):
         x = x.primal

@@ -13,7 +13,7 @@ from jax.extend import core
 from madax._core.names import Tree
 from madax._core.shards import barrier
 from madax.codes._array import QuantizedArray
-from madax.codes._probes import noting_decodes, primal
+from madax.codes._probes import noting_decodes
 
 
 def value_and_gradient(
@@ -27,10 +27,10 @@ def value_and_gradient(
     jax.eval_shape(jax.grad(lambda value: value), value)
     kept, treedef = jax.tree.flatten(pull)
     again: dict[int, QuantizedArray] = {
-        i: w.like(w.codes, w.scale)
+        i: codes
         for i, x in enumerate(kept)
-        for value, w in decodes
-        if primal(value) is x
+        for decode in decodes
+        if (codes := decode.codes_of(x)) is not None
     }
     one = jnp.ones_like(value)
     # Outside jit every operation runs at once, so this would save nothing.

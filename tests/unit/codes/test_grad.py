@@ -216,6 +216,12 @@ def test_weights_are_decoded_again_and_not_kept():
     )
 
 
+@pytest.mark.parametrize("kind", ["loop", "scan, checkpoint"])
+def test_no_tracer_outlives_the_loop_that_it_is_of(params, kind):
+    with jax.checking_leaks():
+        jax.jit(madax.value_and_grad(partial(loss, kind=kind))).trace(params, IDS)
+
+
 def test_probes_are_not_there():
     """A step from codes to codes has no float array of a weight's size but two."""
     w = codes(0, (512, 512))
