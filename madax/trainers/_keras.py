@@ -6,6 +6,8 @@ import optax
 
 from madax._core.checks import check_transformation, type_error
 from madax.formats._base import Format
+from madax.hijax._values import is_lifted
+from madax.trainers._keras_variables import hold
 from madax.trainers._shared import coder, imported
 
 
@@ -62,10 +64,27 @@ def keras(
         raise ValueError(
             "model has no trainable variables yet; call model.build(input_shape) first."
         )
+    for variable in variables:
+        if variable.constraint is not None:
+            raise ValueError(
+                f"the variable {variable.path!r} has the constraint "
+                f"{variable.constraint!r}, which would make floats of codes; leave "
+                "constraints out of the model."
+            )
+    if package.distribution.distribution() is not None:
+        raise ValueError(
+            "keras.distribution has a distribution, by which Keras gives its step "
+            "shardings of the weights, which codes do not have; train on one device, "
+            "after keras.distribution.set_distribution(None)."
+        )
     # This module has a subclass of Keras.
     from madax.trainers._keras_optimizer import Optax, named
 
     codes = made(named(variables, [v.value for v in variables]))
     for variable, value in zip(variables, codes.values(), strict=True):
-        variable.assign(value)
-    return Optax(tx)
+        if is_lifted(value):
+            hold(variable, value)
+    optimizer = Optax(tx)
+    # Files of Keras restore the state of an optimizer only if it is there.
+    optimizer.build(variables)
+    return optimizer
