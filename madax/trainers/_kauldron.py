@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from madax import hijax
 from madax._core.checks import type_error
 from madax.formats._base import Format
 from madax.trainers._shared import coder, imported
@@ -52,11 +53,17 @@ def kauldron(trainer: Any, format: Format, **options: Any) -> Any:
     made = coder(format, options)
     data: Any = imported("kauldron.data.utils", "kauldron")
     where = trainer.sharding.params
-    step = type(trainer.trainstep)
+    step, aux = type(trainer.trainstep), type(trainer.trainstep.aux)
 
     def coded(state):
         params = kd.sharding.with_sharding_constraint(state.params, where)
         return state.replace(params=made(params))
+
+    def update_context(self, context):
+        # Metrics of the parameters check that they are arrays.
+        return aux.update_context(
+            self, context.replace(params=hijax.decode(context.params))
+        )
 
     def init(self, *args, skip_transforms=False, skip_optimizer=False, **kwargs):
         if not skip_transforms:  # _init_transform makes the codes.
@@ -91,8 +98,9 @@ def kauldron(trainer: Any, format: Format, **options: Any) -> Any:
             state_specs=cached_property(state_specs),
             context_specs=cached_property(context_specs),
         ),
-        trainstep=_subclassed(
-            trainer.trainstep, init=init, _init_transform=_init_transform
+        trainstep=dataclasses.replace(
+            _subclassed(trainer.trainstep, init=init, _init_transform=_init_transform),
+            aux=_subclassed(trainer.trainstep.aux, update_context=update_context),
         ),
         # JAX takes no shardings of codes: steps keep them where they lie.
         sharding=dataclasses.replace(trainer.sharding, params=None),

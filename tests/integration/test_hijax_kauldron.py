@@ -184,6 +184,16 @@ def test_its_evaluators_read_codes(tmp_path):
     assert value < made.writer.losses[0]
 
 
+def test_its_metrics_read_parameters(tmp_path):
+    tx = madax.hijax.optimizer(madax.madam(0.02))
+    norm = kd.metrics.Norm(tensor="params.Dense_0.kernel", axis=(0, 1))
+    made = trainer(tmp_path, tx, 1, train_metrics={"norm": norm})
+    start = madax.hijax.decode(made.init_state().params)["Dense_0"]["kernel"]
+    _, aux = made.train()
+    value = aux.compute(flatten=False).metric_values["norm"]
+    np.testing.assert_allclose(value, jnp.linalg.norm(start), rtol=1e-6)
+
+
 def test_classes_of_a_user_are_kept(tmp_path):
     tx = madax.hijax.optimizer(madax.madam(0.02))
     before = of_floats(tmp_path, tx, trainstep=TrainStep(label="mine"), seed=3)
