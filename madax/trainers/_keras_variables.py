@@ -41,8 +41,9 @@ def _of_codes(kind: type) -> type:
 
         def _direct_assign(self, value):
             super()._direct_assign(value)
-            # A copy, because steps donate the scale with the codes.
-            self._kind, self._scale = value.aval, value.scale.copy()
+            if value is not None:  # A fit takes the values of nnx variables away.
+                # A copy, because steps donate the scale with the codes.
+                self._kind, self._scale = value.aval, value.scale.copy()
 
         def _codes_of(self, value: Tree) -> LiftedArray:
             """Returns the codes of decoded values.

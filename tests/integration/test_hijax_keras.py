@@ -1,6 +1,8 @@
 """Keras's Model.fit on lifted codes, its checkpoints too, by an optimizer of optax."""
 
 import os
+import subprocess
+import sys
 from collections import OrderedDict
 
 os.environ["KERAS_BACKEND"] = "jax"
@@ -131,6 +133,21 @@ def test_the_best_weights_are_restored():
     losses, best = by_keras(model, callbacks=[stop])
     assert len(losses) == 3  # The loss falls, and the first was the largest.
     same(best, first)
+
+
+def test_variables_of_nnx_hold_codes():
+    """Keras reads the setting when it is imported."""
+    code = f"""
+import sys
+sys.path[:0] = {sys.path}
+import test_hijax_keras as here
+model = here.compiled(here.madax.madam(0.02))
+losses, params = here.by_keras(model, 2)
+assert losses[1] < losses[0] and params[0].codes.dtype == "int8"
+"""
+    options = os.environ | {"KERAS_NNX_ENABLED": "true"}
+    cwd = os.path.dirname(__file__)
+    subprocess.run([sys.executable, "-c", code], check=True, env=options, cwd=cwd)
 
 
 def test_a_file_of_a_model_has_its_values_and_no_tx(tmp_path):
