@@ -217,6 +217,11 @@ def check_float_leaf(tree_name: str, path: str, leaf: object) -> None:
     if not isinstance(
         leaf, (jax.Array, np.ndarray, np.generic, float, jax.ShapeDtypeStruct)
     ):
+        if hasattr(getattr(leaf, "aval", None), "number_format"):
+            raise TypeError(
+                f"{where} holds codes of madax.hijax; wrap the optimizer in "
+                "madax.hijax.optimizer."
+            )
         remedy = "train only the arrays, with optax.masked or optax.partition"
         raise type_error(where, "a floating-point array", leaf, remedy)
     dtype = getattr(leaf, "dtype", None)

@@ -1,6 +1,7 @@
 """EasyDeL: an optimizer of optax in its registry, from which it makes optimizers."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,9 @@ def easydel(
     It pins a JAX without hijax types, and so trains no codes. Weights in bfloat16 take
     :func:`madax.wrappers.with_stochastic_rounding`.
 
-    The weight decay of EasyDeL goes after the optimizer, where it would move rounded
-    weights: pass ``weight_decay=0.0``, and give the decay to the optimizer of optax.
+    The weight decay of EasyDeL, by default 0.01, goes after the optimizer, where it
+    would move rounded weights: pass ``weight_decay=0.0``, and give the decay to the
+    optimizer of optax.
 
     Args:
       name: the name for ``optimizer=`` of the training arguments. A name that this
@@ -38,7 +40,8 @@ def easydel(
       ImportError: if EasyDeL is not installed.
       TypeError: if ``name`` is no string, ``make`` no function or, when EasyDeL calls
         it, does not return an optimizer.
-      ValueError: if EasyDeL has an optimizer of that name.
+      ValueError: if EasyDeL has an optimizer of that name or, when it makes this one,
+        a weight decay.
 
     Example:
       .. code-block:: python
@@ -60,6 +63,14 @@ def easydel(
     optimizers: Any = imported("eformer.optimizers", "easydel")
 
     def build(self, schedule):
+        # EasyDeL adds the decay itself, and tells no optimizer of it.
+        decay = sys._getframe(1).f_locals.get("weight_decay", 0.0)
+        if decay:
+            raise ValueError(
+                f"weight_decay is {decay}, but EasyDeL would add it after the "
+                "optimizer, where it moves rounded weights; pass weight_decay=0.0, and "
+                "the decay to the optimizer of optax."
+            )
         tx = _MAKERS[name](schedule)
         check_transformation("make(learning_rate)", tx)
         return tx

@@ -1,9 +1,12 @@
 """Kauldron: a trainer whose state holds codes from its init on."""
 
 import dataclasses
-from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
+import jax
+
+from madax import hijax
 from madax._core.checks import type_error
 from madax.formats._base import Format
 from madax.trainers._shared import coder, imported
@@ -14,8 +17,9 @@ def kauldron(trainer: Any, format: Format, **options: Any) -> Any:
 
     Its train step makes codes of the parameters, after a pretrained checkpoint is
     loaded by its ``init_transform``, and before its optimizer is initialised. So a run
-    that is resumed restores codes into codes. The class of the train step and of the
-    writer stay, as bases of new ones.
+    that is resumed restores codes into codes. The classes of the trainer and of its
+    train step stay, as bases of new ones. Specs of the state have the type of codes in
+    place of a ``jax.ShapeDtypeStruct``, and no shardings.
 
     Codes stay on the devices on which ``sharding.params`` puts the floats.
 
@@ -47,12 +51,19 @@ def kauldron(trainer: Any, format: Format, **options: Any) -> Any:
     if not isinstance(trainer, kd.train.Trainer):
         raise type_error("trainer", "a kd.train.Trainer", trainer, "pass one")
     made = coder(format, options)
+    data: Any = imported("kauldron.data.utils", "kauldron")
     where = trainer.sharding.params
-    step = type(trainer.trainstep)
+    step, aux = type(trainer.trainstep), type(trainer.trainstep.aux)
 
     def coded(state):
         params = kd.sharding.with_sharding_constraint(state.params, where)
         return state.replace(params=made(params))
+
+    def update_context(self, context):
+        # Metrics of the parameters check that they are arrays.
+        return aux.update_context(
+            self, context.replace(params=hijax.decode(context.params))
+        )
 
     def init(self, *args, skip_transforms=False, skip_optimizer=False, **kwargs):
         if not skip_transforms:  # _init_transform makes the codes.
@@ -67,22 +78,37 @@ def kauldron(trainer: Any, format: Format, **options: Any) -> Any:
     def _init_transform(self, state):
         return coded(step._init_transform(self, state))
 
+    def state_specs(self):
+        _ = self.train_ds.element_spec  # Data may need random keys that are not traced.
+        return jax.eval_shape(partial(self.init_state, skip_transforms=True))
+
+    def context_specs(self):
+        spec = self.train_ds.element_spec
+        batch = data.mock_batch_from_elem_spec(spec, self.sharding.batch)
+
+        def context(batch):  # Specs of codes are no arguments, so it makes its state.
+            state = self.init_state(skip_transforms=True)
+            return self.trainstep._step(state, batch)[1]
+
+        return jax.eval_shape(context, batch)
+
     return dataclasses.replace(
-        trainer,
-        trainstep=_subclassed(
-            trainer.trainstep, init=init, _init_transform=_init_transform
+        _subclassed(
+            trainer,
+            state_specs=cached_property(state_specs),
+            context_specs=cached_property(context_specs),
         ),
-        # jax.ShapeDtypeStruct, by which writers describe the state, has no codes.
-        writer=_subclassed(
-            trainer.writer, write_context_structure=lambda self, step, trainer: None
+        trainstep=dataclasses.replace(
+            _subclassed(trainer.trainstep, init=init, _init_transform=_init_transform),
+            aux=_subclassed(trainer.trainstep.aux, update_context=update_context),
         ),
         # JAX takes no shardings of codes: steps keep them where they lie.
         sharding=dataclasses.replace(trainer.sharding, params=None),
     )
 
 
-def _subclassed(thing: Any, **methods: Callable) -> Any:
-    """Returns a copy of a dataclass whose class has other methods."""
+def _subclassed(thing: Any, **methods: Any) -> Any:
+    """Returns a copy of a dataclass whose class has other methods or properties."""
     kind = type(thing)
     fields = [field.name for field in dataclasses.fields(thing) if field.init]
     new = type(kind.__name__, (kind,), methods)

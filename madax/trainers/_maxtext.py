@@ -11,6 +11,21 @@ from madax._core.checks import check_transformation
 from madax.formats._base import Format
 from madax.trainers._shared import coder, imported
 
+_MOVES = "MaxText moves them by shardings, which codes do not have"
+_OF_MAXTEXT = "only optimizers of MaxText do that, and tx takes their place"
+# Settings that would be ignored, or that would make floats of codes.
+_REFUSED = {
+    "enable_diloco": "MaxText averages the weights of workers, which codes do not take",
+    "load_full_state_path": "its state of an optimizer would be lost: load weights by "
+    "load_parameters_path",
+    "optimizer_memory_host_offload": _MOVES,
+    "parameter_memory_host_offload": _MOVES,
+    "shard_optimizer_over_data": "MaxText shards only optimizers of its own",
+    "skip_step_on_spikes": _OF_MAXTEXT,
+    "trainable_parameters_mask": f"{_OF_MAXTEXT}: freeze weights in tx",
+    "use_qk_clip": "MaxText scales weights after a step, which makes floats of codes",
+}
+
 
 @contextlib.contextmanager
 def maxtext(
@@ -24,7 +39,7 @@ def maxtext(
     weights stay on the devices where they lie. Afterwards the function is as it was.
 
     The learning rate is the one of ``tx``, whatever the configuration says, and MaxText
-    reports another. Checkpoints hold the codes, but a run is not resumed, because
+    reports infinity. Checkpoints hold the codes, but a run is not resumed, because
     MaxText restores it before codes are made.
 
     Args:
@@ -41,8 +56,8 @@ def maxtext(
       TypeError: if ``tx`` is no optimizer, ``format`` no format, or an option none of
         ``quantize_params``.
       ValueError: when MaxText makes the state, if its configuration scans layers,
-        accumulates gradients, or shards weights or the optimizer, or the run has a
-        checkpoint.
+        accumulates gradients, shards weights, or has another setting that codes or
+        ``tx`` would not follow, or the run has a checkpoint.
 
     Example:
       .. code-block:: python
@@ -65,6 +80,8 @@ def maxtext(
         model = made(state.model)
         optimizer = nnx.Optimizer(model, tx, wrt=state.optimizer.wrt)
         state = type(state)(model, optimizer)
+        # The loop keeps the model, which would be one of floats, and reports the rate.
+        rest[3], rest[5] = model, lambda step: float("inf")
         rest[2] = jax.tree.map(lambda _: None, nnx.state(state))  # the shardings
         return *rest, state
 
@@ -90,11 +107,10 @@ def _check(config: Any, mesh: jax.sharding.Mesh) -> None:
             f"gradient_accumulation_steps=1, and optax.MultiSteps(tx, {steps})"
             ".gradient_transformation() for tx."
         )
-    if config.shard_optimizer_over_data:
-        raise ValueError(
-            "shard_optimizer_over_data is True, but MaxText shards only optimizers of "
-            "its own; pass shard_optimizer_over_data=false."
-        )
+    for name, why in _REFUSED.items():
+        if value := getattr(config, name):
+            off = repr(type(value)()).lower()
+            raise ValueError(f"{name} is {value}, but {why}; pass {name}={off}.")
     for axis, size in mesh.shape.items():
         if axis != "data" and size > 1:
             of_axis = f"{'pipeline' if axis == 'stage' else axis}_parallelism"

@@ -115,3 +115,13 @@ def test_arguments_are_checked():
     name = madax.trainers.easydel("none", lambda rate: None)
     with raises(TypeError, "make(learning_rate) must be an optax.GradientTransf"):
         factory.create(name)
+
+
+def test_a_decay_after_the_optimizer_is_refused():
+    name = madax.trainers.easydel("decayed", lambda rate: optax.sgd(rate))
+    with raises(ValueError, "weight_decay is 0.01", "pass weight_decay=0.0"):
+        factory.create(name, weight_decay=0.01)
+    # The default of EasyDeL.
+    arguments = ed.TrainingArguments(optimizer=name, max_training_steps=1)
+    with raises(ValueError, "weight_decay is 0.01", "pass weight_decay=0.0"):
+        arguments.get_optimizer_and_scheduler(1)

@@ -184,16 +184,39 @@ def test_its_evaluators_read_codes(tmp_path):
     assert value < made.writer.losses[0]
 
 
+def test_its_metrics_read_parameters(tmp_path):
+    tx = madax.hijax.optimizer(madax.madam(0.02))
+    norm = kd.metrics.Norm(tensor="params.Dense_0.kernel", axis=(0, 1))
+    made = trainer(tmp_path, tx, 1, train_metrics={"norm": norm})
+    start = madax.hijax.decode(made.init_state().params)["Dense_0"]["kernel"]
+    _, aux = made.train()
+    value = aux.compute(flatten=False).metric_values["norm"]
+    np.testing.assert_allclose(value, jnp.linalg.norm(start), rtol=1e-6)
+
+
 def test_classes_of_a_user_are_kept(tmp_path):
     tx = madax.hijax.optimizer(madax.madam(0.02))
     before = of_floats(tmp_path, tx, trainstep=TrainStep(label="mine"), seed=3)
     after = madax.trainers.kauldron(before, FMT)
     assert isinstance(after.trainstep, TrainStep) and after.trainstep.label == "mine"
-    assert isinstance(after.writer, Writer)
-    assert after.writer.losses is before.writer.losses
+    assert isinstance(after, type(before)) and type(after.writer) is Writer
     assert after.seed == 3 and after.trainstep.sharding is after.sharding
-    assert type(before.trainstep) is TrainStep and type(before.writer) is Writer
+    assert type(before.trainstep) is TrainStep
     assert before.sharding.params is kd.sharding.REPLICATED
+
+
+def test_specs_have_the_shapes_of_the_state(tmp_path):
+    """A run writes those of the context."""
+    made = trainer(tmp_path, madax.hijax.optimizer(madax.madam(0.02)))
+    state = made.init_state()
+    shape = lambda x: (x.shape, x.dtype)
+    expected = jax.tree.map(shape, state)
+    assert jax.tree.map(shape, made.state_specs) == expected
+    assert made.state_specs.params["Dense_0"]["kernel"].number_format == FMT
+    context = made.context_specs
+    assert jax.tree.map(shape, context.params) == expected.params
+    assert context.loss_total.shape == () and context.preds.shape == (16, 8)
+    assert context.updates["Dense_0"]["kernel"].dtype == jnp.int32
 
 
 def test_codes_are_made_of_what_was_loaded(tmp_path):

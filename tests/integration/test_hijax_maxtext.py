@@ -132,6 +132,36 @@ REFUSED = {
         "shard_optimizer_over_data is True",
         "pass shard_optimizer_over_data=false",
     ),
+    "moments on the host": (
+        {"optimizer_memory_host_offload": True},
+        "optimizer_memory_host_offload is True",
+        "pass optimizer_memory_host_offload=false",
+    ),
+    "weights on the host": (
+        {"parameter_memory_host_offload": True, "param_scan_axis": 0},
+        "parameter_memory_host_offload is True",
+        "pass parameter_memory_host_offload=false",
+    ),
+    "steps that are skipped": (
+        {"skip_step_on_spikes": True},
+        "skip_step_on_spikes is True",
+        "pass skip_step_on_spikes=false",
+    ),
+    "weights that are frozen": (
+        {"trainable_parameters_mask": "['.*mlp.*']"},
+        "trainable_parameters_mask is ['.*mlp.*']",
+        "freeze weights in tx; pass trainable_parameters_mask=[]",
+    ),
+    "workers that are averaged": (
+        {"enable_diloco": True},
+        "enable_diloco is True",
+        "pass enable_diloco=false",
+    ),
+    "the state of another optimizer": (
+        {"load_full_state_path": "elsewhere"},
+        "load_full_state_path is elsewhere",
+        "load weights by load_parameters_path; pass load_full_state_path=''",
+    ),
     "weights that are sharded": (
         {"ici_fsdp_parallelism": 8, "ici_data_parallelism": 1},
         "ici_fsdp_parallelism is 8",
@@ -158,6 +188,17 @@ def test_what_cannot_work_is_refused_and_the_function_restored(tmp_path, name):
         assert train_utils.setup_train_loop is not setup_train_loop
         train.main(arguments(tmp_path, **options))
     assert train_utils.setup_train_loop is setup_train_loop
+
+
+def test_its_loop_gets_no_floats_and_no_other_rate(tmp_path):
+    tx = madax.hijax.optimizer(madax.madam(0.02))
+    with madax.trainers.maxtext(tx, FMT):
+        options = {"enable_checkpointing": False}
+        made = train_utils.setup_train_loop(
+            *train.initialize(arguments(tmp_path, **options))
+        )
+    model, rate, state = made[3], made[5], made[-1]
+    assert model is state.model and rate(3) == float("inf")
 
 
 def test_arguments_are_checked():

@@ -149,6 +149,14 @@ def test_updates_of_floats_are_an_error_at_once(params, name, compiled):
 
 
 @needs_hijax
+def test_an_optimizer_that_is_not_wrapped_is_an_error_of_its_own(params):
+    with refused(
+        TypeError, "params['w'] holds codes of madax.hijax; wrap the optimizer in"
+    ):
+        jax.jit(madax.madam(0.1).init)(params)
+
+
+@needs_hijax
 def test_floats_are_added_to_weights_by_a_model(params):
     low_rank = normal(8, 8, seed=1)
     sums = params["w"] + low_rank, low_rank + params["w"]
