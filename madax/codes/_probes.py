@@ -96,7 +96,8 @@ class Decode(NamedTuple):
     @classmethod
     def of(cls, value: jax.Array, w: QuantizedArray) -> "Decode":
         """The note of ``value``, which ``w`` decodes to."""
-        return cls(*map(weakref.ref, (_primal(value), w.codes, w.scale)), w.kind)
+        ref = weakref.ref
+        return cls(ref(_primal(value)), ref(w.codes), ref(w.scale), w.kind)
 
     def codes_of(self, array: jax.Array) -> QuantizedArray | None:
         """The codes of an array that is the decoded value; None for any other."""
