@@ -6,8 +6,6 @@ import optax
 
 from madax._core.checks import check_transformation, type_error
 from madax.formats._base import Format
-from madax.hijax._values import is_lifted
-from madax.trainers._keras_variables import hold
 from madax.trainers._shared import coder, imported
 
 
@@ -84,9 +82,11 @@ def keras(
     from madax.trainers._keras_optimizer import Optax, named
 
     codes = made(named(variables, [v.value for v in variables]))
+    # This one needs hijax, which a JAX that made codes has.
+    from madax.trainers._keras_variables import hold
+
     for variable, value in zip(variables, codes.values(), strict=True):
-        if is_lifted(value):
-            hold(variable, value)
+        hold(variable, value)
     optimizer = Optax(tx)
     # Files of Keras restore the state of an optimizer only if it is there.
     optimizer.build(variables)

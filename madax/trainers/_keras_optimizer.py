@@ -31,12 +31,15 @@ class _Rate(float):
     assign = _refuse
 
 
+_RATE = _Rate("inf")
+
+
 @_keras.saving.register_keras_serializable("madax.trainers.keras")
 class Optax(_keras.optimizers.Optimizer):
     """An optimizer of optax, for ``compile``."""
 
     def __init__(self, tx: optax.GradientTransformation):
-        super().__init__(learning_rate=lambda: _Rate("inf"))
+        super().__init__(learning_rate=lambda: _RATE)
         self.tx = tx
 
     def build(self, variables: Sequence[Tree]) -> None:
@@ -85,7 +88,7 @@ class Optax(_keras.optimizers.Optimizer):
     def _named(self, values: Sequence[Tree]) -> Tree:
         return named(self._trainable_variables, values)
 
-    learning_rate = property(lambda self: _Rate("inf"), lambda self, rate: _refuse())
+    learning_rate = property(lambda self: _RATE, _refuse)
 
     def get_config(self) -> dict[str, Any]:
         return {}  # A tx cannot be written to a file.

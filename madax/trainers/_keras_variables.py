@@ -14,10 +14,11 @@ from madax.hijax._values import LiftedArray, is_lifted, lifted
 from madax.trainers._shared import imported
 
 
-def hold(variable: Any, codes: LiftedArray) -> None:
-    """Makes a variable of Keras one of codes."""
-    variable.__class__ = _of_codes(type(variable))
-    variable.assign(codes)
+def hold(variable: Any, value: Tree) -> None:
+    """Puts codes into a variable of Keras, which takes no floats from then on."""
+    if is_lifted(value):
+        variable.__class__ = _of_codes(type(variable))
+        variable.assign(value)
 
 
 @cache
