@@ -135,6 +135,8 @@ def quantize_params(
         raise type_error("channel_axis", wanted, channel_axis, remedy)
     tree, merge = split_module(params)
     paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
+    # Codes that madax.hijax lifted are codes, and not the floats that they act as.
+    leaves = [leaf.lowered() if hasattr(leaf, "lowered") else leaf for leaf in leaves]
     readings = read_leaves(paths, map(np.shape, leaves))
     chosen = map(where, paths, leaves) if where else map(_is_weight, leaves, readings)
     chosen = [i for i, is_chosen in enumerate(chosen) if is_chosen]

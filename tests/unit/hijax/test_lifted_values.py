@@ -101,6 +101,13 @@ def test_transformations_see_floats(transform):
     same(run(params, floats), run(floats, floats))
 
 
+def test_quantising_again_keeps_codes_and_scales():
+    w = madax.quantize_params(normal(64, 48), FMT)
+    again = madax.quantize_params({"w": madax.hijax.lift(w)}, FMT)
+    assert isinstance(again["w"], madax.QuantizedArray)
+    same(again["w"], w)
+
+
 def stack():
     w = madax.quantize_params(normal(3, 4, 4), FMT, channel_axis=0)
     return madax.hijax.lift(w), w.dequantize()
