@@ -211,17 +211,23 @@ def listed(items: Iterable[str], limit: int = 8) -> str:
     return ", ".join([*items[:limit], *more])
 
 
+def is_lifted(leaf: object) -> bool:
+    """Whether a leaf is codes of ``madax.hijax``, which is not imported for it."""
+    return hasattr(getattr(leaf, "aval", None), "number_format")
+
+
 def check_float_leaf(tree_name: str, path: str, leaf: object) -> None:
     """Raises unless ``leaf`` is a real floating-point array."""
     where = leaf_name(tree_name, path)
+    if is_lifted(leaf):
+        raise TypeError(
+            f"{where} holds codes of madax.hijax, which are floats to JAX only; wrap "
+            "an optimizer in madax.hijax.optimizer, and pass madax.hijax.lower(tree) "
+            "to other functions of madax."
+        )
     if not isinstance(
         leaf, (jax.Array, np.ndarray, np.generic, float, jax.ShapeDtypeStruct)
     ):
-        if hasattr(getattr(leaf, "aval", None), "number_format"):
-            raise TypeError(
-                f"{where} holds codes of madax.hijax; wrap the optimizer in "
-                "madax.hijax.optimizer."
-            )
         remedy = "train only the arrays, with optax.masked or optax.partition"
         raise type_error(where, "a floating-point array", leaf, remedy)
     dtype = getattr(leaf, "dtype", None)

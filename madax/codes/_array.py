@@ -378,3 +378,11 @@ Leaf: TypeAlias = jax.Array | QuantizedArray
 def is_quantized(x: object) -> TypeGuard[QuantizedArray]:
     """Whether a node of a tree is a quantised leaf."""
     return isinstance(x, QuantizedArray)
+
+
+def lowered(leaf: Any) -> Any:
+    """Returns codes that ``madax.hijax`` lifted as codes, and any other leaf as it is.
+
+    Outside of tracing.
+    """
+    return leaf.lowered() if hasattr(leaf, "lowered") else leaf

@@ -20,6 +20,7 @@ from madax._core.checks import (
     check_where,
     in_percent,
     is_float,
+    is_lifted,
     leaf_name,
     listed,
     type_error,
@@ -30,7 +31,7 @@ from madax._core.leaf_names import Leaf as Reading
 from madax._core.names import Tree, flatten_named
 from madax._core.numerics import divided_or_same
 from madax._core.vectors import awaited
-from madax.codes._array import Leaf, QuantizedArray, is_quantized
+from madax.codes._array import Leaf, QuantizedArray, is_quantized, lowered
 from madax.codes._leaves import widen
 from madax.codes._scales import bound_on_weights, fraction_above, root_mean_square
 from madax.formats._base import Format
@@ -136,7 +137,7 @@ def quantize_params(
     tree, merge = split_module(params)
     paths, leaves, treedef = flatten_named(tree, is_leaf=is_quantized)
     # Codes that madax.hijax lifted are codes, and not the floats that they act as.
-    leaves = [leaf.lowered() if hasattr(leaf, "lowered") else leaf for leaf in leaves]
+    leaves = [lowered(leaf) for leaf in leaves]
     readings = read_leaves(paths, map(np.shape, leaves))
     chosen = map(where, paths, leaves) if where else map(_is_weight, leaves, readings)
     chosen = [i for i, is_chosen in enumerate(chosen) if is_chosen]
@@ -168,7 +169,7 @@ def dequantize_params(params: Tree, dtype: DTypeLike | None = None) -> Tree:
 
     Args:
       params: tree of floating-point arrays and :class:`QuantizedArray`, or a module of
-        ``flax.nnx``.
+        ``flax.nnx``; codes may be lifted by :mod:`madax.hijax`.
       dtype: floating dtype of all floating leaves; None decodes codes to the dtype of
         each leaf, and does not cast other leaves.
 
@@ -189,6 +190,8 @@ def dequantize_params(params: Tree, dtype: DTypeLike | None = None) -> Tree:
     def dequantize(leaf):
         if is_quantized(leaf):
             return leaf.dequantize(dtype)
+        if is_lifted(leaf):
+            leaf = leaf.astype(leaf.dtype)  # Methods decode them.
         keeps = dtype is None or not is_float(leaf)
         return leaf if keeps else jnp.asarray(leaf).astype(dtype)
 

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from madax._core.names import Tree, flatten_named
-from madax.codes._array import AFTER_IMPORT, Leaf, QuantizedArray, is_quantized
+from madax.codes._array import (
+    AFTER_IMPORT,
+    Leaf,
+    QuantizedArray,
+    is_quantized,
+    lowered,
+)
 from madax.codes._kind import Kind
 
 _CODES = re.compile(r"(?P<path>(?:.*/)?)codes:(?P<kind>(\w+:)?\w+\(.*\))")
@@ -52,7 +58,7 @@ def to_flat_dict(tree: Tree) -> dict[str, Any]:
     """
     flat = {}
     names, leaves, _ = flatten_named(tree, is_leaf=is_quantized)
-    for name, leaf in zip(names, leaves, strict=True):
+    for name, leaf in zip(names, map(lowered, leaves), strict=True):
         for part, array in (leaf.parts() if is_quantized(leaf) else {"": leaf}).items():
             full = "/".join(filter(None, (name, part)))
             if not part and _NO_NUMPY.fullmatch(full):

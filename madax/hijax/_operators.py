@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madax._core.checks import check_copy
+from madax._core.checks import check_copy, is_lifted
 from madax._core.names import Tree
 from madax.hijax._jax import Array, ShapedArray, method, property_
 from madax.hijax._primitives import decode_array, lift_array, lower_array
-from madax.hijax._values import CodesType, LiftedArray, is_lifted
+from madax.hijax._values import CodesType, LiftedArray
 
 # Attributes that ShapedArray has for other purposes, or that lifted codes define.
 _OTHER = {"__new__", "_create", "_array_module", "_copy", "_deepcopy", "copy"}

@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from madax._core.checks import check_float_dtype, check_transformation, leaf_name
+from madax._core.checks import (
+    check_float_dtype,
+    check_transformation,
+    is_lifted,
+    leaf_name,
+)
 from madax._core.names import Tree, flatten_named
 from madax.codes._array import (
     AFTER_IMPORT,
@@ -20,7 +25,6 @@ from madax.codes._quantize import split_module
 from madax.hijax._operators import install
 from madax.hijax._primitives import decode_array, lift_array, lower_array
 from madax.hijax._shardings import of_scale
-from madax.hijax._values import is_lifted
 
 
 def _let_orbax_save(type_handlers: Tree) -> None:

@@ -223,8 +223,3 @@ def lifted(w: QuantizedArray, dtype: jnp.dtype | None = None) -> LiftedArray:
 
 
 register(LiftedArray, lambda x: x.aval)
-
-
-def is_lifted(x: object) -> bool:
-    """Returns whether a value or a tracer is an array of lifted codes."""
-    return isinstance(getattr(x, "aval", None), CodesType)

@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from madax._core.checks import is_lifted
 from madax._core.names import Tree
 from madax._core.numerics import divided_or_same
 from madax.codes._array import QuantizedArray
 from madax.hijax._primitives import decode_array
-from madax.hijax._values import LiftedArray, is_lifted, lifted
+from madax.hijax._values import LiftedArray, lifted
 from madax.trainers._shared import imported
 
 

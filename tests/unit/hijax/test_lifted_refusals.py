@@ -148,12 +148,23 @@ def test_updates_of_floats_are_an_error_at_once(params, name, compiled):
         (jax.jit(step) if compiled else step)(params, state)
 
 
+NOT_WRAPPED = {
+    "init": lambda params: madax.madam(0.1).init(params),
+    "compiled": lambda params: jax.jit(madax.madam(0.1).init)(params),
+    "code_occupancy": madax.diagnostics.code_occupancy,
+    "matrices": madax.diagnostics.matrices,
+}
+
+
 @needs_hijax
-def test_an_optimizer_that_is_not_wrapped_is_an_error_of_its_own(params):
+@pytest.mark.parametrize("name", NOT_WRAPPED)
+def test_what_takes_codes_and_not_lifted_ones_says_so(name, params):
     with refused(
-        TypeError, "params['w'] holds codes of madax.hijax; wrap the optimizer in"
+        TypeError,
+        "params['w'] holds codes of madax.hijax",
+        "wrap an optimizer in madax.hijax.optimizer, and pass madax.hijax.lower(tree)",
     ):
-        jax.jit(madax.madam(0.1).init)(params)
+        NOT_WRAPPED[name](params)
 
 
 @needs_hijax

@@ -108,6 +108,20 @@ def test_quantising_again_keeps_codes_and_scales():
     same(again["w"], w)
 
 
+def test_files_hold_codes_and_decoded_trees_floats():
+    w = madax.quantize_params(normal(64, 48), FMT)
+    params = {"w": madax.hijax.lift(w), "bias": jnp.ones(48)}
+    same(madax.to_flat_dict(params), madax.to_flat_dict({**params, "w": w}))
+
+    def loss(params):
+        floats = madax.dequantize_params(params)
+        return jax.lax.integer_pow(floats["w"], 2).sum()
+
+    assert type(madax.dequantize_params(params)["w"]) is type(jnp.ones(1))
+    same(madax.dequantize_params(params, jnp.bfloat16)["w"], w.dequantize(jnp.bfloat16))
+    same(jax.jit(jax.grad(loss))(params)["w"], 2 * w.dequantize())
+
+
 def stack():
     w = madax.quantize_params(normal(3, 4, 4), FMT, channel_axis=0)
     return madax.hijax.lift(w), w.dequantize()
