@@ -381,8 +381,5 @@ def is_quantized(x: object) -> TypeGuard[QuantizedArray]:
 
 
 def lowered(leaf: Any) -> Any:
-    """Returns codes that ``madax.hijax`` lifted as codes, and any other leaf as it is.
-
-    Outside of tracing.
-    """
+    """Returns the codes of a leaf that ``madax.hijax`` lifted; any other as it is."""
     return leaf.lowered() if hasattr(leaf, "lowered") else leaf

@@ -73,6 +73,7 @@ def install() -> None:
     for name in ("_copy", "_deepcopy"):
         setattr(CodesType, name, staticmethod(lambda x, *memo: x))
     setattr(CodesType, "copy", method(lambda x: x))  # noqa: B010
+    setattr(CodesType, "lowered", method(lower_array))  # noqa: B010
     for kind in (bool, int, float, complex):
         setattr(LiftedArray, f"__{kind.__name__}__", _of_value(kind))
     setattr(LiftedArray, "__array__", _to_numpy)  # noqa: B010

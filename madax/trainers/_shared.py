@@ -40,7 +40,4 @@ def coder(format: Format, options: dict[str, Any]) -> Callable[[Tree], Tree]:
     """
     check_format("format", format, Format, or_none=False)
     inspect.signature(quantize_params).bind(None, format, **options)
-    # Codes that are there already are kept.
-    return lambda params: hijax.lift(
-        quantize_params(hijax.lower(params), format, **options)
-    )
+    return lambda params: hijax.lift(quantize_params(params, format, **options))

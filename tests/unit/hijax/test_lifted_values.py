@@ -103,9 +103,11 @@ def test_transformations_see_floats(transform):
 
 def test_quantising_again_keeps_codes_and_scales():
     w = madax.quantize_params(normal(64, 48), FMT)
-    again = madax.quantize_params({"w": madax.hijax.lift(w)}, FMT)
-    assert isinstance(again["w"], madax.QuantizedArray)
-    same(again["w"], w)
+    quantise = lambda params: madax.quantize_params(params, FMT)
+    for run in (quantise, jax.jit(quantise)):
+        again = run({"w": madax.hijax.lift(w)})
+        assert isinstance(again["w"], madax.QuantizedArray)
+        same(again["w"], w)
 
 
 def test_files_hold_codes_and_decoded_trees_floats():
