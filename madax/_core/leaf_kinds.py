@@ -225,10 +225,17 @@ def _heads_first(leaf: Leaf, below: Below) -> bool:
 
 
 def _has_rolled(leaf: Leaf, below: Below, name: re.Pattern[str], shift: int) -> bool:
-    """Whether the axes of a partner are those of the leaf, rolled.
+    """Whether a leaf beside it has the same four axes, rolled by one.
 
-    Queries (features, groups, heads, size) have one in (groups, heads, size, features).
-    Three axes in a stack have none.
+    Queries of shape (features, groups, heads, size) have an output of shape (groups,
+    heads, size, features). Two leaves of a stack, whose first axis counts layers, are
+    no such pair.
+
+    Args:
+      leaf: with the axes (a, b, c, d).
+      below: the leaves below each prefix.
+      name: what the other leaf may be called.
+      shift: 1 if it has the axes (b, c, d, a), and -1 for (d, a, b, c).
     """
     rolled = leaf.sizes[shift:] + leaf.sizes[:shift]
     return len(leaf.core) == 4 and any(

@@ -49,10 +49,13 @@ def from_pattern(pattern: jax.Array) -> jax.Array:
 
 @with_derivative(lambda tangents, ans, x: tangents[0])
 def rounded(x: jax.Array) -> jax.Array:
-    """Returns ``x``, float32 or float64; a product passed here is not fused with a sum.
+    """Returns its argument; a product passed here is not fused with a sum.
 
     The minimum of a pattern and the second largest integer is the pattern itself,
     except for one NaN, which becomes another. Compilers do not know that.
+
+    Args:
+      x: float32 or float64.
     """
     bits_dtype = np.dtype(np.int32 if x.dtype == np.float32 else np.int64)
     bits = jax.lax.bitcast_convert_type(x, bits_dtype)
